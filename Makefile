@@ -1,0 +1,54 @@
+# Needs GNU make and Python 3.10 or newer. Override with: make test VENV=/somewhere PYTHON=python3.12
+VENV ?= .venv
+PYTHON ?= python3
+# What pip is given besides the project: the developers' pins, or other versions (see ci.yml).
+PIP_ARGS ?= -c constraints.txt
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint check-format check-ruff check-mypy check-pyright format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make the virtual environment and install the project in it
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+demo: setup ## train, quantize and export a small network
+	$(BIN)/python examples/digits.py
+
+# One thread in each of the two workers: more threads than cores makes them wait for each other.
+test: export OMP_NUM_THREADS = 1
+test: export MKL_NUM_THREADS = 1
+test: export OPENBLAS_NUM_THREADS = 1
+test: setup ## run the tests and doctests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: check-format check-ruff check-mypy check-pyright ## run all four checks; pre-commit runs the same
+
+check-format: setup
+	$(BIN)/ruff format --check
+
+check-ruff: setup
+	$(BIN)/ruff check
+
+check-mypy: setup
+	$(BIN)/mypy
+
+check-pyright: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: setup ## format the code and mend what ruff can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove what builds, checks and runs leave behind; keeps the virtual environment
+	rm -rf build dist qat_export lightning_logs .mypy_cache .ruff_cache .pytest_cache
+	find lightning_qat exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""Exporters of lightning-qat: one file per target, found through entry points."""
+
+from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
+
+__all__ = ["FakeQuantOnnxExporter"]

@@ -1,0 +1,177 @@
+"""Fake-quant ONNX: QuantizeLinear and DequantizeLinear, for ONNX Runtime, TensorRT, OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import numpy_helper
+
+from lightning_qat.arithmetic import quantize_bias
+from lightning_qat.export import Array, Artifact
+from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat_exporters._files import save_onnx
+from lightning_qat_exporters._initializers import array_of, initializer
+from lightning_qat_exporters._qdq import KEY, ActivationType, build_qdq, layer_of
+from lightning_qat_exporters._runtime import run_onnx
+
+_RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
+
+
+class FakeQuantOnnxExporter:
+    """Writes ``<prefix>_qdq.onnx``: every quantized tensor explicit, weights stored as integers.
+
+    Nodes keep the names of their layers; batch norm is folded; the batch dimension is dynamic where
+    the model allows it. Activations of fewer than 8 bits get a ``Clip`` between Q and DQ, weights
+    of fewer bits are stored as int8.
+
+    Args:
+        activation_type: Type of 8-bit activations. ``uint8`` is what ONNX Runtime's integer
+            kernels want on x86; TensorRT wants ``int8`` (and symmetric activations).
+        quantize_bias: Store biases as int32 on the grid ``scale_input * scale_weight`` that integer
+            kernels add them on, instead of float.
+        opset: 18 or newer. ONNX Runtime 1.31 mis-propagates ``output_dtype`` at 21, so 20 is the
+            default; 16-bit activations need 21.
+
+    Raises:
+        ValueError: An option is outside what is listed.
+    """
+
+    name = "fake_quant_onnx"
+
+    def __init__(
+        self,
+        activation_type: ActivationType = "uint8",
+        quantize_bias: bool = False,
+        opset: int = 20,
+    ) -> None:
+        if activation_type not in ("int8", "uint8"):
+            raise ValueError(f"activation_type must be 'int8' or 'uint8'; got {activation_type!r}.")
+        if opset < 18:
+            raise ValueError(f"opset must be 18 or newer; got {opset!r}.")
+        self.activation_type: ActivationType = activation_type
+        self.quantize_bias = quantize_bias
+        self.opset = opset
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """ONNX Runtime as the file is written, and with its default optimizations."""
+        return tuple(_RUNTIMES)
+
+    def check_available(self) -> None:
+        """Everything this exporter needs is a dependency of the package."""
+
+    def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
+        """Write ``<prefix>_qdq.onnx``, atomically.
+
+        Raises:
+            UnsupportedByTarget: 16-bit activations below opset 21; all are named.
+        """
+        onnx_model = build_qdq(
+            model, target=self.name, opset=self.opset, activation_type=self.activation_type
+        )
+        if self.quantize_bias:
+            _quantize_biases(onnx_model.graph)
+        path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
+        save_onnx(onnx_model, path)
+        return Artifact(self.name, {"model": path})
+
+    def run(
+        self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
+        return run_onnx(artifact.files["model"], inputs, optimize=_RUNTIMES[runtime])
+
+    def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
+        """Compare every number in the file with the model's: scales, zero points, integers."""
+        proto = onnx.load(artifact.files["model"])
+        stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+        quantize, dequantize = _nodes_by_key(proto)
+        found: list[str] = []
+        for key, tensor in model.tensors.items():
+            nodes = dequantize.get(key, [])
+            if not nodes:
+                found.append(f"{key}: the file has no DequantizeLinear for it")
+            for node in (*quantize.get(key, []), *nodes):
+                found += _compare(key, "scale", stored[node.input[1]], tensor.qparams.scale)
+            if tensor.integers is not None:
+                for node in nodes:
+                    integers = stored[node.input[0]]
+                    if node.input[0].endswith("_transposed"):
+                        integers = integers.T
+                    found += _compare(key, "integers", integers, tensor.integers)
+                continue
+            if len(quantize.get(key, [])) != len(nodes):
+                found.append(f"{key}: QuantizeLinear and DequantizeLinear must come in pairs")
+            for node in (*quantize.get(key, []), *nodes):
+                origin = stored[node.input[2]]
+                shift = 128 if origin.dtype == np.uint8 else 0
+                found += _compare(
+                    key, "zero point", origin.astype(np.int32) - shift, tensor.qparams.zero_point
+                )
+        return tuple(dict.fromkeys(found))
+
+
+def _nodes_by_key(
+    proto: onnx.ModelProto,
+) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, list[onnx.NodeProto]]]:
+    quantize: dict[str, list[onnx.NodeProto]] = {}
+    dequantize: dict[str, list[onnx.NodeProto]] = {}
+    for node in proto.graph.node:
+        key = next((p.value for p in node.metadata_props if p.key == KEY), None)
+        if key is not None and node.op_type == "QuantizeLinear":
+            quantize.setdefault(key, []).append(node)
+        elif key is not None and node.op_type == "DequantizeLinear":
+            dequantize.setdefault(key, []).append(node)
+    return quantize, dequantize
+
+
+def _compare(key: str, what: str, stored: Array, expected: Any) -> list[str]:
+    wanted = expected.numpy()
+    if stored.shape == wanted.shape and np.array_equal(stored, wanted):
+        return []
+    if stored.shape != wanted.shape:
+        return [f"{key}: {what} has shape {stored.shape}, the model {wanted.shape}"]
+    count = int(np.sum(stored != wanted))
+    return [f"{key}: {count} of {wanted.size} values of {what} differ from the model's"]
+
+
+def _quantize_biases(graph: ir.Graph) -> None:
+    """Store the bias of every quantized layer on the grid of its accumulator."""
+    for node in list(graph):
+        if layer_of(node) is None or node.op_type == "MatMul" or len(node.inputs) < 3:
+            continue
+        bias = array_of(node.inputs[2])
+        scale_input, scale_weight = (_scale_of(value) for value in node.inputs[:2])
+        if bias is None or scale_input is None or scale_weight is None:
+            continue
+        integers = quantize_bias(torch.from_numpy(bias.copy()), scale_input, scale_weight).numpy()
+        limits = np.iinfo(np.int32)
+        if integers.min() < limits.min or integers.max() > limits.max:
+            # Saturating a bias would change the function; a float bias is exact.
+            continue
+        step = (scale_input * scale_weight).expand(len(integers)).numpy()
+        constants = [
+            initializer(graph, f"{node.name}.bias_int32", integers.astype(np.int32)),
+            initializer(graph, f"{node.name}.bias_int32_scale", step),
+        ]
+        name = f"{node.name}.bias.DequantizeLinear"
+        axis = ir.AttrInt64("axis", 0)
+        dequantize = ir.Node("", "DequantizeLinear", constants, [axis], name=name)
+        dequantize.outputs[0].name = f"{node.name}.bias.real"
+        graph.insert_before(node, dequantize)
+        old = node.inputs[2]
+        node.replace_input_with(2, dequantize.outputs[0])
+        if old is not None and old.name is not None and not old.uses():
+            graph.initializers.pop(old.name)
+
+
+def _scale_of(value: ir.Value | None) -> torch.Tensor | None:
+    producer = None if value is None else value.producer()
+    scale = None if producer is None else array_of(producer.inputs[1])
+    return None if scale is None else torch.from_numpy(scale.copy())

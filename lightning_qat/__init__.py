@@ -1,0 +1,30 @@
+"""Quantization-aware training for PyTorch Lightning, exported to every target with proof."""
+
+from lightning_qat.callback import QATCallback
+from lightning_qat.checkpoint import load_qat_checkpoint
+from lightning_qat.convert import CaptureError, convert
+from lightning_qat.export import Artifact, UnsupportedByTarget, export
+from lightning_qat.prepare import PrepareReport, prepare
+from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
+from lightning_qat.schedule import Schedule
+from lightning_qat.verify import Agreement, verify
+
+__all__ = [
+    "QATCallback",
+    "Recipe",
+    "WeightSpec",
+    "ActivationSpec",
+    "Schedule",
+    "prepare",
+    "PrepareReport",
+    "convert",
+    "QuantizedModel",
+    "CaptureError",
+    "export",
+    "Artifact",
+    "UnsupportedByTarget",
+    "verify",
+    "Agreement",
+    "load_qat_checkpoint",
+]

@@ -1,0 +1,276 @@
+"""From a trained QAT model to final numbers in one graph. The live model is never touched."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lightning_qat.fold import fold_batchnorms
+from lightning_qat.layers import QATLayer
+from lightning_qat.program import drop_unused_constants
+from lightning_qat.quantized_model import Inputs, QuantizedModel, as_call
+from lightning_qat.quantizers import (
+    ActivationQuantizer,
+    FinalActivation,
+    FinalWeight,
+    WeightQuantizer,
+)
+from lightning_qat.recipe import Recipe
+
+
+class CaptureError(RuntimeError):
+    """``torch.export`` could not turn the model's forward into a graph."""
+
+
+def convert(
+    model: nn.Module, example_inputs: Inputs, *, recipe: Recipe | None = None
+) -> QuantizedModel:
+    """Make the numbers of a trained QAT model final and capture its graph.
+
+    Works on a deep copy on the CPU in eval mode: integers are rounded once, batch norm is folded
+    into the layer before it, and ``torch.export`` (non-strict) captures ``forward``. The size of
+    the first dimension that the inputs share is kept dynamic where the model allows it.
+
+    Args:
+        model: A model that ``prepare`` changed and that has seen training batches.
+        example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a
+            mapping of keyword arguments, nested as it likes.
+        recipe: The recipe, kept in the result for the record.
+
+    Returns:
+        The neutral description that exporters read.
+
+    Raises:
+        ValueError: The model has no QAT layers, or layers whose range was never observed or whose
+            weights are not finite; all of them are named.
+        CaptureError: ``forward`` cannot be captured; the message says in which module and line.
+    """
+    args, kwargs = as_call(example_inputs)
+    final = finalized_copy(model)
+    program = _capture(final, args, kwargs)
+    saturated = fold_batchnorms(program)
+    for key, count in saturated.items():
+        warnings.warn(
+            f"{key}: {count} integers of the folded weight saturate at 127, because the batch "
+            "norm after it has negative factors and the grid -128..127 has no +128. The recipe's "
+            "quantizer='minmax' folds exactly.",
+            stacklevel=2,
+        )
+    drop_unused_constants(program)
+    return QuantizedModel(
+        program,
+        _input_names(program),
+        _output_names(program),
+        {} if recipe is None else recipe.to_dict(),
+    )
+
+
+def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
+    """Find out before training whether ``convert`` will be able to capture the model.
+
+    Args:
+        model: A prepared model; it need not be calibrated.
+        example_inputs: As for ``convert``.
+
+    Raises:
+        CaptureError: It will not; the message says in which module and line.
+    """
+    args, kwargs = as_call(example_inputs)
+    final = _detached_copy(model)
+    for layer in _layers(final).values():
+        if isinstance(layer.input_quantizer, ActivationQuantizer):
+            layer.input_quantizer.calibrated = True
+    _capture(_finalize(final), args, kwargs)
+
+
+def finalized_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode on the CPU whose quantizers hold final numbers.
+
+    Raises:
+        ValueError: As ``convert``.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no QAT layers, so there is nothing to convert. Call "
+            "prepare(model, recipe) and train first."
+        )
+    problems = []
+    for name, layer in layers.items():
+        quantizer = layer.input_quantizer
+        if isinstance(quantizer, ActivationQuantizer) and not quantizer.calibrated:
+            problems.append(f"{name}: no training batch has passed through it")
+        if isinstance(layer.weight_quantizer, WeightQuantizer) and not bool(
+            torch.isfinite(layer.weight).all()
+        ):
+            problems.append(f"{name}: its weight is not finite")
+    if problems:
+        raise ValueError(
+            "Every quantized layer needs an observed input range and finite weights. "
+            + "; ".join(problems)
+            + ". Train for at least one batch in which the layer runs, or exclude it."
+        )
+    return _finalize(_detached_copy(model))
+
+
+def _detached_copy(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(_without_compile(model))
+    for name, module in list(twin.named_modules()):
+        inner = _without_compile(module)
+        if name and inner is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, inner)
+    return twin.cpu().eval().requires_grad_(False)
+
+
+def _without_compile(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
+
+
+def _finalize(model: nn.Module) -> nn.Module:
+    for name, layer in _layers(model).items():
+        if isinstance(layer.input_quantizer, ActivationQuantizer):
+            key = f"{name}.input" if name else "input"
+            layer.input_quantizer = FinalActivation(layer.input_quantizer.qparams(), key)
+        if isinstance(layer.weight_quantizer, WeightQuantizer):
+            key = f"{name}.weight" if name else "weight"
+            qparams = layer.weight_quantizer.qparams(layer.weight)
+            layer.weight_quantizer = FinalWeight.from_weight(layer.weight, qparams, key)
+        layer.register_parameter("weight", None)
+    return model.eval()
+
+
+def _layers(model: nn.Module) -> dict[str, QATLayer]:
+    return {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, QATLayer)
+    }
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export with a dynamic batch where the model allows it, else as the inputs are."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+    batch = tensors[0].shape[0] if tensors else 0
+
+    def carries_batch(leaf: object) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+
+    # A size of 1 is always taken literally by torch.export, so the batch is shown as 2.
+    grown = pytree.tree_map(
+        lambda leaf: torch.cat((leaf, leaf)) if batch == 1 and carries_batch(leaf) else leaf,
+        (args, kwargs),
+    )
+    dynamic = pytree.tree_map(
+        lambda leaf: {0: Dim.AUTO} if carries_batch(leaf) else None, (args, kwargs)
+    )
+    try:
+        program = _export(model, grown[0], grown[1], dynamic)
+    except CaptureError:
+        # The batch may be the very thing that the forward cannot take as dynamic.
+        return _export(model, args, kwargs, None)
+    if batch == 1 and not _has_dynamic_input(program):
+        return _export(model, args, kwargs, None)
+    return program
+
+
+def _has_dynamic_input(program: ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    return any(
+        isinstance(size, torch.SymInt)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names
+        for size in getattr(node.meta.get("val"), "shape", ())
+    )
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> ExportedProgram:
+    # torch.export wants the dynamic shapes by argument, as the call has them.
+    shapes = dynamic and (dynamic[1] or dynamic[0])
+    with _running_module(model) as running, torch.no_grad():
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            where = running[-1] if running else "the model's forward"
+            raise CaptureError(
+                f"torch.export could not capture {type(model).__name__}.forward: it failed in "
+                f"{where}{_user_line(error)} with {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}. "
+                "Training does not need the capture; export does. Replace Python control flow on "
+                "tensor values (torch.where, torch.cond), or wrap that part in an operator of "
+                "your own (torch.library.custom_op)."
+            ) from error
+
+
+@contextmanager
+def _running_module(model: nn.Module) -> Iterator[list[str]]:
+    """The stack of modules whose forward is running; left as it stood when one raised."""
+    stack: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        label = f"module {name!r} ({type(module).__name__})" if name else "the root's own forward"
+
+        def enter(_module: nn.Module, _args: Any, label: str = label) -> None:
+            stack.append(label)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            stack.pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _user_line(error: BaseException) -> str:
+    """`` (file, line 12: code)`` of the innermost frame outside torch and this package."""
+    own = Path(__file__).parent
+    torch_folder = Path(torch.__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        inside = own in path.parents or torch_folder in path.parents
+        if not inside and not frame.filename.startswith("<"):
+            return f" ({path.name}, line {frame.lineno}: {frame.line})"
+    return ""
+
+
+def _input_names(program: ExportedProgram) -> tuple[str, ...]:
+    tensors = {
+        node.name
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
+    }
+    return tuple(str(n) for n in program.graph_signature.user_inputs if n in tensors)
+
+
+def _output_names(program: ExportedProgram) -> tuple[str, ...]:
+    """Names from where a tensor stands in the output: ``logits``, ``boxes_0``, or ``output``."""
+    out_spec: Any = program.call_spec.out_spec
+    values: Any = program.graph.output_node().args[0]
+    slots = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
+    names: list[str] = []
+    for path, slot in pytree.tree_flatten_with_path(slots)[0]:
+        if not isinstance(values[slot], torch.fx.Node):
+            continue
+        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
+        name = "_".join(parts) or "output"
+        name = f"output_{name}" if name[0].isdigit() else name
+        repeated = sum(other == name or other.startswith(f"{name}__") for other in names)
+        names.append(f"{name}__{repeated}" if repeated else name)
+    return tuple(names)

@@ -1,0 +1,139 @@
+"""Fold batch norms of a captured graph into the layers before them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from lightning_qat.batchnorm import BatchNormStatistics
+from lightning_qat.nodes import DequantizeCall, as_dequantize, new_dequantize
+from lightning_qat.program import add_constant, constant, module_path
+from lightning_qat.qparams import QParams
+
+_ATEN = torch.ops.aten
+
+# Layer operator to the weight's output-channel axis.
+_LAYERS = {
+    _ATEN.conv1d.default: 0,
+    _ATEN.conv2d.default: 0,
+    _ATEN.conv3d.default: 0,
+    _ATEN.linear.default: 0,
+}
+
+
+def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
+    """Fold every evaluating batch norm whose input is a layer's output and nothing else reads it.
+
+    The folded program computes the same function: integers are negated where a factor is negative,
+    scales multiplied by its size (see ``batchnorm``). Float layers are folded too. Dropout, which
+    does nothing in eval mode, is removed on the way so that it does not stand in between.
+
+    Args:
+        program: Changed in place; constants that are no longer read stay until they are dropped.
+
+    Returns:
+        Key of each weight whose integers saturated, with how many did. Empty for the grids of
+        ``Grid.weight``.
+    """
+    saturated: dict[str, int] = {}
+    calls = [as_dequantize(node) for node in program.graph.nodes]
+    uses = Counter(call.key for call in calls if call is not None)
+    for node in list(program.graph.nodes):
+        if node.target is _ATEN.dropout.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    for node in list(program.graph.nodes):
+        if node.target is not _ATEN.batch_norm.default:
+            continue
+        layer = node.args[0]
+        if not isinstance(layer, fx.Node) or layer.target not in _LAYERS or len(layer.users) != 1:
+            continue
+        # A batch norm normalises axis 1, which is a linear layer's feature axis in 2-D only.
+        if layer.target is _ATEN.linear.default and layer.meta["val"].dim() != 2:
+            continue
+        statistics = _statistics(program, node)
+        weight = layer.args[1]
+        if statistics is None or not isinstance(weight, fx.Node):
+            continue
+        arguments: list[Any] = list(layer.args)
+        bias_node = arguments[2] if len(arguments) > 2 else None
+        bias = constant(program, bias_node)
+        if bias is None and bias_node is not None:
+            continue
+        new_weight = _fold_weight(program, layer, weight, statistics, uses, saturated)
+        if new_weight is None:
+            continue
+        name = _fresh(program, f"{module_path(layer)}.folded_bias")
+        new_bias = add_constant(program, name, statistics.fold_bias(bias))
+        layer.args = (arguments[0], new_weight, new_bias, *arguments[3:])
+        node.replace_all_uses_with(layer)
+        program.graph.erase_node(node)
+    return saturated
+
+
+def _fold_weight(
+    program: ExportedProgram,
+    layer: fx.Node,
+    weight: fx.Node,
+    statistics: BatchNormStatistics,
+    uses: Counter[str],
+    saturated: dict[str, int],
+) -> fx.Node | None:
+    axis = _LAYERS[layer.target]  # type: ignore[index]
+    path = module_path(layer)
+    value = constant(program, weight)
+    if value is not None:
+        return add_constant(
+            program, _fresh(program, f"{path}.folded_weight"), statistics.fold_weight(value, axis)
+        )
+    call = as_dequantize(weight)
+    if call is None:
+        return None
+    integers, scale = constant(program, call.integers), constant(program, call.scale)
+    if integers is None or scale is None:
+        return None
+    qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), call.grid, call.axis)
+    integers, folded, lost = statistics.fold_integers(integers, qparams, axis)
+    key = call.key
+    if uses[key] > 1:
+        # A layer called several times may meet a different batch norm each time.
+        uses[key] -= 1
+        key = f"{key}_{uses[key]}"
+    if lost:
+        saturated[key] = lost
+    constants = [
+        add_constant(program, _fresh(program, f"{path}.{name}"), tensor)
+        for name, tensor in (("folded_integers", integers), ("folded_scale", folded.scale))
+    ]
+    with program.graph.inserting_before(layer):
+        node = new_dequantize(
+            program.graph,
+            DequantizeCall(constants[0], constants[1], folded.grid, folded.axis, key),
+        )
+    node.meta.update(weight.meta)
+    return node
+
+
+def _statistics(program: ExportedProgram, node: fx.Node) -> BatchNormStatistics | None:
+    args: Any = node.args
+    _, gamma, beta, mean, var, training, _, eps = args[:8]
+    values = {n: constant(program, n) for n in (gamma, beta, mean, var) if n is not None}
+    if training or mean is None or any(value is None for value in values.values()):
+        return None
+    found: Any = values
+    return BatchNormStatistics(
+        found.get(gamma), found.get(beta), found[mean], found[var], float(eps)
+    )
+
+
+def _fresh(program: ExportedProgram, name: str) -> str:
+    taken = {*program.state_dict, *program.constants}
+    candidate, number = name.lstrip("."), 0
+    while candidate in taken:
+        number += 1
+        candidate = f"{name.lstrip('.')}_{number}"
+    return candidate

@@ -1,0 +1,122 @@
+"""Apply a phase to a model, and agree on ranges across processes: what a training loop calls.
+
+``QATCallback`` calls these; a loop of one's own may as well. Without them a prepared model observes
+and quantizes from the first training batch on, each quantizer for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_qat.quantizers import ActivationQuantizer
+from lightning_qat.schedule import Phase
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Every activation quantizer of a model by dotted name, in the order of registration."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+
+
+def apply_phase(model: nn.Module, phase: Phase) -> None:
+    """Set every quantizer and batch norm of a model to a phase; calling it again changes nothing.
+
+    Observations then wait for ``commit_ranges``. A frozen batch norm is held in eval mode by a hook
+    on its own forward, so a ``model.train()`` in between does not wake it up.
+
+    Args:
+        model: A prepared model.
+        phase: What holds from the next batch on.
+    """
+    for quantizer in activation_quantizers(model).values():
+        quantizer.deferred = True
+        quantizer.observing = phase.observing
+        quantizer.quantizing = phase.quantizing
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _hold_in_eval(module, phase.batchnorm_frozen)
+
+
+def set_observing(quantizers: Iterable[ActivationQuantizer], observing: bool) -> None:
+    """Open or close the gate through which data reach the ranges."""
+    for quantizer in quantizers:
+        quantizer.observing = observing
+
+
+def drop_pending(model: nn.Module) -> None:
+    """Forget observations that were not committed, such as those of a learning-rate search."""
+    for quantizer in activation_quantizers(model).values():
+        quantizer.pending = None
+
+
+def commit_ranges(model: nn.Module) -> None:
+    """Take the ranges observed since the last call into every quantizer, alike on all processes.
+
+    One flat ``all_reduce(MAX)`` of all pending ``(-min, max)`` when a process group is initialised:
+    the result is the range of the global batch. Every process must call it equally often. A
+    quantizer through which nothing passed on any process keeps its range.
+
+    Args:
+        model: A prepared model whose quantizers are ``deferred``.
+
+    Raises:
+        ValueError: An observed range is not finite; every such layer is named, none is changed.
+    """
+    quantizers = activation_quantizers(model)
+    if not quantizers:
+        return
+    device = next(iter(quantizers.values())).min_val.device
+    never = torch.full((2,), -torch.inf, device=device)
+    flat = torch.stack([never if q.pending is None else q.pending for q in quantizers.values()])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    # The one host synchronisation of an observing batch.
+    bounds = flat.tolist()
+    _refuse_non_finite(dict(zip(quantizers, bounds, strict=True)))
+    for quantizer, batch, (low, _) in zip(quantizers.values(), flat, bounds, strict=True):
+        if low == -torch.inf:
+            quantizer.pending = None
+        else:
+            quantizer.commit(batch)
+
+
+def release_batchnorms(model: nn.Module) -> None:
+    """Let go of every batch norm that a phase held in eval mode; its mode stays as it is."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _hold_in_eval(module, False)
+
+
+def _refuse_non_finite(bounds: dict[str, list[float]]) -> None:
+    bad = [
+        name.removesuffix(".input_quantizer")
+        for name, batch in bounds.items()
+        if torch.inf in batch
+    ]
+    if bad:
+        raise ValueError(
+            "Activations must be finite to be given a range; NaN or infinity reached the input of "
+            + ", ".join(repr(name) for name in bad)
+            + ". The first of them is where to look: check the data and the learning rate, or "
+            "detect the operation with torch.autograd.set_detect_anomaly(True). No range was "
+            "changed."
+        )
+
+
+def _hold_in_eval(module: _BatchNorm, hold: bool) -> None:
+    handle: Any = module.__dict__.get("_lightning_qat_hold")
+    if hold and handle is None:
+        module.eval()
+        module.__dict__["_lightning_qat_hold"] = module.register_forward_pre_hook(_to_eval)
+    elif not hold and handle is not None:
+        handle.remove()
+        del module.__dict__["_lightning_qat_hold"]
+
+
+def _to_eval(module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+    module.eval()

@@ -1,0 +1,263 @@
+"""Turn a float model into a QAT model, in place, and say what was done and what was not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
+from lightning_qat.quantizers import Quantizer
+from lightning_qat.recipe import LayerSpec, Recipe
+
+LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
+    layer.float_class: layer for layer in (Conv2dQAT, LinearQAT)
+}
+"""Float layer to QAT layer. A new layer is one class and one entry here."""
+
+_NOT_YET = (nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
+"""Layers with weights that have no QAT form: reported, so that nothing stays float silently."""
+
+
+@dataclass(frozen=True)
+class SwappedLayer:
+    """A layer that became a QAT layer.
+
+    Args:
+        name: Dotted module name; the first one where a module has several.
+        kind: Name of the float class.
+        spec: Its quantizers.
+        aliases: Further names of the same module.
+    """
+
+    name: str
+    kind: str
+    spec: LayerSpec
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A layer with weights that stays as it is, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What ``prepare`` did. ``print`` shows a table."""
+
+    swapped: tuple[SwappedLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+    def after(self, earlier: PrepareReport) -> PrepareReport:
+        """One report of two passes over a model, of which this is the later."""
+        kept = {layer.name for layer in self.skipped}
+        first = tuple(layer for layer in earlier.swapped if layer.name in kept)
+        names = {layer.name for layer in first}
+        skipped = tuple(layer for layer in self.skipped if layer.name not in names)
+        return PrepareReport(first + self.swapped, skipped)
+
+    def __str__(self) -> str:
+        """One line per layer."""
+        names = [s.name for s in self.swapped] + [s.name for s in self.skipped]
+        width = max(map(len, names), default=0)
+        lines = [f"{len(self.swapped)} layers quantized, {len(self.skipped)} left as they are"]
+        for layer in self.swapped:
+            weight, activation = layer.spec.weight, layer.spec.activation
+            aliases = f" (also {', '.join(layer.aliases)})" if layer.aliases else ""
+            lines.append(
+                f"  {layer.name:{width}}  {layer.kind}: weight {weight.bits} bits "
+                f"{weight.granularity} {weight.quantizer}, input {activation.bits} bits "
+                f"{'symmetric' if activation.symmetric else 'affine'}{aliases}"
+            )
+        for skipped in self.skipped:
+            lines.append(
+                f"  {skipped.name:{width}}  {skipped.kind}: left as it is, {skipped.reason}"
+            )
+        return "\n".join(lines)
+
+
+def prepare(
+    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path = "int8"
+) -> PrepareReport:
+    """Turn the layers that a recipe selects into QAT layers, in place.
+
+    A swap changes the layer's class and adds two quantizers; the module object, its parameters,
+    names, hooks and aliases stay, so optimizers and checkpoints go on working. Only exact types are
+    swapped. Layers that are QAT layers already are left alone, so ``prepare`` may be called again.
+
+    Args:
+        model: A model with float32 parameters.
+        recipe: A recipe, the name of a preset (``int8``, ``w4a8``, ``w4a4``, ``a16w8``, ``amct``),
+            a YAML or JSON file, or a mapping.
+
+    Returns:
+        What was swapped and what was skipped, with reasons.
+
+    Raises:
+        ValueError: An unknown preset or key, patterns that match no layer, parameters that are not
+            float32, or a model in which nothing can be quantized. The model is unchanged then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> print(prepare(model, Recipe(exclude=("2",))))
+        1 layers quantized, 1 left as they are
+          0  Linear: weight 8 bits per_channel minmax, input 8 bits affine
+          2  Linear: left as it is, excluded by the recipe (exclude: '2')
+    """
+    recipe = Recipe.load(recipe)
+    report = plan(model, recipe)
+    if not report.swapped and not any(isinstance(m, QATLayer) for m in model.modules()):
+        reasons = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in report.skipped)
+        raise ValueError(
+            f"Nothing to quantize in {type(model).__name__}: at least one layer of "
+            f"{sorted(kind.__name__ for kind in LAYERS)} must be selected by the recipe."
+            + (f" Skipped:{reasons}" if reasons else " It has no layer with weights.")
+        )
+    swap(model, report)
+    return report
+
+
+def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> PrepareReport:
+    """What ``prepare`` would do, without doing it; arguments and errors as there."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    layers = {
+        name: float_class_name(module)
+        for module, all_names in names.items()
+        for name in all_names
+        if is_layer(module)
+    }
+    if check_patterns:
+        recipe.check_patterns(layers)
+    shared = _shared_parameters(names)
+    swapped, skipped = [], []
+    for module, all_names in names.items():
+        if not is_layer(module):
+            continue
+        name, kind = all_names[0], float_class_name(module)
+        reason = _why_skipped(module) or recipe.why_float(name, kind) or shared.get(module)
+        spec = recipe.for_layer(name, kind)
+        if reason is not None or spec is None:
+            skipped.append(SkippedLayer(name, kind, reason or "not selected by the recipe"))
+        else:
+            swapped.append(SwappedLayer(name, kind, spec, tuple(all_names[1:])))
+    _refuse_other_dtypes(model, swapped)
+    return PrepareReport(tuple(swapped), tuple(skipped))
+
+
+def swap(model: nn.Module, report: PrepareReport) -> None:
+    """Do what a report says."""
+    for layer in report.swapped:
+        module = model.get_submodule(layer.name)
+        LAYERS[type(module)].swap(module, layer.spec)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one that the report must account for: a layer with weights."""
+    return isinstance(module, (*LAYERS, *_NOT_YET))
+
+
+def float_class_name(module: nn.Module) -> str:
+    """The name that ``type:...`` patterns match: of the float class, for a QAT layer too."""
+    if isinstance(module, QATLayer):
+        return module.float_class.__name__
+    if parametrize.is_parametrized(module):
+        return type(module).__bases__[0].__name__
+    return type(module).__name__
+
+
+def _why_skipped(module: nn.Module) -> str | None:
+    if isinstance(module, QATLayer):
+        return "already quantized"
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized (torch.nn.utils.parametrize)"
+    kind = LAYERS.get(type(module))
+    if kind is None:
+        for base in LAYERS:
+            if isinstance(module, base):
+                return f"a subclass of {base.__name__}; only exact types are swapped"
+        return f"{type(module).__name__} has no QAT form"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed by a hook (weight_norm or spectral_norm)"
+    return kind.why_unsupported(module)
+
+
+def _shared_parameters(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Reason per module that shares a parameter with another module."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module, all_names in names.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            owners[parameter].append((module, f"{all_names[0]}.{parameter_name}"))
+    reasons = {}
+    for users in owners.values():
+        for module, own in users if len(users) > 1 else ():
+            others = ", ".join(name for _, name in users if name != own)
+            reasons[module] = f"its {own.rpartition('.')[2]} is shared with {others}"
+    return reasons
+
+
+def _refuse_other_dtypes(model: nn.Module, swapped: list[SwappedLayer]) -> None:
+    wrong = [
+        f"{layer.name}.{name} is {str(parameter.dtype).removeprefix('torch.')}"
+        for layer in swapped
+        for name, parameter in model.get_submodule(layer.name).named_parameters(recurse=False)
+        if parameter.dtype != torch.float32
+    ]
+    if wrong:
+        raise ValueError(
+            "Parameters of quantized layers must be float32; got "
+            + ", ".join(wrong)
+            + ". Call model.float() first, and let a mixed precision plugin cast activations."
+        )
+
+
+def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareReport:
+    """Swap exactly the layers that are QAT layers in a checkpoint, with its specs, in place.
+
+    Args:
+        model: A float model.
+        state_dict: A QAT model's ``state_dict``; it names every quantizer and its spec.
+
+    Raises:
+        ValueError: It holds no quantizers, or names a layer that the model does not have.
+    """
+    specs: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in state_dict.items():
+        layer, _, rest = key.rpartition(".input_quantizer._extra_state")
+        if layer and not rest:
+            specs[layer]["activation"] = value
+        layer, _, rest = key.rpartition(".weight_quantizer._extra_state")
+        if layer and not rest:
+            specs[layer]["weight"] = value
+    if not specs:
+        raise ValueError(
+            "The state_dict holds no quantizers: it is of a float model. Load it into the float "
+            "model, then call prepare."
+        )
+    layers = dict(model.named_modules())
+    unknown = [name for name in specs if type(layers.get(name)) not in LAYERS]
+    if unknown:
+        raise ValueError(
+            f"The checkpoint quantizes {unknown}, which {type(model).__name__} does not have as "
+            f"{sorted(kind.__name__ for kind in LAYERS)} layers. Build the model that was trained."
+        )
+    recipe = Recipe(include=tuple(specs), overrides=dict(specs))
+    report = plan(model, recipe)
+    swap(model, report)
+    return report
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Every quantizer of a model by dotted name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}

@@ -1,0 +1,316 @@
+"""The modules that hold a tensor's range while it trains, and its numbers when they are final."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.arithmetic import (
+    affine_qparams,
+    along_axis,
+    arq_scale,
+    fake_quantize,
+    quantize,
+    symmetric_scale,
+)
+from lightning_qat.nodes import dequantize_node, fake_quantize_node
+from lightning_qat.observers import UPDATES, batch_range
+from lightning_qat.qparams import Grid, QParams
+from lightning_qat.recipe import ActivationSpec, WeightSpec
+
+_Self = TypeVar("_Self", bound="Quantizer")
+
+
+class Quantizer(nn.Module):
+    """What both quantizers share: float32 state, and a spec that travels with the state_dict.
+
+    Half-precision plugins cast a model's buffers; a quantizer's stay float32. A float checkpoint
+    has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a
+    checkpoint with some of them must have all.
+    """
+
+    spec: Any
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The spec as primitives, so that a weights-only checkpoint can rebuild the quantizer."""
+        return asdict(self.spec)
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another spec: its range would mean something else.
+
+        Raises:
+            RuntimeError: The checkpoint's spec differs; every differing key is named.
+        """
+        # JSON and checkpoints spell tuples as lists.
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+        own = asdict(self.spec)
+        keys = sorted(set(own) | set(stored))
+        different = [
+            f"{key}: checkpoint {stored.get(key)!r}, model {own.get(key)!r}"
+            for key in keys
+            if stored.get(key) != own.get(key)
+        ]
+        if different:
+            raise RuntimeError(
+                f"The checkpoint's {type(self.spec).__name__} differs from the model's: "
+                + "; ".join(different)
+                + ". Use the recipe the checkpoint was trained with."
+            )
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and before.is_floating_point() and after.dtype != before.dtype:
+                # Take the new device, not the new dtype; the old values, not rounded ones.
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        try:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        except RuntimeError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+class ActivationQuantizer(Quantizer):
+    r"""Fake-quantizes an activation per tensor, with a range that follows the data.
+
+    .. math:: y = s \cdot (\mathrm{clip}(\mathrm{round}(x / s) + z, q_{min}, q_{max}) - z)
+
+    with scale and zero point from the observed range (``affine_qparams``, or ``symmetric_scale``).
+    The gradient is straight-through inside the range and zero outside. Until a range is known the
+    input passes through unchanged.
+
+    Args:
+        spec: What is asked.
+
+    Attributes:
+        min_val: Lower end of the range, float32 scalar buffer.
+        max_val: Upper end, float32 scalar buffer.
+        batches: How many batches the range stands for, float32 scalar buffer; 0: no range yet.
+        observing: The range follows the data, in training mode only.
+        quantizing: Fake quantization is on.
+        deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
+            and all processes can agree on it first; otherwise each forward commits its own.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    batches: Tensor
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__()
+        self.spec: ActivationSpec = spec
+        self.grid = Grid.activation(spec.bits)
+        low, high = spec.clip or (0.0, 0.0)
+        self.register_buffer("min_val", torch.tensor(float(low)))
+        self.register_buffer("max_val", torch.tensor(float(high)))
+        self.register_buffer("batches", torch.tensor(0.0))
+        self.observing = True
+        self.quantizing = True
+        self.deferred = False
+        # Not derived from `batches` in forward: that would wait for the device at every call.
+        self.calibrated = spec.clip is not None
+        # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
+        self.pending: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept."""
+        if self.observing and self.training and self.spec.clip is None and x.numel():
+            seen = batch_range(x)
+            self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
+            if not self.deferred:
+                self.commit(self.pending)
+        if not (self.quantizing and self.calibrated):
+            return x
+        scale, zero_point = self._scale_and_zero_point()
+        return fake_quantize(x, scale, zero_point, self.grid)
+
+    @torch.no_grad()
+    def commit(self, batch: Tensor) -> None:
+        """Take one batch's ``(-min, max)`` into the range; the pending observation is dropped.
+
+        Args:
+            batch: ``(-min, max)``, finite, shape ``(2,)``; see ``batch_range``.
+        """
+        self.pending = None
+        UPDATES[self.spec.calibration](self.min_val, self.max_val, batch, self.batches)
+        self.batches += 1
+        self.calibrated = True
+
+    def qparams(self) -> QParams:
+        """The final numbers, on the CPU.
+
+        Raises:
+            ValueError: No range was ever observed.
+        """
+        if not self.calibrated:
+            raise ValueError("no training batch has passed through it, so its range is unknown")
+        scale, zero_point = self._scale_and_zero_point()
+        return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        low, high = self.min_val, self.max_val
+        if self.spec.symmetric:
+            scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), self._symmetric_grid)
+            return scale, torch.zeros_like(scale)
+        if self.spec.fixed_min:
+            low = torch.zeros_like(low)
+        return affine_qparams(low, high, self.grid)
+
+    @property
+    def _symmetric_grid(self) -> Grid:
+        """The grid whose ends the largest value touches: -127..127 of -128..127."""
+        return Grid(-self.grid.qmax, self.grid.qmax)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.calibrated = self.spec.clip is not None or bool(self.batches > 0)
+        self.pending = None
+
+    def extra_repr(self) -> str:
+        """Bits and range, for ``print(model)``."""
+        kind = "symmetric" if self.spec.symmetric else "affine"
+        state = (
+            f"range=[{float(self.min_val):.4g}, {float(self.max_val):.4g}]"
+            if self.calibrated
+            else "no range yet"
+        )
+        return f"{self.spec.bits} bits, {kind}, {state}"
+
+
+class WeightQuantizer(Quantizer):
+    r"""Fake-quantizes a weight with a symmetric grid whose scale follows the weight itself.
+
+    .. math:: \hat w = s \cdot \mathrm{clip}(\mathrm{round}(w / s), q_{min}, q_{max})
+
+    with :math:`s = \max|w| / ((q_{max} - q_{min}) / 2)` per channel or per tensor at every forward
+    (AMCT's rule with ``quantizer="arq"``). The float weight is never overwritten. The gradient is
+    straight-through everywhere: the range follows the weight, so nothing lies outside for long.
+
+    Args:
+        spec: What is asked.
+        axis: The output channel's axis of the weight.
+    """
+
+    def __init__(self, spec: WeightSpec, axis: int) -> None:
+        super().__init__()
+        self.spec: WeightSpec = spec
+        self.axis = axis
+        arq = spec.quantizer == "arq"
+        self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The fake-quantized weight, same shape and dtype."""
+        scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
+        zero_point = torch.zeros_like(scale)
+        return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
+
+    def qparams(self, weight: Tensor) -> QParams:
+        """The final numbers for a weight, on the CPU."""
+        scale = self._scale(weight).cpu()
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        return QParams(scale, zero_point, self.grid, self._channel_axis)
+
+    @property
+    def _channel_axis(self) -> int | None:
+        return self.axis if self.spec.granularity == "per_channel" else None
+
+    @torch.no_grad()
+    def _scale(self, weight: Tensor) -> Tensor:
+        weight = weight.to(torch.float32)
+        if self._channel_axis is None:
+            low, high = torch.aminmax(weight)
+        else:
+            low, high = torch.aminmax(weight.transpose(0, self.axis).flatten(1), dim=1)
+        if self.spec.quantizer == "arq":
+            return arq_scale(low, high, self.grid)
+        return symmetric_scale(torch.maximum(low.abs(), high.abs()), self.grid)
+
+    def extra_repr(self) -> str:
+        """Bits and granularity, for ``print(model)``."""
+        return f"{self.spec.bits} bits, {self.spec.granularity}, {self.spec.quantizer}"
+
+
+class FinalActivation(nn.Module):
+    """An activation's numbers, final: one explicit ``lightning_qat::fake_quantize`` node.
+
+    Args:
+        qparams: The numbers, per tensor.
+        key: Name of the tensor in the table of the converted model, such as ``net.conv1.input``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qparams: QParams, key: str) -> None:
+        super().__init__()
+        self.register_buffer("scale", qparams.scale.clone())
+        self.register_buffer("zero_point", qparams.zero_point.clone())
+        self.grid, self.key = qparams.grid, key
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x``."""
+        result: Tensor = fake_quantize_node(
+            x, self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, self.key
+        )
+        return result
+
+
+class FinalWeight(nn.Module):
+    """A weight's integers and numbers, final: one explicit ``lightning_qat::dequantize`` node.
+
+    Args:
+        integers: The weight on the grid.
+        qparams: The numbers.
+        key: Name of the tensor in the table of the converted model, such as ``net.conv1.weight``.
+    """
+
+    integers: Tensor
+    scale: Tensor
+
+    def __init__(self, integers: Tensor, qparams: QParams, key: str) -> None:
+        super().__init__()
+        self.register_buffer("integers", integers)
+        self.register_buffer("scale", qparams.scale.clone())
+        self.grid, self.axis, self.key = qparams.grid, qparams.axis, key
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, qparams: QParams, key: str) -> FinalWeight:
+        """Round a float weight once and for all."""
+        weight = weight.detach().to("cpu", torch.float32)
+        scale = along_axis(qparams.scale, weight.dim(), qparams.axis)
+        zero_point = torch.zeros((), dtype=torch.int32)
+        return cls(quantize(weight, scale, zero_point, qparams.grid), qparams, key)
+
+    def forward(self, weight: Tensor | None) -> Tensor:
+        """The real value of the integers; the float weight is gone and ignored."""
+        result: Tensor = dequantize_node(
+            self.integers, self.scale, self.grid.qmin, self.grid.qmax, self.axis, self.key
+        )
+        return result

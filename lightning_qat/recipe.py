@@ -1,0 +1,342 @@
+"""What is asked: which layers get which quantizers. Frozen values that YAML can spell."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import yaml
+
+Granularity = Literal["per_channel", "per_tensor"]
+Calibration = Literal["moving_average", "minmax"]
+
+_Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
+    for name, hint in get_type_hints(type(spec)).items():
+        choices, value = get_args(hint), getattr(spec, name)
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{type(spec).__name__}.{name} must be true or false; got {value!r}.")
+        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+            raise ValueError(
+                f"{type(spec).__name__}.{name} must be one of {list(choices)}; got {value!r}."
+            )
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How weights are quantized: symmetric, zero point 0.
+
+    Args:
+        bits: 2 to 8. Eight bits use -127..127, fewer bits the full range (4 bits: -8..7).
+        granularity: One scale per output channel, or one per tensor.
+        quantizer: ``minmax`` takes the scale from the largest absolute weight of every forward;
+            ``arq`` is the same by AMCT's rule (-128..127, the farther side touches its end).
+
+    Raises:
+        ValueError: A value is outside what is listed.
+    """
+
+    bits: int = 8
+    granularity: Granularity = "per_channel"
+    quantizer: Literal["minmax", "arq"] = "minmax"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if not _is_int(self.bits) or not 2 <= self.bits <= 8:
+            raise ValueError(f"WeightSpec.bits must be an int from 2 to 8; got {self.bits!r}.")
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How activations are quantized, per tensor.
+
+    Args:
+        bits: 2 to 8, or 16.
+        symmetric: Zero point 0 and the same reach on both sides; affine otherwise. 16 bits must be
+            symmetric.
+        quantizer: ``observed``: the range follows the data by ``calibration`` until it is frozen.
+        calibration: ``moving_average`` of each batch's minimum and maximum (a plain mean over the
+            first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches.
+        fixed_min: ``True`` pins the lower end at 0, for inputs that are never negative; otherwise
+            the data decide.
+        clip: A given range ``(low, high)``, used from the start and never observed.
+
+    Raises:
+        ValueError: A value is outside what is listed, or two of them exclude each other.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    quantizer: Literal["observed"] = "observed"
+    calibration: Calibration = "moving_average"
+    fixed_min: bool | None = None
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if not _is_int(self.bits) or (self.bits != 16 and not 2 <= self.bits <= 8):
+            raise ValueError(
+                f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {self.bits!r}."
+            )
+        if self.bits == 16 and not self.symmetric:
+            raise ValueError(
+                "ActivationSpec: 16-bit activations are symmetric on every target; set "
+                "symmetric=True."
+            )
+        if self.fixed_min and self.symmetric:
+            raise ValueError(
+                "ActivationSpec: fixed_min pins the lower end at 0, which a symmetric range "
+                "cannot have; drop one of the two."
+            )
+        if self.clip is not None:
+            object.__setattr__(self, "clip", tuple(self.clip))
+            if (
+                len(self.clip) != 2
+                or not self.clip[0] <= 0 <= self.clip[1]
+                or (self.clip[0] == self.clip[1])
+            ):
+                raise ValueError(
+                    "ActivationSpec.clip must be (low, high) with low <= 0 <= high and low < high, "
+                    f"so that real zero is on the grid; got {self.clip!r}."
+                )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The two specs of one layer."""
+
+    weight: WeightSpec
+    activation: ActivationSpec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which layers are quantized, and how.
+
+    A *pattern* is a glob (``*``, ``?``, ``[...]``) over dotted module names: it selects the layers
+    it matches and every layer below a module it matches, so ``encoder`` selects ``encoder.0.conv``.
+    ``type:Linear`` selects every layer of that float class.
+
+    Args:
+        weight: For every layer not overridden.
+        activation: For every layer's input not overridden.
+        include: Patterns; when given, only what they select is quantized.
+        exclude: Patterns of layers that stay float.
+        overrides: Pattern to ``{"weight": {...}, "activation": {...}}`` (only the keys that
+            differ), or ``None`` to keep the layer float. Later entries win over earlier ones, and a
+            name wins over a type.
+
+    Raises:
+        ValueError: Unknown keys (with the closest known ones) or values out of range.
+
+    Example:
+        >>> recipe = Recipe(overrides={"head": {"weight": {"bits": 4}}, "stem": None})
+        >>> recipe.for_layer("head", "Linear").weight.bits, recipe.for_layer("stem.conv", "Conv2d")
+        (4, None)
+    """
+
+    weight: WeightSpec = WeightSpec()
+    activation: ActivationSpec = ActivationSpec()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            patterns: Any = getattr(self, name)
+            if isinstance(patterns, str):
+                raise ValueError(
+                    f"Recipe.{name} must be a list of patterns; got the string {patterns!r}. "
+                    f"Write {name}=[{patterns!r}]."
+                )
+            object.__setattr__(self, name, tuple(patterns))
+        for pattern, change in self.overrides.items():
+            self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
+
+    def for_layer(self, name: str, kind: str) -> LayerSpec | None:
+        """The specs of one layer, ``None`` when it stays float.
+
+        Args:
+            name: Dotted module name.
+            kind: Name of the float class, such as ``Conv2d``.
+        """
+        if self.include and not any(selects(p, name, kind) for p in self.include):
+            return None
+        if any(selects(p, name, kind) for p in self.exclude):
+            return None
+        spec: LayerSpec | None = LayerSpec(self.weight, self.activation)
+        # Stable: types first, then names, each in the order given.
+        for pattern in sorted(self.overrides, key=lambda p: not p.startswith("type:")):
+            if selects(pattern, name, kind):
+                change = self.overrides[pattern]
+                base = spec or LayerSpec(self.weight, self.activation)
+                spec = None if change is None else self._overridden(base, pattern, change)
+        return spec
+
+    def why_float(self, name: str, kind: str) -> str | None:
+        """The reason why a layer stays float, ``None`` when it is quantized."""
+        if self.for_layer(name, kind) is not None:
+            return None
+        for pattern in self.exclude:
+            if selects(pattern, name, kind):
+                return f"excluded by the recipe (exclude: {pattern!r})"
+        for pattern, change in self.overrides.items():
+            if change is None and selects(pattern, name, kind):
+                return f"kept float by the recipe (overrides: {pattern!r}: None)"
+        return "not selected by the recipe's include"
+
+    def check_patterns(self, layers: Mapping[str, str]) -> None:
+        """Refuse patterns that select nothing.
+
+        Args:
+            layers: Dotted name to float class name of every layer of the model.
+
+        Raises:
+            ValueError: Names every such pattern and the closest layer names.
+        """
+        problems = []
+        for where, patterns in (
+            ("include", self.include),
+            ("exclude", self.exclude),
+            ("overrides", tuple(self.overrides)),
+        ):
+            for pattern in patterns:
+                if not any(selects(pattern, name, kind) for name, kind in layers.items()):
+                    known = {f"type:{kind}" for kind in layers.values()}
+                    candidates = known if pattern.startswith("type:") else layers
+                    problems.append(
+                        f"Pattern {pattern!r} in Recipe.{where} matches no layer; "
+                        f"{closest(pattern, candidates)}."
+                    )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only: what YAML, JSON and checkpoints hold; ``Recipe.from_dict`` reads it."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from primitives.
+
+        A key ``preset`` names the preset that the other keys change.
+
+        Raises:
+            ValueError: Unknown keys, with where they stand and the closest known ones.
+        """
+        values = dict(values)
+        base = preset(values.pop("preset")) if "preset" in values else cls()
+        return _changed(base, values, "Recipe")
+
+    @classmethod
+    def load(cls, source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+        """A recipe from itself, a mapping, the name of a preset, or a YAML or JSON file.
+
+        Raises:
+            ValueError: No such preset or file, or its contents are no recipe.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml", ".json"):
+            return preset(str(source))
+        if not path.is_file():
+            raise ValueError(f"Recipe file {str(path)!r} does not exist.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"Recipe file {str(path)!r} must hold a mapping; got {type(values).__name__}."
+            )
+        return cls.from_dict(values)
+
+    def _overridden(
+        self, spec: LayerSpec, pattern: str, change: Mapping[str, Any] | None
+    ) -> LayerSpec:
+        where = f"Recipe.overrides[{pattern!r}]"
+        if change is None:
+            return spec
+        _refuse_unknown(change, ("weight", "activation"), where)
+        return LayerSpec(
+            _changed(spec.weight, change.get("weight", {}), f"{where}.weight"),
+            _changed(spec.activation, change.get("activation", {}), f"{where}.activation"),
+        )
+
+
+def selects(pattern: str, name: str, kind: str) -> bool:
+    """Whether a pattern selects the layer ``name`` of float class ``kind``."""
+    if pattern.startswith("type:"):
+        return fnmatch.fnmatchcase(kind, pattern.removeprefix("type:"))
+    parts = name.split(".")
+    prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``closest names: 'a', 'b'``, or the known names when none is close."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if near:
+        return "closest names: " + ", ".join(repr(n) for n in near)
+    shown = ", ".join(repr(n) for n in known[:5]) + (", ..." if len(known) > 5 else "")
+    return f"known names: {shown or 'none'}"
+
+
+def _refuse_unknown(values: object, known: Iterable[str], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping; got {values!r}.")
+    for key in values:
+        if key not in tuple(known):
+            raise ValueError(f"{where} has no key {key!r}; {closest(str(key), known)}.")
+
+
+def _changed(base: _Spec, values: Mapping[str, Any], where: str) -> _Spec:
+    """``base`` with some fields replaced; nested specs are changed key by key."""
+    _refuse_unknown(values, [f.name for f in fields(base)], where)
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        current = getattr(base, key)
+        if isinstance(current, WeightSpec | ActivationSpec) and isinstance(value, Mapping):
+            value = _changed(current, value, f"{where}.{key}")
+        changes[key] = value
+    return replace(base, **changes)
+
+
+PRESETS: Mapping[str, Recipe] = {
+    "int8": Recipe(),
+    "w4a8": Recipe(weight=WeightSpec(bits=4)),
+    "w4a4": Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=4)),
+    "a16w8": Recipe(activation=ActivationSpec(bits=16, symmetric=True)),
+    "amct": Recipe(
+        weight=WeightSpec(quantizer="arq"),
+        activation=ActivationSpec(calibration="minmax"),
+        overrides={"type:Linear": {"weight": {"granularity": "per_tensor"}}},
+    ),
+}
+"""Recipes by name: ``int8`` is what most targets want; ``amct`` is Huawei AMCT's choice."""
+
+
+def preset(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        ValueError: No such preset; the message lists them and the closest one.
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"No recipe named {name!r}; {closest(name, PRESETS)}. Presets: {sorted(PRESETS)}. "
+            "A recipe file ends in .yaml, .yml or .json."
+        )
+    return PRESETS[name]

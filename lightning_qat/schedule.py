@@ -1,0 +1,169 @@
+"""When a run calibrates, quantizes, and freezes what it has found. Pure: no model, no trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Milestone = int | float | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What quantizers and batch norms do during one training batch.
+
+    Args:
+        name: One of ``float``, ``calibrate``, ``quantize``, ``observers_frozen``,
+            ``batchnorm_frozen``: the furthest thing that has happened.
+        observing: Activation ranges follow the data.
+        quantizing: Fake quantization is on (a quantizer without a range stays pass-through).
+        batchnorm_frozen: Batch norm uses its running statistics and leaves them alone.
+    """
+
+    name: Literal["float", "calibrate", "quantize", "observers_frozen", "batchnorm_frozen"]
+    observing: bool
+    quantizing: bool
+    batchnorm_frozen: bool
+
+    @property
+    def index(self) -> int:
+        """0 for ``float`` up to 4 for ``batchnorm_frozen``: the number logged as ``qat/phase``."""
+        names = ("float", "calibrate", "quantize", "observers_frozen", "batchnorm_frozen")
+        return names.index(self.name)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The milestones of a quantization-aware run.
+
+    A milestone is an absolute epoch (or step) when it is an ``int``, a fraction of the run when it
+    is a ``float`` strictly between 0 and 1, and ``None`` for never. Epochs and steps count from 0,
+    and a milestone takes effect at the start of its epoch or step.
+
+    Args:
+        calibration_batches: Training batches, from ``quantize_from`` on, that only observe: ranges
+            settle before the network feels them.
+        quantize_from: First epoch (step) of calibration and fake quantization; before it the
+            network trains in float.
+        freeze_observers: Activation ranges stop following the data.
+        freeze_batchnorm: Batch norm normalises with its running statistics, as the exported file
+            does, and stops updating them.
+        interval: Whether milestones count epochs or optimizer steps.
+
+    Raises:
+        ValueError: A milestone is negative, or a float outside (0, 1). ``1.0`` is refused by name:
+            it reads as "100 %" or as "epoch 1".
+
+    Example:
+        >>> milestones = Schedule(calibration_batches=2, freeze_batchnorm=None).resolve(total=10)
+        >>> [milestones.phase_at(p, batches_seen=b).name for p, b in ((0, 0), (0, 2), (5, 50))]
+        ['calibrate', 'quantize', 'observers_frozen']
+    """
+
+    calibration_batches: int = 8
+    quantize_from: int | float = 0
+    freeze_observers: int | float | None = 0.5
+    freeze_batchnorm: int | float | None = 0.75
+    interval: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if isinstance(self.calibration_batches, bool) or self.calibration_batches < 0:
+            problems.append(
+                f"calibration_batches must be 0 or more; got {self.calibration_batches!r}."
+            )
+        for name in ("quantize_from", "freeze_observers", "freeze_batchnorm"):
+            value: Milestone = getattr(self, name)
+            if value is None and name != "quantize_from":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                problems.append(f"{name} must be a number{_OR_NONE[name]}; got {value!r}.")
+            elif isinstance(value, float) and not 0.0 < value < 1.0:
+                problems.append(
+                    f"{name} must lie strictly between 0 and 1 when it is a fraction; got "
+                    f"{value!r}. Write {int(value) if value.is_integer() else round(value)} "
+                    f"(an int) for that {self.interval}{_NEVER[name]}."
+                )
+            elif value < 0:
+                problems.append(f"{name} must be 0 or more; got {value!r}.")
+        if self.interval not in ("epoch", "step"):
+            problems.append(f"interval must be 'epoch' or 'step'; got {self.interval!r}.")
+        if problems:
+            raise ValueError("Schedule: " + " ".join(problems))
+
+    @property
+    def has_fractions(self) -> bool:
+        """Whether a milestone needs the length of the run."""
+        milestones = (self.quantize_from, self.freeze_observers, self.freeze_batchnorm)
+        return any(isinstance(value, float) for value in milestones)
+
+    def resolve(self, total: float) -> Milestones:
+        """Turn fractions into epochs (steps) of a run.
+
+        Args:
+            total: Epochs (steps) of the run; ``math.inf`` when it has no end.
+
+        Returns:
+            Absolute milestones; a fraction becomes ``ceil(fraction * total)``.
+
+        Raises:
+            ValueError: A fraction is given and the run has no end.
+        """
+        if self.has_fractions and not math.isfinite(total):
+            raise ValueError(
+                f"Schedule: fractions need a run of known length; this run has no last "
+                f"{self.interval}. Give milestones as ints, or set max_epochs or max_steps."
+            )
+
+        def absolute(value: Milestone) -> float:
+            if value is None:
+                return math.inf
+            return math.ceil(value * total) if isinstance(value, float) else value
+
+        return Milestones(
+            self.calibration_batches,
+            absolute(self.quantize_from),
+            absolute(self.freeze_observers),
+            absolute(self.freeze_batchnorm),
+        )
+
+
+_OR_NONE = {"quantize_from": "", "freeze_observers": " or None", "freeze_batchnorm": " or None"}
+_NEVER = {
+    "quantize_from": "",
+    "freeze_observers": ", None for never",
+    "freeze_batchnorm": ", None for never",
+}
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """A schedule with the length of the run known: absolute positions, ``inf`` for never."""
+
+    calibration_batches: int
+    quantize_from: float
+    freeze_observers: float
+    freeze_batchnorm: float
+
+    def phase_at(self, position: int, batches_seen: int) -> Phase:
+        """The phase of the next training batch.
+
+        Args:
+            position: Epoch (step) that the batch belongs to, from 0.
+            batches_seen: Training batches already seen since quantization was due.
+
+        Returns:
+            The phase. Ranges keep following the data until calibration is over, even when
+            ``freeze_observers`` comes earlier: a range that was never observed is of no use.
+        """
+        frozen_batchnorm = position >= self.freeze_batchnorm
+        if position < self.quantize_from:
+            return Phase("float", False, False, frozen_batchnorm)
+        if batches_seen < self.calibration_batches:
+            return Phase("calibrate", True, False, frozen_batchnorm)
+        # One batch is the least that gives a range; without a calibration phase it is that batch.
+        observing = position < self.freeze_observers or batches_seen == 0
+        if frozen_batchnorm:
+            return Phase("batchnorm_frozen", observing, True, True)
+        return Phase("quantize" if observing else "observers_frozen", observing, True, False)

@@ -1,0 +1,122 @@
+"""The floors: who may import whom. This list is also the map of the package."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FLOORS = [
+    {"qparams", "recipe", "schedule", "atomic", "program"},  # 0 vocabulary; files and graphs
+    {"arithmetic", "observers"},  # 1 what quantization is: pure functions
+    {"batchnorm", "nodes"},  # 2 the same for batch norms, and as nodes of a graph
+    {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
+    {"export", "layers", "phases", "input_recorder"},  # 4 exporter protocol; layers; phases
+    {"verify", "prepare", "convert"},  # 5 agreement; model surgery and capture
+    {"delivery", "checkpoint", "callback_checks"},  # 6 what the callback is made of
+    {"callback"},  # 7 the door to Lightning
+]
+OPEN_TO_EXPORTERS = {"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"}
+LIGHTNING_DOOR = {"callback", "callback_checks"}
+LIGHTNING = {"lightning", "pytorch_lightning"}
+FORMATS = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "tinynn", "litert_torch"}
+
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+ROOT = Path(__file__).parents[1]
+FACADE = ROOT / "lightning_qat/__init__.py"
+CORE = sorted(set((ROOT / "lightning_qat").rglob("*.py")) - {FACADE})
+EXPORTERS = sorted((ROOT / "exporters").rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    return file.relative_to(ROOT / "lightning_qat").parts[0].removesuffix(".py")
+
+
+def imports(source: str) -> Iterator[tuple[str, str]]:
+    """Every import, also inside functions, as (package, module of that package or '')."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+        for package, _, rest in (name.partition(".") for name in names):
+            yield package, rest.partition(".")[0]
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a core module, or an exporter (module ``'exporter'``), imports against the rules."""
+    if module == "exporter":
+        allowed, banned = OPEN_TO_EXPORTERS, LIGHTNING
+    else:
+        allowed = {name for name, floor in FLOOR.items() if floor < FLOOR[module]}
+        allowed |= {module} & {"layers"}
+        banned = FORMATS | {"lightning_qat_exporters"}
+        banned |= set() if module in LIGHTNING_DOOR else LIGHTNING
+    return [
+        f"{module} imports {package}.{name}".rstrip(".")
+        for package, name in imports(source)
+        if package in {"", *banned} or (package == "lightning_qat" and name not in allowed)
+    ]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {module_of(file) for file in CORE} == set(FLOOR)
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_module_imports_only_from_floors_below(file: Path) -> None:
+    assert violations(module_of(file), file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("file", EXPORTERS, ids=lambda p: p.name)
+def test_an_exporter_sees_only_the_neutral_description(file: Path) -> None:
+    assert violations("exporter", file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("arithmetic", "from lightning_qat.layers import Conv2dQAT"),
+        ("qparams", "import lightning_qat.prepare"),
+        ("convert", "from lightning_qat import prepare"),
+        ("prepare", "from lightning_qat.convert import convert"),
+        ("quantizers", "from lightning_qat import Recipe"),
+        ("layers", "from . import conv"),
+        ("verify", "def run():\n    import onnxruntime as ort"),
+        ("export", "def load():\n    from lightning_qat_exporters.cann import CannExporter"),
+        ("checkpoint", "import lightning.pytorch as pl"),
+        ("exporter", "from lightning_qat.layers.conv import Conv2dQAT"),
+    ],
+)
+def test_a_wrong_import_is_caught(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("callback", "import lightning.pytorch as pl\nfrom lightning_qat.prepare import prepare"),
+        ("layers", "import torch\nfrom lightning_qat.layers.conv import Conv2dQAT"),
+        ("exporter", "import onnx\nfrom lightning_qat.quantized_model import QuantizedModel"),
+    ],
+)
+def test_a_right_import_is_not_caught(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def formats_loaded_by(statement: str) -> set[str]:
+    """The file format libraries that a fresh interpreter has loaded after ``statement``."""
+    code = f"{statement}\nimport sys\nprint(*{FORMATS} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_no_file_format() -> None:
+    assert formats_loaded_by("import lightning_qat") == set()
+
+
+def test_a_loaded_file_format_is_seen() -> None:
+    assert "onnx" in formats_loaded_by("import onnx")
