@@ -29,9 +29,15 @@ class BatchNormStatistics:
 
     @property
     def factor(self) -> Tensor:
-        """``gamma / sqrt(var + eps)``, float32."""
-        gamma = torch.ones_like(self.mean) if self.gamma is None else self.gamma
-        return gamma / torch.sqrt(self.var + self.eps)
+        """``gamma * (1 / sqrt(var + eps))`` in float32.
+
+        In this order and with every step correctly rounded, so that folded scales equal those of
+        AMCT's files. torch's own float32 square root is off by a bit on some processors, hence the
+        detour through float64.
+        """
+        root = torch.sqrt((self.var + self.eps).double()).float()
+        reciprocal = (1.0 / root.double()).float()
+        return reciprocal if self.gamma is None else self.gamma * reciprocal
 
     def fold_bias(self, bias: Tensor | None) -> Tensor:
         """The bias of the folded layer, ``f * (b - mean) + beta``, float32."""

@@ -28,6 +28,7 @@ from lightning_qat.phases import (
     apply_phase,
     commit_ranges,
     drop_pending,
+    finish,
     release_batchnorms,
     set_observing,
 )
@@ -160,6 +161,12 @@ class QATCallback(Callback):
             except (ValueError, TypeError, ImportError) as error:
                 problems.append(str(error))
         self._loaded = tuple(loaded)
+        names = [exporter.name for exporter in loaded]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            problems.append(
+                f"Two exporters named {name!r} would write the same files. Keep one, and write the "
+                "other after fit: export(QuantizedModel.load('...pt2'), exporter, path_prefix)."
+            )
         if not is_overridden("forward", pl_module, LightningModule):
             problems.append(
                 f"{type(pl_module).__name__} must implement forward(): it is what is exported. "
@@ -328,8 +335,7 @@ class QATCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        release_batchnorms(pl_module)
-        set_observing(activation_quantizers(pl_module).values(), False)
+        finish(pl_module)
         if not self._loaded:
             return
         error: Exception | None = None

@@ -85,6 +85,13 @@ def commit_ranges(model: nn.Module) -> None:
             quantizer.commit(batch)
 
 
+def finish(model: nn.Module) -> None:
+    """Leave a model as its exports will be: quantizing, observing nothing, batch norm let go."""
+    for quantizer in activation_quantizers(model).values():
+        quantizer.observing, quantizer.quantizing = False, True
+    release_batchnorms(model)
+
+
 def release_batchnorms(model: nn.Module) -> None:
     """Let go of every batch norm that a phase held in eval mode; its mode stays as it is."""
     for module in model.modules():

@@ -139,7 +139,7 @@ def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> Pr
         if is_layer(module)
     }
     if check_patterns:
-        recipe.check_patterns(layers)
+        recipe.check_patterns(layers, [kind.__name__ for kind in LAYERS])
     shared = _shared_parameters(names)
     swapped, skipped = [], []
     for module, all_names in names.items():

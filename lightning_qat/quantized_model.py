@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic import replacing
 from lightning_qat.nodes import as_dequantize, as_fake_quantize
-from lightning_qat.program import constant
+from lightning_qat.program import constant, module_path
 from lightning_qat.qparams import QParams
 
 FORMAT_VERSION = 1
@@ -58,6 +58,23 @@ class QuantizedTensor:
                 f"{self.key!r}: one scale per channel of axis {axis} is needed; got "
                 f"{self.qparams.scale.numel()} scales for shape {tuple(self.integers.shape)}."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """One call of a layer with quantized weight, in a converted model.
+
+    Args:
+        name: Dotted module path.
+        input_key: Key of its quantized input.
+        weight_key: Key of its quantized weight.
+        bias: Its float bias with batch norm folded; ``None`` without one.
+    """
+
+    name: str
+    input_key: str
+    weight_key: str
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +123,21 @@ class QuantizedModel:
                 integers = self._constant(weight.integers, key)
                 found[key] = QuantizedTensor(key, "weight", qparams, integers)
         return found
+
+    @cached_property
+    def layers(self) -> tuple[QuantizedLayer, ...]:
+        """Every call of a layer whose input and weight are quantized, in the order of the graph."""
+        found = []
+        for node in self.program.graph.nodes:
+            operands = [arg for arg in node.args[:3] if isinstance(arg, fx.Node)]
+            if node.op != "call_function" or len(operands) < 2:
+                continue
+            source, weight = as_fake_quantize(operands[0]), as_dequantize(operands[1])
+            if source is not None and weight is not None:
+                bias = constant(self.program, operands[2]) if len(operands) > 2 else None
+                path = module_path(node)
+                found.append(QuantizedLayer(path, source.key, weight.key, bias))
+        return tuple(found)
 
     def _constant(self, node: object, key: str) -> Tensor:
         value = constant(self.program, node)

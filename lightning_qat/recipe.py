@@ -196,28 +196,31 @@ class Recipe:
                 return f"kept float by the recipe (overrides: {pattern!r}: None)"
         return "not selected by the recipe's include"
 
-    def check_patterns(self, layers: Mapping[str, str]) -> None:
+    def check_patterns(self, layers: Mapping[str, str], kinds: Iterable[str] = ()) -> None:
         """Refuse patterns that select nothing.
 
         Args:
             layers: Dotted name to float class name of every layer of the model.
+            kinds: Further class names that ``type:`` patterns may name without selecting anything,
+                so that one recipe serves models with and without them.
 
         Raises:
             ValueError: Names every such pattern and the closest layer names.
         """
         problems = []
+        candidates = [*layers.items(), *(("", kind) for kind in kinds)]
         for where, patterns in (
             ("include", self.include),
             ("exclude", self.exclude),
             ("overrides", tuple(self.overrides)),
         ):
             for pattern in patterns:
-                if not any(selects(pattern, name, kind) for name, kind in layers.items()):
-                    known = {f"type:{kind}" for kind in layers.values()}
-                    candidates = known if pattern.startswith("type:") else layers
+                if not any(selects(pattern, name, kind) for name, kind in candidates):
+                    types = {f"type:{kind}" for _, kind in candidates}
+                    known = types if pattern.startswith("type:") else layers
                     problems.append(
                         f"Pattern {pattern!r} in Recipe.{where} matches no layer; "
-                        f"{closest(pattern, candidates)}."
+                        f"{closest(pattern, known)}."
                     )
         if problems:
             raise ValueError("\n".join(problems))

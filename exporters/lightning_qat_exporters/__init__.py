@@ -1,5 +1,6 @@
 """Exporters of lightning-qat: one file per target, found through entry points."""
 
+from lightning_qat_exporters.cann import CannExporter
 from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
 
-__all__ = ["FakeQuantOnnxExporter"]
+__all__ = ["CannExporter", "FakeQuantOnnxExporter"]

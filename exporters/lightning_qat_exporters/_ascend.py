@@ -1,0 +1,835 @@
+"""A QDQ model as Ascend CANN reads it, and as float operators that compute the same numbers.
+
+``to_deploy`` writes AscendQuant, integer layers and AscendDequant; ``to_fake_quant`` the same
+arithmetic in standard float operators. Both are one walk over what ``_quantized_ops`` found, with
+another spelling, and end with ``Downgrade``, which brings the remaining operators to the opset that
+the target's parser takes. Formats and numbers are those of Huawei AMCT, read from files that AMCT
+wrote; nothing here was run on an Ascend device.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from numpy.typing import NDArray
+
+from lightning_qat_exporters._quantized_ops import (
+    Activation,
+    Array,
+    QuantizedLayer,
+    Remark,
+    constant,
+    find_quantized,
+    real_constant,
+    unique,
+)
+
+OPSETS = range(11, 19)
+"""Opsets that CANN's parsers take; 11 is the one that all of them take and AMCT writes."""
+
+_INT32 = np.iinfo(np.int32)
+_CONV_OPS = ("Conv", "ConvTranspose")
+_QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+_VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
+# One protobuf message holds 2 GB; the rest of the file needs a little of it.
+_EXTERNAL_FROM = 2**31 - 2**24
+
+
+class NotExpressible(ValueError):
+    """The model has parts that the asked form cannot hold; all of them are named.
+
+    Attributes:
+        problems: Each part's name, the reason, and what to do.
+    """
+
+    def __init__(self, problems: Sequence[Remark]) -> None:
+        """List every problem in the message."""
+        self.problems = tuple(problems)
+        super().__init__(" ".join(map(str, self.problems)))
+
+
+def to_deploy(model: ir.Model, opset: int = 11) -> ir.Model:
+    """Write a QDQ model with Ascend's operators; the given model stays as it is.
+
+    Args:
+        model: QDQ model, batch norm folded.
+        opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+
+    Returns:
+        A model with AscendQuant, AscendDequant and AscendAntiQuant in the default domain.
+
+    Raises:
+        NotExpressible: A pair, bias or operator cannot be expressed; all are named.
+        ValueError: ``opset`` is outside 11 to 18.
+    """
+    return _written(model, ToDeploy(), opset)
+
+
+def to_fake_quant(model: ir.Model, opset: int = 11) -> ir.Model:
+    """Write a QDQ model as float operators on integer values, in AMCT's form.
+
+    ``Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> layer on integer-valued float
+    weights -> Mul(scale_d * scale_w)``. Exact while an accumulator stays below 2**24.
+
+    Args:
+        model: QDQ model, batch norm folded.
+        opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+
+    Returns:
+        A model of standard operators that any ONNX runtime runs.
+
+    Raises:
+        NotExpressible: A pair, bias or operator cannot be expressed; all are named.
+        ValueError: ``opset`` is outside 11 to 18.
+    """
+    return _written(model, ToFakeQuant(), opset)
+
+
+def integer_bias(layer: QuantizedLayer) -> NDArray[np.int32] | None:
+    """The bias in steps of the accumulator: ``rint(bias / (scale_d * scale_w))``.
+
+    The product is taken in float32, the division in float64, ties go to even: AMCT's biases, to
+    the last integer.
+
+    Raises:
+        NotExpressible: A channel is outside int32; every such channel is named.
+    """
+    if layer.bias is None or layer.add is not None:
+        return None
+    step = layer.product_scale.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.rint(layer.bias.astype(np.float64) / step)
+    fits = (steps >= _INT32.min) & (steps <= _INT32.max)
+    if not fits.all():
+        step = np.broadcast_to(step, steps.shape)
+        raise NotExpressible(
+            [
+                Remark(
+                    layer.name,
+                    f"the bias of channel {channel}, in steps of scale_d * scale_w, must fit "
+                    f"int32; got {steps[channel]:.0f} (bias {layer.bias[channel]:.6g}, step "
+                    f"{step[channel]:.6g})",
+                    "Widen the range of the layer's input or weight, or exclude the layer",
+                )
+                for channel in np.flatnonzero(~fits)
+            ]
+        )
+    return steps.astype(np.int32)
+
+
+def dequant_param(layer: QuantizedLayer) -> NDArray[np.uint64]:
+    """AscendDequant's parameter: the bits of float32 ``scale_d * scale_w`` as uint64.
+
+    CANN's AscendDequant takes the low 32 bits as a float and wants the high 32 bits zero.
+    """
+    return layer.product_scale.view(np.uint32).astype(np.uint64)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write a model; weights of 2 GB or more go to ``<file>.data`` beside it."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    ir.save(model, path, external_data=f"{path.name}.data" if size >= _EXTERNAL_FROM else None)
+
+
+def _written(model: ir.Model, form: _QuantizedForm, opset: int) -> ir.Model:
+    if opset not in OPSETS:
+        raise ValueError(
+            f"The opset must be from {OPSETS[0]} to {OPSETS[-1]}, which is what CANN's parsers "
+            f"take; got {opset!r}. Use 11 unless an operator needs more."
+        )
+    written = model.clone()
+    for step in (
+        common.InlinePass(),
+        common.RemoveInitializersFromInputsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        form,
+        Downgrade(opset),
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+        common.NameFixPass(),
+    ):
+        step(written)
+    return written
+
+
+class _QuantizedForm(ir.passes.InPlacePass):
+    """Replace the Q/DQ pairs and quantized layers of a model; subclasses spell the replacement."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite ``model`` in place."""
+        found = find_quantized(model)
+        problems = list(found.problems)
+        biases: dict[str, NDArray[np.int32] | None] = {}
+        for layer in found.layers:
+            try:
+                biases[layer.name] = integer_bias(layer)
+            except NotExpressible as error:
+                problems += error.problems
+        if problems:
+            raise NotExpressible(problems)
+        graph = _GraphWriter(model.graph)
+        layer_nodes = {layer.node for layer in found.layers}
+        for activation in found.activations:
+            self._activation(graph, activation, layer_nodes)
+        for layer in found.layers:
+            self._layer(graph, layer, biases[layer.name])
+        _fold_real_constants(graph)
+        common.RemoveUnusedNodesPass()(model)
+        graph.register_constants()
+        inside = [n for n in model.graph.all_nodes() if n.op_type in _QDQ_OPS]
+        if False:
+            raise NotExpressible(
+                [
+                    Remark(
+                        n.name or n.op_type,
+                        "a Q/DQ pair must not be inside a subgraph",
+                        "Take it out of the branch or loop",
+                    )
+                    for n in inside
+                ]
+            )
+        return ir.passes.PassResult(model, modified=bool(found.activations or found.layers))
+
+    def _activation(
+        self, graph: _GraphWriter, activation: Activation, layer_nodes: set[ir.Node]
+    ) -> None:
+        read = self.quantize(graph, activation, activation.quantizes[0])
+        real: ir.Value | None = None
+        for node in activation.dequantizes:
+            old = node.outputs[0]
+            for user, index in old.uses():
+                if user in layer_nodes and index == 0:
+                    user.replace_input_with(0, read)
+            if old.uses() or old.is_graph_output():
+                if real is None:
+                    real = self.dequantize(graph, activation, read, node)
+                graph.take_over(old, real, node)
+        for node in activation.quantizes:
+            # A narrowed grid's integers leave the model behind the Clip.
+            last = next((n for n in node.outputs[0].consumers() if n.op_type == "Clip"), node)
+            if last.outputs[0].is_graph_output():
+                integers = self.integers(graph, activation, read, last)
+                graph.take_over(last.outputs[0], integers, last)
+
+    def _layer(
+        self, graph: _GraphWriter, layer: QuantizedLayer, bias: NDArray[np.int32] | None
+    ) -> None:
+        node = layer.node
+        node.name = layer.name
+        attributes = _layer_attributes(layer)
+        node.attributes.clear()
+        node.attributes.update({a.name: a for a in ir.convenience.convert_attributes(attributes)})
+        weight = self.operand(layer.weight)
+        node.replace_input_with(1, graph.constant(f"{layer.name}.weight", weight))
+        if bias is not None:
+            node.replace_input_with(2, graph.constant(f"{layer.name}.bias", self.operand(bias)))
+        if layer.add is not None and layer.bias is not None:
+            real = graph.constant(f"{layer.name}.bias", layer.bias.astype(np.float32))
+            side = 1 if layer.add.inputs[0] is node.outputs[0] else 0
+            layer.add.replace_input_with(side, real)
+        accumulator = node.outputs[0]
+        result = self.scale(graph, layer, accumulator)
+        graph.take_over(accumulator, result, node)
+        accumulator.name = f"{layer.name}_output0"
+
+    @abstractmethod
+    def quantize(self, graph: _GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+        """Write the quantization before ``anchor``; return what layers read."""
+
+    @abstractmethod
+    def dequantize(
+        self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """Write real values for readers that are no layers."""
+
+    @abstractmethod
+    def integers(
+        self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """Return the integers themselves, for a graph output."""
+
+    @abstractmethod
+    def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+        """Write what makes a layer's accumulator real, after the layer."""
+
+    @abstractmethod
+    def operand(self, integers: Array) -> Array:
+        """The type in which a layer's integers are stored."""
+
+
+class ToDeploy(_QuantizedForm):
+    """Ascend's spelling: AscendQuant, layers on integers, AscendDequant, AscendAntiQuant."""
+
+    def quantize(self, graph: _GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+        """AscendQuant; its ``scale`` is the float32 reciprocal, as CANN multiplies by it."""
+        source = activation.source
+        name = activation.name
+        if activation.narrowed:
+            # AscendQuant saturates at its type; a smaller range is a float Clip before it.
+            ends = np.array([activation.low, activation.high]) - activation.offset_d
+            low, high = ends.astype(np.float32) * activation.scale_d
+            bounds = [
+                graph.constant(f"{name}.quant.clip.min_val", low),
+                graph.constant(f"{name}.quant.clip.max_val", high),
+            ]
+            source = graph.insert(anchor, "Clip", [source, *bounds], {}, f"{name}.quant.clip")
+        attributes = {
+            "scale": float(np.float32(1) / activation.scale_d),
+            "offset": float(activation.offset_d),
+            "dst_type": activation.dst_type,
+        }
+        dtype = ir.DataType[activation.dst_type]
+        return graph.insert(
+            anchor, "AscendQuant", [source], attributes, f"{name}.quant", dtype=dtype
+        )
+
+    def dequantize(
+        self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """AscendAntiQuant; its ``scale`` is scale_d itself, CANN's parser negates the offset."""
+        attributes = {"scale": float(activation.scale_d), "offset": float(activation.offset_d)}
+        name = f"{activation.name}.antiquant"
+        return graph.insert(anchor, "AscendAntiQuant", [read], attributes, name)
+
+    def integers(
+        self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """What AscendQuant gives."""
+        return read
+
+    def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+        """AscendDequant to float32 (``dtype`` 0)."""
+        name = f"{layer.name}.dequant"
+        inputs = [accumulator, graph.constant(f"{name}.param", dequant_param(layer))]
+        result = graph.insert(layer.node, "AscendDequant", inputs, {"dtype": 0}, name, after=True)
+        # Not .dtype: a clone shares the type object with the model it was made from.
+        accumulator.type = ir.TensorType(ir.DataType.INT32)
+        return result
+
+    def operand(self, integers: Array) -> Array:
+        """Integers as they are."""
+        return integers
+
+
+class ToFakeQuant(_QuantizedForm):
+    """AMCT's float spelling of the same arithmetic."""
+
+    def quantize(self, graph: _GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+        """``Mul -> Round -> Add -> Clip -> Sub``: integers around zero, as float32."""
+        name = f"{activation.name}.quant.fakequant"
+        numbers = {
+            "scale": np.float32(1) / activation.scale_d,
+            "offset": np.float32(activation.offset_d),
+            "min_val": np.float32(activation.low),
+            "max_val": np.float32(activation.high),
+        }
+        of = {key: graph.constant(f"{name}.{key}", value) for key, value in numbers.items()}
+        value = graph.insert(anchor, "Mul", [activation.source, of["scale"]], {}, f"{name}.mul")
+        value = graph.insert(anchor, "Round", [value], {}, f"{name}.round")
+        value = graph.insert(anchor, "Add", [value, of["offset"]], {}, f"{name}.add")
+        bounds = [of["min_val"], of["max_val"]]
+        value = graph.insert(anchor, "Clip", [value, *bounds], {}, f"{name}.clip")
+        return graph.insert(anchor, "Sub", [value, of["offset"]], {}, f"{name}.sub")
+
+    def dequantize(
+        self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """``Mul(scale_d)``."""
+        name = f"{activation.name}.fakeantiquant"
+        scale = graph.constant(f"{name}.scale", activation.scale_d)
+        return graph.insert(anchor, "Mul", [read, scale], {}, f"{name}.mul")
+
+    def integers(
+        self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """What Clip gives, cast to the integer type."""
+        subtract = read.producer()
+        assert subtract is not None  # quantize wrote it
+        clipped = subtract.inputs[0]
+        assert clipped is not None
+        dtype = ir.DataType[activation.dst_type]
+        attributes = {"to": int(dtype)}
+        name = f"{activation.name}.quant.fakequant.cast"
+        return graph.insert(anchor, "Cast", [clipped], attributes, name, dtype=dtype)
+
+    def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+        """``Mul(scale_d * scale_w)``, the product in float32."""
+        name = f"{layer.name}.fakedequant"
+        trailing = layer.weight.ndim - 2 if layer.node.op_type in _CONV_OPS else 0
+        product = layer.product_scale.reshape(1, -1, *[1] * trailing)
+        inputs = [accumulator, graph.constant(f"{name}.dqscale", product)]
+        return graph.insert(layer.node, "Mul", inputs, {}, f"{name}.mul", after=True)
+
+    def operand(self, integers: Array) -> Array:
+        """Integer-valued float32."""
+        return integers.astype(np.float32)
+
+
+def _layer_attributes(layer: QuantizedLayer) -> dict[str, Any]:
+    """A layer's attributes, all written out as AMCT does."""
+    node = layer.node
+    if node.op_type == "Gemm":
+        return {"alpha": 1.0, "beta": 1.0, "transB": 0}
+    if node.op_type == "MatMul":
+        return {}
+    kernel = list(layer.weight.shape[2:])
+    ones = [1] * len(kernel)
+    old = node.attributes
+    attributes: dict[str, Any] = {
+        "dilations": list(old.get_ints("dilations", ones)),
+        "group": old.get_int("group", 1),
+        "kernel_shape": kernel,
+    }
+    auto_pad = old.get_string("auto_pad", "NOTSET")
+    if auto_pad == "NOTSET":
+        attributes["pads"] = list(old.get_ints("pads", [0] * 2 * len(kernel)))
+    else:
+        attributes["auto_pad"] = auto_pad
+    attributes["strides"] = list(old.get_ints("strides", ones))
+    for name in ("output_padding", "output_shape"):
+        values = list(old.get_ints(name, ()))
+        if any(values):
+            attributes[name] = values
+    return attributes
+
+
+def _fold_real_constants(graph: _GraphWriter) -> None:
+    """Write quantized constants that no integer layer took as real initializers."""
+    for node in graph.graph:
+        if node.op_type == "DequantizeLinear":
+            real = real_constant(node.outputs[0])
+            if real is not None:
+                old = node.outputs[0]
+                name = old.name or "weight"
+                graph.take_over(old, graph.constant(name, real.astype(np.float32)), node)
+
+
+class _GraphWriter:
+    """Inserts named nodes into a graph, and constants once the names they take are free."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._constants: list[ir.Value] = []
+
+    def constant(self, name: str, array: Array | np.generic) -> ir.Value:
+        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
+        self._constants.append(value)
+        return value
+
+    def insert(
+        self,
+        anchor: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        attributes: dict[str, Any],
+        name: str,
+        *,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        after: bool = False,
+    ) -> ir.Value:
+        """Insert a node whose output has its first input's shape and is ``<name>.output0``."""
+        output = ir.Value(name=f"{name}.output0", type=ir.TensorType(dtype), shape=inputs[0].shape)
+        node = ir.node(op_type, inputs, attributes, outputs=[output], name=name)
+        (self.graph.insert_after if after else self.graph.insert_before)(anchor, node)
+        return output
+
+    def take_over(self, old: ir.Value, new: ir.Value, anchor: ir.Node) -> None:
+        """Let ``new`` replace ``old``, also as a graph output, which keeps its name.
+
+        The producer of ``new`` goes on reading ``old``.
+        """
+        if old.is_graph_output() and (new.is_graph_output() or new.producer() is None):
+            new = self.insert(anchor, "Identity", [new], {}, f"{new.name}.copy", dtype=_type(new))
+        if old.is_graph_output():
+            new.name, old.name = old.name, None
+        for user, index in old.uses():
+            if user is not new.producer():
+                user.replace_input_with(index, new)
+        for index, output in enumerate(self.graph.outputs):
+            if output is old:
+                self.graph.outputs[index] = new
+
+    def register_constants(self) -> None:
+        taken = {v.name for v in (*self.graph.inputs, *self.graph.initializers.values()) if v.name}
+        taken |= {v.name for node in self.graph for v in node.outputs if v.name}
+        for value in self._constants:
+            if value.uses():
+                assert value.name is not None
+                value.name = unique(value.name, taken)
+                self.graph.register_initializer(value)
+
+
+def _type(value: ir.Value) -> ir.DataType:
+    return value.dtype or ir.DataType.FLOAT
+
+
+# ----------------------------------------------------------------------------------------------
+# Opset
+
+
+class Downgrade(ir.passes.InPlacePass):
+    """Bring a model to an older opset of the default domain.
+
+    ``onnx.version_converter`` has no way down for most operators that changed (ReduceMean 18 to
+    13, for one). The rule here: where the operator's schema is the same but for types, it stays;
+    an attribute or input that the old schema lacks must be at its default, a default that changed
+    is written out; operators with a known older spelling get it. Integer layers and Ascend's
+    operators are left alone.
+    """
+
+    def __init__(self, opset: int) -> None:
+        """Remember the wanted opset."""
+        super().__init__()
+        self.opset = opset
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite ``model`` in place.
+
+        Raises:
+            NotExpressible: Nodes have no form at the opset; each is named with the lowest
+                opset that has one.
+        """
+        source = model.graph.opset_imports.get("", self.opset)
+        target = min(self.opset, source)
+        model.ir_version = onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", target]
+        for node in model.graph.all_nodes():
+            node.version = None
+        if target < source:
+            problems = _lowered(model.clone(), source, target)
+            if problems:
+                raise NotExpressible(_with_lowest_opset(model, source, target, problems))
+            _lowered(model, source, target)
+            model.graph.opset_imports[""] = target
+        common.RemoveUnusedOpsetsPass()(model)
+        return ir.passes.PassResult(model, modified=target < source)
+
+
+def _lowered(model: ir.Model, source: int, target: int) -> dict[int, Remark]:
+    """Lower every node of ``model``; return what is impossible, by the node's position."""
+    problems = {}
+    for position, node in enumerate(tuple(model.graph.all_nodes())):
+        before = [v.producer() for v in node.inputs[:1] if v is not None]
+        if node.domain or node.op_type.startswith("Ascend"):
+            continue
+        if any(n is not None and n.op_type == "AscendQuant" for n in before):
+            continue
+        try:
+            for op_types, since, adapt in _ADAPTERS:
+                if node.op_type in op_types and target < since:
+                    adapt(node, target)
+            if node.graph is not None:
+                _require_same_meaning(node, source, target)
+        except _Impossible as error:
+            problems[position] = Remark(node.name or node.op_type, f"{node.op_type} {error}")
+    return problems
+
+
+def _with_lowest_opset(
+    model: ir.Model, source: int, target: int, problems: dict[int, Remark]
+) -> list[Remark]:
+    lowest: dict[int, int] = {}
+    for opset in range(target + 1, source + 1):
+        still = _lowered(model.clone(), source, opset) if opset < source else {}
+        for position in problems.keys() - still.keys():
+            lowest.setdefault(position, opset)
+    return [
+        Remark(
+            remark.name,
+            f"{remark.reason}; opset {target} cannot express it, the lowest opset that can is "
+            f"{lowest[position]}",
+            f"Ask for opset {lowest[position]}, or use another operator"
+            if lowest[position] in OPSETS
+            else "Use another operator",
+        )
+        for position, remark in problems.items()
+    ]
+
+
+class _Impossible(Exception):
+    """A node has no form at the wanted opset; the text says what stands in the way."""
+
+
+def _require_same_meaning(node: ir.Node, source: int, target: int) -> None:
+    """Check one node against the older schema; write out defaults that differ."""
+    try:
+        new = onnx.defs.get_schema(node.op_type, target)
+    except onnx.defs.SchemaError:
+        raise _Impossible("does not exist yet") from None
+    old = onnx.defs.get_schema(node.op_type, source)
+    if new.since_version == old.since_version:
+        return
+    for name in list(node.attributes):
+        if name not in new.attributes:
+            if node.attributes[name].value != _default(old, name):
+                raise _Impossible(f"has no attribute {name!r} yet")
+            del node.attributes[name]
+    for name in old.attributes:
+        default = _default(old, name)
+        unsaid = name in new.attributes and name not in node.attributes and default is not None
+        if unsaid and default != _default(new, name):
+            node.attributes[name] = ir.convenience.convert_attribute(name, default)
+    variadic = new.inputs and new.inputs[-1].option == _VARIADIC
+    for index, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        if index >= len(new.inputs) and not variadic:
+            raise _Impossible(f"has no input {old.inputs[index].name!r} yet")
+        formal = new.inputs[min(index, len(new.inputs) - 1)]
+        if value.dtype is not None and _type_name(value.dtype) not in formal.types:
+            raise _Impossible(f"does not take {value.dtype.name} for its input {formal.name!r} yet")
+
+
+def _default(schema: onnx.defs.OpSchema, name: str) -> Any:
+    proto = schema.attributes[name].default_value
+    if proto is None or not proto.name:
+        return None
+    value = onnx.helper.get_attribute_value(proto)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _type_name(dtype: ir.DataType) -> str:
+    return f"tensor({dtype.name.lower()})"
+
+
+def _axes_to_attribute(node: ir.Node, target: int) -> None:
+    """Reduce*, Squeeze, Unsqueeze: the input ``axes`` was an attribute."""
+    if node.attributes.get_int("noop_with_empty_axes", 0) and len(node.inputs) < 2:
+        raise _Impossible("has no attribute 'noop_with_empty_axes' yet")
+    node.attributes.pop("noop_with_empty_axes", None)
+    _input_to_attribute(node, "axes")
+
+
+def _input_to_attribute(node: ir.Node, name: str) -> None:
+    if len(node.inputs) > 1:
+        if node.inputs[1] is not None:
+            numbers = constant(node.inputs[1])
+            if numbers is None:
+                raise _Impossible(f"takes {name!r} as a computed input")
+            values = [int(n) for n in numbers.reshape(-1)]
+            node.attributes[name] = ir.AttrInt64s(name, values)
+        node.resize_inputs(1)
+
+
+def _split(node: ir.Node, target: int) -> None:
+    """Split: a number of parts was sizes of parts, an attribute before opset 13.
+
+    ``num_outputs`` parts have ``ceil(size / num_outputs)`` elements, the last one the rest.
+    """
+    parts = node.attributes.get_int("num_outputs", 0)
+    if parts:
+        shape = _shape(node)
+        size = None if shape is None else shape[node.attributes.get_int("axis", 0)]
+        if not isinstance(size, int):
+            raise _Impossible(f"needs the size of the dimension to split it into {parts}")
+        most = -(-size // parts)
+        sizes = [most] * (parts - 1) + [size - most * (parts - 1)]
+        del node.attributes["num_outputs"]
+        node.resize_inputs(2)
+        node.replace_input_with(1, _Expansion(node).constant("split", np.array(sizes, np.int64)))
+    if target < 13:
+        _input_to_attribute(node, "split")
+
+
+def _softmax(node: ir.Node, target: int) -> None:
+    """Softmax, LogSoftmax, Hardmax: all axes from ``axis`` on were one; only the last is alike."""
+    shape = _shape(node)
+    axis = node.attributes.get_int("axis", -1)
+    if axis == -1 or (shape is not None and axis == len(shape) - 1):
+        node.attributes["axis"] = ir.AttrInt64("axis", axis)
+        return
+    if shape is None:
+        raise _Impossible(f"needs the rank of its input to work along axis {axis}")
+    perm = list(range(len(shape)))
+    perm[axis], perm[-1] = perm[-1], perm[axis]
+    write = _Expansion(node)
+    value = write("Transpose", node.inputs[0], perm=perm)
+    write.finish("Transpose", write(node.op_type, value, axis=-1), perm=perm)
+
+
+def _resize(node: ir.Node, target: int) -> None:
+    """Resize: ``roi`` and ``scales`` had to be there, empty where unused."""
+    empty = _Expansion(node).constant("empty", np.zeros(0, np.float32))
+    node.resize_inputs(max(len(node.inputs), 3))
+    for index in (1, 2):
+        if node.inputs[index] is None:
+            node.replace_input_with(index, empty)
+
+
+def _reshape(node: ir.Node, target: int) -> None:
+    """Reshape: a 0 means "as it was"; a computed shape has one only for empty tensors."""
+    shape = constant(node.inputs[1])
+    if node.attributes.get_int("allowzero", 0) and shape is not None and 0 in shape:
+        raise _Impossible("makes a dimension of 0 (allowzero = 1)")
+    node.attributes.pop("allowzero", None)
+
+
+def _shape_slice(node: ir.Node, target: int) -> None:
+    """Shape: a part of a shape is Shape and Slice."""
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+    node.attributes.pop("start", None)
+    node.attributes.pop("end", None)
+    if start or end is not None:
+        write = _Expansion(node)
+        last = np.iinfo(np.int64).max if end is None else end
+        first_value = write.constant("start", np.array([start], np.int64))
+        last_value = write.constant("end", np.array([last], np.int64))
+        whole = write("Shape", node.inputs[0], dtype=ir.DataType.INT64)
+        write.finish("Slice", whole, first_value, last_value)
+
+
+def _pad(node: ir.Node, target: int) -> None:
+    """Pad: amounts for some axes are amounts for all axes."""
+    if len(node.inputs) < 4 or node.inputs[3] is None:
+        return
+    amounts, axes, shape = constant(node.inputs[1]), constant(node.inputs[3]), _shape(node)
+    if amounts is None or axes is None or shape is None:
+        raise _Impossible("pads axes that are not all known")
+    full = np.zeros((2, len(shape)), np.int64)
+    full[:, axes] = amounts.reshape(2, -1)
+    node.replace_input_with(1, _Expansion(node).constant("pads", full.reshape(-1)))
+    node.resize_inputs(3)
+
+
+def _roi_align(node: ir.Node, target: int) -> None:
+    """RoiAlign: coordinates were shifted by half a pixel."""
+    mode = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if mode != "output_half_pixel":
+        raise _Impossible(f"has no coordinate_transformation_mode {mode!r} yet")
+    node.attributes.pop("coordinate_transformation_mode")
+
+
+def _layer_normalization(node: ir.Node, target: int) -> None:
+    """LayerNormalization: ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
+    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+        raise _Impossible("gives its mean and deviation, too")
+    shape, axis = _shape(node), node.attributes.get_int("axis", -1)
+    if axis >= 0 and shape is None:
+        raise _Impossible(f"needs the rank of its input to work from axis {axis} on")
+    axes = list(range(axis - len(shape) if shape is not None and axis >= 0 else axis, 0))
+    write = _Expansion(node)
+    x, weight, *rest = node.inputs
+    epsilon = write.constant("epsilon", np.float32(node.attributes.get_float("epsilon", 1e-5)))
+    centred = write("Sub", x, write("ReduceMean", x, axes=axes, keepdims=1))
+    square = write("Mul", centred, centred)
+    variance = write("ReduceMean", square, axes=axes, keepdims=1)
+    deviation = write("Sqrt", write("Add", variance, epsilon))
+    normal = write("Div", centred, deviation)
+    if rest and rest[0] is not None:
+        write.finish("Add", write("Mul", normal, weight), rest[0])
+    else:
+        write.finish("Mul", normal, weight)
+
+
+def _hard_swish(node: ir.Node, target: int) -> None:
+    """HardSwish: ``x * max(0, min(1, x / 6 + 0.5))``."""
+    write, x = _Expansion(node), node.inputs[0]
+    write.finish("Mul", x, write("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+
+
+def _gelu(node: ir.Node, target: int) -> None:
+    """Gelu: ``x * (erf(x / sqrt(2)) + 1) / 2``, or its approximation by tanh."""
+    write, x = _Expansion(node), node.inputs[0]
+    one = write.constant("one", np.float32(1))
+    if node.attributes.get_string("approximate", "none") == "tanh":
+        cubic = write.constant("cubic", np.float32(0.044715))
+        slope = write.constant("slope", np.float32(np.sqrt(2 / np.pi)))
+        cube = write("Mul", write("Mul", write("Mul", x, x), x), cubic)
+        inner = write("Tanh", write("Mul", write("Add", x, cube), slope))
+    else:
+        inner = write("Erf", write("Mul", x, write.constant("slope", np.float32(np.sqrt(0.5)))))
+    scaled = write("Mul", x, write.constant("half", np.float32(0.5)))
+    write.finish("Mul", scaled, write("Add", inner, one))
+
+
+def _not_strict(node: ir.Node, target: int) -> None:
+    """GreaterOrEqual, LessOrEqual: the strict comparison, or equal."""
+    write, boolean = _Expansion(node), ir.DataType.BOOL
+    strict = write(node.op_type.removesuffix("OrEqual"), *node.inputs, dtype=boolean)
+    write.finish("Or", strict, write("Equal", *node.inputs, dtype=boolean))
+
+
+_ADAPTERS: Sequence[tuple[Iterable[str], int, Callable[[ir.Node, int], None]]] = (
+    (
+        (
+            *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
+            *("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSumSquare"),
+        ),
+        18,
+        _axes_to_attribute,
+    ),
+    (("ReduceSum", "Squeeze", "Unsqueeze"), 13, _axes_to_attribute),
+    (("Split",), 18, _split),
+    (("Softmax", "LogSoftmax", "Hardmax"), 13, _softmax),
+    (("Resize",), 13, _resize),
+    (("Reshape",), 14, _reshape),
+    (("Shape",), 15, _shape_slice),
+    (("Pad",), 18, _pad),
+    (("RoiAlign",), 16, _roi_align),
+    (("LayerNormalization",), 17, _layer_normalization),
+    (("HardSwish",), 14, _hard_swish),
+    (("Gelu",), 20, _gelu),
+    (("GreaterOrEqual", "LessOrEqual"), 12, _not_strict),
+)
+"""Operators, the opset from which on they need no change, and how they change below it."""
+
+
+def _shape(node: ir.Node) -> Sequence[Any] | None:
+    value = node.inputs[0]
+    return None if value is None or value.shape is None else tuple(value.shape)
+
+
+class _Expansion:
+    """Writes the nodes that replace one node, named after it."""
+
+    def __init__(self, node: ir.Node) -> None:
+        assert node.graph is not None
+        self._node, self._graph, self._count = node, node.graph, 0
+        self._name = node.name or node.outputs[0].name or node.op_type
+
+    def __call__(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        dtype: ir.DataType | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Insert a node before the replaced one; its type is the replaced input's unless given."""
+        self._count += 1
+        name = f"{self._name}.{self._count}"
+        first = self._node.inputs[0]
+        kind = dtype if dtype is not None or first is None else first.dtype
+        output = ir.Value(name=f"{name}.output0", type=ir.TensorType(kind) if kind else None)
+        node = ir.node(op_type, inputs, attributes, outputs=[output], name=name)
+        self._graph.insert_before(self._node, node)
+        return output
+
+    def constant(self, key: str, array: Array | np.generic) -> ir.Value:
+        """A small initializer of the node's graph."""
+        assert isinstance(self._graph, ir.Graph)  # functions are inlined before
+        taken = {name for name in self._graph.initializers if name}
+        name = unique(f"{self._name}.{key}", taken)
+        tensor = ir.Tensor(np.asarray(array), name=name)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def finish(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> None:
+        """Insert the last node; it takes the replaced node's output, name and place."""
+        old = self._node.outputs[0]
+        output = ir.Value(name=old.name, type=old.type, shape=old.shape)
+        node = ir.node(op_type, inputs, attributes, outputs=[output], name=self._name)
+        self._graph.insert_before(self._node, node)
+        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+        self._graph.remove(self._node, safe=True)

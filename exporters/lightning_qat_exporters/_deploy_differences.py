@@ -1,0 +1,83 @@
+"""Read the numbers of a deploy model back and compare them with the converted model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from lightning_qat.arithmetic import quantize_bias
+from lightning_qat.export import Array
+from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
+from onnx import numpy_helper
+
+
+def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
+    """Every number of a deploy file that is not the converted model's, in words.
+
+    Expected are ``float32(1) / scale`` and the zero point in AscendQuant, the integers of the
+    weight (transposed for Gemm and MatMul), the bits of ``float32(scale_in * scale_w)`` in the
+    dequant parameter, and ``round(bias / (scale_in * scale_w))`` in the bias.
+
+    Args:
+        model: What the file was made of.
+        path: The deploy model.
+    """
+    proto = onnx.load(path)
+    arrays = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    read_by = {node.input[0]: node for node in proto.graph.node if node.op_type == "AscendDequant"}
+    nodes = {node.name: node for node in proto.graph.node}
+    found: list[str] = []
+    seen: dict[str, int] = {}
+    for layer in model.layers:
+        repeated = seen.setdefault(layer.name, 0)
+        seen[layer.name] += 1
+        name = f"{layer.name}_{repeated}" if repeated else layer.name
+        node = nodes.get(name)
+        quant = made_by.get(node.input[0]) if node is not None else None
+        dequant = read_by.get(node.output[0]) if node is not None else None
+        if node is None or quant is None or dequant is None or quant.op_type != "AscendQuant":
+            found.append(f"{name}: the file has no quantized layer of that name")
+            continue
+        found += _layer_differences(model, layer, name, node, quant, arrays, dequant.input[1])
+    return tuple(found)
+
+
+def _layer_differences(
+    model: QuantizedModel,
+    layer: QuantizedLayer,
+    name: str,
+    node: onnx.NodeProto,
+    quant: onnx.NodeProto,
+    arrays: dict[str, Array],
+    param: str,
+) -> list[str]:
+    source, weight = model.tensors[layer.input_key], model.tensors[layer.weight_key]
+    scale, offset = source.qparams.scale, source.qparams.zero_point
+    integers = weight.integers
+    assert integers is not None
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in quant.attribute}
+    transposed = node.op_type in ("Gemm", "MatMul")
+    product = (scale * weight.qparams.scale).numpy().reshape(-1)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "AscendQuant scale": (np.float32(attributes["scale"]), np.float32(1) / scale.numpy()),
+        "AscendQuant offset": (attributes["offset"], offset.numpy()),
+        "weight": (arrays[node.input[1]], integers.T.numpy() if transposed else integers.numpy()),
+        "dequant parameter": (arrays[param], product.view(np.uint32).astype(np.uint64)),
+    }
+    if layer.bias is not None and len(node.input) > 2:
+        bias = quantize_bias(layer.bias, scale, weight.qparams.scale)
+        pairs["bias"] = (arrays[node.input[2]], bias.numpy())
+    return [
+        f"{name}: {what} must be {_shown(expected)}; the file has {_shown(stored)}"
+        for what, (stored, expected) in pairs.items()
+        if not np.array_equal(stored, expected)
+    ]
+
+
+def _shown(values: Any) -> str:
+    flat = np.asarray(values).reshape(-1)
+    shown = ", ".join(str(v) for v in flat[:4])
+    return f"[{shown}, ...] ({flat.size} values)" if flat.size > 4 else shown
