@@ -9,12 +9,15 @@ scikit-learn's digits (8x8 grey images), a small CNN with batch norm and depthwi
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
+import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -66,7 +69,7 @@ class DigitsNet(L.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate)
         steps = int(self.trainer.estimated_stepping_batches)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -94,7 +97,9 @@ def run(seed: int, out: Path, epochs: int, qat_epochs: int) -> dict[str, float]:
     net.eval()
     with torch.no_grad():
         scores = {"float, torch": accuracy(net(data.test_x), data.test_y)}
-    torch.onnx.export(net, (data.test_x[:2],), out / "float.onnx", dynamo=True, verbose=False)
+    with warnings.catch_warnings():  # torch's use of its own deprecated LeafSpec
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.onnx.export(net, (data.test_x[:2],), out / "float.onnx", verbose=False)
 
     net.train()
     net.learning_rate = 1e-3
@@ -124,6 +129,7 @@ def run(seed: int, out: Path, epochs: int, qat_epochs: int) -> dict[str, float]:
 
 
 def main(seeds: int = 1, out: Path = Path("qat_export"), epochs: int = 40, qat: int = 10) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # remarks on torchvision's absence
     out.mkdir(parents=True, exist_ok=True)
     runs = [run(seed, out, epochs, qat) for seed in range(seeds)]
     print(f"\nAccuracy on {len(Digits().test_y)} test images, {seeds} run(s):")
@@ -135,7 +141,7 @@ def main(seeds: int = 1, out: Path = Path("qat_export"), epochs: int = 40, qat: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=1, help="how many runs (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("qat_export"), help="folder for the files")
     parser.add_argument("--epochs", type=int, default=40, help="float epochs (default: 40)")

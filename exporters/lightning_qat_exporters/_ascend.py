@@ -184,7 +184,7 @@ class _QuantizedForm(ir.passes.InPlacePass):
         common.RemoveUnusedNodesPass()(model)
         graph.register_constants()
         inside = [n for n in model.graph.all_nodes() if n.op_type in _QDQ_OPS]
-        if False:
+        if inside:
             raise NotExpressible(
                 [
                     Remark(
@@ -482,9 +482,9 @@ class Downgrade(ir.passes.InPlacePass):
 
     ``onnx.version_converter`` has no way down for most operators that changed (ReduceMean 18 to
     13, for one). The rule here: where the operator's schema is the same but for types, it stays;
-    an attribute or input that the old schema lacks must be at its default, a default that changed
-    is written out; operators with a known older spelling get it. Integer layers and Ascend's
-    operators are left alone.
+    an attribute or input that the old schema lacks must be at its default; operators with a known
+    older spelling get it, all else is refused. Integer layers and Ascend's operators are left
+    alone.
     """
 
     def __init__(self, opset: int) -> None:
@@ -560,7 +560,7 @@ class _Impossible(Exception):
 
 
 def _require_same_meaning(node: ir.Node, source: int, target: int) -> None:
-    """Check one node against the older schema; write out defaults that differ."""
+    """Check one node against the older schema; drop attributes that say the default."""
     try:
         new = onnx.defs.get_schema(node.op_type, target)
     except onnx.defs.SchemaError:
@@ -574,10 +574,9 @@ def _require_same_meaning(node: ir.Node, source: int, target: int) -> None:
                 raise _Impossible(f"has no attribute {name!r} yet")
             del node.attributes[name]
     for name in old.attributes:
-        default = _default(old, name)
-        unsaid = name in new.attributes and name not in node.attributes and default is not None
-        if unsaid and default != _default(new, name):
-            node.attributes[name] = ir.convenience.convert_attribute(name, default)
+        unsaid = name in new.attributes and name not in node.attributes
+        if unsaid and _default(old, name) != _default(new, name):
+            raise _Impossible(f"has another default for {name!r}")
     variadic = new.inputs and new.inputs[-1].option == _VARIADIC
     for index, value in enumerate(node.inputs):
         if value is None:
@@ -708,6 +707,13 @@ def _roi_align(node: ir.Node, target: int) -> None:
     node.attributes.pop("coordinate_transformation_mode")
 
 
+def _grid_sample(node: ir.Node, target: int) -> None:
+    """GridSample: the modes had the names of their two-dimensional forms."""
+    mode = node.attributes.get_string("mode", "linear")
+    older = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    node.attributes["mode"] = ir.AttrString("mode", older)
+
+
 def _layer_normalization(node: ir.Node, target: int) -> None:
     """LayerNormalization: ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
@@ -775,6 +781,7 @@ _ADAPTERS: Sequence[tuple[Iterable[str], int, Callable[[ir.Node, int], None]]] =
     (("Shape",), 15, _shape_slice),
     (("Pad",), 18, _pad),
     (("RoiAlign",), 16, _roi_align),
+    (("GridSample",), 20, _grid_sample),
     (("LayerNormalization",), 17, _layer_normalization),
     (("HardSwish",), 14, _hard_swish),
     (("Gelu",), 20, _gelu),

@@ -542,7 +542,7 @@ def float_net(opset: int = 18) -> tuple[Qdq, str]:
     """Every operator with another spelling at opset 11."""
     net = Qdq([2, 4, 3, 6], opset)
     axes = net.constant([2, 3], np.int64)
-    y = net.node("Add", "x", net.node("ReduceMean", "x", axes, keepdims=1))
+    y = net.node("Add", "x", net.node("ReduceMean", "x", axes, noop_with_empty_axes=1))
     y = net.node("Mul", y, net.node("ReduceSum", y, net.constant([1], np.int64), keepdims=1))
     y = net.node("Squeeze", net.node("Unsqueeze", y, net.constant([0], np.int64)))
     y = net.node("Softmax", y, axis=1)
@@ -618,6 +618,27 @@ def test_an_opset_that_the_parser_does_not_take_is_no_remedy() -> None:
     y = net.node("AveragePool", "x", name="thin", kernel_shape=[2, 2], dilations=[2, 2])
     with pytest.raises(NotExpressible, match=r"lowest opset that can is 19\. Use another operator"):
         to_deploy(net.model(y))
+
+
+def test_a_default_that_changed_is_not_taken_for_the_old_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Qdq([2, 3, 4])
+    qdq = net.model(net.node("Softmax", "x", name="soft"))
+    monkeypatch.setattr("lightning_qat_exporters._ascend._ADAPTERS", ())
+    with pytest.raises(NotExpressible, match="'soft': Softmax has another default for 'axis'"):
+        to_deploy(qdq)
+
+
+def test_grid_samples_get_their_older_modes() -> None:
+    net = Qdq([1, 1, 3, 3], opset=20)
+    grid = net.constant(np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 2)), np.float32)
+    ys = [net.node("GridSample", "x", grid), net.node("GridSample", "x", grid, mode="cubic")]
+    qdq = net.model(*ys)
+    x = np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3)
+    older = to_fake_quant(qdq, 16)
+    for expected, actual in zip(run_float(qdq, x), run_float(older, x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_new_attribute_away_from_its_default_is_refused() -> None:
