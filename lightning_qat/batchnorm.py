@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qat.arithmetic import along_axis
+from lightning_qat.arithmetic import MIN_SCALE, along_axis
 from lightning_qat.qparams import Grid, QParams
 
 
@@ -68,8 +68,10 @@ class BatchNormStatistics:
             Integers and parameters of the folded weight, and how many integers saturated.
         """
         factor = self.factor
-        # A channel switched off by gamma == 0 keeps a usable scale and loses its integers.
-        off = factor == 0
+        scale = qparams.scale * factor.abs()
+        # A channel switched off by gamma (zero, or too small for a normal float32 scale) keeps a
+        # usable scale and loses its integers.
+        off = scale < MIN_SCALE
         sign = torch.where(off, torch.zeros_like(factor), factor.sign())
         # torch.sign of an int8 product would overflow on -128: widen first.
         signed = integers.to(torch.int32) * along_axis(sign, integers.dim(), axis).to(torch.int32)
@@ -80,6 +82,6 @@ class BatchNormStatistics:
             limit = 127 if grid.dtype is torch.int8 else 32767
             saturated = int((signed > limit).sum())
             grid = Grid(grid.qmin, min(-grid.qmin, limit))
-        scale = qparams.scale * torch.where(off, torch.ones_like(factor), factor.abs())
+        scale = torch.where(off, qparams.scale, scale)
         folded = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), grid, axis)
         return signed.clamp(max=grid.qmax).to(grid.dtype), folded, saturated

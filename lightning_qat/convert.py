@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.fold import fold_batchnorms
 from lightning_qat.layers import QATLayer
-from lightning_qat.program import drop_unused_constants
+from lightning_qat.program import settle
 from lightning_qat.quantized_model import Inputs, QuantizedModel, as_call
 from lightning_qat.quantizers import (
     ActivationQuantizer,
@@ -66,7 +66,7 @@ def convert(
             "quantizer='minmax' folds exactly.",
             stacklevel=2,
         )
-    drop_unused_constants(program)
+    settle(program)
     return QuantizedModel(
         program,
         _input_names(program),
@@ -124,19 +124,25 @@ def finalized_copy(model: nn.Module) -> nn.Module:
 
 
 def _detached_copy(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(_without_compile(model))
-    for name, module in list(twin.named_modules()):
-        inner = _without_compile(module)
-        if name and inner is not module:
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, inner)
-    return twin.cpu().eval().requires_grad_(False)
+    # Hooks such as weight_norm's leave tensors with a graph on a module; deepcopy refuses those.
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    return _without_compile(copy.deepcopy(model, memo)).cpu().eval().requires_grad_(False)
 
 
 def _without_compile(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` wrapped."""
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else inner
+    """What ``torch.compile`` wrapped, at every level, in place."""
+    while (inner := module._modules.get("_orig_mod")) is not None:
+        module = inner
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _without_compile(child)
+    return module
 
 
 def _finalize(model: nn.Module) -> nn.Module:
@@ -148,7 +154,6 @@ def _finalize(model: nn.Module) -> nn.Module:
             key = f"{name}.weight" if name else "weight"
             qparams = layer.weight_quantizer.qparams(layer.weight)
             layer.weight_quantizer = FinalWeight.from_weight(layer.weight, qparams, key)
-        layer.register_parameter("weight", None)
     return model.eval()
 
 
@@ -201,7 +206,9 @@ def _export(
 ) -> ExportedProgram:
     # torch.export wants the dynamic shapes by argument, as the call has them.
     shapes = dynamic and (dynamic[1] or dynamic[0])
-    with _running_module(model) as running, torch.no_grad():
+    with _running_module(model) as running, torch.no_grad(), warnings.catch_warnings():
+        # What a hook computes and puts on its module (weight_norm) is read in the same forward.
+        warnings.filterwarnings("ignore", "The tensor attribute .* was assigned during export")
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -264,13 +271,17 @@ def _output_names(program: ExportedProgram) -> tuple[str, ...]:
     out_spec: Any = program.call_spec.out_spec
     values: Any = program.graph.output_node().args[0]
     slots = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
-    names: list[str] = []
+    # Runtimes tell inputs and outputs apart by name.
+    taken, names = set(_input_names(program)), []
     for path, slot in pytree.tree_flatten_with_path(slots)[0]:
         if not isinstance(values[slot], torch.fx.Node):
             continue
         parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
         name = "_".join(parts) or "output"
-        name = f"output_{name}" if name[0].isdigit() else name
-        repeated = sum(other == name or other.startswith(f"{name}__") for other in names)
-        names.append(f"{name}__{repeated}" if repeated else name)
+        if name[0].isdigit() or name in taken:
+            name = f"output_{name}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
     return tuple(names)

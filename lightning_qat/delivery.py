@@ -61,7 +61,17 @@ def deliver(
 
     Returns:
         One entry per exporter, in their order.
+
+    Raises:
+        ValueError: Two exporters have the same name, so they would write the same files.
     """
+    names = [exporter.name for exporter in exporters]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(
+            f"Each target may be asked for once, else its files overwrite each other; got "
+            f"{repeated} more than once. Write the other one to another path with export(...)."
+        )
     results = tuple(_deliver(model, e, folder / name, check, inputs) for e in exporters)
     manifest = {
         "versions": _versions(),

@@ -21,8 +21,18 @@ _LAYERS = {
     _ATEN.conv1d.default: 0,
     _ATEN.conv2d.default: 0,
     _ATEN.conv3d.default: 0,
+    _ATEN.conv1d.padding: 0,
+    _ATEN.conv2d.padding: 0,
+    _ATEN.conv3d.padding: 0,
     _ATEN.linear.default: 0,
 }
+
+_DROPOUTS = (
+    _ATEN.dropout.default,
+    _ATEN.feature_dropout.default,
+    _ATEN.alpha_dropout.default,
+    _ATEN.feature_alpha_dropout.default,
+)
 
 
 def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
@@ -43,7 +53,8 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
     calls = [as_dequantize(node) for node in program.graph.nodes]
     uses = Counter(call.key for call in calls if call is not None)
     for node in list(program.graph.nodes):
-        if node.target is _ATEN.dropout.default:
+        # A forward may keep dropout on in eval mode (Monte-Carlo dropout): that one stays.
+        if node.target in _DROPOUTS and node.args[2] is False:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
     for node in list(program.graph.nodes):

@@ -27,7 +27,11 @@ def batch_range(x: Tensor) -> Tensor:
         tensor([1., 3.])
     """
     low, high = torch.aminmax(x.detach())
-    return torch.stack((-low, high)).to(torch.float32).nan_to_num(nan=torch.inf)
+    return (
+        torch.stack((-low, high))
+        .to(torch.float32)
+        .nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    )
 
 
 def moving_average(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:

@@ -145,13 +145,13 @@ def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> Pr
     for module, all_names in names.items():
         if not is_layer(module):
             continue
-        name, kind = all_names[0], float_class_name(module)
-        reason = _why_skipped(module) or recipe.why_float(name, kind) or shared.get(module)
-        spec = recipe.for_layer(name, kind)
+        name, kind, aliases = all_names[0], float_class_name(module), tuple(all_names[1:])
+        reason = _why_skipped(module) or recipe.why_float(name, kind, aliases) or shared.get(module)
+        spec = recipe.for_layer(name, kind, aliases)
         if reason is not None or spec is None:
             skipped.append(SkippedLayer(name, kind, reason or "not selected by the recipe"))
         else:
-            swapped.append(SwappedLayer(name, kind, spec, tuple(all_names[1:])))
+            swapped.append(SwappedLayer(name, kind, spec, aliases))
     _refuse_other_dtypes(model, swapped)
     return PrepareReport(tuple(swapped), tuple(skipped))
 
@@ -161,6 +161,11 @@ def swap(model: nn.Module, report: PrepareReport) -> None:
     for layer in report.swapped:
         module = model.get_submodule(layer.name)
         LAYERS[type(module)].swap(module, layer.spec)
+    for module in model.modules():
+        # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
+        # kernel and call none of them; this attribute is what that kernel asks for.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -234,18 +239,16 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     """
     specs: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict.items():
-        layer, _, rest = key.rpartition(".input_quantizer._extra_state")
-        if layer and not rest:
-            specs[layer]["activation"] = value
-        layer, _, rest = key.rpartition(".weight_quantizer._extra_state")
-        if layer and not rest:
-            specs[layer]["weight"] = value
+        layer, _, name = key.removesuffix("._extra_state").rpartition(".")
+        role = {"input_quantizer": "activation", "weight_quantizer": "weight"}.get(name)
+        if role is not None and key.endswith("._extra_state"):
+            specs[layer][role] = value
     if not specs:
         raise ValueError(
             "The state_dict holds no quantizers: it is of a float model. Load it into the float "
             "model, then call prepare."
         )
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
     unknown = [name for name in specs if type(layers.get(name)) not in LAYERS]
     if unknown:
         raise ValueError(

@@ -6,6 +6,8 @@ it; these functions keep the graph, its signature and the values in step.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
@@ -64,9 +66,13 @@ def add_constant(program: ExportedProgram, name: str, value: Tensor) -> fx.Node:
     return node
 
 
-def drop_unused_constants(program: ExportedProgram) -> None:
-    """Remove dead nodes, and constants that no node reads any more, from a program in place."""
+def settle(program: ExportedProgram) -> None:
+    """After changes to the graph: remove what is dead, bring the signature in step, in place."""
     program.graph.eliminate_dead_code()
+    outputs: Any = program.graph.output_node().args[0]
+    for output, value in zip(program.graph_signature.output_specs, outputs, strict=True):
+        if isinstance(value, fx.Node):
+            output.arg = TensorArgument(value.name)
     unused = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and not node.users:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,7 +163,8 @@ class QuantizedModel:
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensor inputs of a call by name, as a runtime wants them."""
-        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        order = {name: kwargs[name] for name in self.example_inputs[1] if name in kwargs}
+        leaves = pytree.tree_leaves((args, {**order, **kwargs}))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return dict(zip(self.input_names, tensors, strict=True))
 
@@ -194,9 +196,12 @@ class QuantizedModel:
             raise FileNotFoundError(f"There is no converted model at {str(path)!r}.")
         extra = {_EXTRA_FILE: ""}
         try:
+            with zipfile.ZipFile(path) as archive:
+                if not any(name.endswith(_EXTRA_FILE) for name in archive.namelist()):
+                    raise ValueError(f"it holds no {_EXTRA_FILE}")
             program = torch.export.load(path, extra_files=extra)
             facts = json.loads(extra[_EXTRA_FILE])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{str(path)!r} is not a model that QuantizedModel.save wrote: {error}"
             ) from error

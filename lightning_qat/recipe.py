@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,19 @@ _Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _clip(clip: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in clip)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
+        raise ValueError(
+            "ActivationSpec.clip must be (low, high) with low <= 0 <= high and low < high, both "
+            f"finite, so that real zero is on the grid; got {clip!r}."
+        )
+    return low, high
 
 
 def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
@@ -99,17 +113,12 @@ class ActivationSpec:
                 "ActivationSpec: fixed_min pins the lower end at 0, which a symmetric range "
                 "cannot have; drop one of the two."
             )
+        if self.fixed_min is not None and not isinstance(self.fixed_min, bool):
+            raise ValueError(
+                f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}."
+            )
         if self.clip is not None:
-            object.__setattr__(self, "clip", tuple(self.clip))
-            if (
-                len(self.clip) != 2
-                or not self.clip[0] <= 0 <= self.clip[1]
-                or (self.clip[0] == self.clip[1])
-            ):
-                raise ValueError(
-                    "ActivationSpec.clip must be (low, high) with low <= 0 <= high and low < high, "
-                    f"so that real zero is on the grid; got {self.clip!r}."
-                )
+            object.__setattr__(self, "clip", _clip(self.clip))
 
 
 @dataclass(frozen=True)
@@ -161,38 +170,48 @@ class Recipe:
                     f"Write {name}=[{patterns!r}]."
                 )
             object.__setattr__(self, name, tuple(patterns))
+        for name, kind in (("weight", WeightSpec), ("activation", ActivationSpec)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"Recipe.{name} must be {_article(kind)}; got {getattr(self, name)!r}."
+                )
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
         for pattern, change in self.overrides.items():
             self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
 
-    def for_layer(self, name: str, kind: str) -> LayerSpec | None:
+    def for_layer(self, name: str, kind: str, aliases: tuple[str, ...] = ()) -> LayerSpec | None:
         """The specs of one layer, ``None`` when it stays float.
 
         Args:
             name: Dotted module name.
             kind: Name of the float class, such as ``Conv2d``.
+            aliases: Further names of the same module; a pattern may match any of them.
         """
-        if self.include and not any(selects(p, name, kind) for p in self.include):
+        names = (name, *aliases)
+        if self.include and not any(_selects_any(p, names, kind) for p in self.include):
             return None
-        if any(selects(p, name, kind) for p in self.exclude):
+        if any(_selects_any(p, names, kind) for p in self.exclude):
             return None
         spec: LayerSpec | None = LayerSpec(self.weight, self.activation)
         # Stable: types first, then names, each in the order given.
         for pattern in sorted(self.overrides, key=lambda p: not p.startswith("type:")):
-            if selects(pattern, name, kind):
+            if _selects_any(pattern, names, kind):
                 change = self.overrides[pattern]
                 base = spec or LayerSpec(self.weight, self.activation)
                 spec = None if change is None else self._overridden(base, pattern, change)
         return spec
 
-    def why_float(self, name: str, kind: str) -> str | None:
+    def why_float(self, name: str, kind: str, aliases: tuple[str, ...] = ()) -> str | None:
         """The reason why a layer stays float, ``None`` when it is quantized."""
-        if self.for_layer(name, kind) is not None:
+        names = (name, *aliases)
+        if self.for_layer(name, kind, aliases) is not None:
             return None
         for pattern in self.exclude:
-            if selects(pattern, name, kind):
+            if _selects_any(pattern, names, kind):
                 return f"excluded by the recipe (exclude: {pattern!r})"
         for pattern, change in self.overrides.items():
-            if change is None and selects(pattern, name, kind):
+            if change is None and _selects_any(pattern, names, kind):
                 return f"kept float by the recipe (overrides: {pattern!r}: None)"
         return "not selected by the recipe's include"
 
@@ -287,6 +306,10 @@ def selects(pattern: str, name: str, kind: str) -> bool:
     return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
 
 
+def _selects_any(pattern: str, names: tuple[str, ...], kind: str) -> bool:
+    return any(selects(pattern, name, kind) for name in names)
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """``closest names: 'a', 'b'``, or the known names when none is close."""
     known = sorted(known)
@@ -295,6 +318,10 @@ def closest(word: str, known: Iterable[str]) -> str:
         return "closest names: " + ", ".join(repr(n) for n in near)
     shown = ", ".join(repr(n) for n in known[:5]) + (", ..." if len(known) > 5 else "")
     return f"known names: {shown or 'none'}"
+
+
+def _article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
 def _refuse_unknown(values: object, known: Iterable[str], where: str) -> None:
@@ -311,7 +338,9 @@ def _changed(base: _Spec, values: Mapping[str, Any], where: str) -> _Spec:
     changes: dict[str, Any] = {}
     for key, value in values.items():
         current = getattr(base, key)
-        if isinstance(current, WeightSpec | ActivationSpec) and isinstance(value, Mapping):
+        if isinstance(current, WeightSpec | ActivationSpec) and not isinstance(
+            value, type(current)
+        ):
             value = _changed(current, value, f"{where}.{key}")
         changes[key] = value
     return replace(base, **changes)

@@ -69,10 +69,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         problems = []
-        if isinstance(self.calibration_batches, bool) or self.calibration_batches < 0:
-            problems.append(
-                f"calibration_batches must be 0 or more; got {self.calibration_batches!r}."
-            )
+        batches = self.calibration_batches
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
+            problems.append(f"calibration_batches must be 0 or more; got {batches!r}.")
         for name in ("quantize_from", "freeze_observers", "freeze_batchnorm"):
             value: Milestone = getattr(self, name)
             if value is None and name != "quantize_from":
@@ -80,10 +79,10 @@ class Schedule:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 problems.append(f"{name} must be a number{_OR_NONE[name]}; got {value!r}.")
             elif isinstance(value, float) and not 0.0 < value < 1.0:
+                whole = max(round(value), 0) if math.isfinite(value) else 0
                 problems.append(
                     f"{name} must lie strictly between 0 and 1 when it is a fraction; got "
-                    f"{value!r}. Write {int(value) if value.is_integer() else round(value)} "
-                    f"(an int) for that {self.interval}{_NEVER[name]}."
+                    f"{value!r}. Write {whole} (an int) for that {self.interval}{_NEVER[name]}."
                 )
             elif value < 0:
                 problems.append(f"{name} must be 0 or more; got {value!r}.")

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
+
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
-from onnx import numpy_helper
 
 
 def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:

@@ -12,8 +12,14 @@ EXTERNAL_DATA_BYTES = 1_900_000_000
 """Protobuf refuses 2 GiB; names and attributes need some room."""
 
 
-def save_onnx(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_DATA_BYTES) -> None:
-    """Write a model to ``path``; weights go to ``<path>.data`` when they are too many."""
+def save_onnx(
+    model: ir.Model, path: Path, *, external_above: int = EXTERNAL_DATA_BYTES
+) -> tuple[Path, ...]:
+    """Write a model to ``path``; weights go to ``<path>.data`` when they are too many.
+
+    Returns:
+        The files: the model, and its weights where they are apart.
+    """
     size = sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
@@ -22,3 +28,4 @@ def save_onnx(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_DAT
     with replacing(path) as temporary:
         external = f"{path.name}.data" if size > external_above else None
         ir.save(model, temporary, external_data=external)
+    return (path,) if external is None else (path, path.with_name(external))

@@ -9,9 +9,17 @@ import onnx_ir as ir
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    """The initializer of that name, made from ``array`` when the graph has none yet."""
-    if name in graph.initializers:
-        return graph.initializers[name]
+    """An initializer with the values of ``array``, of that name or ``name_1`` and so on.
+
+    One of that name that holds the same values is used again.
+    """
+    wanted, count = name, 0
+    while name in graph.initializers:
+        stored = array_of(graph.initializers[name])
+        if stored is not None and stored.dtype == array.dtype and np.array_equal(stored, array):
+            return graph.initializers[name]
+        count += 1
+        name = f"{wanted}_{count}"
     tensor = ir.tensor(np.array(array, order="C"), name=name)
     value = ir.Value(
         name=name,

@@ -29,6 +29,9 @@ ActivationType = Literal["int8", "uint8"]
 KEY = "lightning_qat.key"
 """Metadata of a node: the key of the quantized tensor that it belongs to."""
 
+FULL_GRIDS = ((-128, 127), (-32768, 32767))
+"""Grids that are all of their type, so that QuantizeLinear's own saturation is theirs."""
+
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -161,7 +164,7 @@ def _give_constants(
         node.attributes.pop("axis", None)
         if node.op_type == "QuantizeLinear":
             node.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(dtype))
-            if (grid.qmin, grid.qmax) not in ((-128, 127), (-32768, 32767)):
+            if (grid.qmin, grid.qmax) not in FULL_GRIDS:
                 _clip(graph, node, key, dtype, grid.qmin + shift, grid.qmax + shift)
 
 

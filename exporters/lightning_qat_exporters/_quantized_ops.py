@@ -7,7 +7,7 @@ the numbers are and changes nothing; how a target spells them is left to the tar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,6 +133,19 @@ class Remark:
 
     def __str__(self) -> str:
         return f"{self.name!r}: {self.reason}." + (f" {self.remedy}." if self.remedy else "")
+
+
+class NotExpressible(ValueError):
+    """The model has parts that the asked form cannot hold; all of them are named.
+
+    Attributes:
+        problems: Each part's name, the reason, and what to do.
+    """
+
+    def __init__(self, problems: Sequence[Remark]) -> None:
+        """List every problem in the message."""
+        self.problems = tuple(problems)
+        super().__init__(" ".join(map(str, self.problems)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
 from lightning_qat.atomic import replacing
 from lightning_qat.export import Array, Artifact, Unsupported, UnsupportedByTarget
 from lightning_qat.quantized_model import QuantizedModel
-
-from lightning_qat_exporters._ascend import NotExpressible, to_deploy, to_fake_quant
+from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._deploy_differences import deploy_differences
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._qdq import build_qdq
-from lightning_qat_exporters._quantized_ops import find_quantized
+from lightning_qat_exporters._quantized_ops import NotExpressible, find_quantized
 from lightning_qat_exporters._record import format_record, layer_records
 from lightning_qat_exporters._runtime import run_onnx
 
@@ -87,8 +87,9 @@ class CannExporter:
                 ("record", "_record.txt"),
             )
         }
-        save_onnx(deploy, files["model"])
-        save_onnx(simulation, files["fake_quant"])
+        for role, onnx_model in (("model", deploy), ("fake_quant", simulation)):
+            _, *weights = save_onnx(onnx_model, files[role])
+            files.update({f"{role}_weights": path for path in weights})
         with replacing(files["record"]) as temporary:
             temporary.write_text(format_record(layer_records(found.layers)), encoding="utf-8")
         return Artifact(self.name, files, tuple(map(str, found.left_float)))

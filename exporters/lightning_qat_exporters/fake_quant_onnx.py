@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from onnx import numpy_helper
 
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.export import Array, Artifact
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._initializers import array_of, initializer
-from lightning_qat_exporters._qdq import KEY, ActivationType, build_qdq, layer_of
+from lightning_qat_exporters._qdq import FULL_GRIDS, KEY, ActivationType, build_qdq, layer_of
 from lightning_qat_exporters._runtime import run_onnx
 
 _RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
@@ -78,8 +78,8 @@ class FakeQuantOnnxExporter:
         if self.quantize_bias:
             _quantize_biases(onnx_model.graph)
         path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
-        save_onnx(onnx_model, path)
-        return Artifact(self.name, {"model": path})
+        files = save_onnx(onnx_model, path)
+        return Artifact(self.name, dict(zip(("model", "weights"), files, strict=False)))
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -91,54 +91,71 @@ class FakeQuantOnnxExporter:
         """Compare every number in the file with the model's: scales, zero points, integers."""
         proto = onnx.load(artifact.files["model"])
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
-        quantize, dequantize = _nodes_by_key(proto)
+        nodes: dict[str, list[onnx.NodeProto]] = {}
+        for node in proto.graph.node:
+            for prop in node.metadata_props:
+                if prop.key == KEY:
+                    nodes.setdefault(prop.value, []).append(node)
         found: list[str] = []
         for key, tensor in model.tensors.items():
-            nodes = dequantize.get(key, [])
-            if not nodes:
+            of_key = nodes.get(key, [])
+            if not any(node.op_type == "DequantizeLinear" for node in of_key):
                 found.append(f"{key}: the file has no DequantizeLinear for it")
-            for node in (*quantize.get(key, []), *nodes):
-                found += _compare(key, "scale", stored[node.input[1]], tensor.qparams.scale)
-            if tensor.integers is not None:
-                for node in nodes:
-                    integers = stored[node.input[0]]
-                    if node.input[0].endswith("_transposed"):
-                        integers = integers.T
-                    found += _compare(key, "integers", integers, tensor.integers)
                 continue
-            if len(quantize.get(key, [])) != len(nodes):
-                found.append(f"{key}: QuantizeLinear and DequantizeLinear must come in pairs")
-            for node in (*quantize.get(key, []), *nodes):
-                origin = stored[node.input[2]]
-                shift = 128 if origin.dtype == np.uint8 else 0
-                found += _compare(
-                    key, "zero point", origin.astype(np.int32) - shift, tensor.qparams.zero_point
-                )
+            differ = _weight_differences if tensor.kind == "weight" else _activation_differences
+            found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
         return tuple(dict.fromkeys(found))
 
 
-def _nodes_by_key(
-    proto: onnx.ModelProto,
-) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, list[onnx.NodeProto]]]:
-    quantize: dict[str, list[onnx.NodeProto]] = {}
-    dequantize: dict[str, list[onnx.NodeProto]] = {}
-    for node in proto.graph.node:
-        key = next((p.value for p in node.metadata_props if p.key == KEY), None)
-        if key is not None and node.op_type == "QuantizeLinear":
-            quantize.setdefault(key, []).append(node)
-        elif key is not None and node.op_type == "DequantizeLinear":
-            dequantize.setdefault(key, []).append(node)
-    return quantize, dequantize
+def _weight_differences(
+    tensor: QuantizedTensor, nodes: list[onnx.NodeProto], stored: Mapping[str, Array]
+) -> Iterator[str]:
+    for node in nodes:
+        integers, axis = stored[node.input[0]], tensor.qparams.axis
+        if node.input[0].endswith("_transposed"):
+            integers, axis = integers.T, None if axis is None else 1 - axis
+        yield from _compare("scale", stored[node.input[1]], tensor.qparams.scale)
+        yield from _compare("integers", integers, tensor.integers)
+        if axis is not None and _axis(node) != axis:
+            yield f"the channel axis must be {axis}; the file has {_axis(node)}"
 
 
-def _compare(key: str, what: str, stored: Array, expected: Any) -> list[str]:
+def _activation_differences(
+    tensor: QuantizedTensor, nodes: list[onnx.NodeProto], stored: Mapping[str, Array]
+) -> Iterator[str]:
+    grid = tensor.qparams.grid
+    pairs = [n for n in nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    shift = 0
+    for node in pairs:
+        origin = stored[node.input[2]]
+        shift = 128 if origin.dtype == np.uint8 else 0
+        yield from _compare("scale", stored[node.input[1]], tensor.qparams.scale)
+        yield from _compare(
+            "zero point", origin.astype(np.int32) - shift, tensor.qparams.zero_point
+        )
+    if sum(n.op_type == "QuantizeLinear" for n in pairs) * 2 != len(pairs):
+        yield "QuantizeLinear and DequantizeLinear must come in pairs"
+    clips = [n for n in nodes if n.op_type == "Clip"]
+    full = (grid.qmin, grid.qmax) in FULL_GRIDS
+    if not full and len(clips) * 2 != len(pairs):
+        yield f"a Clip to {grid.qmin} .. {grid.qmax} must stand between Q and DQ"
+    for clip in clips:
+        bounds = tuple(int(stored[name]) - shift for name in clip.input[1:])
+        if bounds != (grid.qmin, grid.qmax):
+            yield f"the grid must be {grid.qmin} .. {grid.qmax}; the file clips to {bounds}"
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((a.i for a in node.attribute if a.name == "axis"), 1)
+
+
+def _compare(what: str, stored: Array, expected: Any) -> Iterator[str]:
     wanted = expected.numpy()
-    if stored.shape == wanted.shape and np.array_equal(stored, wanted):
-        return []
     if stored.shape != wanted.shape:
-        return [f"{key}: {what} has shape {stored.shape}, the model {wanted.shape}"]
-    count = int(np.sum(stored != wanted))
-    return [f"{key}: {count} of {wanted.size} values of {what} differ from the model's"]
+        yield f"{what} has shape {stored.shape}, the model {wanted.shape}"
+    elif not np.array_equal(stored, wanted):
+        count = int(np.sum(stored != wanted))
+        yield f"{count} of {wanted.size} values of {what} differ from the model's"
 
 
 def _quantize_biases(graph: ir.Graph) -> None:

@@ -14,14 +14,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_qat_exporters._ascend import (
-    NotExpressible,
-    save_model,
-    to_deploy,
-    to_fake_quant,
-)
+from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
 from lightning_qat_exporters._ascend_executor import AscendExecutor
-from lightning_qat_exporters._quantized_ops import find_quantized
+from lightning_qat_exporters._files import save_onnx
+from lightning_qat_exporters._quantized_ops import NotExpressible, find_quantized
 from lightning_qat_exporters._record import format_record, layer_records, parse_record
 from tests.exporters.amct_goldens import (
     CASES,
@@ -625,7 +621,7 @@ def test_a_default_that_changed_is_not_taken_for_the_old_one(
 ) -> None:
     net = Qdq([2, 3, 4])
     qdq = net.model(net.node("Softmax", "x", name="soft"))
-    monkeypatch.setattr("lightning_qat_exporters._ascend._ADAPTERS", ())
+    monkeypatch.setattr("lightning_qat_exporters._downgrade._ADAPTERS", ())
     with pytest.raises(NotExpressible, match="'soft': Softmax has another default for 'axis'"):
         to_deploy(qdq)
 
@@ -663,15 +659,12 @@ def test_the_ir_version_goes_with_the_opset(opset: int, ir_version: int) -> None
 # Files
 
 
-def test_large_models_keep_their_weights_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_models_keep_their_weights_beside_them(tmp_path: Path) -> None:
     net = Qdq([1, 40])
     y = net.node("MatMul", net.fake("x", 1.0), net.weight(np.ones((40, 40)), 1.0), name="fc")
     model = to_deploy(net.model(y))
-    save_model(model, tmp_path / "small.onnx")
-    monkeypatch.setattr("lightning_qat_exporters._ascend._EXTERNAL_FROM", 1000)
-    save_model(model, tmp_path / "large.onnx")
+    save_onnx(model, tmp_path / "small.onnx")
+    save_onnx(model, tmp_path / "large.onnx", external_above=1000)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("large.onnx", "large.onnx.data", "small.onnx"),
     ]

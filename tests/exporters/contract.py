@@ -1,0 +1,140 @@
+"""What every exporter must do. A test class per exporter inherits these tests."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_qat.convert import convert
+from lightning_qat.export import Artifact, Exporter, Readable, export, load_exporter
+from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.verify import verify
+from tests.models import NETWORKS, inputs_for, trained
+
+KINDS = [*NETWORKS]
+
+
+@functools.cache
+def converted(network: str, recipe: str = "int8", samples: int = 4) -> QuantizedModel:
+    """A converted network, the same one for every test: exporters leave it as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = inputs_for(network, samples)
+        return convert(trained(NETWORKS[network][0](), x, recipe), x)
+
+
+def numbers(model: QuantizedModel) -> dict[str, Tensor]:
+    """Every constant of a model, copied."""
+    values = {**model.program.state_dict, **model.program.constants}
+    return {name: value.clone() for name, value in values.items()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class ExporterContract:
+    """Inherit, and say which exporter, how far apart its runtimes may be, and how to break a write.
+
+    Attributes:
+        name: Of the entry point.
+        make: The exporter.
+        most_steps: Largest allowed difference of the most literal runtime, in output steps.
+    """
+
+    name: str
+    make: Callable[[], Exporter]
+    most_steps = 1.0
+
+    def break_write(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make the last write of a file fail half way."""
+        raise NotImplementedError
+
+    def names_in(self, artifact: Artifact) -> set[str]:
+        """The names of compute nodes in the main file."""
+        raise NotImplementedError
+
+    def exporter(self) -> Exporter:
+        return type(self).make()
+
+    def test_it_is_found_by_its_name(self) -> None:
+        assert type(load_exporter(self.name)) is type(self.exporter())
+        assert self.exporter().name == self.name
+
+    def test_what_it_needs_is_here(self) -> None:
+        self.exporter().check_available()
+
+    @pytest.mark.parametrize("network", KINDS)
+    def test_numbers_read_back_are_the_model_s_and_so_are_the_outputs(
+        self, network: str, tmp_path: Path
+    ) -> None:
+        exporter, model = self.exporter(), converted(network)
+        assert isinstance(exporter, Readable)
+        artifact = export(model, exporter, tmp_path / "net")
+        agreement = verify(model, artifact, inputs_for(network, 16), exporter)
+        assert agreement.parameter_differences == ()
+        # Float operations in another order can flip one rounding, which is one step.
+        assert agreement.max_steps <= self.most_steps
+
+    def test_the_files_are_where_it_was_told_and_are_the_ones_it_names(
+        self, tmp_path: Path
+    ) -> None:
+        artifact = export(converted("linear"), self.exporter(), tmp_path / "deep" / "er" / "net")
+        assert artifact.target == self.name
+        found = set((tmp_path / "deep" / "er").iterdir())
+        assert found == set(artifact.files.values())
+        assert all(path.name.startswith("net") for path in found)
+
+    def test_the_model_is_untouched(self, tmp_path: Path) -> None:
+        model, x = converted("conv_bn_relu"), inputs_for("conv_bn_relu")
+        before, output, code = numbers(model), model(x), model.program.graph_module.code
+        export(model, self.exporter(), tmp_path / "net")
+        after = numbers(model)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert model.program.graph_module.code == code
+        assert torch.equal(model(x), output)
+
+    def test_the_same_model_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        model = converted("residual_add")
+        for folder in ("one", "two"):
+            export(model, self.exporter(), tmp_path / folder / "net")
+        assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+    def test_a_saved_and_loaded_model_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        model = converted("residual_add")
+        export(model, self.exporter(), tmp_path / "one" / "net")
+        model.save(tmp_path / "model.pt2")
+        loaded = QuantizedModel.load(tmp_path / "model.pt2")
+        export(loaded, self.exporter(), tmp_path / "two" / "net")
+        assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+    def test_a_write_that_fails_leaves_the_old_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        export(converted("linear"), self.exporter(), tmp_path / "net")
+        before = digests(tmp_path)
+        self.break_write(monkeypatch)
+        with pytest.raises(OSError, match="disk full"):
+            export(converted("linear", "w4a8"), self.exporter(), tmp_path / "net")
+        assert digests(tmp_path) == before
+
+    def test_a_new_file_takes_the_old_one_s_place(self, tmp_path: Path) -> None:
+        exporter = self.exporter()
+        export(converted("linear"), exporter, tmp_path / "net")
+        model = converted("linear", "w4a8")
+        artifact = export(model, exporter, tmp_path / "net")
+        assert isinstance(exporter, Readable)
+        assert exporter.differences(model, artifact) == ()
+
+    def test_compute_nodes_have_the_names_of_their_layers(self, tmp_path: Path) -> None:
+        artifact = export(converted("residual_add"), self.exporter(), tmp_path / "net")
+        assert {"conv1", "conv2", "head"} <= self.names_in(artifact)

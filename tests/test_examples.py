@@ -1,0 +1,70 @@
+"""The examples and the README's code run as they stand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from examples import digits
+from lightning_qat import ActivationSpec, Recipe, Schedule, WeightSpec
+from tests.models import TinyModule, random_loader
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
+def test_the_digits_example_delivers_both_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits.main(seeds=1, out=tmp_path, epochs=2, qat=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"manifest.json", "digitsnet_qdq.onnx", "digitsnet_deploy_model.onnx"} <= names
+    printed = capsys.readouterr().out
+    assert printed.count("numbers equal to the bit; 899 samples") == 2
+    scores = re.findall(r"^  (.+?) +(\d+\.\d+) %$", printed, flags=re.MULTILINE)
+    assert len(scores) == 6
+    # Two epochs learn something: every runtime is far above chance, and above none by luck.
+    assert min(float(score) for _, score in scores) > 30
+
+
+def test_the_first_code_block_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = BLOCKS[0].replace("max_epochs=10,", "max_epochs=2, accelerator='cpu', logger=False,")
+    assert block != BLOCKS[0]
+    exec(block, {"module": TinyModule(), "datamodule": random_loader()})
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_the_code_blocks_without_lightning_and_with_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, alone = BLOCKS[1], BLOCKS[2]
+    scope: dict[str, Any] = {}
+    exec(recipe.replace("Recipe(\n", "recipe = Recipe(\n"), scope)
+    assert scope["recipe"] == Recipe(
+        weight=WeightSpec(),
+        activation=ActivationSpec(),
+        exclude=("stem",),
+        overrides={
+            "head": {"weight": {"bits": 4}},
+            "type:Linear": {"activation": {"symmetric": True}},
+        },
+    )
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(8, 4)
+    loop = alone.replace("...  # your own loop", "model(example_inputs).sum().backward()  # loop")
+    assert loop != alone
+    exec(loop, {"model": model, "example_inputs": x, "test_batch": x})
+    assert (tmp_path / "out" / "net_deploy_model.onnx").is_file()
+
+
+def test_the_schedule_in_the_readme_is_the_default() -> None:
+    (written,) = re.findall(r"`(Schedule\(calibration_batches=.*?\))`", README)
+    assert eval(written, {"Schedule": Schedule}) == Schedule()

@@ -1,0 +1,477 @@
+"""Surgery on a model: what changed, that nothing else did, and what was left with which reason."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
+
+from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
+from lightning_qat.prepare import (
+    PrepareReport,
+    is_layer,
+    plan,
+    prepare,
+    prepare_like,
+    quantizers,
+)
+from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
+from tests.models import NETWORKS, Nested, ResidualAdd, conv_bn_relu, inputs_for, linear, trained
+
+
+class Aliased(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(F.relu(self.first(x))))
+
+
+def types(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def skip_reason(model: nn.Module, name: str, recipe: Any = "int8") -> str:
+    reasons = {s.name: s.reason for s in prepare(model, recipe).skipped}
+    return reasons[name]
+
+
+# What changes
+
+
+def test_layers_become_qat_layers_and_every_other_module_stays() -> None:
+    model = ResidualAdd()
+    before, objects = types(model), dict(model.named_modules())
+    report = prepare(model)
+    assert [layer.name for layer in report.swapped] == ["conv1", "conv2", "head"]
+    assert [layer.kind for layer in report.swapped] == ["Conv2d", "Conv2d", "Linear"]
+    assert report.skipped == ()
+    after = types(model)
+    changed = {"conv1": Conv2dQAT, "conv2": Conv2dQAT, "head": LinearQAT}
+    added = {
+        f"{layer}.{name}": kind
+        for layer in changed
+        for name, kind in (
+            ("input_quantizer", ActivationQuantizer),
+            ("weight_quantizer", WeightQuantizer),
+        )
+    }
+    assert after == {**before, **changed, **added}
+    now = dict(model.named_modules())
+    assert all(now[name] is module for name, module in objects.items())
+
+
+def test_parameters_buffers_and_their_names_stay() -> None:
+    model = conv_bn_relu()
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare(model)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(value is parameters[name] for name, value in model.named_parameters())
+    assert all(dict(model.named_buffers())[name] is value for name, value in buffers.items())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays_and_reaches_the_quantizers(training: bool) -> None:
+    model = conv_bn_relu().train(training)
+    prepare(model)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_before_any_batch_the_activations_pass_through() -> None:
+    model, x = linear().eval(), inputs_for("linear")
+    prepare(model)
+    layers = [model[0], model[2]]
+    quantized = [layer.weight_quantizer(layer.weight) for layer in layers]
+    expected = F.linear(
+        F.relu(F.linear(x, quantized[0], layers[0].bias)), quantized[1], layers[1].bias
+    )
+    assert torch.equal(model(x), expected)
+
+
+def test_hooks_go_on_firing() -> None:
+    model = linear()
+    calls: list[str] = []
+    model[0].register_forward_pre_hook(lambda *_: calls.append("pre"))
+    model[0].register_forward_hook(lambda *_: calls.append("post"))
+    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+    prepare(model)
+    model(inputs_for("linear").requires_grad_()).sum().backward()
+    assert calls == ["pre", "post", "backward"]
+
+
+def test_an_optimizer_made_before_goes_on_training() -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(inputs_for("linear")).sum().backward()
+    optimizer.step()
+    prepare(model)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer.zero_grad()
+    model(inputs_for("linear")).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert len(list(model.parameters())) == len(optimizer.param_groups[0]["params"])
+
+
+def test_an_alias_stays_an_alias_and_is_reported_once() -> None:
+    model = Aliased()
+    report = prepare(model)
+    assert model.again is model.first
+    assert type(model.again) is LinearQAT
+    assert [(s.name, s.aliases) for s in report.swapped] == [("first", ("again",)), ("head", ())]
+    assert "(also again)" in str(report)
+
+
+@pytest.mark.parametrize("name", ["first", "again"])
+def test_a_pattern_may_name_any_alias(name: str) -> None:
+    model = Aliased()
+    report = prepare(model, Recipe(exclude=(name,)))
+    assert [layer.name for layer in report.swapped] == ["head"]
+    assert type(model.first) is nn.Linear
+    model = Aliased()
+    report = prepare(model, Recipe(include=(name,), overrides={name: {"weight": {"bits": 4}}}))
+    assert [(s.name, s.spec.weight.bits) for s in report.swapped] == [("first", 4)]
+
+
+def test_the_root_itself_can_be_the_layer() -> None:
+    model = nn.Linear(3, 2)
+    report = prepare(model)
+    assert type(model) is LinearQAT
+    assert [layer.name for layer in report.swapped] == [""]
+
+
+def test_every_layer_gets_the_specs_of_the_recipe() -> None:
+    model = ResidualAdd()
+    prepare(
+        model,
+        {
+            "weight": {"bits": 4},
+            "overrides": {"type:Linear": {"activation": {"bits": 6}}, "conv2": None},
+        },
+    )
+    assert type(model.conv2) is nn.Conv2d
+    assert model.conv1.weight_quantizer.spec == WeightSpec(bits=4)
+    assert model.conv1.input_quantizer.spec == ActivationSpec()
+    assert model.head.input_quantizer.spec == ActivationSpec(bits=6)
+
+
+def test_prepare_again_leaves_qat_layers_alone_and_may_add_others() -> None:
+    model = linear()
+    first = prepare(model, Recipe(include=("0",)))
+    quantizer = model[0].input_quantizer
+    second = prepare(model, "w4a8")
+    assert model[0].input_quantizer is quantizer
+    assert model[0].weight_quantizer.spec.bits == 8
+    assert [(s.name, s.reason) for s in second.skipped] == [("0", "already quantized")]
+    assert [s.name for s in second.swapped] == ["2"]
+    both = second.after(first)
+    assert [s.name for s in both.swapped] == ["0", "2"]
+    assert both.skipped == ()
+
+
+def test_prepare_of_an_entirely_quantized_model_is_no_error() -> None:
+    model = linear()
+    prepare(model)
+    assert prepare(model).swapped == ()
+
+
+def test_a_float_checkpoint_loads_into_the_prepared_model_and_its_weights_back() -> None:
+    source, model = conv_bn_relu(), conv_bn_relu()
+    prepare(model)
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model[0].weight, source[0].weight)
+    fresh = conv_bn_relu()
+    result = fresh.load_state_dict(model.state_dict(), strict=False)
+    assert result.missing_keys == []
+    assert all("_quantizer." in key for key in result.unexpected_keys)
+
+
+def test_a_prepared_model_can_be_copied_and_loaded() -> None:
+    model = trained(linear(), inputs_for("linear"))
+    x = inputs_for("linear")
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    other = linear()
+    prepare(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(x), model(x))
+
+
+def test_plan_changes_nothing() -> None:
+    model = ResidualAdd()
+    before = types(model)
+    assert len(plan(model, Recipe()).swapped) == 3
+    assert types(model) == before
+
+
+def test_quantizers_are_named_by_layer() -> None:
+    model = linear()
+    prepare(model)
+    names = ["input_quantizer", "weight_quantizer"]
+    assert list(quantizers(model)) == [f"{layer}.{name}" for layer in "02" for name in names]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_prepared_network_trains(network: str) -> None:
+    model = NETWORKS[network][0]()
+    prepare(model)
+    model(inputs_for(network)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(
+        q.calibrated for q in quantizers(model).values() if isinstance(q, ActivationQuantizer)
+    )
+
+
+# What is skipped
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+def shared_weights() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: OwnLinear(2, 2), "a subclass of Linear; only exact types are swapped"),
+        (
+            lambda: nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"),
+            "padding_mode must be 'zeros'; got 'reflect'",
+        ),
+        (
+            lambda: parametrizations.weight_norm(nn.Linear(2, 2)),
+            "its parameters are parametrized (torch.nn.utils.parametrize)",
+        ),
+        (
+            lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)),
+            "its weight is computed by a hook (weight_norm or spectral_norm)",
+        ),
+        (lambda: nn.Conv1d(1, 1, 1), "Conv1d has no QAT form"),
+        (lambda: nn.Conv3d(1, 1, 1), "Conv3d has no QAT form"),
+        (lambda: nn.ConvTranspose2d(1, 1, 1), "ConvTranspose2d has no QAT form"),
+        (lambda: nn.LSTM(2, 2), "LSTM has no QAT form"),
+        (lambda: nn.GRU(2, 2), "GRU has no QAT form"),
+        (lambda: nn.Bilinear(2, 2, 2), "Bilinear has no QAT form"),
+        (lambda: nn.Embedding(2, 2), "Embedding has no QAT form"),
+        (lambda: nn.MultiheadAttention(2, 1), "MultiheadAttention has no QAT form"),
+        (lambda: LinearQAT(2, 2), "already quantized"),
+    ],
+)
+def test_a_layer_that_cannot_be_quantized_stays_and_the_report_says_why(
+    layer: Callable[[], nn.Module], reason: str
+) -> None:
+    model = nn.ModuleDict({"odd": layer(), "good": nn.Linear(2, 2)})
+    kind = type(model["odd"])
+    assert skip_reason(model, "odd") == reason
+    assert type(model["odd"]) is kind
+    assert type(model["good"]) is LinearQAT
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weight_norm_s_old_hook_is_seen_and_goes_on_working() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    reason = skip_reason(model, "0")
+    assert reason == "its weight is computed by a hook (weight_norm or spectral_norm)"
+    model(torch.randn(3, 4)).sum().backward()
+    assert model[0].weight_g.grad is not None
+
+
+def test_layers_that_share_a_weight_stay_and_name_each_other() -> None:
+    model = shared_weights()
+    reasons = {s.name: s.reason for s in prepare(model).skipped}
+    assert reasons == {
+        "0": "its weight is shared with 2.weight",
+        "2": "its weight is shared with 0.weight",
+    }
+    assert model[2].weight is model[0].weight
+
+
+def test_a_linear_layer_tied_to_an_embedding_stays() -> None:
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 3), "out": nn.Linear(3, 5), "fc": nn.Linear(3, 3)}
+    )
+    model["out"].weight = model["embed"].weight
+    assert skip_reason(model, "out") == "its weight is shared with embed.weight"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        (Recipe(exclude=("0",)), "excluded by the recipe (exclude: '0')"),
+        (Recipe(overrides={"0": None}), "kept float by the recipe (overrides: '0': None)"),
+        (Recipe(include=("2",)), "not selected by the recipe's include"),
+    ],
+)
+def test_a_layer_that_the_recipe_keeps_float_says_so(recipe: Recipe, reason: str) -> None:
+    assert skip_reason(linear(), "0", recipe) == reason
+
+
+def test_every_layer_is_accounted_for() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.Linear(2, 2), OwnLinear(2, 2), nn.ReLU())
+    report = prepare(model)
+    names = {s.name for s in (*report.swapped, *report.skipped)}
+    assert names == {name for name, module in model.named_modules() if is_layer(module)}
+
+
+def test_the_report_prints_a_line_per_layer() -> None:
+    assert str(prepare(linear(), Recipe(exclude=("0",)))).splitlines() == [
+        "1 layers quantized, 1 left as they are",
+        "  2  Linear: weight 8 bits per_channel minmax, input 8 bits affine",
+        "  0  Linear: left as it is, excluded by the recipe (exclude: '0')",
+    ]
+
+
+def test_the_reports_of_an_empty_model_are_empty() -> None:
+    assert str(PrepareReport((), ())) == "0 layers quantized, 0 left as they are"
+
+
+# What is refused, and that a refusal changes nothing
+
+
+def refused(model: nn.Module, recipe: Any, text: str) -> None:
+    before, names = types(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=text):
+        prepare(model, recipe)
+    assert types(model) == before
+    assert list(model.state_dict()) == names
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    refused(
+        nn.Sequential(nn.ReLU()),
+        "int8",
+        r"Nothing to quantize in Sequential: at least one layer of \['Conv2d', 'Linear'\] must be "
+        r"selected by the recipe\. It has no layer with weights\.",
+    )
+
+
+def test_a_model_with_nothing_but_skipped_layers_is_refused_with_the_reasons() -> None:
+    model = nn.Sequential(nn.LSTM(2, 2), nn.Linear(2, 2))
+    refused(
+        model,
+        Recipe(exclude=("1",)),
+        r"Skipped:\n  0 \(LSTM\): LSTM has no QAT form\n  1 \(Linear\): excluded by the recipe",
+    )
+
+
+def test_parameters_that_are_not_float32_are_refused_and_all_named() -> None:
+    model = linear()
+    model[2].half()
+    refused(
+        model,
+        "int8",
+        re.escape(
+            "must be float32; got 2.weight is float16, 2.bias is float16. Call model.float()"
+        ),
+    )
+
+
+def test_other_dtypes_in_layers_that_stay_float_are_no_matter() -> None:
+    model = linear()
+    model[2].half()
+    prepare(model, Recipe(exclude=("2",)))
+    assert type(model[0]) is LinearQAT
+
+
+def test_patterns_that_match_no_layer_are_refused_with_the_closest_names() -> None:
+    refused(
+        ResidualAdd(),
+        {"exclude": ["con1"], "overrides": {"haed": None}},
+        r"(?s)'con1' in Recipe.exclude matches no layer; closest names: 'conv1'.*"
+        r"'haed' in Recipe.overrides matches no layer; closest names: 'head'",
+    )
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    refused(linear(), "int88", "No recipe named 'int88'; closest names: 'int8'")
+
+
+# From a checkpoint
+
+
+RECIPES: list[Any] = [
+    "int8",
+    "amct",
+    {"overrides": {"conv1": {"weight": {"bits": 4}}, "head": None}},
+    {"activation": {"clip": [-1.0, 1.0]}},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_prepare_like_swaps_the_layers_of_the_checkpoint_with_its_specs(recipe: Any) -> None:
+    source = ResidualAdd()
+    prepare(source, recipe)
+    model = ResidualAdd()
+    report = prepare_like(model, source.state_dict())
+    assert types(model) == types(source)
+    assert {n: q.spec for n, q in quantizers(model).items()} == {
+        n: q.spec for n, q in quantizers(source).items()
+    }
+    assert {s.name for s in report.swapped} == {
+        n for n, m in source.named_modules() if isinstance(m, QATLayer)
+    }
+    model.load_state_dict(source.state_dict())
+
+
+def test_prepare_like_takes_a_model_with_aliases() -> None:
+    source = Aliased()
+    prepare(source)
+    model = Aliased()
+    prepare_like(model, source.state_dict())
+    assert type(model.first) is LinearQAT
+    model.load_state_dict(source.state_dict())
+
+
+def test_prepare_like_takes_a_root_layer() -> None:
+    source, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    prepare(source, "w4a8")
+    prepare_like(model, source.state_dict())
+    assert type(model) is LinearQAT
+    assert model.weight_quantizer.spec.bits == 4
+
+
+def test_prepare_like_refuses_the_state_dict_of_a_float_model() -> None:
+    with pytest.raises(ValueError, match="The state_dict holds no quantizers: it is of a float"):
+        prepare_like(linear(), linear().state_dict())
+
+
+def test_prepare_like_refuses_layers_that_the_model_does_not_have() -> None:
+    source = Nested()
+    prepare(source)
+    model = ResidualAdd()
+    before = types(model)
+    with pytest.raises(
+        ValueError, match=r"quantizes \['left', 'right'\], which ResidualAdd does not have as"
+    ):
+        prepare_like(model, source.state_dict())
+    assert types(model) == before
+
+
+def test_an_encoder_layer_s_fast_path_does_not_go_around_the_quantizers() -> None:
+    # In eval mode without gradient nn.TransformerEncoderLayer hands its layers' weights to one
+    # fused float kernel and calls none of them.
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    trained(encoder, x)
+    slow = encoder(x).detach()
+    with torch.no_grad():
+        fast = encoder(x)
+    # Attention is summed in another order: float32 rounding, far below a step of 0.01.
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)

@@ -1,0 +1,340 @@
+"""What is asked: presets, patterns, overrides, files, and the errors of each."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_qat.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec, closest, selects
+
+LAYERS = {"stem": "Conv2d", "encoder.0.conv": "Conv2d", "encoder.0.fc": "Linear", "head": "Linear"}
+
+
+def selected(recipe: Recipe) -> list[str]:
+    return [name for name, kind in LAYERS.items() if recipe.for_layer(name, kind) is not None]
+
+
+# Presets
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "activation_bits", "symmetric"),
+    [
+        ("int8", 8, 8, False),
+        ("w4a8", 4, 8, False),
+        ("w4a4", 4, 4, False),
+        ("a16w8", 8, 16, True),
+        ("amct", 8, 8, False),
+    ],
+)
+def test_presets(name: str, weight_bits: int, activation_bits: int, symmetric: bool) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.weight.bits == weight_bits
+    assert recipe.activation.bits == activation_bits
+    assert recipe.activation.symmetric is symmetric
+
+
+def test_int8_is_the_default_recipe() -> None:
+    assert Recipe.load("int8") == Recipe()
+
+
+def test_amct_quantizes_linear_per_tensor_and_convolutions_per_channel_with_its_own_rule() -> None:
+    recipe = Recipe.load("amct")
+    conv, fc = recipe.for_layer("stem", "Conv2d"), recipe.for_layer("head", "Linear")
+    assert conv is not None
+    assert fc is not None
+    assert conv.weight == WeightSpec(8, "per_channel", "arq")
+    assert fc.weight == WeightSpec(8, "per_tensor", "arq")
+
+
+def test_an_unknown_preset_names_the_closest_and_all() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"No recipe named 'w4a6'; closest names: 'w4a8', 'w4a4'.*"
+        r"Presets: \['a16w8', 'amct', 'int8', 'w4a4', 'w4a8'\].*ends in \.yaml",
+    ):
+        Recipe.load("w4a6")
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("stem", ["stem"]),
+        ("encoder", ["encoder.0.conv", "encoder.0.fc"]),
+        ("encoder.*", ["encoder.0.conv", "encoder.0.fc"]),
+        ("*.conv", ["encoder.0.conv"]),
+        ("enc", []),
+        ("*", list(LAYERS)),
+        ("hea?", ["head"]),
+        ("[hs]*", ["stem", "head"]),
+        ("type:Linear", ["encoder.0.fc", "head"]),
+        ("type:Conv*", ["stem", "encoder.0.conv"]),
+        ("type:linear", []),
+        ("Linear", []),
+    ],
+)
+def test_a_pattern_selects_what_it_matches_and_everything_below(
+    pattern: str, names: list[str]
+) -> None:
+    assert [name for name, kind in LAYERS.items() if selects(pattern, name, kind)] == names
+    assert selected(Recipe(include=(pattern,))) == names
+    assert selected(Recipe(exclude=(pattern,))) == [n for n in LAYERS if n not in names]
+
+
+def test_exclude_wins_over_include() -> None:
+    assert selected(Recipe(include=("encoder",), exclude=("*.fc",))) == ["encoder.0.conv"]
+
+
+def test_a_layer_without_overrides_gets_the_recipe_s_specs() -> None:
+    recipe = Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=6))
+    assert recipe.for_layer("stem", "Conv2d") == LayerSpec(WeightSpec(4), ActivationSpec(6))
+
+
+def test_later_overrides_win_over_earlier_ones_key_by_key() -> None:
+    recipe = Recipe(
+        overrides={
+            "encoder": {"weight": {"bits": 4, "granularity": "per_tensor"}},
+            "encoder.0.fc": {"weight": {"bits": 2}, "activation": {"bits": 6}},
+        }
+    )
+    spec = recipe.for_layer("encoder.0.fc", "Linear")
+    assert spec == LayerSpec(WeightSpec(2, "per_tensor"), ActivationSpec(6))
+
+
+@pytest.mark.parametrize("order", [("head", "type:Linear"), ("type:Linear", "head")])
+def test_a_name_wins_over_a_type_whatever_the_order(order: tuple[str, str]) -> None:
+    changes: dict[str, Any] = {
+        "head": {"weight": {"bits": 3}},
+        "type:Linear": {"weight": {"bits": 4}},
+    }
+    recipe = Recipe(overrides={pattern: changes[pattern] for pattern in order})
+    specs = [recipe.for_layer(name, "Linear") for name in ("head", "encoder.0.fc")]
+    assert [spec.weight.bits for spec in specs if spec] == [3, 4]
+
+
+def test_none_keeps_a_layer_float_and_a_later_override_takes_it_back() -> None:
+    assert selected(Recipe(overrides={"type:Linear": None})) == ["stem", "encoder.0.conv"]
+    back = Recipe(overrides={"type:Linear": None, "head": {"weight": {"bits": 4}}})
+    assert selected(back) == ["stem", "encoder.0.conv", "head"]
+    assert back.for_layer("head", "Linear") == LayerSpec(WeightSpec(4), ActivationSpec())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        (Recipe(), None),
+        (Recipe(exclude=("he*",)), "excluded by the recipe (exclude: 'he*')"),
+        (Recipe(overrides={"head": None}), "kept float by the recipe (overrides: 'head': None)"),
+        (Recipe(include=("stem",)), "not selected by the recipe's include"),
+    ],
+)
+def test_the_reason_why_a_layer_stays_float(recipe: Recipe, reason: str | None) -> None:
+    assert recipe.why_float("head", "Linear") == reason
+
+
+def test_patterns_that_match_nothing_are_all_named_with_the_closest_layers() -> None:
+    recipe = Recipe(
+        include=("stem", "haed"), exclude=("type:Liner",), overrides={"encodr.0.fc": {"weight": {}}}
+    )
+    with pytest.raises(ValueError, match="matches no layer") as caught:
+        recipe.check_patterns(LAYERS)
+    assert str(caught.value).splitlines() == [
+        "Pattern 'haed' in Recipe.include matches no layer; closest names: 'head'.",
+        "Pattern 'type:Liner' in Recipe.exclude matches no layer; closest names: 'type:Linear', "
+        "'type:Conv2d'.",
+        "Pattern 'encodr.0.fc' in Recipe.overrides matches no layer; closest names: "
+        "'encoder.0.fc', 'encoder.0.conv'.",
+    ]
+
+
+def test_patterns_that_all_match_pass() -> None:
+    Recipe(include=("*",), exclude=("type:Conv2d",), overrides={"head": None}).check_patterns(
+        LAYERS
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "text"),
+    [
+        ("bitz", ["bits", "granularity"], "closest names: 'bits'"),
+        ("zzz", ["b", "a"], "known names: 'a', 'b'"),
+        ("zzz", "abcdefg", "known names: 'a', 'b', 'c', 'd', 'e', ..."),
+        ("zzz", [], "known names: none"),
+    ],
+)
+def test_closest_names_or_else_the_known_ones(word: str, known: Any, text: str) -> None:
+    assert closest(word, known) == text
+
+
+# Where recipes come from
+
+
+RECIPE = Recipe(
+    weight=WeightSpec(bits=4, quantizer="arq"),
+    activation=ActivationSpec(bits=6, calibration="minmax", clip=(-1.0, 2.5)),
+    include=("encoder", "head"),
+    exclude=("*.fc",),
+    overrides={"head": {"weight": {"bits": 8}, "activation": {"fixed_min": True}}, "stem": None},
+)
+
+
+def test_a_recipe_is_itself_again_after_primitives() -> None:
+    values = RECIPE.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert Recipe.from_dict(values) == RECIPE
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_recipe_comes_from_a_file(tmp_path: Path, suffix: str, as_path: bool) -> None:
+    path = tmp_path / f"recipe{suffix}"
+    write = json.dumps if suffix == ".json" else yaml.safe_dump
+    path.write_text(write(RECIPE.to_dict()), encoding="utf-8")
+    assert Recipe.load(path if as_path else str(path)) == RECIPE
+
+
+def test_a_file_changes_only_the_keys_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("preset: a16w8\nweight: {bits: 4}\nexclude: [head]\n", encoding="utf-8")
+    recipe = Recipe.load(path)
+    assert recipe.weight == WeightSpec(bits=4)
+    assert recipe.activation == ActivationSpec(bits=16, symmetric=True)
+    assert recipe.exclude == ("head",)
+
+
+def test_a_mapping_changes_a_preset_and_leaves_the_preset_alone() -> None:
+    changed = Recipe.load({"preset": "amct", "weight": {"bits": 4}})
+    assert changed.weight == WeightSpec(bits=4, quantizer="arq")
+    assert changed.overrides == Recipe.load("amct").overrides
+    assert Recipe.load("amct").weight.bits == 8
+
+
+def test_a_recipe_loads_as_itself() -> None:
+    assert Recipe.load(RECIPE) is RECIPE
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.yaml"
+    with pytest.raises(ValueError, match=re.escape(f"Recipe file {str(path)!r} does not exist")):
+        Recipe.load(path)
+
+
+def test_a_file_holds_a_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("- int8\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold a mapping; got list"):
+        Recipe.load(path)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"wieght": {}}, "Recipe has no key 'wieght'; closest names: 'weight'"),
+        ({"weight": {"bit": 4}}, "Recipe.weight has no key 'bit'; closest names: 'bits'"),
+        (
+            {"activation": {"symetric": True}},
+            "Recipe.activation has no key 'symetric'; closest names: 'symmetric'",
+        ),
+        (
+            {"overrides": {"head": {"wheight": {}}}},
+            "Recipe.overrides['head'] has no key 'wheight'; closest names: 'weight'",
+        ),
+        (
+            {"overrides": {"head": {"weight": {"bts": 4}}}},
+            "Recipe.overrides['head'].weight has no key 'bts'; closest names: 'bits'",
+        ),
+        ({"overrides": {"head": 4}}, "Recipe.overrides['head'] must be a mapping; got 4"),
+        (
+            {"overrides": {"head": {"weight": 4}}},
+            "Recipe.overrides['head'].weight must be a mapping; got 4",
+        ),
+        ({"weight": 4}, "Recipe.weight must be a mapping; got 4"),
+        ({"activation": "int8"}, "Recipe.activation must be a mapping; got 'int8'"),
+        ({"overrides": ["head"]}, "Recipe.overrides must be a mapping; got ['head']"),
+        ({"overrides": None}, "Recipe.overrides must be a mapping; got None"),
+        ({"preset": "int9"}, "No recipe named 'int9'; closest names: 'int8'"),
+        ({"include": "head"}, "Recipe.include must be a list of patterns; got the string 'head'"),
+        ({"exclude": "head"}, "Write exclude=['head']"),
+    ],
+)
+def test_a_wrong_mapping_is_refused_with_where_and_what(values: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 16, 4.0, "8", True])
+def test_weight_bits_are_an_int_from_2_to_8(bits: Any) -> None:
+    with pytest.raises(ValueError, match=r"WeightSpec.bits must be an int from 2 to 8; got"):
+        WeightSpec(bits=bits)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 15, 32, 8.0, "8", True])
+def test_activation_bits_are_an_int_from_2_to_8_or_16(bits: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be an int from 2 to 8, or 16; got"):
+        ActivationSpec(bits=bits, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "text"),
+    [
+        (
+            WeightSpec,
+            {"granularity": "channel"},
+            "WeightSpec.granularity must be one of ['per_channel', 'per_tensor']; got 'channel'",
+        ),
+        (WeightSpec, {"quantizer": "mse"}, "must be one of ['minmax', 'arq']; got 'mse'"),
+        (
+            ActivationSpec,
+            {"calibration": "max"},
+            "must be one of ['moving_average', 'minmax']; got 'max'",
+        ),
+        (ActivationSpec, {"quantizer": "x"}, "ActivationSpec.quantizer must be one of"),
+        (
+            ActivationSpec,
+            {"symmetric": "yes"},
+            "ActivationSpec.symmetric must be true or false; got 'yes'",
+        ),
+        (ActivationSpec, {"fixed_min": "yes"}, "ActivationSpec.fixed_min must be"),
+        (ActivationSpec, {"bits": 16}, "16-bit activations are symmetric on every target; set"),
+        (
+            ActivationSpec,
+            {"fixed_min": True, "symmetric": True},
+            "fixed_min pins the lower end at 0, which a symmetric range cannot have",
+        ),
+    ],
+)
+def test_values_outside_what_is_listed_are_refused(spec: Any, values: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        spec(**values)
+
+
+@pytest.mark.parametrize(
+    "clip", [(0.1, 1.0), (-1.0, -0.1), (0.0, 0.0), (-1.0, 0.0, 1.0), (1.0, -1.0), 6.0]
+)
+def test_a_clip_holds_zero_and_more(clip: Any) -> None:
+    with pytest.raises(ValueError, match=r"ActivationSpec.clip must be \(low, high\) with low <= "):
+        ActivationSpec(clip=clip)
+
+
+@pytest.mark.parametrize("clip", [(0.0, float("inf")), (float("-inf"), 1.0)])
+def test_a_clip_is_finite(clip: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"ActivationSpec.clip must be"):
+        ActivationSpec(clip=clip)
+
+
+def test_a_clip_may_touch_zero_and_comes_from_a_list() -> None:
+    clip: Any = [0.0, 6.0]
+    assert ActivationSpec(clip=clip).clip == (0.0, 6.0)
+
+
+def test_fixed_min_false_is_compatible_with_symmetric() -> None:
+    assert ActivationSpec(fixed_min=False, symmetric=True).symmetric
