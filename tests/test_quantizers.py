@@ -302,9 +302,10 @@ def test_arq_uses_the_full_grid_and_the_farther_side() -> None:
 
 
 def test_a_weight_is_never_overwritten_and_gets_the_whole_gradient() -> None:
-    weight = nn.Parameter(torch.randn(3, 4))
+    # The scale is 1, and 1.5 steps round to 2: the largest weight saturates.
+    weight = nn.Parameter(torch.tensor([[1.5, -1.5, 0.2, 0.9]]))
     before = weight.detach().clone()
-    incoming = torch.randn(3, 4)
+    incoming = torch.randn(1, 4)
     (WeightQuantizer(WeightSpec(2), 0)(weight) * incoming).sum().backward()
     assert torch.equal(weight, before)
     assert weight.grad is not None
