@@ -77,7 +77,9 @@ def commit_ranges(model: nn.Module) -> None:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     # The one host synchronisation of an observing batch.
     bounds = flat.tolist()
-    _refuse_non_finite(dict(zip(quantizers, bounds, strict=True)))
+    if any(torch.inf in batch for batch in bounds):
+        drop_pending(model)
+        _refuse_non_finite(dict(zip(quantizers, bounds, strict=True)))
     for quantizer, batch, (low, _) in zip(quantizers.values(), flat, bounds, strict=True):
         if low == -torch.inf:
             quantizer.pending = None
@@ -105,14 +107,12 @@ def _refuse_non_finite(bounds: dict[str, list[float]]) -> None:
         for name, batch in bounds.items()
         if torch.inf in batch
     ]
-    if bad:
-        raise ValueError(
-            "Activations must be finite to be given a range; NaN or infinity reached the input of "
-            + ", ".join(repr(name) for name in bad)
-            + ". The first of them is where to look: check the data and the learning rate, or "
-            "detect the operation with torch.autograd.set_detect_anomaly(True). No range was "
-            "changed."
-        )
+    raise ValueError(
+        "Activations must be finite to be given a range; NaN or infinity reached the input of "
+        + ", ".join(repr(name) for name in bad)
+        + ". The first of them is where to look: check the data and the learning rate, or detect "
+        "the operation with torch.autograd.set_detect_anomaly(True). No range was changed."
+    )
 
 
 def _hold_in_eval(module: _BatchNorm, hold: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -255,7 +256,9 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
             f"The checkpoint quantizes {unknown}, which {type(model).__name__} does not have as "
             f"{sorted(kind.__name__ for kind in LAYERS)} layers. Build the model that was trained."
         )
-    recipe = Recipe(include=tuple(specs), overrides=dict(specs))
+    # A name may hold what a pattern would take for a wildcard.
+    patterns = {glob.escape(name): change for name, change in specs.items()}
+    recipe = Recipe(include=tuple(patterns), overrides=patterns)
     report = plan(model, recipe)
     swap(model, report)
     return report

@@ -236,6 +236,25 @@ def test_a_weight_dequantized_along_another_axis_is_reported(tmp_path: Path) -> 
     assert exporter.differences(quantized, artifact) != ()
 
 
+@pytest.mark.parametrize("quantize_bias", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_changed_bias_is_reported(tmp_path: Path, quantize_bias: bool, dims: int) -> None:
+    model, x = linear(), torch.randn(4, 6) if dims == 2 else torch.randn(4, 5, 6)
+    quantized = convert(trained(model, x), x)
+    exporter = FakeQuantOnnxExporter(quantize_bias=quantize_bias)
+    artifact = exporter.export(quantized, tmp_path / "net")
+    assert exporter.differences(quantized, artifact) == ()
+    proto = onnx.load(artifact.files["model"])
+    bias = next(i for i in proto.graph.initializer if i.name in ("0.bias", "0.bias_int32"))
+    changed = numpy_helper.to_array(bias).copy()
+    changed[1] += 1
+    bias.CopyFrom(numpy_helper.from_array(changed, bias.name))
+    onnx.save(proto, artifact.files["model"])
+    (difference,) = exporter.differences(quantized, artifact)
+    size = len(changed)
+    assert difference == f"0: 1 of {size} values of the bias differ from the model's"
+
+
 @pytest.mark.parametrize("order", [("left", "right"), ("right", "left")])
 def test_keyword_inputs_may_come_in_any_order(order: tuple[str, str], tmp_path: Path) -> None:
     values = {"left": torch.randn(4, 6), "right": torch.randn(4, 6) * 5}

@@ -8,6 +8,7 @@ initializers the names of layers and put transposes of weights into their intege
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -292,7 +293,7 @@ def _name_batch(graph: ir.Graph) -> None:
         for index, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and value.shape:
                 # s77 alone or in an expression such as 4*s77.
-                renamed = dim.value.replace(symbol, "batch")
+                renamed = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.value)
                 value.shape[index] = ir.SymbolicDim(renamed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ class FakeQuantOnnxExporter:
                 continue
             differ = _weight_differences if tensor.kind == "weight" else _activation_differences
             found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
+        found += _bias_differences(model, proto, stored)
         return tuple(dict.fromkeys(found))
 
 
@@ -143,6 +145,35 @@ def _activation_differences(
         bounds = tuple(int(stored[name]) - shift for name in clip.input[1:])
         if bounds != (grid.qmin, grid.qmax):
             yield f"the grid must be {grid.qmin} .. {grid.qmax}; the file clips to {bounds}"
+
+
+def _bias_differences(
+    model: QuantizedModel, proto: onnx.ModelProto, stored: Mapping[str, Array]
+) -> Iterator[str]:
+    nodes = {node.name: node for node in proto.graph.node}
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    readers = {name: node for node in proto.graph.node for name in node.input}
+    calls: Counter[str] = Counter()
+    for layer in model.layers:
+        name = f"{layer.name}_{calls[layer.name]}" if calls[layer.name] else layer.name
+        calls[layer.name] += 1
+        node = nodes.get(name or "layer")
+        if node is None:
+            yield f"{name}: the file has no layer of that name"
+            continue
+        if layer.bias is None:
+            continue
+        source = node.input[2] if len(node.input) > 2 else ""
+        if node.op_type == "MatMul":
+            added = readers[node.output[0]].input
+            source = next(value for value in added if value != node.output[0])
+        expected = layer.bias
+        if source not in stored and made_by[source].op_type == "DequantizeLinear":
+            source = made_by[source].input[0]
+            scales = (model.tensors[k].qparams.scale for k in (layer.input_key, layer.weight_key))
+            expected = quantize_bias(layer.bias, *scales).to(torch.int32)
+        for text in _compare("the bias", stored[source], expected):
+            yield f"{name}: {text}"
 
 
 def _axis(node: onnx.NodeProto) -> int:
