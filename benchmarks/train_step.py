@@ -113,7 +113,7 @@ def stepper(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
 
 def main(small: bool = False, rounds: int = 8, threads: int = 2) -> None:
     """Print the table."""
-    warnings.filterwarnings("ignore", module="torch.ao")
+    warnings.filterwarnings("ignore", "(.|\n)*torch.ao|.*reduce_range")  # torch.ao's own
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
