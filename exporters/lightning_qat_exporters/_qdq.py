@@ -64,6 +64,7 @@ def build_qdq(
             (),
             dynamo=True,
             opset_version=opset,
+            optimize=True,
             verbose=False,
             input_names=list(model.input_names),
             output_names=list(model.output_names),
