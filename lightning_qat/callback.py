@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from lightning_qat.convert import check_capture, convert
 from lightning_qat.delivery import Delivered, deliver
 from lightning_qat.export import Exporter, load_exporter
 from lightning_qat.input_recorder import InputRecorder
+from lightning_qat.interception import unwind
+from lightning_qat.join_plan import plan_of
 from lightning_qat.layers import QATLayer
 from lightning_qat.phases import (
     activation_quantizers,
@@ -147,7 +150,8 @@ class QATCallback(Callback):
         pl_module.__dict__["configure_model"] = configure_model
 
     def _prepare(self, pl_module: LightningModule, first: PrepareReport) -> None:
-        self.report = prepare(pl_module, self.recipe).after(first)
+        inputs = self._inputs(pl_module)
+        self.report = prepare(pl_module, self.recipe, inputs).after(first)
         for quantizer in activation_quantizers(pl_module).values():
             quantizer.deferred, quantizer.observing = True, False
 
@@ -223,6 +227,8 @@ class QATCallback(Callback):
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             epochs = trainer.max_epochs
         if math.isfinite(steps) and trainer.max_steps > 0:
+            # Not yet done where max_steps alone limits the run.
+            trainer.fit_loop.setup_data()
             per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             epochs = min(epochs, math.ceil(steps / max(per_epoch, 1)))
         return epochs
@@ -257,10 +263,27 @@ class QATCallback(Callback):
             commit_ranges(pl_module)
         if phase.name != "float":
             self._batches_seen += 1
+        if self.report is not None and self.report.joins is None:
+            self._take_plan(pl_module)
         if not trainer.barebones:
             pl_module.log("qat/phase", float(phase.index), on_step=True, on_epoch=False)
         if self._recorder.recording:
             self._require_inputs(pl_module)
+
+    def _take_plan(self, pl_module: LightningModule) -> None:
+        """After the first batch, whose forward has made the plan."""
+        if self.report is None or not (self.recipe.joins or self.recipe.outputs):
+            return
+        joins = plan_of(pl_module)
+        if joins is None:
+            raise MisconfigurationException(
+                f"training_step must call the module itself, so that {type(pl_module).__name__}"
+                ".forward shows which tensors to quantize. Call self(...) in training_step, set "
+                "example_input_array, pass QATCallback(example_inputs=...), or use a recipe with "
+                "joins=False and outputs=False."
+            )
+        self.report = replace(self.report, joins=joins)
+        rank_zero_info(f"QAT: {joins}")
 
     def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._milestones is not None
@@ -412,6 +435,7 @@ class QATCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        unwind()
         self._leave(pl_module)
 
     @override

@@ -16,6 +16,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.fold import fold_batchnorms
+from lightning_qat.interception import interception_of, unwind
+from lightning_qat.join_plan import forget_plan, plan_of
 from lightning_qat.layers import QATLayer
 from lightning_qat.program import settle
 from lightning_qat.quantized_model import Inputs, QuantizedModel, as_call
@@ -87,9 +89,8 @@ def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
     """
     args, kwargs = as_call(example_inputs)
     final = _detached_copy(model)
-    for layer in _layers(final).values():
-        if isinstance(layer.input_quantizer, ActivationQuantizer):
-            layer.input_quantizer.calibrated = True
+    for quantizer in _keys(final):
+        quantizer.calibrated = True
     _capture(_finalize(final), args, kwargs)
 
 
@@ -105,22 +106,46 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no QAT layers, so there is nothing to convert. Call "
             "prepare(model, recipe) and train first."
         )
-    problems = []
-    for name, layer in layers.items():
-        quantizer = layer.input_quantizer
-        if isinstance(quantizer, ActivationQuantizer) and not quantizer.calibrated:
-            problems.append(f"{name}: no training batch has passed through it")
-        if isinstance(layer.weight_quantizer, WeightQuantizer) and not bool(
-            torch.isfinite(layer.weight).all()
-        ):
-            problems.append(f"{name}: its weight is not finite")
+    problems = [
+        f"{key.removesuffix('.input')}: no training batch has passed through it"
+        for quantizer, key in _keys(model).items()
+        if not quantizer.calibrated
+    ]
+    problems += [
+        f"{name}: its weight is not finite"
+        for name, layer in layers.items()
+        if isinstance(layer.weight_quantizer, WeightQuantizer)
+        and not bool(torch.isfinite(layer.weight).all())
+    ]
     if problems:
         raise ValueError(
-            "Every quantized layer needs an observed input range and finite weights. "
+            "Every quantized tensor needs an observed range, and weights must be finite. "
             + "; ".join(problems)
-            + ". Train for at least one batch in which the layer runs, or exclude it."
+            + ". Train for at least one batch in which it runs, or exclude its module."
         )
     return _finalize(_detached_copy(model))
+
+
+def _keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
+    """Every activation quantizer and the key of its tensor; shared ones by their owner's name."""
+    plan = plan_of(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths = [t.quantizer for t in plan.tensors] if plan is not None else []
+    found: dict[ActivationQuantizer, str] = {}
+    for path in (*paths, *modules):
+        module = modules.get(path)
+        if isinstance(module, ActivationQuantizer):
+            key = path.replace("_orig_mod.", "").replace("qat_joins.", "")
+            found.setdefault(module, key.replace("input_quantizer", "input"))
+    # A part of a planned model quantizes with what belongs to another part.
+    for name, module in modules.items():
+        interception = interception_of(module)
+        for call, operands in interception.sites.items() if interception else ():
+            for index, quantizer in operands.items():
+                if isinstance(quantizer, ActivationQuantizer):
+                    place = f"{call.replace(':', '_')}_{index}"
+                    found.setdefault(quantizer, f"{name}.{place}" if name else place)
+    return found
 
 
 def _detached_copy(model: nn.Module) -> nn.Module:
@@ -146,14 +171,23 @@ def _without_compile(module: nn.Module) -> nn.Module:
 
 
 def _finalize(model: nn.Module) -> nn.Module:
+    finals = {q: FinalActivation(q.qparams(), key) for q, key in _keys(model).items()}
     for name, layer in _layers(model).items():
         if isinstance(layer.input_quantizer, ActivationQuantizer):
-            key = f"{name}.input" if name else "input"
-            layer.input_quantizer = FinalActivation(layer.input_quantizer.qparams(), key)
+            layer.input_quantizer = finals[layer.input_quantizer]
         if isinstance(layer.weight_quantizer, WeightQuantizer):
             key = f"{name}.weight" if name else "weight"
             qparams = layer.weight_quantizer.qparams(layer.weight)
             layer.weight_quantizer = FinalWeight.from_weight(layer.weight, qparams, key)
+    for module in model.modules():
+        if "qat_joins" in module._modules:
+            joins: Any = module._modules["qat_joins"]
+            for name, quantizer in joins.items():
+                joins[name] = finals[quantizer]
+        interception = interception_of(module)
+        for operands in interception.sites.values() if interception else ():
+            operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
+    forget_plan(model)
     return model.eval()
 
 
@@ -212,6 +246,7 @@ def _export(
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
+            unwind()
             where = running[-1] if running else "the model's forward"
             raise CaptureError(
                 f"torch.export could not capture {type(model).__name__}.forward: it failed in "

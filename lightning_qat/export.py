@@ -114,6 +114,15 @@ class Runnable(Protocol):
         ...
 
 
+@runtime_checkable
+class Explaining(Protocol):
+    """A runnable exporter that knows why a runtime may differ."""
+
+    def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
+        """What is behind the differences, given the largest one of each runtime in steps."""
+        ...
+
+
 def load_exporter(exporter: str | Exporter | type[Exporter]) -> Exporter:
     """An exporter from its name, itself or its class.
 

@@ -10,7 +10,12 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from lightning_qat.batchnorm import BatchNormStatistics
-from lightning_qat.nodes import DequantizeCall, as_dequantize, new_dequantize
+from lightning_qat.nodes import (
+    DequantizeCall,
+    as_dequantize,
+    as_fake_quantize,
+    new_dequantize,
+)
 from lightning_qat.program import add_constant, constant, module_path
 from lightning_qat.qparams import QParams
 
@@ -57,6 +62,11 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         if node.target in _DROPOUTS and node.args[2] is False:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+        elif node.target is _ATEN.cat.default and len(node.args[0]) == 1:
+            # torch.onnx drops it, and would leave two quantizations in a row.
+            node.replace_all_uses_with(node.args[0][0])
+            program.graph.erase_node(node)
+    _drop_repeated(program)
     for node in list(program.graph.nodes):
         if node.target is not _ATEN.batch_norm.default:
             continue
@@ -84,6 +94,21 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         node.replace_all_uses_with(layer)
         program.graph.erase_node(node)
     return saturated
+
+
+def _drop_repeated(program: ExportedProgram) -> None:
+    """Without dropout in between, some tensors stand behind the same quantization twice."""
+    first: dict[tuple[fx.Node, str], fx.Node] = {}
+    for node in list(program.graph.nodes):
+        call = as_fake_quantize(node)
+        if call is None:
+            continue
+        before = as_fake_quantize(call.x)
+        same = call.x if before is not None and before.key == call.key else None
+        same = same or first.setdefault((call.x, call.key), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            program.graph.erase_node(node)
 
 
 def _fold_weight(

@@ -103,7 +103,7 @@ def release_batchnorms(model: nn.Module) -> None:
 
 def _refuse_non_finite(bounds: dict[str, list[float]]) -> None:
     bad = [
-        name.removesuffix(".input_quantizer")
+        name.removesuffix(".input_quantizer").replace("qat_joins.", "")
         for name, batch in bounds.items()
         if torch.inf in batch
     ]

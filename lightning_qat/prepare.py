@@ -5,16 +5,26 @@ from __future__ import annotations
 import glob
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
+from lightning_qat.discovery import FirstForward, discover
+from lightning_qat.join_plan import (
+    STATE_KEY,
+    JoinPlan,
+    apply_plan,
+    device_of,
+    keep_plan,
+    plan_of,
+)
 from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
-from lightning_qat.quantizers import Quantizer
+from lightning_qat.quantized_model import Inputs, as_call
 from lightning_qat.recipe import LayerSpec, Recipe
 
 LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
@@ -54,10 +64,17 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What ``prepare`` did. ``print`` shows a table."""
+    """What ``prepare`` did. ``print`` shows a table.
+
+    Args:
+        swapped: Layers that became QAT layers.
+        skipped: Layers with weights that stay as they are.
+        joins: The plan of all quantized tensors; ``None`` when there is none, or not yet.
+    """
 
     swapped: tuple[SwappedLayer, ...]
     skipped: tuple[SkippedLayer, ...]
+    joins: JoinPlan | None = None
 
     def after(self, earlier: PrepareReport) -> PrepareReport:
         """One report of two passes over a model, of which this is the later."""
@@ -65,7 +82,7 @@ class PrepareReport:
         first = tuple(layer for layer in earlier.swapped if layer.name in kept)
         names = {layer.name for layer in first}
         skipped = tuple(layer for layer in self.skipped if layer.name not in names)
-        return PrepareReport(first + self.swapped, skipped)
+        return PrepareReport(first + self.swapped, skipped, self.joins)
 
     def __str__(self) -> str:
         """One line per layer."""
@@ -84,25 +101,37 @@ class PrepareReport:
             lines.append(
                 f"  {skipped.name:{width}}  {skipped.kind}: left as it is, {skipped.reason}"
             )
+        if self.joins is not None:
+            lines.append(str(self.joins))
         return "\n".join(lines)
 
 
 def prepare(
-    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path = "int8"
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | str | Path = "int8",
+    example_inputs: Inputs | None = None,
 ) -> PrepareReport:
-    """Turn the layers that a recipe selects into QAT layers, in place.
+    """Turn the layers that a recipe selects into QAT layers, in place, and plan the joins.
 
     A swap changes the layer's class and adds two quantizers; the module object, its parameters,
     names, hooks and aliases stay, so optimizers and checkpoints go on working. Only exact types are
     swapped. Layers that are QAT layers already are left alone, so ``prepare`` may be called again.
 
+    With ``joins`` or ``outputs`` in the recipe every tensor between the layers is planned by
+    running ``forward`` once: at once with ``example_inputs``, in eval mode and without a trace,
+    else during the model's first own forward in training mode. Under DDP every process must make
+    it in the same batch, or be given ``example_inputs``. The plan travels with the model's
+    state_dict, and a state_dict that brings one needs no run.
+
     Args:
         model: A model with float32 parameters.
         recipe: A recipe, the name of a preset (``int8``, ``w4a8``, ``w4a4``, ``a16w8``, ``amct``),
             a YAML or JSON file, or a mapping.
+        example_inputs: What ``forward`` takes: a tensor, positional arguments as a tuple, or
+            keyword arguments as a mapping.
 
     Returns:
-        What was swapped and what was skipped, with reasons.
+        What was swapped and what was skipped, with reasons, and the plan when it is made.
 
     Raises:
         ValueError: An unknown preset or key, patterns that match no layer, parameters that are not
@@ -110,7 +139,7 @@ def prepare(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> print(prepare(model, Recipe(exclude=("2",))))
+        >>> print(prepare(model, Recipe(exclude=("2",), outputs=False)))
         1 layers quantized, 1 left as they are
           0  Linear: weight 8 bits per_channel minmax, input 8 bits affine
           2  Linear: left as it is, excluded by the recipe (exclude: '2')
@@ -125,7 +154,33 @@ def prepare(
             + (f" Skipped:{reasons}" if reasons else " It has no layer with weights.")
         )
     swap(model, report)
-    return report
+    return replace(report, joins=plan_joins(model, recipe, example_inputs))
+
+
+def plan_joins(
+    model: nn.Module, recipe: Recipe, example_inputs: Inputs | None = None
+) -> JoinPlan | None:
+    """Plan the tensors between QAT layers; arguments as for ``prepare``.
+
+    Returns:
+        The plan; ``None`` when the recipe wants none or the first forward will make it.
+    """
+    if not (recipe.joins or recipe.outputs):
+        return None
+    if plan_of(model) is None:
+        keep_plan(model, None)
+        if example_inputs is None:
+            if "_qat_first_forward" not in vars(model):
+                FirstForward(model, recipe)
+            return None
+        waiting: FirstForward | None = vars(model).get("_qat_first_forward")
+        if waiting is not None:
+            waiting.stop(model)
+        args, kwargs = as_call(example_inputs)
+        device = device_of(model)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+        apply_plan(model, discover(model, recipe, args, kwargs))
+    return plan_of(model)
 
 
 def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> PrepareReport:
@@ -261,9 +316,6 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     recipe = Recipe(include=tuple(patterns), overrides=patterns)
     report = plan(model, recipe)
     swap(model, report)
-    return report
-
-
-def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Every quantizer of a model by dotted name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+    if STATE_KEY in state_dict:
+        apply_plan(model, JoinPlan.from_dict(state_dict[STATE_KEY]))
+    return replace(report, joins=plan_of(model))

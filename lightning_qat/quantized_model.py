@@ -140,6 +140,18 @@ class QuantizedModel:
                 found.append(QuantizedLayer(path, source.key, weight.key, bias))
         return tuple(found)
 
+    @cached_property
+    def output_steps(self) -> Mapping[str, float]:
+        """The scale of every output that is quantized, by its name."""
+        values: Any = self.program.graph.output_node().args[0]
+        nodes = [value for value in values if isinstance(value, fx.Node)]
+        calls = {n: as_fake_quantize(v) for n, v in zip(self.output_names, nodes, strict=True)}
+        return {
+            name: float(self.tensors[call.key].qparams.scale)
+            for name, call in calls.items()
+            if call is not None
+        }
+
     def _constant(self, node: object, key: str) -> Tensor:
         value = constant(self.program, node)
         if value is None:

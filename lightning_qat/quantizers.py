@@ -17,10 +17,12 @@ from lightning_qat.arithmetic import (
     quantize,
     symmetric_scale,
 )
+from lightning_qat.interception import hidden
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import UPDATES, batch_range
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.recipe import ActivationSpec, WeightSpec
+from lightning_qat.tape import current_tape
 
 _Self = TypeVar("_Self", bound="Quantizer")
 
@@ -138,18 +140,48 @@ class ActivationQuantizer(Quantizer):
         self.calibrated = spec.clip is not None
         # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
         self.pending: Tensor | None = None
+        self.identity = object()
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept."""
-        if self.observing and self.training and self.spec.clip is None and x.numel():
-            seen = batch_range(x)
-            self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
-            if not self.deferred:
-                self.commit(self.pending)
+        tape = current_tape()
+        if tape is None:
+            return self._quantize(x)
+        with hidden():
+            return tape.quantize(x, self.identity, self._quantize, skip=True)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        if self.observing and self.training and x.numel():
+            self.observe(batch_range(x))
         if not (self.quantizing and self.calibrated):
             return x
         scale, zero_point = self._scale_and_zero_point()
         return fake_quantize(x, scale, zero_point, self.grid)
+
+    def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
+        """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
+        observing = self.observing
+        filled = [value for value in values if value.numel()]
+        if observing and self.training and filled:
+            with hidden():
+                self.observe(torch.stack([batch_range(value) for value in filled]).amax(0))
+        self.observing = False
+        try:
+            return [self(value) for value in values]
+        finally:
+            self.observing = observing
+
+    def observe(self, seen: Tensor) -> None:
+        """Take note of ``(-min, max)`` of a tensor; it counts when it is committed."""
+        if self.spec.clip is not None:
+            return
+        if not self.deferred and torch._C._current_graph_task_id() != -1:
+            # Activation checkpointing runs the forward again in backward: it has been counted, and
+            # its range must stay what it was.
+            return
+        self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
+        if not self.deferred:
+            self.commit(self.pending)
 
     @torch.no_grad()
     def commit(self, batch: Tensor) -> None:
@@ -227,9 +259,10 @@ class WeightQuantizer(Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, same shape and dtype."""
-        scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
-        zero_point = torch.zeros_like(scale)
-        return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
+        with hidden():
+            scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
+            zero_point = torch.zeros_like(scale)
+            return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
 
     def qparams(self, weight: Tensor) -> QParams:
         """The final numbers for a weight, on the CPU."""
@@ -273,9 +306,18 @@ class FinalActivation(nn.Module):
         self.register_buffer("scale", qparams.scale.clone())
         self.register_buffer("zero_point", qparams.zero_point.clone())
         self.grid, self.key = qparams.grid, key
+        # torch.export hands modules out behind proxies, so the module's own identity varies.
+        self.identity = object()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x``."""
+        """Fake-quantize ``x``; one node per tensor, however many consumers it has."""
+        tape = current_tape()
+        if tape is None:
+            return self._quantize(x)
+        with hidden():
+            return tape.quantize(x, self.identity, self._quantize, skip=False)
+
+    def _quantize(self, x: Tensor) -> Tensor:
         result: Tensor = fake_quantize_node(
             x, self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, self.key
         )

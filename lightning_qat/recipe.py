@@ -140,6 +140,9 @@ class Recipe:
     Args:
         weight: For every layer not overridden.
         activation: For every layer's input not overridden.
+        joins: Quantize the inputs of functional joins (add, cat, mean, softmax and friends) as
+            well, so that an integer target can compute everything between two layers.
+        outputs: Quantize the model's outputs.
         include: Patterns; when given, only what they select is quantized.
         exclude: Patterns of layers that stay float.
         overrides: Pattern to ``{"weight": {...}, "activation": {...}}`` (only the keys that
@@ -157,6 +160,8 @@ class Recipe:
 
     weight: WeightSpec = WeightSpec()
     activation: ActivationSpec = ActivationSpec()
+    joins: bool = True
+    outputs: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
@@ -174,6 +179,11 @@ class Recipe:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(
                     f"Recipe.{name} must be {_article(kind)}; got {getattr(self, name)!r}."
+                )
+        for name in ("joins", "outputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"Recipe.{name} must be true or false; got {getattr(self, name)!r}."
                 )
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
@@ -354,10 +364,13 @@ PRESETS: Mapping[str, Recipe] = {
     "amct": Recipe(
         weight=WeightSpec(quantizer="arq"),
         activation=ActivationSpec(calibration="minmax"),
+        joins=False,
+        outputs=False,
         overrides={"type:Linear": {"weight": {"granularity": "per_tensor"}}},
     ),
 }
-"""Recipes by name: ``int8`` is what most targets want; ``amct`` is Huawei AMCT's choice."""
+"""Recipes by name: ``int8`` is what most targets want; ``amct`` is Huawei AMCT's choice
+(inputs of layers only)."""
 
 
 def preset(name: str) -> Recipe:

@@ -10,6 +10,7 @@ import numpy as np
 from lightning_qat.export import (
     Array,
     Artifact,
+    Explaining,
     Exporter,
     Readable,
     Runnable,
@@ -25,8 +26,8 @@ class OutputAgreement:
 
     Args:
         output: Name of the output.
-        step: The unit of the ``_steps`` figures: 1/255 of the range that the reference takes on
-            these inputs, the step of an 8-bit grid over it.
+        step: The unit of the ``_steps`` figures: the scale of a quantized output, else 1/255 of
+            the range that the reference takes on these inputs.
         max_steps: Largest difference, in steps.
         mean_steps: Mean difference, in steps.
         max_abs: Largest difference.
@@ -67,12 +68,14 @@ class Agreement:
             when all are equal to the bit. ``None``: this target's files cannot be read back.
         runtimes: One entry per runtime the files were run in; empty where none exists.
         samples: Size of the batch that was run.
+        remarks: What the exporter knows to be behind a difference.
     """
 
     target: str
     parameter_differences: tuple[str, ...] | None
     runtimes: tuple[RuntimeAgreement, ...]
     samples: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def parameters_equal(self) -> bool:
@@ -106,7 +109,7 @@ class Agreement:
                     f"({o.max_abs:.3g}), mean {o.mean_steps:.2g} steps, "
                     f"{o.fraction_differing:.2%} differ{same}"
                 )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 
 
 def verify(
@@ -144,22 +147,31 @@ def verify(
     if isinstance(target, Runnable):
         for runtime in target.runtimes:
             outputs = target.run(artifact, runtime, arrays)
-            compared = (compare(name, reference[name], outputs[name]) for name in reference)
+            compared = (
+                compare(name, reference[name], outputs[name], model.output_steps.get(name))
+                for name in reference
+            )
             runtimes.append(RuntimeAgreement(runtime, tuple(compared)))
     differences = None
     if isinstance(target, Readable):
         differences = target.differences(model, artifact)
+    remarks: tuple[str, ...] = ()
+    if isinstance(target, Explaining):
+        remarks = target.explain({r.runtime: r.max_steps for r in runtimes})
     samples = max((len(a) for a in arrays.values() if a.ndim), default=1)
-    return Agreement(artifact.target, differences, tuple(runtimes), samples)
+    return Agreement(artifact.target, differences, tuple(runtimes), samples, remarks)
 
 
-def compare(name: str, reference: Array, output: Array) -> OutputAgreement:
+def compare(
+    name: str, reference: Array, output: Array, step: float | None = None
+) -> OutputAgreement:
     """Compare one output with its reference.
 
     Args:
         name: Name of the output.
         reference: What the converted model computes.
         output: What a file computes, the same shape.
+        step: The output's quantization step; 1/255 of the reference's range by default.
 
     Raises:
         ValueError: The shapes differ.
@@ -175,7 +187,8 @@ def compare(name: str, reference: Array, output: Array) -> OutputAgreement:
     if not reference.size:
         return OutputAgreement(name, 0.0, 0.0, 0.0, 0.0, 0.0, None)
     difference = np.abs(reference.astype(np.float64) - output.astype(np.float64))
-    step = float(np.ptp(reference.astype(np.float64))) / 255.0
+    if step is None:
+        step = float(np.ptp(reference.astype(np.float64))) / 255.0
     # A constant output has no range; count its differences as they are.
     steps = difference / step if step > 0 else difference
     same = None

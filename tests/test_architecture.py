@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"qparams", "recipe", "schedule", "atomic", "program"},  # 0 vocabulary; files and graphs
-    {"arithmetic", "observers"},  # 1 what quantization is: pure functions
-    {"batchnorm", "nodes"},  # 2 the same for batch norms, and as nodes of a graph
+    {"qparams", "recipe", "schedule", "atomic", "program", "tape"},  # 0 vocabulary
+    {"arithmetic", "observers", "join_functions"},  # 1 what quantization is: pure functions
+    {"batchnorm", "nodes", "interception"},  # 2 for batch norms, graphs, functional calls
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
-    {"export", "layers", "phases", "input_recorder"},  # 4 exporter protocol; layers; phases
-    {"verify", "prepare", "convert"},  # 5 agreement; model surgery and capture
-    {"delivery", "checkpoint", "callback_checks"},  # 6 what the callback is made of
-    {"callback"},  # 7 the door to Lightning
+    {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
+    {"verify", "discovery"},  # 5 agreement; the plan is found by running
+    {"prepare", "convert"},  # 6 model surgery and capture
+    {"delivery", "checkpoint", "callback_checks"},  # 7 what the callback is made of
+    {"callback"},  # 8 the door to Lightning
 ]
 OPEN_TO_EXPORTERS = {"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"}
 LIGHTNING_DOOR = {"callback", "callback_checks"}

@@ -165,7 +165,7 @@ class _QuantizedForm(ir.passes.InPlacePass):
                 [
                     Remark(
                         n.name or n.op_type,
-                        "a Q/DQ pair must not be inside a subgraph",
+                        "a Q/DQ pair must not be inside a subgraph or read another pair",
                         "Take it out of the branch or loop",
                     )
                     for n in inside

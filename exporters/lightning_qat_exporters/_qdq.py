@@ -24,6 +24,7 @@ from onnxscript import opset18 as op
 from lightning_qat.export import Unsupported, UnsupportedByTarget
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._initializers import array_of, initializer
+from lightning_qat_exporters._pooling import global_average_pools
 
 ActivationType = Literal["int8", "uint8"]
 
@@ -77,6 +78,7 @@ def build_qdq(
     onnx_model = program.model
     _give_constants(onnx_model, model, activation_type)
     _transpose_integers(onnx_model.graph)
+    global_average_pools(onnx_model.graph)
     _name_nodes(onnx_model.graph)
     _name_biases(onnx_model.graph)
     _name_batch(onnx_model.graph)
@@ -150,8 +152,12 @@ def _give_constants(
         scale = initializer(graph, f"{key}_scale", tensor.qparams.scale.numpy())
         if tensor.integers is not None:
             integers = initializer(graph, key, tensor.integers.numpy())
+            zeros = np.zeros(tuple(tensor.qparams.scale.shape), tensor.integers.numpy().dtype)
+            node.resize_inputs(3)
             node.replace_input_with(0, integers)
             node.replace_input_with(1, scale)
+            # Zero is the default, but ONNX Runtime fuses QGemm only where it is written.
+            node.replace_input_with(2, initializer(graph, f"{key}_zero_point", zeros))
             continue
         grid, zero_point = tensor.qparams.grid, tensor.qparams.zero_point.numpy()
         wide = grid.dtype is torch.int16

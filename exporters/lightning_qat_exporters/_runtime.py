@@ -11,6 +11,14 @@ import onnxruntime as ort
 from lightning_qat.export import Array
 
 
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies 8-bit integers without saturating; unknown counts as yes."""
+    if not cpuinfo.is_file():
+        return True
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    return "avx2" not in flags or "vnni" in flags
+
+
 def run_onnx(path: Path, inputs: Mapping[str, Array], *, optimize: bool) -> dict[str, Array]:
     """Run a file on a batch, on the CPU.
 

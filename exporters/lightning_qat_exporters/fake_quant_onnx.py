@@ -19,7 +19,7 @@ from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._initializers import array_of, initializer
 from lightning_qat_exporters._qdq import FULL_GRIDS, KEY, ActivationType, build_qdq, layer_of
-from lightning_qat_exporters._runtime import run_onnx
+from lightning_qat_exporters._runtime import has_vnni, run_onnx
 
 _RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
 
@@ -88,6 +88,20 @@ class FakeQuantOnnxExporter:
         """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
         return run_onnx(artifact.files["model"], inputs, optimize=_RUNTIMES[runtime])
 
+    def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
+        """Say so where 8-bit products saturate: without VNNI instructions, in optimized kernels."""
+        literal, optimized = (max_steps[runtime] for runtime in _RUNTIMES)
+        if self.activation_type != "uint8" or optimized <= 2 or optimized <= 2 * literal:
+            return ()
+        if has_vnni():
+            return ()
+        return (
+            f"{optimized:.3g} steps in the optimized session: this CPU has no VNNI instructions, "
+            "so ONNX Runtime adds pairs of uint8 x int8 products in 16 bits, which may saturate. "
+            "A device with VNNI computes what the other session does; for those without, train "
+            "with WeightSpec(bits=7).",
+        )
+
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: scales, zero points, integers."""
         proto = onnx.load(artifact.files["model"])
@@ -118,6 +132,8 @@ def _weight_differences(
             integers, axis = integers.T, None if axis is None else 1 - axis
         yield from _compare("scale", stored[node.input[1]], tensor.qparams.scale)
         yield from _compare("integers", integers, tensor.integers)
+        if len(node.input) > 2 and stored[node.input[2]].any():
+            yield "the zero point of a weight must be 0"
         if axis is not None and _axis(node) != axis:
             yield f"the channel axis must be {axis}; the file has {_axis(node)}"
 

@@ -1,0 +1,498 @@
+"""Find every tensor that needs a quantizer by running a model once: no tracing, no rewriting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lightning_qat.interception import OUTPUT, Frame, is_real_forward
+from lightning_qat.join_functions import (
+    JOIN_FUNCTIONS,
+    JoinFunction,
+    keeps_values,
+    natural_range,
+    operands_of,
+)
+from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
+from lightning_qat.layers import QATLayer
+from lightning_qat.observers import batch_range
+from lightning_qat.quantizers import ActivationQuantizer, Quantizer
+from lightning_qat.recipe import ActivationSpec, Recipe
+from lightning_qat.tape import Key, key_of
+
+INPUT = "input"
+EMPTY = "empty tensors"
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Where a tensor is consumed: an operand of a call, a layer's input, an output."""
+
+    module: str
+    function: str
+    call: int = field(compare=False)  # for names; the place is what tells calls apart
+    operand: int
+    place: str = ""
+
+    def __str__(self) -> str:
+        if self.function == INPUT:
+            return self.module or "input"
+        where = f"{self.module}.{self.function}" if self.module else self.function
+        return f"{where}:{self.call}[{self.operand}]"
+
+
+@dataclass
+class _Event:
+    """One consumption: ``tensors`` go into ``where``; ``passes`` come out on the same grid."""
+
+    where: tuple[_Operand, ...]
+    tensors: tuple[Key, ...]
+    passes: tuple[Key, ...] = ()
+    quantizes: bool = True
+
+
+@dataclass
+class _Origin:
+    """What is known of a tensor: what made it, and the range it has by definition."""
+
+    name: str
+    natural: tuple[float, float] | None = None
+    not_negative: bool = False
+
+
+class Discovery:
+    """Watches one forward of a model and makes the plan of its quantized tensors.
+
+    Every consumer of a tensor shares one quantizer; functions that keep values hand the grid on;
+    the inputs of a concatenation are tied to one; the outputs of the model are consumers, too.
+
+    Args:
+        model: A model with its QAT layers.
+        recipe: Says which modules stay float and gives the specs of joins.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self._events: list[_Event] = []
+        self._origins: dict[Key, _Origin] = {}
+        self._owners: dict[str, None] = {}
+        self._left_float: dict[str, None] = {}
+        self._returned: dict[Key, _Operand] = {}
+        self._frames: list[tuple[str, Frame] | None] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._known: dict[str, dict[str, None]] = {}
+        self._alive: list[Any] = []
+        self._runs: Counter[str] = Counter()
+        self.checkpointed = False
+        """Whether saved tensors were hooked while a module ran."""
+        self._ranges: dict[Key, Tensor] = {}
+        self._members: dict[str, list[Key]] = {}
+        self._paths = {module: path for path, module in model.named_modules()}
+
+    @contextmanager
+    def watching(self, *, root_runs: bool = False) -> Iterator[None]:
+        """Watch every module and torch function inside the block.
+
+        Args:
+            root_runs: The model's own forward is running already.
+        """
+        handles = []
+        for module, path in self._paths.items():
+            if root_runs and not path:
+                self._frames.append((path, Frame(module)))
+                continue
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        compiled = any("_orig_mod" in path for path in self._paths.values())
+        stance: Any = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        try:
+            with stance, _Watch(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def outputs(self, output: Any) -> None:
+        """Note what the model returns: with ``outputs=True`` its float tensors are consumed."""
+        if self._frames:
+            self._leave(self.model, (), output)
+        for leaf in pytree.tree_leaves(output) if self.recipe.outputs else ():
+            if is_dataclass(leaf):
+                kind = type(leaf).__name__
+                text = f"torch does not look into {kind}; call torch.export.register_dataclass"
+                self._left_float[f"output: {text}({kind})"] = None
+            if not isinstance(leaf, Tensor):
+                continue
+            place = self._returned.get(key_of(leaf))
+            if place is not None and leaf.is_floating_point() and leaf.dim() and leaf.numel():
+                self._owners[place.module] = None
+                self._note_range(leaf)
+                self._events.append(_Event((place,), (key_of(leaf),)))
+
+    # ------------------------------------------------------------------ watching
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        path = self._paths[module]
+        if isinstance(module, ActivationQuantizer):
+            layer, _, name = path.rpartition(".")
+            if name == "input_quantizer" and args and isinstance(args[0], Tensor):
+                self._consume(layer, args[0])
+        autograd: Any = torch._C._autograd  # pyright: ignore
+        hooks = autograd._top_saved_tensors_default_hooks(False)
+        self.checkpointed = self.checkpointed or hooks is not None
+        hidden = isinstance(module, Quantizer) or not is_real_forward(module)
+        self._frames.append(None if hidden else (path, Frame(module)))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame = self._frames.pop()
+        if frame is None:
+            return
+        for number, leaf in enumerate(pytree.tree_leaves(output)):
+            if isinstance(leaf, Tensor):
+                # The innermost module that returns a tensor returns first.
+                run = self._runs[frame[0]]
+                place = _Operand(frame[0], "output", number, run, f"{OUTPUT}{number}")
+                self._returned.setdefault(key_of(leaf), place)
+                if isinstance(module, QATLayer):
+                    self._origins.setdefault(key_of(leaf), _Origin(frame[0]))
+                self._alive.append(leaf)
+        self._runs[frame[0]] += 1
+
+    def _consume(self, layer: str, x: Tensor) -> None:
+        self._alive.append(x)
+        self._note_range(x)
+        self._events.append(_Event((_Operand(layer, INPUT, 0, 0),), (key_of(x),)))
+
+    def _note_range(self, x: Tensor) -> None:
+        """At once: the tensor may be changed in place later."""
+        if self.model.training and key_of(x) not in self._ranges and x.numel():
+            with torch._C.DisableTorchFunction():
+                self._ranges[key_of(x)] = batch_range(x)
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one torch function and note what it does to quantization."""
+        frame = self._frames[-1] if self._frames else None
+        if frame is None:
+            return func(*args, **kwargs)
+        known, path = JOIN_FUNCTIONS.get(func), frame[0]
+        name = getattr(func, "__name__", "function").strip("_")
+        number, place = 0, ""
+        tensors = () if known is None else operands_of(known, args, kwargs)
+        keys = tuple(key_of(t) for t in tensors)
+        self._alive += tensors
+        if known is not None and tensors:
+            name, place = known.name, frame[1].place(known.name)
+            number = self._counts[path, name]
+            self._counts[path, name] += 1
+            frame[1].count(place)
+            self._owners[path] = None
+            self._known.setdefault(path, {})[place] = None
+            for tensor in tensors:
+                self._note_range(tensor)
+        result = func(*args, **kwargs)
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
+        self._alive += leaves
+        made = f"{path}.{name}" if path else name
+        natural = natural_range(func, args, kwargs)
+        for key in outs:
+            if key not in keys:
+                self._origins[key] = _Origin(
+                    made, natural, name == "relu" or bool(natural and natural[0] >= 0)
+                )
+        if known is not None and tensors:
+            self._note(known, _Call(path, name, number, place), tensors, keys, outs, args, kwargs)
+        return result
+
+    def _note(
+        self,
+        known: JoinFunction,
+        call: _Call,
+        tensors: tuple[Tensor, ...],
+        keys: tuple[Key, ...],
+        outs: tuple[Key, ...],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        if keeps_values(known, args, kwargs):
+            # Dropout in eval mode gives its very input back.
+            if keys and outs[:1] != keys[:1]:
+                self._inherit(keys[0], outs, known.name)
+                self._events.append(_Event((call.operand(0),), keys[:1], outs, quantizes=False))
+            return
+        reason = self._why_float(known, call.module, tensors)
+        if reason is not None:
+            self._left_float[f"{call.operand(0)}: {reason}"] = None
+            return
+        tie = known.kind == "tie"
+        where = tuple(call.operand(0 if tie else i) for i in range(len(keys)))
+        if tie:
+            self._events.append(_Event(where, keys, outs))
+        else:
+            self._events += [_Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
+
+    def _inherit(self, source: Key, outs: tuple[Key, ...], name: str) -> None:
+        """What is known of a tensor's range holds for its reshaped and pooled values."""
+        origin = self._origins.get(source)
+        for key in outs:
+            own = self._origins.get(key)
+            if origin is not None and name == "dropout":
+                self._origins[key] = origin
+            elif origin is not None and own is not None and own.natural is None:
+                own.not_negative = own.not_negative or origin.not_negative
+                own.natural = origin.natural if name != "relu" else None
+
+    def _why_float(self, known: JoinFunction, path: str, tensors: tuple[Tensor, ...]) -> str | None:
+        """Why a join stays float; ``None``: it is quantized."""
+        if not all(t.numel() for t in tensors):
+            return EMPTY
+        if not self.recipe.joins:
+            return "the recipe has joins=False"
+        kind = type(self.model.get_submodule(path)).__name__
+        if self.recipe.for_layer(path, kind) is None:
+            return f"{path or 'the root'} is not selected by the recipe"
+        return None
+
+    # ------------------------------------------------------------------ the plan
+
+    def plan(self) -> JoinPlan:
+        """The plan of what was seen."""
+        groups = _Groups()
+        needed = {key for event in self._events if event.quantizes for key in event.tensors}
+        # What is upsampled is quantized before, where it is small, and by what makes it.
+        for event in reversed(self._events):
+            if event.where[0].function == "interpolate" and needed & set(event.passes):
+                needed.add(event.tensors[0])
+        grid: dict[Key, int] = {}
+        inherited: set[Key] = set()
+        roots: dict[int, list[Key]] = {}
+        used: dict[_Operand, int] = {}
+
+        def group_of(key: Key) -> int:
+            if key not in grid:
+                grid[key] = groups.new()
+                roots[grid[key]] = [key]
+            return grid[key]
+
+        for event in self._events:
+            if not event.quantizes and event.tensors[0] not in grid | dict.fromkeys(needed):
+                continue
+            numbers = [group_of(key) for key in event.tensors]
+            for number in numbers[1:]:
+                groups.join(numbers[0], number)
+            # A passing function needs no quantizer for what is on a grid by inheritance.
+            if event.quantizes or event.tensors[0] not in inherited:
+                for place, number in zip(event.where, numbers, strict=True):
+                    groups.join(used.setdefault(place, number), number)
+            for key in event.passes:
+                grid[key] = numbers[0]
+                inherited.add(key)
+        return self._named(groups, roots, used)
+
+    def observe(self) -> None:
+        """Give quantizers that have seen nothing yet what this forward, in training, had for them.
+
+        To be called after the plan has been applied to the model.
+        """
+        for path, keys in self._members.items():
+            quantizer = self.model.get_submodule(path)
+            seen = [self._ranges[key] for key in keys if key in self._ranges]
+            assert isinstance(quantizer, ActivationQuantizer)
+            fresh = not quantizer.calibrated and quantizer.pending is None
+            if fresh and seen and quantizer.observing:
+                quantizer.observe(torch.stack(seen).amax(0))
+
+    def _named(
+        self, groups: _Groups, roots: Mapping[int, list[Key]], used: Mapping[_Operand, int]
+    ) -> JoinPlan:
+        places: dict[int, list[_Operand]] = {}
+        for place, number in used.items():
+            places.setdefault(groups.find(number), []).append(place)
+        keys: dict[int, list[Key]] = {}
+        for number, members in roots.items():
+            keys.setdefault(groups.find(number), []).extend(members)
+        tensors, names = [], {}
+        for number, consumers in places.items():
+            layers = [p for p in consumers if p.function == INPUT]
+            owner = (layers or consumers)[0]
+            name = _path(owner)
+            origins = [self._origins.get(key) or _Origin(INPUT) for key in keys[number]]
+            spec = self._spec(owner, origins)
+            names[number] = name
+            self._members[name] = keys[number]
+            producers = tuple(dict.fromkeys(origin.name for origin in origins))
+            tensors.append(PlannedTensor(name, spec, producers, tuple(map(str, consumers))))
+        sites: dict[str, dict[str, dict[str, str]]] = {
+            path: {place: {} for place in self._known.get(path, ())} for path in self._owners
+        }
+        links: dict[str, str] = {}
+        for place, number in used.items():
+            name = names[groups.find(number)]
+            if place.function != INPUT:
+                calls = sites.setdefault(place.module, {})
+                calls.setdefault(place.place, {})[str(place.operand)] = name
+            elif _path(place) != name:
+                links[place.module] = name
+        return JoinPlan(tuple(tensors), sites, links, tuple(self._left_float))
+
+    def _spec(self, owner: _Operand, origins: list[_Origin]) -> ActivationSpec:
+        if owner.function == INPUT:
+            spec: ActivationSpec = self.model.get_submodule(_path(owner)).spec  # type: ignore[assignment]
+        else:
+            module = self.model.get_submodule(owner.module)
+            layer = self.recipe.for_layer(owner.module, type(module).__name__)
+            spec = layer.activation if layer is not None else self.recipe.activation
+        if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
+            return spec
+        natural = {origin.natural for origin in origins}
+        if len(natural) == 1 and None not in natural:
+            return replace(spec, clip=natural.pop())
+        if all(origin.not_negative for origin in origins):
+            return replace(spec, fixed_min=True)
+        return spec
+
+
+@dataclass(frozen=True)
+class _Call:
+    module: str
+    function: str
+    number: int
+    place: str
+
+    def operand(self, number: int) -> _Operand:
+        return _Operand(self.module, self.function, self.number, number, self.place)
+
+
+class _Groups:
+    """Disjoint sets of tensors that share a quantizer."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+
+    def new(self) -> int:
+        self._parent.append(len(self._parent))
+        return self._parent[-1]
+
+    def find(self, number: int) -> int:
+        while self._parent[number] != number:
+            number = self._parent[number]
+        return number
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.find(a), self.find(b)
+        self._parent[max(a, b)] = min(a, b)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, discovery: Discovery) -> None:
+        super().__init__()
+        self._discovery = discovery
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._discovery.call(func, args, kwargs or {})
+
+
+def _path(place: _Operand) -> str:
+    """Dotted path of the quantizer that is named after a place."""
+    if place.function == INPUT:
+        return f"{place.module}.input_quantizer" if place.module else "input_quantizer"
+    name = f"qat_joins.{place.function}_{place.call}_{place.operand}"
+    return f"{place.module}.{name}" if place.module else name
+
+
+class FirstForward:
+    """Plans a model during its first own forward in training mode, then lets go.
+
+    Not in eval mode: Lightning restores the modes of the modules that it saw before validation, and
+    would leave quantizers made in between in eval mode for good. Not under activation
+    checkpointing: it runs parts of the forward again in backward, which must not find them changed.
+
+    Args:
+        model: A model with its QAT layers.
+        recipe: As for ``Discovery``.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._discovery: Discovery | None = None
+        self._watching: Any = None
+        self._handles = (
+            model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._leave, always_call=True),
+        )
+        model.__dict__["_qat_first_forward"] = self
+
+    def stop(self, model: nn.Module) -> None:
+        """Let go of the model."""
+        for handle in self._handles:
+            handle.remove()
+        model.__dict__.pop("_qat_first_forward", None)
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if plan_of(model) is not None:
+            # A checkpoint has brought one.
+            self.stop(model)
+        elif model.training and is_real_forward(model):
+            self._discovery = Discovery(model, self.recipe)
+            self._watching = self._discovery.watching(root_runs=True)
+            self._watching.__enter__()
+
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        discovery, self._discovery = self._discovery, None
+        if discovery is None:
+            return
+        self._watching.__exit__(None, None, None)
+        self._watching = None
+        if discovery.checkpointed:
+            raise RuntimeError(
+                "Activation checkpointing runs parts of the forward again in backward, so "
+                "quantizers cannot be planned during training. Give the plan its inputs before: "
+                "prepare(model, recipe, example_inputs), QATCallback(example_inputs=...) or the "
+                "module's example_input_array."
+            )
+        if output is None:
+            return
+        discovery.outputs(output)
+        plan = discovery.plan()
+        if any(call.endswith(EMPTY) for call in plan.left_float):
+            # An empty batch says nothing; the next one will.
+            return
+        self.stop(model)
+        apply_plan(model, plan)
+        discovery.observe()
+
+
+def discover(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: Any) -> JoinPlan:
+    """Run a model once in eval mode, without gradient and without leaving a trace, and plan it.
+
+    Args:
+        model: A model with its QAT layers.
+        recipe: As for ``Discovery``.
+        args: Positional arguments of ``forward``.
+        kwargs: Keyword arguments of ``forward``.
+    """
+    discovery = Discovery(model, recipe)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), discovery.watching():
+            output = model(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    discovery.outputs(output)
+    return discovery.plan()

@@ -1,0 +1,328 @@
+"""Quantize the inputs of functional calls while a model's own forward runs, by a fixed table.
+
+No tracing and no change to the user's forward: hooks on the modules that make such calls keep a
+stack of who is running, and a ``TorchFunctionMode`` sees every torch function. A call is known by
+its module, its function, the line of the forward it stands in, and how many such calls that line
+has made: another branch of the code can never take a planned call's quantizer.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lightning_qat.join_functions import JOIN_FUNCTIONS, JoinFunction, keeps_values, operands_of
+from lightning_qat.tape import Tape, current_tape, set_tape
+
+OUTPUT = "output:"
+"""How the site of a module's own output is spelled, with the number of the tensor among them; its
+operand is which run of the module in one forward it is."""
+
+_KEYWORDS = (("input", "self", "query", "tensors"), ("other", "mat2", "key"), ("value",))
+
+
+class Interception:
+    """What is quantized in the calls that one module makes, and the hooks that see to it.
+
+    Args:
+        path: Dotted path of the module, for messages.
+        sites: Quantizer per operand of each call; a call that stays float has no operands.
+    """
+
+    def __init__(self, path: str, sites: Mapping[str, Mapping[int, nn.Module]]) -> None:
+        self.path = path
+        self.sites = {call: dict(operands) for call, operands in sites.items()}
+        self.sites_known = any(not call.startswith(OUTPUT) for call in sites)
+        self.warned = False
+        self._handles: list[Any] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Watch over a module's forward; what watched over it before lets go."""
+        earlier = interception_of(module)
+        if earlier is not None:
+            earlier.detach(module)
+        self._handles = [
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
+        ]
+        module.__dict__["_qat_interception"] = self
+
+    def detach(self, module: nn.Module) -> None:
+        """Let go of a module."""
+        for handle in self._handles:
+            handle.remove()
+        module.__dict__.pop("_qat_interception", None)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the module's forward."""
+        frame = Frame(module, self, watched=is_real_forward(module))
+        _LOCAL.frames.append(frame)
+        if frame.watched and current_tape() is None:
+            # The outermost watched module; under activation checkpointing it may be any.
+            set_tape(Tape())
+            frame.mode = _JoinMode()
+            frame.mode.__enter__()  # type: ignore[no-untyped-call]
+        tape = current_tape()
+        if frame.watched and tape is not None:
+            frame.number = tape.calls[id(self)]
+            tape.calls[id(self)] += 1
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the module's forward, also when it raised."""
+        frames = _LOCAL.frames
+        if not frames or frames[-1].interception is not self:
+            # Attached while the module was running: its call was never entered.
+            return None
+        frame = frames.pop()
+        if not frame.watched:
+            return None
+        replaced = None
+        try:
+            if output is not None and any(call.startswith(OUTPUT) for call in self.sites):
+                replaced = self._quantize_outputs(output, frame.number)
+        finally:
+            if frame.mode is not None:
+                frame.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                set_tape(None)
+        return replaced
+
+    def _quantize_outputs(self, output: Any, number: int) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        for call, operands in self.sites.items():
+            if not call.startswith(OUTPUT) or number not in operands:
+                continue
+            index = int(call.removeprefix(OUTPUT))
+            if index >= len(leaves):
+                continue
+            if isinstance(leaves[index], Tensor):
+                leaves[index] = operands[number](leaves[index])
+        return pytree.tree_unflatten(leaves, spec)
+
+
+class Frame:
+    """One running forward of a module, and the calls it has made so far.
+
+    Args:
+        module: The module.
+        interception: What watches over it, if anything does.
+        watched: Whether its own forward runs.
+    """
+
+    def __init__(
+        self, module: nn.Module, interception: Interception | None = None, *, watched: bool = True
+    ) -> None:
+        self.interception = interception
+        self.watched = watched
+        self.mode: _JoinMode | None = None
+        self.number = 0
+        self._calls: Counter[str] = Counter()
+        # Code of torch's own modules is the same for everybody, and who calls them is not theirs.
+        self._torch = type(module).__module__.partition(".")[0] == "torch"
+
+    def place(self, name: str) -> str:
+        """How the next call of a function is known: ``add@forward+3:0``."""
+        line = "" if self._torch else _line()
+        return f"{name}{line}:{self._calls[name + line]}"
+
+    def count(self, place: str) -> None:
+        """Note that the call of this place is made."""
+        self._calls[place.rpartition(":")[0]] += 1
+
+
+def _line() -> str:
+    """The line of the innermost frame outside torch and this package, from its function on."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("torch", "lightning_qat"):
+            return f"@{frame.f_code.co_name}+{frame.f_lineno - frame.f_code.co_firstlineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+_HIDDEN = Frame(nn.Identity(), watched=False)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+
+_LOCAL = _Local()
+
+
+class _JoinMode(TorchFunctionMode):
+    """Hands planned operands to their quantizers; every other call goes through unchanged."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = JOIN_FUNCTIONS.get(func)
+        frame = _LOCAL.frames[-1] if known is not None and _LOCAL.frames else None
+        if known is None or frame is None or not frame.watched:
+            return func(*args, **kwargs)
+        interception, place = frame.interception, frame.place(known.name)
+        assert interception is not None
+        operands = interception.sites.get(place)
+        if not operands_of(known, args, kwargs):
+            first = args[0] if args else None
+            # A planned call that has become another: not the integers that a batch norm counts.
+            if operands and isinstance(first, Tensor) and first.is_floating_point():
+                frame.count(place)
+                _warn_once(interception, place, "it has no longer the tensors it had")
+            return func(*args, **kwargs)
+        frame.count(place)
+        if not operands:
+            if operands is None and known.kind != "pass" and interception.sites_known:
+                _warn_once(interception, place, "it was not made")
+            return _passed_on(known, func, args, kwargs)
+        try:
+            changed = quantize_operands(known, operands, args, kwargs)
+        except _AnotherPath as reason:
+            _warn_once(interception, place, str(reason))
+            return func(*args, **kwargs)
+        return _passed_on(known, func, *changed, original=args)
+
+
+class _AnotherPath(Exception):
+    """A call does not have the tensors that the plan knows."""
+
+
+def quantize_operands(
+    known: JoinFunction,
+    operands: Mapping[int, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with its planned operands quantized."""
+    new_args, new_kwargs = list(args), dict(kwargs)
+    for index, quantizer in operands.items():
+        holder: Any = new_args
+        slot: Any = index
+        if index >= len(new_args):
+            holder = new_kwargs
+            slot = next((name for name in _KEYWORDS[index] if name in kwargs), None)
+        value = holder[slot] if slot is not None else None
+        if known.kind == "tie" and isinstance(value, list | tuple):
+            tied = getattr(quantizer, "quantize_tied", None)
+            if tied is not None:
+                holder[slot] = tied(list(value))
+            else:
+                holder[slot] = [_quantized(item, quantizer) for item in value]
+        else:
+            holder[slot] = _quantized(value, quantizer)
+    return tuple(new_args), new_kwargs
+
+
+def _quantized(value: Any, quantizer: nn.Module) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise _AnotherPath(f"expected a float tensor, got {kind}")
+    result: Tensor = quantizer(value)
+    return result
+
+
+def _passed_on(
+    known: JoinFunction,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    original: tuple[Any, ...] | None = None,
+) -> Any:
+    """Call the function; note what its result is made of."""
+    source: Any = args[0] if args else None
+    mutated = original[0] if original else source
+    in_place = known.in_place or bool(kwargs.get("inplace"))
+    if in_place and original is not None and original[0] is not source:
+        # The quantized tensor may have other readers; the user's own one must change.
+        result = original[0].copy_(func(source.clone(), *args[1:], **kwargs))
+    else:
+        result = func(*args, **kwargs)
+    tape = current_tape()
+    if tape is None:
+        return result
+    if in_place and isinstance(mutated, Tensor):
+        tape.changed(mutated)
+    if known.kind == "tie":
+        source = args[0][0] if args and args[0] else None
+    keeps = known.kind == "tie" or keeps_values(known, args, kwargs)
+    # Dropout scales what it keeps.
+    keeps = keeps and not (known.name == "dropout" and kwargs.get("training", True))
+    if keeps and isinstance(source, Tensor):
+        for leaf in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(leaf, Tensor):
+                tape.passes(source, leaf)
+    return result
+
+
+def _warn_once(interception: Interception, place: str, reason: str) -> None:
+    if not interception.warned:
+        interception.warned = True
+        where = interception.path or "the model's own forward"
+        warnings.warn(
+            f"The call {place} in {where!r} took another path than when its inputs were planned "
+            f"({reason}); it stays float. Exclude that module in the recipe, or keep its forward "
+            "the same for every input.",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Keep a quantizer's own arithmetic from the function mode that watches a model's forward."""
+    if current_tape() is None:
+        yield
+        return
+    # The frame is for torch.compile, which goes on calling the mode.
+    _LOCAL.frames.append(_HIDDEN)
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        _LOCAL.frames.remove(_HIDDEN)
+
+
+def unwind() -> None:
+    """Forget forwards that ended without their hooks.
+
+    torch runs no hook after a forward that raised while it was exported, or that was interrupted
+    from the keyboard.
+    """
+    while _LOCAL.frames:
+        frame = _LOCAL.frames.pop()
+        if frame.mode is not None:
+            frame.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    set_tape(None)
+
+
+def is_real_forward(module: nn.Module) -> bool:
+    """Whether a call of the module runs its own forward.
+
+    Under DDP Lightning sends training_step through the module's ``__call__`` with forward replaced
+    for the moment; losses must not be intercepted.
+    """
+    forward = module.forward
+    return getattr(forward, "__func__", forward) is type(module).forward or (
+        "forward" not in module.__dict__
+    )
+
+
+def interception_of(module: nn.Module) -> Interception | None:
+    """What watches over a module."""
+    found: Interception | None = module.__dict__.get("_qat_interception")
+    return found
