@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_qat import interception
+from lightning_qat.tape import current_tape
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -27,3 +30,12 @@ def _same_process_afterwards() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture(autouse=True)
+def _no_forward_is_left_running() -> Iterator[None]:
+    """An exception in a forward must not leave its interception behind."""
+    yield
+    left = current_tape() is not None or bool(interception._LOCAL.frames)
+    interception.unwind()
+    assert not left

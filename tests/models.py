@@ -97,6 +97,10 @@ def shake_batchnorms(model: nn.Module) -> None:
                 module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
 
 
+INPUTS_ONLY = Recipe(joins=False, outputs=False)
+"""Quantizes the inputs of layers and nothing else."""
+
+
 def trained(
     model: nn.Module,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],

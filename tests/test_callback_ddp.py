@@ -32,7 +32,8 @@ def main(out: Path, devices: int) -> None:
     L.seed_everything(1, verbose=False)
     net = TinyModule()
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", devices=devices, use_distributed_sampler=False, logger=False,
+        max_epochs=2, accelerator="cpu", devices=devices, logger=False,
+        use_distributed_sampler=False,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
         callbacks=[QATCallback(
             schedule=Schedule(calibration_batches=2, freeze_observers=1, freeze_batchnorm=1),

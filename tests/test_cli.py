@@ -28,6 +28,12 @@ CALLBACK: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when it is given args and pytest has some of its own."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+
 class Trained(TinyModule):
     def train_dataloader(self) -> Any:
         return random_loader()

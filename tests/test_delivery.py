@@ -69,7 +69,7 @@ def test_the_manifest_says_what_was_written_from_what(
     assert (found["inputs"], found["outputs"]) == (["input"], ["output"])
     assert {"torch", "lightning", "onnx", "onnxruntime", "numpy"} <= found["versions"].keys()
     assert found["targets"].keys() == {"text", "fake_quant_onnx"}
-    text = b"0.input 0.weight 2.input 2.weight"
+    text = b"0.input 0.weight 2.input 2.weight 2.output_0_0"
     stored = (tmp_path / "net_text.txt").read_bytes()
     assert sorted(stored.split()) == sorted(text.split())
     assert found["targets"]["text"]["files"] == {

@@ -22,7 +22,7 @@ from lightning_qat.phases import (
 )
 from lightning_qat.prepare import prepare
 from lightning_qat.schedule import Phase
-from tests.models import ResidualAdd, conv_bn_relu, inputs_for, linear
+from tests.models import INPUTS_ONLY, ResidualAdd, conv_bn_relu, inputs_for, linear
 
 FLOAT = Phase("float", False, False, False)
 CALIBRATE = Phase("calibrate", True, False, False)
@@ -44,7 +44,7 @@ def ranges(model: nn.Module) -> dict[str, tuple[float, float, float]]:
 
 def prepared_linear() -> nn.Module:
     model = linear()
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, CALIBRATE)
     return model
 
@@ -55,7 +55,7 @@ def prepared_linear() -> nn.Module:
 @pytest.mark.parametrize("phase", PHASES, ids=lambda p: p.name)
 def test_a_phase_reaches_every_quantizer(phase: Phase) -> None:
     model = conv_bn_relu()
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, phase)
     quantizers = activation_quantizers(model).values()
     assert {q.observing for q in quantizers} == {phase.observing}
@@ -66,7 +66,7 @@ def test_a_phase_reaches_every_quantizer(phase: Phase) -> None:
 @pytest.mark.parametrize("phase", PHASES, ids=lambda p: p.name)
 def test_a_phase_applied_twice_is_the_phase_applied_once(phase: Phase) -> None:
     model = conv_bn_relu()
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     for _ in range(2):
         apply_phase(model, phase)
         hooks = [len(m._forward_pre_hooks) for m in model.modules()]
@@ -90,7 +90,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
 
 def test_a_frozen_batch_norm_stays_in_eval_mode_despite_train() -> None:
     model, x = conv_bn_relu(), inputs_for("conv_bn_relu")
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     model(x)
     apply_phase(model, FROZEN)
     before = statistics(model)
@@ -103,7 +103,7 @@ def test_a_frozen_batch_norm_stays_in_eval_mode_despite_train() -> None:
 
 def test_batch_norm_weights_go_on_training_while_it_is_frozen() -> None:
     model = conv_bn_relu()
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, FROZEN)
     model.train()(inputs_for("conv_bn_relu")).square().sum().backward()
     assert model[1].weight.grad is not None
@@ -113,7 +113,7 @@ def test_batch_norm_weights_go_on_training_while_it_is_frozen() -> None:
 @pytest.mark.parametrize("how", ["release_batchnorms", "apply_phase"])
 def test_a_released_batch_norm_follows_train_and_eval_again(how: str) -> None:
     model, x = conv_bn_relu(), inputs_for("conv_bn_relu")
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, FROZEN)
     if how == "apply_phase":
         apply_phase(model, QUANTIZE)
@@ -127,7 +127,7 @@ def test_a_released_batch_norm_follows_train_and_eval_again(how: str) -> None:
 
 def test_a_copy_of_a_frozen_model_can_be_released_on_its_own() -> None:
     model, x = conv_bn_relu(), inputs_for("conv_bn_relu")
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, FROZEN)
     twin = copy.deepcopy(model)
     release_batchnorms(twin)
@@ -203,7 +203,7 @@ def test_a_model_without_quantizers_commits_nothing() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_is_refused_and_no_range_changes(bad: float) -> None:
     model = ResidualAdd()
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, CALIBRATE)
     model(inputs_for("residual_add"))
     commit_ranges(model)
@@ -245,7 +245,7 @@ def free_port() -> int:
 def network_for_ranks() -> Any:
     torch.manual_seed(0)
     model = ResidualAdd()
-    prepare(model)
+    prepare(model, INPUTS_ONLY)
     apply_phase(model, CALIBRATE)
     # The statistics of half a batch are others; what is compared here are ranges.
     model.bn1.eval()

@@ -18,11 +18,14 @@ from lightning_qat.prepare import (
     plan,
     prepare,
     prepare_like,
-    quantizers,
 )
-from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from lightning_qat.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
 from tests.models import NETWORKS, Nested, ResidualAdd, conv_bn_relu, inputs_for, linear, trained
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
 
 
 class Aliased(nn.Module):
