@@ -17,7 +17,7 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.join_networks import NETWORKS, inputs_for, train_steps
 
-INTEGER = ("resnet20", "mobilenet_v2", "dense_block", "inception")
+INTEGER = ("resnet20", "mobilenet_v2", "dense_block", "unet", "inception")
 """Networks of which nothing is float between the first layer and the last."""
 
 COMPUTES = {
@@ -37,6 +37,7 @@ EXPECTED = {
         **{"QLinearConv": 5, "QLinearConcat": 3, "QLinearAveragePool": 1},
         **{"QLinearGlobalAveragePool": 1, "QGemm": 1},
     },
+    "unet": {"QLinearConv": 6, "QLinearConcat": 2},
     "inception": {
         **{"QLinearConv": 6, "QLinearConcat": 1, "QLinearAveragePool": 1},
         **{"QLinearGlobalAveragePool": 1, "QGemm": 1},
