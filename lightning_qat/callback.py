@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_qat.callback_checks import environment_problems
 from lightning_qat.convert import check_capture, convert
-from lightning_qat.delivery import Delivered, deliver
+from lightning_qat.delivery import Delivered, deliver, refuse_repeated
 from lightning_qat.export import Exporter, load_exporter
 from lightning_qat.input_recorder import InputRecorder
 from lightning_qat.interception import unwind
@@ -165,12 +165,10 @@ class QATCallback(Callback):
             except (ValueError, TypeError, ImportError) as error:
                 problems.append(str(error))
         self._loaded = tuple(loaded)
-        names = [exporter.name for exporter in loaded]
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            problems.append(
-                f"Two exporters named {name!r} would write the same files. Keep one, and write the "
-                "other after fit: export(QuantizedModel.load('...pt2'), exporter, path_prefix)."
-            )
+        try:
+            refuse_repeated(loaded)
+        except ValueError as error:
+            problems.append(str(error))
         if not is_overridden("forward", pl_module, LightningModule):
             problems.append(
                 f"{type(pl_module).__name__} must implement forward(): it is what is exported. "

@@ -65,13 +65,7 @@ def deliver(
     Raises:
         ValueError: Two exporters have the same name, so they would write the same files.
     """
-    names = [exporter.name for exporter in exporters]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise ValueError(
-            f"Each target may be asked for once, else its files overwrite each other; got "
-            f"{repeated} more than once. Write the other one to another path with export(...)."
-        )
+    refuse_repeated(exporters)
     results = tuple(_deliver(model, e, folder / name, check, inputs) for e in exporters)
     manifest = {
         "versions": _versions(),
@@ -84,6 +78,18 @@ def deliver(
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def refuse_repeated(exporters: Sequence[Exporter]) -> None:
+    """Raise ``ValueError`` when two exporters have one name: they would write the same files."""
+    names = [exporter.name for exporter in exporters]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(
+            f"Each target may be asked for once, else its files overwrite each other; got "
+            f"{repeated} more than once. Keep one, and write the other after training to another "
+            "path: export(QuantizedModel.load('...pt2'), exporter, path_prefix)."
+        )
 
 
 def _deliver(

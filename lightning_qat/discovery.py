@@ -22,7 +22,6 @@ from lightning_qat.join_functions import (
     operands_of,
 )
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
-from lightning_qat.layers import QATLayer
 from lightning_qat.observers import batch_range
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
 from lightning_qat.recipe import ActivationSpec, Recipe
@@ -161,8 +160,6 @@ class Discovery:
                 run = self._runs[frame[0]]
                 place = _Operand(frame[0], "output", number, run, f"{OUTPUT}{number}")
                 self._returned.setdefault(key_of(leaf), place)
-                if isinstance(module, QATLayer):
-                    self._origins.setdefault(key_of(leaf), _Origin(frame[0]))
                 self._alive.append(leaf)
         self._runs[frame[0]] += 1
 

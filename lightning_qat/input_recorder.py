@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_qat.interception import is_real_forward
+
 MOST_SAMPLES = 32
 """Enough for an agreement to mean something, little enough to keep on the CPU."""
 
@@ -42,10 +44,7 @@ class InputRecorder:
             self._hook = None
 
     def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Under DDP Lightning sends training_step through the module's own __call__ with forward
-        # replaced for the moment; only calls of the real forward are wanted.
-        real = getattr(model.forward, "__func__", None) is type(model).forward
-        if self.inputs is not None or not real or not model.training:
+        if self.inputs is not None or not is_real_forward(model) or not model.training:
             return
         call: Any = args
         if kwargs:

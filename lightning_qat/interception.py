@@ -12,11 +12,9 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -42,7 +40,11 @@ class Interception:
     def __init__(self, path: str, sites: Mapping[str, Mapping[int, nn.Module]]) -> None:
         self.path = path
         self.sites = {call: dict(operands) for call, operands in sites.items()}
-        self.sites_known = any(not call.startswith(OUTPUT) for call in sites)
+        self._outputs = {
+            int(call.removeprefix(OUTPUT)): operands
+            for call, operands in self.sites.items()
+            if call.startswith(OUTPUT)
+        }
         self.warned = False
         self._handles: list[Any] = []
 
@@ -88,7 +90,7 @@ class Interception:
             return None
         replaced = None
         try:
-            if output is not None and any(call.startswith(OUTPUT) for call in self.sites):
+            if output is not None and self._outputs:
                 replaced = self._quantize_outputs(output, frame.number)
         finally:
             if frame.mode is not None:
@@ -96,15 +98,15 @@ class Interception:
                 set_tape(None)
         return replaced
 
+    @property
+    def plans_calls(self) -> bool:
+        """Whether calls were planned here, not only the module's outputs."""
+        return len(self.sites) > len(self._outputs)
+
     def _quantize_outputs(self, output: Any, number: int) -> Any:
         leaves, spec = pytree.tree_flatten(output)
-        for call, operands in self.sites.items():
-            if not call.startswith(OUTPUT) or number not in operands:
-                continue
-            index = int(call.removeprefix(OUTPUT))
-            if index >= len(leaves):
-                continue
-            if isinstance(leaves[index], Tensor):
+        for index, operands in self._outputs.items():
+            if number in operands and index < len(leaves) and isinstance(leaves[index], Tensor):
                 leaves[index] = operands[number](leaves[index])
         return pytree.tree_unflatten(leaves, spec)
 
@@ -150,9 +152,6 @@ def _line() -> str:
     return ""
 
 
-_HIDDEN = Frame(nn.Identity(), watched=False)
-
-
 class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
@@ -188,7 +187,7 @@ class _JoinMode(TorchFunctionMode):
             return func(*args, **kwargs)
         frame.count(place)
         if not operands:
-            if operands is None and known.kind != "pass" and interception.sites_known:
+            if operands is None and known.kind != "pass" and interception.plans_calls:
                 _warn_once(interception, place, "it was not made")
             return _passed_on(known, func, args, kwargs)
         try:
@@ -280,21 +279,6 @@ def _warn_once(interception: Interception, place: str, reason: str) -> None:
             "the same for every input.",
             stacklevel=2,
         )
-
-
-@contextmanager
-def hidden() -> Iterator[None]:
-    """Keep a quantizer's own arithmetic from the function mode that watches a model's forward."""
-    if current_tape() is None:
-        yield
-        return
-    # The frame is for torch.compile, which goes on calling the mode.
-    _LOCAL.frames.append(_HIDDEN)
-    try:
-        with torch._C.DisableTorchFunction():
-            yield
-    finally:
-        _LOCAL.frames.remove(_HIDDEN)
 
 
 def unwind() -> None:

@@ -17,12 +17,11 @@ from lightning_qat.arithmetic import (
     quantize,
     symmetric_scale,
 )
-from lightning_qat.interception import hidden
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import UPDATES, batch_range
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.recipe import ActivationSpec, WeightSpec
-from lightning_qat.tape import current_tape
+from lightning_qat.tape import current_tape, hidden
 
 _Self = TypeVar("_Self", bound="Quantizer")
 

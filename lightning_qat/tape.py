@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 Key = tuple[int, int]
@@ -73,6 +75,11 @@ _LOCAL = _Local()
 def current_tape() -> Tape | None:
     """The tape of the forward that runs in this thread, if it keeps one."""
     return _LOCAL.tape
+
+
+def hidden() -> AbstractContextManager[object]:
+    """Keep a quantizer's own arithmetic from the function mode that watches a model's forward."""
+    return nullcontext() if current_tape() is None else torch._C.DisableTorchFunction()
 
 
 def set_tape(tape: Tape | None) -> None:

@@ -129,6 +129,26 @@ def test_fractions_are_of_the_run_and_steps_count_optimizer_steps(
     assert [frozen for _, _, frozen in seen.seen] == [False] * 6 + [True] * 2
 
 
+def test_fractions_of_a_run_that_steps_alone_limit_are_of_its_epochs(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    # 8 steps, 4 an epoch, are 2 epochs: ranges freeze with the second.
+    schedule = Schedule(calibration_batches=0, freeze_observers=0.5, freeze_batchnorm=None)
+    seen = Phases()
+    trainer(QATCallback(schedule=schedule), seen, max_epochs=-1, max_steps=8).fit(Net(), loader())
+    assert [observing for observing, _, _ in seen.seen] == [True] * 4 + [False] * 4
+
+
+def test_two_exporters_of_one_name_are_refused_before_training(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    net = Net()
+    callback = QATCallback(exporters=[Failing(), Failing()], export_dir=tmp_path / "out")
+    with pytest.raises(MisconfigurationException, match=r"got \['failing'\] more than once"):
+        trainer(callback).fit(net, loader())
+    assert net.losses == []
+
+
 def test_each_phase_change_is_announced_once(
     trainer: Callable[..., L.Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
