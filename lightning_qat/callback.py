@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_qat.callback_checks import environment_problems
 from lightning_qat.convert import check_capture, convert
 from lightning_qat.delivery import Delivered, deliver, refuse_repeated
+from lightning_qat.discovery import finish_plan
 from lightning_qat.export import Exporter, load_exporter
 from lightning_qat.input_recorder import InputRecorder
 from lightning_qat.interception import unwind
@@ -257,6 +258,7 @@ class QATCallback(Callback):
     ) -> None:
         phase = self._phase
         assert phase is not None
+        finish_plan(pl_module)
         if phase.observing:
             commit_ranges(pl_module)
         if phase.name != "float":

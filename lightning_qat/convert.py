@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lightning_qat.compiled import modules_by_path, plain_path, unwrapped
+from lightning_qat.discovery import finish_plan
 from lightning_qat.fold import fold_batchnorms
 from lightning_qat.interception import interception_of, unwind
 from lightning_qat.join_plan import forget_plan, plan_of
@@ -100,6 +102,7 @@ def finalized_copy(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: As ``convert``.
     """
+    finish_plan(model)
     layers = _layers(model)
     if not layers:
         raise ValueError(
@@ -129,13 +132,13 @@ def finalized_copy(model: nn.Module) -> nn.Module:
 def _keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
     """Every activation quantizer and the key of its tensor; shared ones by their owner's name."""
     plan = plan_of(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     paths = [t.quantizer for t in plan.tensors] if plan is not None else []
     found: dict[ActivationQuantizer, str] = {}
     for path in (*paths, *modules):
         module = modules.get(path)
         if isinstance(module, ActivationQuantizer):
-            key = path.replace("_orig_mod.", "").replace("qat_joins.", "")
+            key = path.replace("qat_joins.", "")
             found.setdefault(module, key.replace("input_quantizer", "input"))
     # A part of a planned model quantizes with what belongs to another part.
     for name, module in modules.items():
@@ -162,8 +165,7 @@ def _detached_copy(model: nn.Module) -> nn.Module:
 
 def _without_compile(module: nn.Module) -> nn.Module:
     """What ``torch.compile`` wrapped, at every level, in place."""
-    while (inner := module._modules.get("_orig_mod")) is not None:
-        module = inner
+    module = unwrapped(module)
     for name, child in module._modules.items():
         if child is not None:
             module._modules[name] = _without_compile(child)
@@ -193,7 +195,7 @@ def _finalize(model: nn.Module) -> nn.Module:
 
 def _layers(model: nn.Module) -> dict[str, QATLayer]:
     return {
-        name.replace("_orig_mod.", ""): module
+        plain_path(name): module
         for name, module in model.named_modules()
         if isinstance(module, QATLayer)
     }

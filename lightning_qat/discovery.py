@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_qat.interception import OUTPUT, Frame, is_real_forward
+from lightning_qat.compiled import is_compiled, modules_by_path
+from lightning_qat.interception import OUTPUT, Frame, interception_of, is_real_forward
 from lightning_qat.join_functions import (
     JOIN_FUNCTIONS,
     JoinFunction,
@@ -22,6 +23,7 @@ from lightning_qat.join_functions import (
     operands_of,
 )
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
+from lightning_qat.layers import WITH_WEIGHTS
 from lightning_qat.observers import batch_range
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
 from lightning_qat.recipe import ActivationSpec, Recipe
@@ -29,6 +31,15 @@ from lightning_qat.tape import Key, key_of
 
 INPUT = "input"
 EMPTY = "empty tensors"
+
+_COUNTED = (*WITH_WEIGHTS, nn.modules.batchnorm._BatchNorm)
+"""Layers whose own arithmetic is accounted for elsewhere: in the report, or folded."""
+_NO_VALUES = frozenset(
+    "to float double half bfloat16 type type_as cpu cuda requires_grad_ __get__ __set__ "
+    "__setitem__ zeros_like ones_like empty_like full_like rand_like randn_like bernoulli "
+    "new_zeros new_ones new_full new_empty new_tensor".split()
+)
+"""Functions that make no new values of a tensor's."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,8 @@ class Discovery:
         """Whether saved tensors were hooked while a module ran."""
         self._ranges: dict[Key, Tensor] = {}
         self._members: dict[str, list[Key]] = {}
-        self._paths = {module: path for path, module in model.named_modules()}
+        self._modules = modules_by_path(model)
+        self._paths = {module: path for path, module in reversed(self._modules.items())}
 
     @contextmanager
     def watching(self, *, root_runs: bool = False) -> Iterator[None]:
@@ -104,14 +116,16 @@ class Discovery:
             root_runs: The model's own forward is running already.
         """
         handles = []
-        for module, path in self._paths.items():
+        for path, module in self._modules.items():
+            if self._paths[module] != path:
+                continue
             if root_runs and not path:
                 self._frames.append((path, Frame(module)))
                 continue
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-        compiled = any("_orig_mod" in path for path in self._paths.values())
-        stance: Any = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        eager: Any = torch.compiler.set_stance("force_eager")
+        stance: Any = eager if is_compiled(self.model) else nullcontext()
         try:
             with stance, _Watch(self):
                 yield
@@ -207,7 +221,29 @@ class Discovery:
                 )
         if known is not None and tensors:
             self._note(known, _Call(path, name, number, place), tensors, keys, outs, args, kwargs)
+        elif natural is None and self._computes(frame[0], func, args, kwargs, leaves):
+            self._left_float[f"{made}: no integer form is known"] = None
         return result
+
+    def _computes(
+        self,
+        path: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        results: list[Tensor],
+    ) -> bool:
+        """Whether a call that is neither join nor passing makes new values of a tensor."""
+        name = getattr(func, "__name__", "")
+        if isinstance(self._modules[path], _COUNTED) or name in _NO_VALUES:
+            return False
+        leaves = pytree.tree_leaves((args, kwargs))
+        given = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
+        in_place = name.endswith("_") and not name.endswith("__")
+        return bool(given) and any(
+            t.is_floating_point() and t.dim() and (in_place or all(t is not x for x in given))
+            for t in results
+        )
 
     def _note(
         self,
@@ -253,7 +289,7 @@ class Discovery:
             return EMPTY
         if not self.recipe.joins:
             return "the recipe has joins=False"
-        kind = type(self.model.get_submodule(path)).__name__
+        kind = type(self._modules[path]).__name__
         if self.recipe.for_layer(path, kind) is None:
             return f"{path or 'the root'} is not selected by the recipe"
         return None
@@ -299,13 +335,18 @@ class Discovery:
 
         To be called after the plan has been applied to the model.
         """
+        modules = modules_by_path(self.model)
         for path, keys in self._members.items():
-            quantizer = self.model.get_submodule(path)
+            quantizer = modules[path]
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
             fresh = not quantizer.calibrated and quantizer.pending is None
             if fresh and seen and quantizer.observing:
                 quantizer.observe(torch.stack(seen).amax(0))
+
+    def release(self) -> None:
+        """Let the forward's tensors go; the plan is made."""
+        self._alive.clear()
 
     def _named(
         self, groups: _Groups, roots: Mapping[int, list[Key]], used: Mapping[_Operand, int]
@@ -342,9 +383,9 @@ class Discovery:
 
     def _spec(self, owner: _Operand, origins: list[_Origin]) -> ActivationSpec:
         if owner.function == INPUT:
-            spec: ActivationSpec = self.model.get_submodule(_path(owner)).spec  # type: ignore[assignment]
+            spec: ActivationSpec = self._modules[_path(owner)].spec  # type: ignore[assignment]
         else:
-            module = self.model.get_submodule(owner.module)
+            module = self._modules[owner.module]
             layer = self.recipe.for_layer(owner.module, type(module).__name__)
             spec = layer.activation if layer is not None else self.recipe.activation
         if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
@@ -415,8 +456,9 @@ class FirstForward:
     """Plans a model during its first own forward in training mode, then lets go.
 
     Not in eval mode: Lightning restores the modes of the modules that it saw before validation, and
-    would leave quantizers made in between in eval mode for good. Not under activation
-    checkpointing: it runs parts of the forward again in backward, which must not find them changed.
+    would leave quantizers made in between in eval mode for good. Activation checkpointing runs
+    parts of the forward again in backward, which must not find them changed: there the plan is made
+    but waits for ``finish_plan`` or the next forward.
 
     Args:
         model: A model with its QAT layers.
@@ -427,14 +469,17 @@ class FirstForward:
         self.recipe = recipe
         self._discovery: Discovery | None = None
         self._watching: Any = None
+        self._made: tuple[Discovery, JoinPlan] | None = None
         self._handles = (
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._leave, always_call=True),
+            model.register_state_dict_pre_hook(self._before_saving),  # type: ignore[no-untyped-call]
         )
         model.__dict__["_qat_first_forward"] = self
 
     def stop(self, model: nn.Module) -> None:
         """Let go of the model."""
+        self._made = None
         for handle in self._handles:
             handle.remove()
         model.__dict__.pop("_qat_first_forward", None)
@@ -443,6 +488,12 @@ class FirstForward:
         if plan_of(model) is not None:
             # A checkpoint has brought one.
             self.stop(model)
+        elif self._made is not None:
+            self.finish(model)
+            watching = interception_of(model)
+            if watching is not None:
+                # torch does not call hooks that were added while it calls those of a module.
+                watching.enter(model, args)
         elif model.training and is_real_forward(model):
             self._discovery = Discovery(model, self.recipe)
             self._watching = self._discovery.watching(root_runs=True)
@@ -454,13 +505,6 @@ class FirstForward:
             return
         self._watching.__exit__(None, None, None)
         self._watching = None
-        if discovery.checkpointed:
-            raise RuntimeError(
-                "Activation checkpointing runs parts of the forward again in backward, so "
-                "quantizers cannot be planned during training. Give the plan its inputs before: "
-                "prepare(model, recipe, example_inputs), QATCallback(example_inputs=...) or the "
-                "module's example_input_array."
-            )
         if output is None:
             return
         discovery.outputs(output)
@@ -468,9 +512,28 @@ class FirstForward:
         if any(call.endswith(EMPTY) for call in plan.left_float):
             # An empty batch says nothing; the next one will.
             return
-        self.stop(model)
-        apply_plan(model, plan)
-        discovery.observe()
+        discovery.release()
+        self._made = discovery, plan
+        if not discovery.checkpointed:
+            self.finish(model)
+
+    def _before_saving(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.finish(model)
+
+    def finish(self, model: nn.Module) -> None:
+        """Apply the plan, if it is made."""
+        if self._made is not None:
+            discovery, plan = self._made
+            self.stop(model)
+            apply_plan(model, plan)
+            discovery.observe()
+
+
+def finish_plan(model: nn.Module) -> None:
+    """Apply a plan that was made in a forward that backward had to find unchanged."""
+    waiting: FirstForward | None = vars(model).get("_qat_first_forward")
+    if waiting is not None:
+        waiting.finish(model)
 
 
 def discover(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: Any) -> JoinPlan:

@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_qat.join_functions import JOIN_FUNCTIONS, JoinFunction, keeps_values, operands_of
-from lightning_qat.tape import Tape, current_tape, set_tape
+from lightning_qat.tape import Tape, current_tape, hidden, is_hidden, swap_tape
 
 OUTPUT = "output:"
 """How the site of a module's own output is spelled, with the number of the tensor among them; its
@@ -69,15 +71,20 @@ class Interception:
         """Before the module's forward."""
         frame = Frame(module, self, watched=is_real_forward(module))
         _LOCAL.frames.append(frame)
-        if frame.watched and current_tape() is None:
-            # The outermost watched module; under activation checkpointing it may be any.
-            set_tape(Tape())
-            frame.mode = _JoinMode()
-            frame.mode.__enter__()  # type: ignore[no-untyped-call]
+        if not frame.watched:
+            return
         tape = current_tape()
-        if frame.watched and tape is not None:
-            frame.number = tape.calls[id(self)]
-            tape.calls[id(self)] += 1
+        if tape is None:
+            _show_to_compile()
+            # The outermost watched module; under activation checkpointing it may be any, and one
+            # that torch.compile wraps begins anew.
+            tape = frame.tape = Tape(traced=is_dynamo_compiling())
+            frame.outer_tape = swap_tape(tape)
+            if frame.outer_tape is None:
+                frame.mode = _JoinMode()
+                frame.mode.__enter__()  # type: ignore[no-untyped-call]
+        frame.number = tape.calls[id(self)]
+        tape.calls[id(self)] += 1
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the module's forward, also when it raised."""
@@ -93,9 +100,7 @@ class Interception:
             if output is not None and self._outputs:
                 replaced = self._quantize_outputs(output, frame.number)
         finally:
-            if frame.mode is not None:
-                frame.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-                set_tape(None)
+            frame.close()
         return replaced
 
     @property
@@ -109,6 +114,15 @@ class Interception:
             if number in operands and index < len(leaves) and isinstance(leaves[index], Tensor):
                 leaves[index] = operands[number](leaves[index])
         return pytree.tree_unflatten(leaves, spec)
+
+
+_frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore
+_skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+for _hook in (Interception.enter, Interception.leave):
+    # The hooks of the very module that torch.compile wraps run outside of the graph, and must not
+    # become graphs themselves; those of the modules inside it are part of it. (The public
+    # decorators break the graph there.)
+    _frames.set_code_exec_strategy(_hook.__code__, _skip)
 
 
 class Frame:
@@ -125,15 +139,30 @@ class Frame:
     ) -> None:
         self.interception = interception
         self.watched = watched
-        self.mode: _JoinMode | None = None
         self.number = 0
+        self.mode: _JoinMode | None = None
+        self.tape: Tape | None = None
+        self.outer_tape: Tape | None = None
         self._calls: Counter[str] = Counter()
         # Code of torch's own modules is the same for everybody, and who calls them is not theirs.
         self._torch = type(module).__module__.partition(".")[0] == "torch"
 
+    def close(self) -> None:
+        """End what began with this forward."""
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self.tape is not None:
+            swap_tape(self.outer_tape)
+
     def place(self, name: str) -> str:
-        """How the next call of a function is known: ``add@forward+3:0``."""
-        line = "" if self._torch else _line()
+        """How the next call of a function is known: ``add@forward+3:0``.
+
+        Empty when a graph that torch.compile made runs: what it calls was seen when it was made.
+        """
+        line = _traced_line() if is_dynamo_compiling() else _line()
+        if line is None:
+            return ""
+        line = "" if self._torch else line
         return f"{name}{line}:{self._calls[name + line]}"
 
     def count(self, place: str) -> None:
@@ -141,15 +170,40 @@ class Frame:
         self._calls[place.rpartition(":")[0]] += 1
 
 
-def _line() -> str:
+def _line() -> str | None:
     """The line of the innermost frame outside torch and this package, from its function on."""
     frame = sys._getframe(2)
     while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("torch", "lightning_qat"):
-            return f"@{frame.f_code.co_name}+{frame.f_lineno - frame.f_code.co_firstlineno}"
+        if _is_users(frame.f_globals):
+            code = frame.f_code
+            if code.co_filename.startswith("<eval_with_key>"):
+                return None
+            return f"@{code.co_name}+{frame.f_lineno - code.co_firstlineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_line() -> str:
+    """``_line`` while ``torch.compile`` traces: its stack, not Python's, has the user's frames."""
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    frame: Any = InstructionTranslator.current_tx().output.current_tx
+    while frame is not None:
+        if _is_users(frame.f_globals):
+            code = frame.f_code
+            # What follows a graph break has become a function of its own.
+            resumed = ContinueExecutionCache.generated_code_metadata.get(code)
+            code = code if resumed is None else resumed.code
+            return f"@{code.co_name}+{frame.lineno - code.co_firstlineno}"
+        frame = frame.parent
+    return ""
+
+
+def _is_users(namespace: Mapping[str, Any]) -> bool:
+    """Whether code with these globals is neither torch's nor this package's."""
+    return namespace.get("__name__", "").partition(".")[0] not in ("torch", "lightning_qat")
 
 
 class _Local(threading.local):
@@ -158,6 +212,21 @@ class _Local(threading.local):
 
 
 _LOCAL = _Local()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _show_to_compile() -> None:
+    """Have ``torch.compile`` hand every join to function modes.
+
+    torch 2.13 keeps those back that ``torch.overrides`` does not list: hardswish, hardsigmoid, pad.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.variables.torch")
+    if dynamo is not None:
+        dynamo.get_overridable_functions().update(JOIN_FUNCTIONS)
+
+
+_TRACEABLE: Mapping[str, Callable[..., Any]] = {"unflatten": torch.unflatten}
+"""torch 2.13 cannot trace a method that calls ``super()`` when a function mode hands it on."""
 
 
 class _JoinMode(TorchFunctionMode):
@@ -171,12 +240,26 @@ class _JoinMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if not is_dynamo_compiling():
+            return self._call(func, args, kwargs)
+        func = _TRACEABLE.get(func.__name__, func)
+        if is_hidden():
+            return func(*args, **kwargs)
+        # While it traces, torch hands what a function calls inside to the mode as well.
+        with hidden():
+            return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = JOIN_FUNCTIONS.get(func)
-        frame = _LOCAL.frames[-1] if known is not None and _LOCAL.frames else None
-        if known is None or frame is None or not frame.watched:
+        if known is None:
+            return _unknown(func, args, kwargs)
+        frame = _LOCAL.frames[-1] if _LOCAL.frames else None
+        if frame is None or not frame.watched:
             return func(*args, **kwargs)
         interception, place = frame.interception, frame.place(known.name)
         assert interception is not None
+        if not place:
+            return func(*args, **kwargs)
         operands = interception.sites.get(place)
         if not operands_of(known, args, kwargs):
             first = args[0] if args else None
@@ -196,6 +279,17 @@ class _JoinMode(TorchFunctionMode):
             _warn_once(interception, place, str(reason))
             return func(*args, **kwargs)
         return _passed_on(known, func, *changed, original=args)
+
+
+def _unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function that is neither a join nor passing; it may change a tensor in place."""
+    result = func(*args, **kwargs)
+    target = args[0] if args else None
+    if result is target and isinstance(target, Tensor):
+        tape = current_tape()
+        if tape is not None:
+            tape.changed(target)
+    return result
 
 
 class _AnotherPath(Exception):
@@ -272,13 +366,18 @@ def _passed_on(
 def _warn_once(interception: Interception, place: str, reason: str) -> None:
     if not interception.warned:
         interception.warned = True
-        where = interception.path or "the model's own forward"
-        warnings.warn(
-            f"The call {place} in {where!r} took another path than when its inputs were planned "
-            f"({reason}); it stays float. Exclude that module in the recipe, or keep its forward "
-            "the same for every input.",
-            stacklevel=2,
-        )
+        _warn(interception.path or "the model's own forward", place, reason)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn(where: str, place: str, reason: str) -> None:
+    """Warn, while ``torch.compile`` traces too."""
+    warnings.warn(
+        f"The call {place} in {where!r} took another path than when its inputs were planned "
+        f"({reason}); it stays float. Exclude that module in the recipe, or keep its forward "
+        "the same for every input.",
+        stacklevel=2,
+    )
 
 
 def unwind() -> None:
@@ -288,10 +387,7 @@ def unwind() -> None:
     from the keyboard.
     """
     while _LOCAL.frames:
-        frame = _LOCAL.frames.pop()
-        if frame.mode is not None:
-            frame.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-    set_tape(None)
+        _LOCAL.frames.pop().close()
 
 
 def is_real_forward(module: nn.Module) -> bool:

@@ -56,6 +56,11 @@ _TABLE: tuple[tuple[str, Kind, int, tuple[str, ...]], ...] = (
     ("tanh", "join", 1, ("tanh_",)),
     ("hardswish", "join", 1, ()),
     ("hardsigmoid", "join", 1, ()),
+    # Computed in float everywhere, but what is added up before it need not be.
+    ("layer_norm", "join", 1, ()),
+    ("rms_norm", "join", 1, ()),
+    ("group_norm", "join", 1, ()),
+    ("instance_norm", "join", 1, ()),
     ("gelu", "join", 1, ()),
     ("silu", "join", 1, ()),
     ("mish", "join", 1, ()),
@@ -89,7 +94,7 @@ def _functions() -> Mapping[Callable[..., Any], JoinFunction]:
             in_place = spelling.startswith("__i") or (
                 spelling.endswith("_") and not spelling.startswith("__")
             )
-            for namespace in (torch, Tensor, F):
+            for namespace in (torch, Tensor, F, torch._C._nn):  # pyright: ignore
                 function = getattr(namespace, spelling, None)
                 if callable(function):
                     found[function] = JoinFunction(name, kind, operands, in_place)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qat.compiled import modules_by_path, trace_hooks
 from lightning_qat.interception import Interception
 from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.recipe import ActivationSpec
@@ -116,10 +117,9 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
         plan: The plan.
 
     Raises:
-        ValueError: The plan names modules that the model does not have, or that torch.compile has
-            wrapped.
+        ValueError: The plan names modules that the model does not have.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     like = next((m for m in modules.values() if isinstance(m, ActivationQuantizer)), None)
     paths = {*plan.sites, *plan.links, *(_owner(t.quantizer) for t in plan.tensors)}
     unknown = sorted(path for path in paths if path not in modules)
@@ -127,12 +127,6 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
         raise ValueError(
             f"The plan of quantized tensors names {unknown}, which {type(model).__name__} does not "
             "have. Build the model that was trained."
-        )
-    compiled = sorted(path for path in plan.sites if "_orig_mod" in path.split("."))
-    if compiled:
-        raise ValueError(
-            f"{compiled} are inside compiled modules, where functional calls cannot be watched. "
-            "Compile after training, or use a recipe with joins=False and outputs=False."
         )
     quantizers = {t.quantizer: _placed(modules, t, like) for t in plan.tensors}
     for layer, path in plan.links.items():
@@ -143,6 +137,7 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
             for call, operands in calls.items()
         }
         Interception(path, sites).attach(modules[path])
+    trace_hooks(model)
     keep_plan(model, plan)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from lightning_qat.compiled import modules_by_path, plain_path, unwrapped
 from lightning_qat.discovery import FirstForward, discover
 from lightning_qat.join_plan import (
     STATE_KEY,
@@ -23,7 +24,7 @@ from lightning_qat.join_plan import (
     keep_plan,
     plan_of,
 )
-from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
+from lightning_qat.layers import WITH_WEIGHTS, Conv2dQAT, LinearQAT, QATLayer
 from lightning_qat.quantized_model import Inputs, as_call
 from lightning_qat.recipe import LayerSpec, Recipe
 
@@ -31,9 +32,6 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     layer.float_class: layer for layer in (Conv2dQAT, LinearQAT)
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
-
-_NOT_YET = (nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
-"""Layers with weights that have no QAT form: reported, so that nothing stays float silently."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +143,7 @@ def prepare(
           2  Linear: left as it is, excluded by the recipe (exclude: '2')
     """
     recipe = Recipe.load(recipe)
+    model = unwrapped(model)
     report = plan(model, recipe)
     if not report.swapped and not any(isinstance(m, QATLayer) for m in model.modules()):
         reasons = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in report.skipped)
@@ -186,7 +185,7 @@ def plan_joins(
 def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> PrepareReport:
     """What ``prepare`` would do, without doing it; arguments and errors as there."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules_by_path(model).items():
         names[module].append(name)
     layers = {
         name: float_class_name(module)
@@ -214,8 +213,9 @@ def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> Pr
 
 def swap(model: nn.Module, report: PrepareReport) -> None:
     """Do what a report says."""
+    modules = modules_by_path(model)
     for layer in report.swapped:
-        module = model.get_submodule(layer.name)
+        module = modules[layer.name]
         LAYERS[type(module)].swap(module, layer.spec)
     for module in model.modules():
         # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
@@ -226,7 +226,7 @@ def swap(model: nn.Module, report: PrepareReport) -> None:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one that the report must account for: a layer with weights."""
-    return isinstance(module, (*LAYERS, *_NOT_YET))
+    return isinstance(module, WITH_WEIGHTS)
 
 
 def float_class_name(module: nn.Module) -> str:
@@ -269,10 +269,11 @@ def _shared_parameters(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, 
 
 
 def _refuse_other_dtypes(model: nn.Module, swapped: list[SwappedLayer]) -> None:
+    modules = modules_by_path(model)
     wrong = [
         f"{layer.name}.{name} is {str(parameter.dtype).removeprefix('torch.')}"
         for layer in swapped
-        for name, parameter in model.get_submodule(layer.name).named_parameters(recurse=False)
+        for name, parameter in modules[layer.name].named_parameters(recurse=False)
         if parameter.dtype != torch.float32
     ]
     if wrong:
@@ -304,7 +305,8 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
             "The state_dict holds no quantizers: it is of a float model. Load it into the float "
             "model, then call prepare."
         )
-    layers = dict(model.named_modules(remove_duplicate=False))
+    state_dict = {plain_path(key): value for key, value in state_dict.items()}
+    layers = modules_by_path(model)
     unknown = [name for name in specs if type(layers.get(name)) not in LAYERS]
     if unknown:
         raise ValueError(

@@ -144,9 +144,9 @@ class ActivationQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept."""
         tape = current_tape()
-        if tape is None:
-            return self._quantize(x)
         with hidden():
+            if tape is None:
+                return self._quantize(x)
             return tape.quantize(x, self.identity, self._quantize, skip=True)
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class ActivationQuantizer(Quantizer):
         """Take note of ``(-min, max)`` of a tensor; it counts when it is committed."""
         if self.spec.clip is not None:
             return
-        if not self.deferred and torch._C._current_graph_task_id() != -1:
+        if not self.deferred and _in_backward():
             # Activation checkpointing runs the forward again in backward: it has been counted, and
             # its range must stay what it was.
             return
@@ -233,6 +233,11 @@ class ActivationQuantizer(Quantizer):
             else "no range yet"
         )
         return f"{self.spec.bits} bits, {kind}, {state}"
+
+
+def _in_backward() -> bool:
+    # torch.compile traces a checkpointed forward once, and functionally.
+    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class WeightQuantizer(Quantizer):

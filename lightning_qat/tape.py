@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 Key = tuple[int, int]
 """Identity of a tensor's value: the object, and how often it was changed in place."""
@@ -18,11 +19,17 @@ class Tape:
     """The tensors of one forward that are on a grid, and their quantized forms.
 
     An in-place operation makes a new value of the same object: the version is part of the identity.
+
+    Args:
+        traced: It belongs to a graph that ``torch.compile`` makes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, traced: bool) -> None:
+        self.traced = traced
         self._quantized: dict[tuple[Key, int], Tensor] = {}
         self._grid: dict[Key, int] = {}
+        self._changes: Counter[int] = Counter()
+        self._viewed: set[int] = set()
         self.calls: Counter[int] = Counter()
         """How often each watched module has run, by identity."""
         # Ids are only unique among living objects.
@@ -39,7 +46,7 @@ class Tape:
             compute: Quantizes.
             skip: Give ``x`` back as it is when it lies on that grid already.
         """
-        key, owner = key_of(x), id(quantizer)
+        key, owner = self._key(x), id(quantizer)
         if skip and self._grid.get(key) == owner:
             return x
         found = self._quantized.get((key, owner))
@@ -47,46 +54,97 @@ class Tape:
             found = compute(x)
             self._alive += (x, quantizer, found)
             self._quantized[key, owner] = found
-            self._grid[key_of(found)] = owner
+            self._grid[self._key(found)] = owner
         return found
 
     def passes(self, source: Tensor, result: Tensor) -> None:
         """Note that ``result`` holds values of ``source``: it lies on the same grid."""
-        owner = self._grid.get(key_of(source))
+        if versionless(source):
+            self._viewed |= {id(source), id(result)}
+            self._alive += (source, result)
+        owner = self._grid.get(self._key(source))
         if owner is not None:
             self._alive.append(result)
-            self._grid[key_of(result)] = owner
+            self._grid[self._key(result)] = owner
 
     def changed(self, x: Tensor) -> None:
-        """Note an in-place change where tensors count no versions (inference mode)."""
-        if x.is_inference():
-            self._grid.pop(key_of(x), None)
-            for key, owner in [k for k in self._quantized if k[0] == key_of(x)]:
-                del self._quantized[key, owner]
+        """Note an in-place change, which only versionless tensors must be told of."""
+        if not versionless(x):
+            return
+        self._changes[id(x)] += 1
+        self._alive.append(x)
+        if id(x) in self._viewed:
+            # What shares its memory has changed as well.
+            self._quantized.clear()
+            self._grid.clear()
+
+    def _key(self, x: Tensor) -> Key:
+        return (id(x), self._changes[id(x)]) if versionless(x) else key_of(x)
+
+
+class _Running:
+    tape: Tape | None = None
+    hidden: bool = False
 
 
 class _Local(threading.local):
-    tape: Tape | None = None
+    def __init__(self) -> None:
+        # torch.compile reads what a thread's local holds, but misses that it was set anew.
+        self.running = _Running()
 
 
 _LOCAL = _Local()
 
 
 def current_tape() -> Tape | None:
-    """The tape of the forward that runs in this thread, if it keeps one."""
-    return _LOCAL.tape
+    """The tape of the forward that runs in this thread, if it keeps one.
+
+    A tape holds tensors of its own forward, so a graph that ``torch.compile`` makes of a part of
+    it keeps its own, or none.
+    """
+    tape = _LOCAL.running.tape
+    return tape if tape is None or tape.traced == is_dynamo_compiling() else None
+
+
+def swap_tape(tape: Tape | None) -> Tape | None:
+    """Begin or end a tape in this thread; gives the one before."""
+    before, _LOCAL.running.tape = _LOCAL.running.tape, tape
+    return before
 
 
 def hidden() -> AbstractContextManager[object]:
     """Keep a quantizer's own arithmetic from the function mode that watches a model's forward."""
+    if is_dynamo_compiling():
+        return Hidden(_LOCAL.running)
     return nullcontext() if current_tape() is None else torch._C.DisableTorchFunction()
 
 
-def set_tape(tape: Tape | None) -> None:
-    """Begin or end a tape in this thread."""
-    _LOCAL.tape = tape
+class Hidden:
+    """``hidden`` for ``torch.compile``, which does not heed ``DisableTorchFunction``."""
+
+    def __init__(self, running: _Running) -> None:
+        self._running = running
+
+    def __enter__(self) -> None:
+        self._before, self._running.hidden = self._running.hidden, True
+
+    def __exit__(self, *exception: object) -> None:
+        self._running.hidden = self._before
+
+
+def is_hidden() -> bool:
+    """Whether what ``torch.compile`` traces is inside ``hidden``."""
+    return _LOCAL.running.hidden
 
 
 def key_of(x: Tensor) -> Key:
     """The identity of a tensor's present value."""
     return id(x), 0 if x.is_inference() else x._version
+
+
+def versionless(x: Tensor) -> bool:
+    """Whether torch does not tell how often a tensor was changed in place.
+
+    It does not in inference mode, nor while ``torch.compile`` traces.
+    """
+    return is_dynamo_compiling() or x.is_inference()

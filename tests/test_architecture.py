@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"qparams", "recipe", "schedule", "atomic", "program", "tape"},  # 0 vocabulary
+    {"qparams", "recipe", "schedule", "atomic", "program", "tape", "compiled"},  # 0 vocabulary
     {"arithmetic", "observers", "join_functions"},  # 1 what quantization is: pure functions
     {"batchnorm", "nodes", "interception"},  # 2 for batch norms, graphs, functional calls
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training

@@ -509,6 +509,48 @@ class PlainBlock(nn.Module):
         return F.relu(self.two(F.relu(self.one(x))) + x)
 
 
+class Unlisted(nn.Module):
+    """Functions that no integer target has, between those that some have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(6, 6), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.fc(x)).float()
+        y = torch.where(y > 0, y, torch.zeros_like(y)) / y.shape[-1]
+        y.mul_(2.0)
+        return F.relu6(y + x)
+
+
+def test_functions_without_an_integer_form_are_listed_once_each() -> None:
+    report = prepare(Unlisted(), "int8", torch.randn(4, 6))
+    assert report.joins is not None
+    assert report.joins.left_float == (
+        "act.prelu: no integer form is known",
+        "where: no integer form is known",
+        "div: no integer form is known",
+        "mul: no integer form is known",
+    )
+
+
+def test_what_a_layer_norm_reads_is_quantized_with_the_residual_that_reads_it_too() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.one(x)
+            return x + self.two(self.norm(x))
+
+    report = prepare(Residual(), "int8", torch.randn(4, 6))
+    assert report.joins is not None
+    (shared,) = (t for t in report.joins.tensors if "norm.layer_norm:0[0]" in t.consumers)
+    assert shared.consumers == ("norm.layer_norm:0[0]", "add:1[0]")
+
+
 class Checkpoints(nn.Module):
     def __init__(self, saves_memory: bool) -> None:
         super().__init__()
@@ -548,20 +590,35 @@ def test_activation_checkpointing_changes_neither_ranges_nor_gradients() -> None
         assert torch.equal(one.grad, other.grad), name
 
 
-def test_activation_checkpointing_needs_the_plan_before_training() -> None:
+def test_a_plan_made_under_activation_checkpointing_waits_until_backward_is_through() -> None:
+    plain, saving = Checkpoints(False), Checkpoints(True)
+    saving.load_state_dict(plain.state_dict())
+    batches = [torch.randn(4, 2, 6, 6) for _ in range(3)]
+    for model in (plain, saving):
+        prepare(model, "int8")
+        model.train()
+        for x in batches:
+            model.zero_grad()
+            model(x).square().mean().backward()
+    assert the_plan(plain).to_dict() == the_plan(saving).to_dict()
+    for tensor in the_plan(plain).tensors:
+        one, other = (m.get_submodule(tensor.quantizer) for m in (plain, saving))
+        assert torch.equal(one.max_val, other.max_val), tensor.quantizer
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_plan_that_waits_is_there_after_one_batch_for_convert_and_checkpoints() -> None:
     model, x = Checkpoints(True), torch.randn(4, 2, 6, 6)
     prepare(model, "int8")
-    with pytest.raises(RuntimeError, match=r"cannot be planned during training. Give the plan its"):
-        model.train()(x)
-    prepare(model, "int8", x)
-    model(x).square().mean().backward()
-
-
-def test_joins_inside_compiled_modules_are_refused_with_what_to_do() -> None:
-    model, x = NETWORKS["resnet20"][0](), inputs_for("resnet20")
-    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
-    with pytest.raises(ValueError, match=r"\['blocks.0._orig_mod'.*compiled.*joins=False"):
-        prepare(model, "int8", x)
+    model.train()(x).square().mean().backward()
+    assert plan_of(model) is None
+    assert "_qat_plan" in model.state_dict()
+    assert the_plan(model).tensors[-1].quantizer in dict(model.named_modules())
+    other = Checkpoints(True)
+    prepare(other, "int8")
+    other.train()(x).square().mean().backward()
+    assert convert(other, x).output_steps
 
 
 def test_activation_checkpointing_in_eval_mode_changes_no_gradient() -> None:

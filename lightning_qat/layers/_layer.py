@@ -16,6 +16,16 @@ from lightning_qat.quantizers import (
 )
 from lightning_qat.recipe import LayerSpec, Recipe
 
+WITH_WEIGHTS = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.Embedding,
+)
+"""torch's layers with weights: each becomes a QAT layer or is reported as one that does not."""
+
 _Layer = TypeVar("_Layer", bound="QATLayer")
 
 
