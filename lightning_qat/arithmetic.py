@@ -191,6 +191,26 @@ class _FakeQuantize(torch.autograd.Function):
         return (grad if inside is None else grad * inside), None, None, None, None, None
 
 
+def accumulator_scale(scale_input: Tensor, scale_weight: Tensor, channels: int) -> Tensor:
+    """What one unit of an integer layer's accumulator is worth, ``s_in * s_w``, in float32.
+
+    Args:
+        scale_input: Scale of the layer's input, scalar, float32.
+        scale_weight: Scale of the layer's weight, float32: scalar, ``(channels,)``, or
+            ``(channels / groups,)`` for a transposed convolution, whose groups share their scales.
+        channels: Channels of the layer's output.
+
+    Returns:
+        Shape ``(channels,)``.
+
+    Example:
+        >>> accumulator_scale(torch.tensor(0.5), torch.tensor([1.0, 2.0]), 4)
+        tensor([0.5000, 1.0000, 0.5000, 1.0000])
+    """
+    step = (scale_input * scale_weight).reshape(-1)
+    return step.repeat(channels // len(step))
+
+
 def quantize_bias(bias: Tensor, scale_input: Tensor, scale_weight: Tensor) -> Tensor:
     """The bias on the grid of an integer layer's accumulator: ``round(b / (s_in * s_w))``.
 
@@ -200,7 +220,7 @@ def quantize_bias(bias: Tensor, scale_input: Tensor, scale_weight: Tensor) -> Te
     Args:
         bias: Real bias, ``(channels,)``, float32.
         scale_input: Scale of the layer's input, scalar, float32.
-        scale_weight: Scale of the layer's weight, scalar or ``(channels,)``, float32.
+        scale_weight: Scale of the layer's weight, float32; see ``accumulator_scale``.
 
     Returns:
         Integers, int64, not clipped: a target that stores int32 must check them.
@@ -209,5 +229,5 @@ def quantize_bias(bias: Tensor, scale_input: Tensor, scale_weight: Tensor) -> Te
         >>> quantize_bias(torch.tensor([1.0]), torch.tensor(0.5), torch.tensor([0.25]))
         tensor([8])
     """
-    step = (scale_input * scale_weight).to(torch.float64)
+    step = accumulator_scale(scale_input, scale_weight, len(bias)).to(torch.float64)
     return torch.round(bias.to(torch.float64) / step).to(torch.int64)

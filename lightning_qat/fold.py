@@ -30,6 +30,9 @@ _LAYERS = {
     _ATEN.conv2d.padding: 0,
     _ATEN.conv3d.padding: 0,
     _ATEN.linear.default: 0,
+    _ATEN.conv_transpose1d.default: 1,
+    _ATEN.conv_transpose2d.input: 1,
+    _ATEN.conv_transpose3d.input: 1,
 }
 
 _DROPOUTS = (
@@ -76,6 +79,9 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         # A batch norm normalises axis 1, which is a linear layer's feature axis in 2-D only.
         if layer.target is _ATEN.linear.default and layer.meta["val"].dim() != 2:
             continue
+        if _groups_of_transposed(layer) != 1:
+            # One scale serves a channel of every group, and their factors differ.
+            continue
         statistics = _statistics(program, node)
         weight = layer.args[1]
         if statistics is None or not isinstance(weight, fx.Node):
@@ -94,6 +100,13 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         node.replace_all_uses_with(layer)
         program.graph.erase_node(node)
     return saturated
+
+
+def _groups_of_transposed(layer: fx.Node) -> int:
+    if _LAYERS[layer.target] == 0:  # type: ignore[index]
+        return 1
+    groups: Any = layer.args[6] if len(layer.args) > 6 else 1
+    return int(groups)
 
 
 def _drop_repeated(program: ExportedProgram) -> None:

@@ -24,12 +24,27 @@ from lightning_qat.join_plan import (
     keep_plan,
     plan_of,
 )
-from lightning_qat.layers import WITH_WEIGHTS, Conv2dQAT, LinearQAT, QATLayer
+from lightning_qat.layers import (
+    WITH_WEIGHTS,
+    Conv1dQAT,
+    Conv2dQAT,
+    Conv3dQAT,
+    ConvTranspose1dQAT,
+    ConvTranspose2dQAT,
+    ConvTranspose3dQAT,
+    LinearQAT,
+    QATLayer,
+)
 from lightning_qat.quantized_model import Inputs, as_call
 from lightning_qat.recipe import LayerSpec, Recipe
 
 LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
-    layer.float_class: layer for layer in (Conv2dQAT, LinearQAT)
+    layer.float_class: layer
+    for layer in (
+        *(Conv1dQAT, Conv2dQAT, Conv3dQAT),
+        *(ConvTranspose1dQAT, ConvTranspose2dQAT, ConvTranspose3dQAT),
+        LinearQAT,
+    )
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
 

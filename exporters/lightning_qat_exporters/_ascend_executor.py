@@ -2,7 +2,8 @@
 
 The integer layers are computed exactly and the scalings in float32, by the definitions of Ascend's
 operators. Every other operator is left to ``onnx.reference``, except the pools, which are slow
-there. No claim about the last bit on a device: many of its kernels round activations to float16.
+there, and batch norm. No claim about the last bit on a device: many of its kernels round
+activations to float16.
 """
 
 from __future__ import annotations
@@ -342,6 +343,34 @@ class MatMul(OpRun):
         return (_accumulated(data @ weight, None, x.dtype, offset, label, axis=-1),)
 
 
+class BatchNormalization(OpRun):
+    """A batch norm that no layer could take in, with its own statistics.
+
+    ``onnx.reference`` normalizes with those of the batch in the opsets that deploy files use.
+    """
+
+    op_domain = _DOMAIN
+
+    def _run(
+        self,
+        x: Array,
+        gamma: Array,
+        beta: Array,
+        mean: Array,
+        var: Array,
+        *,
+        label: str,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        training_mode: int = 0,
+    ) -> tuple[Array]:
+        if training_mode:
+            raise ValueError(f"{label!r} must normalize with stored statistics; got training_mode.")
+        shape = (-1, *[1] * (x.ndim - 2))
+        factor = gamma / np.sqrt(var + x.dtype.type(epsilon))
+        return ((x - mean.reshape(shape)) * factor.reshape(shape) + beta.reshape(shape),)
+
+
 class MaxPool(OpRun):
     """The largest value of every window; no indices."""
 
@@ -398,7 +427,7 @@ _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _OPS = (
     *(AscendQuant, AscendDequant, AscendAntiQuant),
     *(Conv, ConvTranspose, Gemm, MatMul),
-    *(MaxPool, AveragePool),
+    *(BatchNormalization, MaxPool, AveragePool),
 )
 
 

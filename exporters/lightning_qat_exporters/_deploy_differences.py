@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from lightning_qat.arithmetic import quantize_bias
+from lightning_qat.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
 
@@ -61,7 +61,11 @@ def _layer_differences(
     assert integers is not None
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in quant.attribute}
     transposed = node.op_type in ("Gemm", "MatMul")
-    product = (scale * weight.qparams.scale).numpy().reshape(-1)
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    channels = weight.qparams.scale.numel()
+    if node.op_type == "ConvTranspose" and channels > 1:
+        channels *= groups
+    product = accumulator_scale(scale, weight.qparams.scale, channels).numpy()
     pairs: dict[str, tuple[Any, Any]] = {
         "AscendQuant scale": (np.float32(attributes["scale"]), np.float32(1) / scale.numpy()),
         "AscendQuant offset": (attributes["offset"], offset.numpy()),

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from onnx import numpy_helper
 
-from lightning_qat.arithmetic import quantize_bias
+from lightning_qat.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat.export import Array, Artifact
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._files import save_onnx
@@ -219,7 +219,7 @@ def _quantize_biases(graph: ir.Graph) -> None:
         if integers.min() < limits.min or integers.max() > limits.max:
             # Saturating a bias would change the function; a float bias is exact.
             continue
-        step = (scale_input * scale_weight).expand(len(integers)).numpy()
+        step = accumulator_scale(scale_input, scale_weight, len(integers)).numpy()
         constants = [
             initializer(graph, f"{node.name}.bias_int32", integers.astype(np.int32)),
             initializer(graph, f"{node.name}.bias_int32_scale", step),

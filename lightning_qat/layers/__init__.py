@@ -1,7 +1,22 @@
 """QAT layers: a float layer whose input and weight are fake-quantized, one file per family."""
 
 from lightning_qat.layers._layer import WITH_WEIGHTS, QATLayer
-from lightning_qat.layers.conv import Conv2dQAT
+from lightning_qat.layers.conv import Conv1dQAT, Conv2dQAT, Conv3dQAT
+from lightning_qat.layers.conv_transpose import (
+    ConvTranspose1dQAT,
+    ConvTranspose2dQAT,
+    ConvTranspose3dQAT,
+)
 from lightning_qat.layers.linear import LinearQAT
 
-__all__ = ["WITH_WEIGHTS", "Conv2dQAT", "LinearQAT", "QATLayer"]
+__all__ = [
+    "WITH_WEIGHTS",
+    "Conv1dQAT",
+    "Conv2dQAT",
+    "Conv3dQAT",
+    "ConvTranspose1dQAT",
+    "ConvTranspose2dQAT",
+    "ConvTranspose3dQAT",
+    "LinearQAT",
+    "QATLayer",
+]

@@ -7,13 +7,78 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.common_types import _size_2_t
 
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.recipe import Recipe
 
+Size = int | tuple[int, ...]
 
-class Conv2dQAT(nn.Conv2d, QATLayer):
+
+class _ConvQAT(QATLayer):
+    """What the convolutions of all dimensions share: constructor and forward."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        config: Recipe | Mapping[str, Any] | str | None = None,
+    ) -> None:
+        """Arguments are those of the float layer, and ``config``."""
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        reason = self.why_unsupported(self)
+        if reason is not None:
+            raise ValueError(f"{type(self).__name__}: {reason}.")
+        self._add_quantizers(self._spec(config))
+
+    @classmethod
+    def why_unsupported(cls, module: nn.Module) -> str | None:
+        """Other padding modes pad with values that no target's integer convolution can make."""
+        mode = getattr(module, "padding_mode", "zeros")
+        return None if mode == "zeros" else f"padding_mode must be 'zeros'; got {mode!r}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the fake-quantized input with the fake-quantized weight."""
+        weight: Tensor = self.weight_quantizer(self.weight)
+        convolution: Any = self
+        output: Tensor = convolution._conv_forward(self.input_quantizer(input), weight, self.bias)
+        return output
+
+
+class Conv1dQAT(_ConvQAT, nn.Conv1d):
+    """``nn.Conv1d`` with fake-quantized input and weight.
+
+    Input ``(batch, in_channels, length)``; weight scales, arguments and errors as ``Conv2dQAT``.
+
+    Example:
+        >>> Conv1dQAT(3, 8, kernel_size=3)(torch.zeros(1, 3, 6)).shape
+        torch.Size([1, 8, 4])
+    """
+
+    float_class = nn.Conv1d
+
+
+class Conv2dQAT(_ConvQAT, nn.Conv2d):
     """``nn.Conv2d`` with fake-quantized input and weight.
 
     Input ``(batch, in_channels, height, width)``, weight scales per output channel (axis 0) or per
@@ -44,47 +109,16 @@ class Conv2dQAT(nn.Conv2d, QATLayer):
 
     float_class = nn.Conv2d
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        config: Recipe | Mapping[str, Any] | str | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device,
-            dtype,
-        )
-        reason = self.why_unsupported(self)
-        if reason is not None:
-            raise ValueError(f"Conv2dQAT: {reason}.")
-        self._add_quantizers(self._spec(config))
 
-    @classmethod
-    def why_unsupported(cls, module: nn.Module) -> str | None:
-        """Other padding modes pad with values that no target's integer convolution can make."""
-        mode = getattr(module, "padding_mode", "zeros")
-        return None if mode == "zeros" else f"padding_mode must be 'zeros'; got {mode!r}"
+class Conv3dQAT(_ConvQAT, nn.Conv3d):
+    """``nn.Conv3d`` with fake-quantized input and weight.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the fake-quantized input with the fake-quantized weight."""
-        weight: Tensor = self.weight_quantizer(self.weight)
-        output: Tensor = self._conv_forward(self.input_quantizer(input), weight, self.bias)
-        return output
+    Input ``(batch, in_channels, depth, height, width)``; weight scales, arguments and errors as
+    ``Conv2dQAT``.
+
+    Example:
+        >>> Conv3dQAT(1, 2, kernel_size=2)(torch.zeros(1, 1, 3, 3, 3)).shape
+        torch.Size([1, 2, 2, 2, 2])
+    """
+
+    float_class = nn.Conv3d
