@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 
 from lightning_qat.export import MissingDependency, Unsupported, UnsupportedByTarget
 from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat_exporters._litert_grids import remove_marks
 from lightning_qat_exporters._litert_lowering import Lowered
 from lightning_qat_exporters._quiet import last_lines, quietly
-from lightning_qat_exporters._tflite_file import kind_of, pack, schema, unpack
+from lightning_qat_exporters._tflite_file import kind_of, pack, prune, schema, unpack
 from lightning_qat_exporters._tflite_io import give_types
 
 INSTALL = "pip install 'lightning-qat[tflite]'"
@@ -90,6 +91,8 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
         except Exception as error:
             raise _unsupported(error, last_lines(printed)) from error
     file = unpack(content)
+    remove_marks(file, lowered.mark)
+    prune(file)
     _name_ends(file, model)
     problems = give_types(file, io)
     if problems:

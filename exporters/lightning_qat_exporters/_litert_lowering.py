@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.arithmetic import along_axis, dequantize
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
+from lightning_qat_exporters._litert_grids import MARKS, Annotated, Quantization
 
 
 class Lowered(nn.Module):
@@ -25,11 +26,12 @@ class Lowered(nn.Module):
 
     Attributes:
         example_inputs: One tensor per input, with a batch of 1 where the batch is dynamic.
+        mark: LiteRT's name of the operator that keeps others apart, to be removed from the file.
     """
 
     def __init__(self, model: QuantizedModel, *, channels_last: bool) -> None:
         super().__init__()
-        self.graph_module = _rewritten(model)
+        self.graph_module, self.mark = _rewritten(model)
         self.channels_last = channels_last
         leaves, self.spec = pytree.tree_flatten(model.example_inputs)
         self.leaves = leaves
@@ -70,44 +72,77 @@ def _smallest_batch(model: QuantizedModel) -> list[Tensor]:
     ]
 
 
-def _rewritten(model: QuantizedModel) -> fx.GraphModule:
+def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
     # The import registers torch.ops.quantized_decomposed.
     import torch.ao.quantization.fx._decomposed
 
-    module: Any = model.program.module(check_guards=False)
+    program = model.program
+    if any(_writes_in_place(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})
+    module: Any = program.module(check_guards=False)
+    _drop_copies(module.graph)
+    grids = {
+        node: _quantization(model.tensors[node.args[5]])
+        for node in module.graph.nodes
+        if node.target is torch.ops.lightning_qat.fake_quantize.default
+    }
+    annotated = Annotated(module.graph, grids)
+    annotated.make_explicit()
+    for node, grid in grids.items():
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(_activation(module, node.args[0], grid))
+        module.graph.erase_node(node)
     weights: dict[str, fx.Node] = {}
     for node in list(module.graph.nodes):
-        if node.target is torch.ops.lightning_qat.fake_quantize.default:
-            with module.graph.inserting_before(node):
-                new = _activation(module, node.args[0], model.tensors[node.args[5]])
-        elif node.target is torch.ops.lightning_qat.dequantize.default:
+        if node.target is torch.ops.lightning_qat.dequantize.default:
             key = node.args[5]
             if key not in weights:
                 with module.graph.inserting_before(node):
                     weights[key] = _weight(module, model.tensors[key], len(weights))
-            new = weights[key]
-        else:
-            continue
-        node.replace_all_uses_with(new)
-        module.graph.erase_node(node)
+            node.replace_all_uses_with(weights[key])
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return module  # type: ignore[no-any-return]
+    return module, MARKS[annotated.mark]
 
 
-def _activation(module: Any, x: fx.Node, tensor: QuantizedTensor) -> fx.Node:
+def _writes_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Remove what ``+=`` leaves of a functional graph: ``copy(target, source)`` is its source."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.copy.default:
+            target, source = (argument.meta["val"] for argument in node.args)
+            if target.shape == source.shape and target.dtype == source.dtype:
+                node.replace_all_uses_with(node.args[1])
+                graph.erase_node(node)
+        elif node.target is torch.ops.aten.clone.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    # The old values of tensors that were written to have no readers now.
+    graph.eliminate_dead_code()
+
+
+def _quantization(tensor: QuantizedTensor) -> Quantization:
+    qparams = tensor.qparams
+    grid, scale, zero_point = qparams.grid, float(qparams.scale), int(qparams.zero_point)
+    return Quantization(scale, zero_point, grid.qmin, grid.qmax, grid.dtype)
+
+
+def _activation(module: Any, x: fx.Node, grid: Quantization) -> fx.Node:
     """A pair on all integers of the type; a clamp and a second pair where the grid has fewer.
 
     A file stores no bounds of a grid, so MINIMUM and MAXIMUM on integers keep them.
     """
-    scale, zero_point = float(tensor.qparams.scale), int(tensor.qparams.zero_point)
-    grid = tensor.qparams.grid
     limits = torch.iinfo(grid.dtype)
-    arguments = (scale, zero_point, limits.min, limits.max, grid.dtype)
+    arguments = (grid.scale, grid.zero_point, limits.min, limits.max, grid.dtype)
     x = _pair(module, "per_tensor", x, arguments)
     if (grid.qmin, grid.qmax) == (limits.min, limits.max):
         return x
-    low, high = ((bound - zero_point) * scale for bound in (grid.qmin, grid.qmax))
+    low, high = ((bound - grid.zero_point) * grid.scale for bound in (grid.qmin, grid.qmax))
     x = module.graph.call_function(torch.ops.aten.clamp.default, (x, low, high))
     return _pair(module, "per_tensor", x, arguments)
 

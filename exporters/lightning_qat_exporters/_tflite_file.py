@@ -152,6 +152,25 @@ def pack(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
+def prune(model: Any) -> None:
+    """Drop the operator codes and tensors that nothing uses any more, in place."""
+    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    codes = sorted({operator.opcodeIndex for operator in graph.operators})
+    for operator in graph.operators:
+        operator.opcodeIndex = codes.index(operator.opcodeIndex)
+    model.operatorCodes = [model.operatorCodes[index] for index in codes]
+    ends = [*_indices(graph.inputs), *_indices(graph.outputs)]
+    used = {index for op in graph.operators for index in (*op.inputs, *op.outputs) if index >= 0}
+    kept = sorted({*ends, *map(int, used)})
+    place = {-1: -1, **{old: new for new, old in enumerate(kept)}}
+    graph.tensors = [graph.tensors[index] for index in kept]
+    for holder in (*graph.operators, graph):
+        holder.inputs = [place[index] for index in _indices(holder.inputs)]
+        holder.outputs = [place[index] for index in _indices(holder.outputs)]
+    for entry in (*signature.inputs, *signature.outputs):
+        entry.tensorIndex = place[int(entry.tensorIndex)]
+
+
 @cache
 def schema() -> Any:
     """LiteRT's schema: a module with one class per table of the file format.
