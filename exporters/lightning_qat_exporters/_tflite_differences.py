@@ -14,12 +14,16 @@ from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
 from lightning_qat_exporters._tflite_file import FileTensor, TFLiteFile
 from lightning_qat_exporters._tflite_layers import FileLayer, matched, same_grid
 
+_PRESCRIBED = ((1 / 256, -128), (1 / 128, 0))
+"""Output grids of LOGISTIC, SOFTMAX and TANH, which are requantized where the model has others."""
+
 
 def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
     """Every integer, scale, zero point and bias in a file that is not the model's, in words.
 
     Of each layer: the integers and scales of its weight, the grid of its input and its bias. Of
-    all other tensors: every grid of the model is in the file, and the file has no other.
+    all other tensors: every grid of the model is in the file, and the file has no other but those
+    that LiteRT prescribes.
     """
     found: list[str] = []
     layers = matched(file, model)
@@ -31,7 +35,8 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
         if not any(same_grid(other, tensor) for other in computed):
             found.append(f"{tensor.key}: no tensor of the file has its scale and zero point")
     for other in computed:
-        if not any(same_grid(other, tensor) for tensor in activations):
+        grid = (float(other.scale[0]), int(other.zero_point[0]))
+        if grid not in _PRESCRIBED and not any(same_grid(other, t) for t in activations):
             found.append(
                 f"the file's tensor {other.name!r} has scale {other.scale.tolist()} and zero "
                 f"point {other.zero_point.tolist()}, which no tensor of the model has"
