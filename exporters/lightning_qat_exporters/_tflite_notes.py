@@ -25,4 +25,14 @@ def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         notes.append(f"Computed in float, because what they read or write is not: {kinds}.")
+    narrow = [
+        key
+        for key, t in model.tensors.items()
+        if t.integers is not None and t.qparams.grid.qmax < 127
+    ]
+    if narrow:
+        names = ", ".join(narrow)
+        notes.append(
+            f"Weights of fewer than 8 bits are stored as int8, the same integers: {names}."
+        )
     return tuple(notes)
