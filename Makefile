@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # What pip is given besides the project: the developers' pins, or other versions (see ci.yml).
 PIP_ARGS ?= -c constraints.txt
-PYTEST_ARGS ?= -n 2
+# loadgroup: tests of one group share a worker, and what they have imported and converted.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

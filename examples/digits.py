@@ -84,6 +84,7 @@ def _block(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -
     return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU())
 
 
+TARGETS = ["fake_quant_onnx", "cann", "tflite"]
 ORT = "fake_quant_onnx, onnxruntime"
 
 
@@ -112,7 +113,7 @@ def run(seed: int, out: Path, epochs: int, qat_epochs: int) -> dict[str, tuple[f
 
     net.train()
     net.learning_rate = 1e-3
-    qat = QATCallback("int8", exporters=["fake_quant_onnx", "cann"], export_dir=out)
+    qat = QATCallback("int8", exporters=TARGETS, export_dir=out)
     trainer = L.Trainer(max_epochs=qat_epochs, accelerator="cpu", callbacks=[qat], **quiet)  # type: ignore[arg-type]
     trainer.fit(net, data)
 
@@ -128,7 +129,7 @@ def run(seed: int, out: Path, epochs: int, qat_epochs: int) -> dict[str, tuple[f
             outputs = exporter.run(result.artifact, runtime, inputs)  # type: ignore[attr-defined]
             found[f"{result.target}, {runtime}"] = torch.from_numpy(outputs["output"]).argmax(1)
     print("\nFile sizes:")
-    for file in sorted(out.glob("*.onnx")):
+    for file in sorted((*out.glob("*.onnx"), *out.glob("*.tflite"))):
         size, whole = file.stat().st_size, (out / "float.onnx").stat().st_size
         print(f"  {file.name:32} {size:8,} bytes, {size / whole:.0%} of float")
     return {k: (percent(p == data.test_y), percent(p == found[ORT])) for k, p in found.items()}

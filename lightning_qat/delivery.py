@@ -17,7 +17,10 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.verify import Agreement, verify
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("lightning-qat", "torch", "lightning", "numpy", "onnx", "onnxruntime", "onnxscript")
+_PACKAGES = (
+    *("lightning-qat", "torch", "lightning", "numpy", "onnx", "onnxruntime", "onnxscript"),
+    *("litert-torch", "ai-edge-litert"),
+)
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from lightning_qat_exporters.cann import CannExporter
 from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
+from lightning_qat_exporters.tflite import TFLiteExporter
 
-__all__ = ["CannExporter", "FakeQuantOnnxExporter"]
+__all__ = ["CannExporter", "FakeQuantOnnxExporter", "TFLiteExporter"]

@@ -1,0 +1,146 @@
+"""Find the layers of a converted model among the operators of a ``.tflite`` file.
+
+A file keeps neither the names nor the layout of torch's weights, so a layer is recognised by its
+integers and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lightning_qat.arithmetic import along_axis, dequantize
+from lightning_qat.export import Array
+from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel, QuantizedTensor
+from lightning_qat_exporters._tflite_file import FileOperator, FileTensor, TFLiteFile
+
+# Operator to the permutation that brings its weight into torch's order of axes, and the places of
+# its input and bias; the weight is always the second.
+_OPERATORS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
+    "CONV_2D": ((0, 3, 1, 2), 0, 2),
+    "DEPTHWISE_CONV_2D": ((3, 0, 1, 2), 0, 2),
+    "FULLY_CONNECTED": (None, 0, 2),
+    "TRANSPOSE_CONV": ((3, 0, 1, 2), 2, 3),
+    "CONV_3D": ((4, 3, 0, 1, 2), 0, 2),
+    "BATCH_MATMUL": (None, 0, 2),
+}
+
+_KEEP_THE_GRID = ("PAD", "PADV2", "TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "DEQUANTIZE")
+
+
+@dataclass(frozen=True, eq=False)
+class FileLayer:
+    """An operator with a constant weight.
+
+    Args:
+        operator: The operator that computes it.
+        weight: Index of its constant: integers, which may stand behind a DEQUANTIZE, or real
+            values, as litert-torch stores the weight of a fully connected layer in float.
+        source: The quantized tensor that it reads; ``None`` when it reads a float one.
+        bias: Its bias; ``None`` without one.
+    """
+
+    operator: FileOperator
+    weight: int
+    source: FileTensor | None
+    bias: FileTensor | None
+
+
+def file_layers(file: TFLiteFile) -> tuple[FileLayer, ...]:
+    """Every layer of a file, in its order."""
+    return tuple(_file_layers(file))
+
+
+def matched(
+    file: TFLiteFile, model: QuantizedModel
+) -> tuple[tuple[QuantizedLayer, FileLayer | None], ...]:
+    """The model's layers, each with the operator that has its integers, scales and input grid.
+
+    Layers that are equal in all of these are taken in order. One whose input has another grid in
+    the file is still found by its weight, so that the difference can be told.
+    """
+    free = list(file_layers(file))
+    found = []
+    for layer in model.layers:
+        weight, source = model.tensors[layer.weight_key], model.tensors[layer.input_key]
+        candidates = [one for one in free if same_weight(file, one, weight)]
+        exact = [one for one in candidates if one.source and same_grid(one.source, source)]
+        chosen = next(iter(exact or candidates), None)
+        if chosen is not None:
+            free.remove(chosen)
+        found.append((layer, chosen))
+    return tuple(found)
+
+
+def same_weight(file: TFLiteFile, layer: FileLayer, weight: QuantizedTensor) -> bool:
+    """Whether a layer's weight has the integers and the scales of the model's, to the bit.
+
+    Real values must be the product of the two, to the bit.
+    """
+    assert weight.integers is not None
+    stored = file.tensors[layer.weight]
+    values = torch_order(stored.data, layer.operator.kind, weight)
+    if values is None:
+        return False
+    if stored.quantized:
+        return np.array_equal(values, weight.integers.numpy()) and same_grid(stored, weight)
+    qparams = weight.qparams
+    scale = along_axis(qparams.scale, weight.integers.dim(), qparams.axis)
+    return np.array_equal(values, dequantize(weight.integers, scale, torch.tensor(0)).numpy())
+
+
+def same_grid(stored: FileTensor, tensor: QuantizedTensor) -> bool:
+    """Whether scale and zero point are the model's to the bit; one scale may be repeated."""
+    scale, zero_point = tensor.qparams.scale.numpy(), tensor.qparams.zero_point.numpy()
+    shift = 128 if stored.type == "UINT8" else 0
+    if stored.scale.size not in (scale.size, max(stored.shape, default=1)) or scale.size < 1:
+        return False
+    if scale.size > 1 and stored.scale.size != scale.size:
+        return False
+    return bool(
+        np.all(stored.scale == scale.reshape(-1))
+        and np.all(stored.zero_point - shift == zero_point.reshape(-1))
+    )
+
+
+def torch_order(data: Array | None, kind: str, weight: QuantizedTensor) -> Array | None:
+    """A stored weight in the order of axes and the shape of the model's; ``None``: it differs."""
+    assert weight.integers is not None
+    permutation = _OPERATORS[kind][0]
+    if data is None or data.size != weight.integers.numel():
+        return None
+    if permutation is not None and data.ndim == len(permutation):
+        data = np.transpose(data, permutation)
+    return np.reshape(data, tuple(weight.integers.shape))
+
+
+def _file_layers(file: TFLiteFile) -> Iterator[FileLayer]:
+    makers = {output: op for op in file.operators for output in op.outputs}
+
+    def origin(index: int) -> int:
+        """The tensor that an index stands for, behind operators that only hand integers on."""
+        while not file.tensors[index].quantized:
+            maker = makers.get(index)
+            if maker is None or maker.kind not in _KEEP_THE_GRID:
+                break
+            index = maker.inputs[0]
+        return index
+
+    for operator in file.operators:
+        if operator.kind not in _OPERATORS:
+            continue
+        _, source, bias = _OPERATORS[operator.kind]
+        weight = origin(operator.inputs[1])
+        if file.tensors[weight].data is None:
+            continue
+        read = file.tensors[origin(operator.inputs[source])]
+        has_bias = len(operator.inputs) > bias and operator.inputs[bias] >= 0
+        yield FileLayer(
+            operator,
+            weight,
+            read if read.quantized else None,
+            file.tensors[origin(operator.inputs[bias])] if has_bias else None,
+        )

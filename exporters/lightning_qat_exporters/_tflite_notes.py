@@ -1,0 +1,38 @@
+"""What a reader of a ``.tflite`` file should know: what in it is not integer, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat_exporters._tflite_file import TFLiteFile
+from lightning_qat_exporters._tflite_layers import matched
+
+
+def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
+    """One sentence per layer in float, one on all other float operators, one on narrow grids."""
+    notes, explained = [], set()
+    for layer, stored in matched(file, model):
+        if stored is None or stored.operator not in file.float_operators:
+            continue
+        explained.add(stored.operator)
+        read = "its output is not quantized" if stored.source else "its input is not quantized"
+        notes.append(
+            f"{layer.name}: computed in float on its integer weight, because {read}. A recipe "
+            "with joins=True and outputs=True quantizes it."
+        )
+    others = Counter(op.kind for op in file.float_operators if op not in explained)
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        notes.append(f"Computed in float, because what they read or write is not: {kinds}.")
+    narrow = [
+        key
+        for key, t in model.tensors.items()
+        if t.integers is not None and t.qparams.grid.qmax < 127
+    ]
+    if narrow:
+        names = ", ".join(narrow)
+        notes.append(
+            f"Weights of fewer than 8 bits are stored as int8, the same integers: {names}."
+        )
+    return tuple(notes)

@@ -1,0 +1,68 @@
+"""Operators between two grids: litert-torch's converter would pick one of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_qat.convert import convert
+from lightning_qat.export import export
+from lightning_qat.prepare import prepare
+from lightning_qat.verify import verify
+from lightning_qat_exporters import TFLiteExporter
+from lightning_qat_exporters._tflite_file import read
+from tests.join_networks import train_steps
+
+pytest.importorskip("litert_torch")
+pytestmark = pytest.mark.xdist_group("tflite")
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    # Decomposed to a selection, which has one grid in LiteRT; so it is float. 38 steps without.
+    "softplus": (F.softplus, 1.0),
+    # One grid in LiteRT: rounded on the input's, then requantized. 13 and 37 steps without.
+    "bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), 2.0),
+    "average with padding": (lambda x: F.avg_pool2d(x, 3, 1, 1), 2.0),
+    # Read on a grid, and by a maximum in float. 73 steps without.
+    "largest subtracted": (lambda x: x - x.amax(1, keepdim=True), 1.0),
+    # A constant that would be multiplied into the weight before it.
+    "scaled": (lambda x: x * 0.5 + 1, 1.0),
+}
+
+
+class Between(nn.Module):
+    """A function between two convolutions."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.before, self.after = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(self.function(self.before(x)))
+        return result
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_tensor_keeps_the_grid_that_it_was_trained_with(name: str, tmp_path: Path) -> None:
+    function, most = FUNCTIONS[name]
+    x, model = torch.randn(4, 3, 8, 8), Between(function)
+    prepare(model, "int8", x)
+    quantized, exporter = convert(train_steps(model, x), x), TFLiteExporter()
+    artifact = export(quantized, exporter, tmp_path / "net")
+    agreement = verify(quantized, artifact, torch.randn(16, 3, 8, 8), exporter)
+    assert agreement.parameters_equal
+    assert agreement.max_steps <= most + 1e-5
+    kinds = [op.kind for op in read(artifact.files["model"].read_bytes()).operators]
+    assert "CEIL" not in kinds
+
+
+def test_a_model_s_own_operator_is_not_taken_for_a_mark(tmp_path: Path) -> None:
+    x, model = torch.randn(4, 3, 8, 8), Between(lambda x: F.softplus(torch.ceil(4 * x) / 4))
+    prepare(model, "int8", x)
+    artifact = export(convert(train_steps(model, x), x), TFLiteExporter(), tmp_path / "net")
+    kinds = [op.kind for op in read(artifact.files["model"].read_bytes()).operators]
+    assert kinds.count("CEIL") == 1
+    assert "SIN" not in kinds
