@@ -22,8 +22,9 @@ import torch
 
 from lightning_qat.export import MissingDependency
 from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat_exporters._tinynn_forms import FORMS, PASSING
+from lightning_qat_exporters._tinynn_forms import FORMS
 from lightning_qat_exporters._tinynn_lowering import Lowering
+from lightning_qat_exporters._tinynn_passing import PASSING
 
 _INSTALL = (
     "pip install igraph flatbuffers PyYAML 'ruamel.yaml<0.18', then pip install --no-deps "
@@ -149,6 +150,8 @@ def _contained() -> Iterator[None]:
         with warnings.catch_warnings(), redirect_stdout(streams.StringIO()):
             for message, category in _WARNINGS:
                 warnings.filterwarnings("ignore", message, category)
+            # torch says this once in a process; from inside the tracer it would reach stderr.
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -8,22 +8,29 @@ refused, because its kernel cannot do without the grid of its output.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.qparams import QParams
 from lightning_qat.quantized_model import QuantizedTensor
-from lightning_qat_exporters._tinynn_lowering import INT8, LITERT, Form, Lowering, Refused, Value
+from lightning_qat_exporters._tinynn_lowering import (
+    INT8,
+    LITERT,
+    Form,
+    Lowering,
+    Refused,
+    Value,
+    arguments_of,
+)
 from lightning_qat_exporters._tinynn_ops import OPS
+from lightning_qat_exporters._tinynn_passing import PASSING, fused_activation
 
 _ATEN = torch.ops.aten
-
-_FUSABLE = {(0.0, math.inf): "relu", (0.0, 6.0): "relu6", (-1.0, 1.0): "relu_n1_to_1"}
 
 
 def _int8(scale: float, zero_point: int) -> QParams:
@@ -40,10 +47,10 @@ _OF_TANH = _int8(1 / 128, 0)
 
 
 def _conv2d(lowering: Lowering, node: fx.Node) -> Value:
-    args = _arguments(node, (None, None, None, (1, 1), (0, 0), (1, 1), 1))
+    args = arguments_of(node, None, None, None, (1, 1), (0, 0), (1, 1), 1)
     weight = lowering.weight(args[1])
     if weight is None:
-        return _float(lowering, node)
+        return lowering.as_float(node)
     stride, padding, dilation = (_pair(value) for value in args[3:6])
     source = _input_of_layer(lowering, args[0])
     return _layer(
@@ -54,7 +61,7 @@ def _conv2d(lowering: Lowering, node: fx.Node) -> Value:
 
 def _conv2d_padding(lowering: Lowering, node: fx.Node) -> Value:
     """``padding="same"`` or ``"valid"``; the larger half goes behind, as torch does."""
-    args = _arguments(node, (None, None, None, (1, 1), "valid", (1, 1), 1))
+    args = arguments_of(node, None, None, None, (1, 1), "valid", (1, 1), 1)
     weight = lowering.weight(args[1])
     if weight is None:
         raise Refused("a float convolution needs its padding in numbers", LITERT)
@@ -76,10 +83,10 @@ def _conv2d_padding(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _linear(lowering: Lowering, node: fx.Node) -> Value:
-    x, weight_node, bias = _arguments(node, (None, None, None))
+    x, weight_node, bias = arguments_of(node, None, None, None)
     weight = lowering.weight(weight_node)
     if weight is None:
-        return _float(lowering, node)
+        return lowering.as_float(node)
     source = _input_of_layer(lowering, x)
     return _layer(lowering, node, OPS.linear.default, weight, bias, source)
 
@@ -106,18 +113,16 @@ def _layer(
             "an int8 kernel needs the scale of its output, which is not quantized",
             f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
         )
-    activation = _fused_activation(lowering, node)
+    activation = fused_activation(lowering, node)
     x, qparams = source
     constants = (
         lowering.attribute(_stored_integers(weight)),
         lowering.attribute(weight.qparams.scale),
         _stored_bias(lowering, bias, qparams.scale, weight),
     )
-    scale, zero_point = float(output.scale), int(output.zero_point) + 128
-    result = lowering.call(
-        target, x, *constants, *options, activation, scale, zero_point, weight.key
+    return lowering.emit_layer(
+        target, x, *constants, *options, activation, qparams=output, key=weight.key
     )
-    return Value(result, output)
 
 
 def _stored_integers(weight: QuantizedTensor) -> Tensor:
@@ -146,61 +151,6 @@ def _stored_bias(
     return lowering.attribute(integers.to(torch.int32))
 
 
-def _fused_activation(lowering: Lowering, node: fx.Node) -> str:
-    """The name of the clamp that alone reads a result; it is part of the kernel then."""
-    reader = lowering.only_reader(node)
-    name = _FUSABLE.get(_clamp_range(reader) or (1.0, 0.0)) if reader is not None else None
-    if reader is None or name is None:
-        return "none"
-    lowering.fused.add(reader)
-    return name
-
-
-# Clamps
-
-
-def _clamp_range(node: fx.Node) -> tuple[float, float] | None:
-    """The range that an operator clamps to; ``None`` for any other operator."""
-    if node.target is _ATEN.relu.default:
-        return 0.0, math.inf
-    if node.target is _ATEN.relu6.default:
-        return 0.0, 6.0
-    if node.target is _ATEN.clamp_min.default:
-        return float(_arguments(node, ())[1]), math.inf
-    if node.target in (_ATEN.hardtanh.default, _ATEN.clamp.default):
-        defaults = (-1.0, 1.0) if node.target is _ATEN.hardtanh.default else (None, None)
-        _, low, high = _arguments(node, (None, *defaults))
-        return (
-            -math.inf if low is None else float(low),
-            math.inf if high is None else float(high),
-        )
-    return None
-
-
-def _clamp(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.value(node.args[0])
-    assert value is not None
-    if node in lowering.fused:
-        return value
-    qparams = value.qparams
-    if qparams is None:
-        return _float(lowering, node)
-    bounds = _clamp_range(node)
-    assert bounds is not None
-    low, high = ((x - qparams.zero_point) * qparams.scale for x in (INT8.qmin, INT8.qmax))
-    if bounds[0] <= low and high <= bounds[1]:
-        return value
-    if bounds in _FUSABLE:
-        return lowering.emit(OPS.unary.default, value.node, _FUSABLE[bounds], qparams=qparams)
-    for name, bound in zip(("maximum", "minimum"), bounds, strict=True):
-        if math.isfinite(bound):
-            limit = lowering.constant(torch.tensor([bound]), qparams)
-            value = lowering.emit(
-                OPS.binary.default, value.node, limit, name, "none", qparams=qparams
-            )
-    return value
-
-
 # Joins
 
 
@@ -208,36 +158,16 @@ def _binary(lowering: Lowering, node: fx.Node) -> Value:
     pairs, output = lowering.quantized(*node.args[:2]), lowering.grid_behind(node)
     # `alpha`, which scales the second operand, is a keyword.
     if pairs is None or output is None or node.kwargs.get("alpha", 1) != 1:
-        return _float(lowering, node)
+        return lowering.as_float(node)
     name = str(node.target).removeprefix("aten.").split(".")[0]
     function = "matmul" if name in ("matmul", "bmm", "mm") else name
-    activation = "none" if function == "matmul" else _fused_activation(lowering, node)
+    activation = "none" if function == "matmul" else fused_activation(lowering, node)
     nodes = [pair[0] for pair in pairs]
     return lowering.emit(OPS.binary.default, *nodes, function, activation, qparams=output)
 
 
-def _cat(lowering: Lowering, node: fx.Node) -> Value:
-    items, axis = _arguments(node, (None, 0))
-    pairs = lowering.quantized(*items)
-    output = lowering.grid_behind(node) if pairs is None else pairs[0][1]
-    if output is None:
-        return Value(
-            lowering.call(_ATEN.cat.default, [lowering.real(i) for i in items], axis), None
-        )
-    if pairs is not None and not all(qparams.equal(output) for _, qparams in pairs):
-        # CONCATENATION has one grid for all its inputs and its output.
-        output = lowering.grid_behind(node) or max((p[1] for p in pairs), key=lambda q: q.scale)
-    values = (lowering.value(item) for item in items)
-    moved = [lowering.on_grid(value, output).node for value in values if value is not None]
-    return Value(lowering.call(_ATEN.cat.default, moved, axis), output)
-
-
-def _stack(lowering: Lowering, node: fx.Node) -> Value:
-    raise Refused("stack is not lowered yet", LITERT)
-
-
 def _mean(lowering: Lowering, node: fx.Node) -> Value:
-    x, axes, keepdim = _arguments(node, (None, None, False))
+    x, axes, keepdim = arguments_of(node, None, None, False)
     rank = len(lowering.shape(x))
     axes = [axis % rank for axis in (axes if axes else range(rank))]
     return _mean_over(lowering, node, axes, bool(keepdim))
@@ -246,7 +176,7 @@ def _mean(lowering: Lowering, node: fx.Node) -> Value:
 def _mean_over(lowering: Lowering, node: fx.Node, axes: list[int], keepdim: bool) -> Value:
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
     if pairs is None or output is None:
-        return _float(lowering, node)
+        return lowering.as_float(node)
     return lowering.emit(OPS.mean.default, pairs[0][0], axes, keepdim, qparams=output)
 
 
@@ -262,8 +192,8 @@ def _adaptive_avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
-    _, kernel, stride, padding, ceil, counts, divisor = _arguments(
-        node, (None, None, [], 0, False, True, None)
+    _, kernel, stride, padding, ceil, counts, divisor = arguments_of(
+        node, None, None, [], 0, False, True, None
     )
     if ceil or divisor is not None:
         raise Refused("avg_pool2d with ceil_mode or divisor_override has no form", LITERT)
@@ -280,14 +210,53 @@ def _pool(
     counts: bool,
 ) -> Value:
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
-    size = lowering.shape(_node(node.args[0]))[-2:]
-    counted = counts or not any(padding)
-    if pairs is None or output is None or not (counted or _is_same(size, kernel, stride, padding)):
-        return _float(lowering, node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
     source, qparams = pairs[0]
-    return lowering.emit(
-        OPS.average_pool.default, source, kernel, stride, padding, counts, qparams=qparams
+    shape = lowering.shape(_node(node.args[0]))
+    counts = counts or not any(padding)
+    kernel_has_form = counts or _is_same(shape[-2:], kernel, stride, padding)
+    if qparams.equal(output) and kernel_has_form:
+        return lowering.emit(
+            OPS.average_pool.default, source, kernel, stride, padding, counts, qparams=qparams
+        )
+    # AVERAGE_POOL_2D keeps the grid of its input, so that a second rounding would have to follow.
+    # A depthwise convolution with equal weights rounds once, to the grid that was trained.
+    channels, size = shape[-3], math.prod(kernel)
+    weight = torch.ones(channels, 1, *kernel, dtype=torch.int8)
+    mean = lowering.emit_layer(
+        OPS.convolve.default,
+        source,
+        lowering.attribute(weight),
+        lowering.attribute(torch.tensor(1 / size)),
+        None,
+        stride,
+        padding,
+        [1, 1],
+        channels,
+        "none",
+        qparams=output,
+        key=f"{node.name}.weight",
     )
+    if counts:
+        return mean
+    ones = torch.ones(1, 1, *shape[-2:])
+    counted = F.avg_pool2d(ones, kernel, stride, padding)
+    return _scaled_at_the_border(lowering, mean, 1 / counted, output)
+
+
+def _scaled_at_the_border(
+    lowering: Lowering, mean: Value, factors: Tensor, output: QParams
+) -> Value:
+    """Make up for padding that was counted. Factors of 1, most of them, change nothing.
+
+    Factors are put on a grid of ``1 / n``, with the smallest ``n`` that holds all of them.
+    """
+    largest = int(127 / float(factors.max()))
+    error = [float((factors * n - (factors * n).round()).abs().max()) / n for n in range(1, 128)]
+    n = min(range(1, largest + 1), key=lambda n: (round(error[n - 1], 5), n))
+    constant = lowering.constant(factors, _int8(1 / n, 0))
+    return lowering.emit(OPS.binary.default, mean.node, constant, "mul", "none", qparams=output)
 
 
 def _is_same(
@@ -300,18 +269,25 @@ def _is_same(
     )
 
 
+def _bilinear(lowering: Lowering, node: fx.Node) -> Value:
+    """On the grid of its input, as the kernel wants it."""
+    return PASSING[_ATEN.upsample_nearest2d.vec](lowering, node)
+
+
 def _softmax(lowering: Lowering, node: fx.Node) -> Value:
     pairs = lowering.quantized(node.args[0])
     if pairs is None or lowering.grid_behind(node) is None:
-        return _float(lowering, node)
-    axis = _arguments(node, ())[1] % len(lowering.shape(_node(node.args[0])))
+        return lowering.as_float(node)
+    axis = arguments_of(
+        node,
+    )[1] % len(lowering.shape(_node(node.args[0])))
     return lowering.emit(OPS.softmax.default, pairs[0][0], axis, qparams=_OF_SOFTMAX)
 
 
 def _attention(lowering: Lowering, node: fx.Node) -> Value:
     """In float: what is inside of it has no grids."""
-    query, key, value, mask, dropout, causal = _arguments(
-        node, (None, None, None, None, 0.0, False)
+    query, key, value, mask, dropout, causal = arguments_of(
+        node, None, None, None, None, 0.0, False
     )
     if mask is not None or dropout or causal:
         raise Refused("scaled_dot_product_attention with a mask or dropout has no form", LITERT)
@@ -324,6 +300,17 @@ def _attention(lowering: Lowering, node: fx.Node) -> Value:
     )
 
 
+def _layer_norm(lowering: Lowering, node: fx.Node) -> Value:
+    """In float; the converter wants weight and bias even where they change nothing."""
+    x, size, weight, bias, epsilon = arguments_of(node, None, None, None, None, 1e-5)[:5]
+    scale = lowering.attribute(torch.ones(size)) if weight is None else lowering.real(weight)
+    shift = lowering.attribute(torch.zeros(size)) if bias is None else lowering.real(bias)
+    normalize = _ATEN.layer_norm.default
+    return Value(
+        lowering.call(normalize, lowering.real(x), size, scale, shift, epsilon, False), None
+    )
+
+
 # Activations
 
 
@@ -331,7 +318,7 @@ def _unary(function: str) -> Form:
     def form(lowering: Lowering, node: fx.Node) -> Value:
         pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
         if pairs is None or output is None:
-            return _float(lowering, node)
+            return lowering.as_float(node)
         return lowering.emit(OPS.unary.default, pairs[0][0], function, qparams=output)
 
     return form
@@ -343,7 +330,7 @@ def _bounded(function: str, qparams: QParams) -> Form:
     def form(lowering: Lowering, node: fx.Node) -> Value:
         pairs = lowering.quantized(node.args[0])
         if pairs is None or lowering.grid_behind(node) is None:
-            return _float(lowering, node)
+            return lowering.as_float(node)
         return lowering.emit(OPS.unary.default, pairs[0][0], function, qparams=qparams)
 
     return form
@@ -357,8 +344,8 @@ def _gelu(lowering: Lowering, node: fx.Node) -> Value:
 def _leaky_relu(lowering: Lowering, node: fx.Node) -> Value:
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
     if pairs is None or output is None:
-        return _float(lowering, node)
-    slope = float(_arguments(node, (None, 0.01))[1])
+        return lowering.as_float(node)
+    slope = float(arguments_of(node, None, 0.01)[1])
     return lowering.emit(OPS.leaky_relu.default, pairs[0][0], slope, qparams=output)
 
 
@@ -366,7 +353,7 @@ def _silu(lowering: Lowering, node: fx.Node) -> Value:
     """``x * sigmoid(x)``: TFLite has no kernel of its own."""
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
     if pairs is None or output is None:
-        return _float(lowering, node)
+        return lowering.as_float(node)
     x = pairs[0][0]
     gate = lowering.emit(OPS.unary.default, x, "sigmoid", qparams=_OF_SIGMOID)
     return lowering.emit(OPS.binary.default, x, gate.node, "mul", "none", qparams=output)
@@ -376,64 +363,13 @@ def _hardsigmoid(lowering: Lowering, node: fx.Node) -> Value:
     """``relu6(x + 3) / 6``: TFLite has no kernel of its own."""
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
     if pairs is None or output is None:
-        return _float(lowering, node)
+        return lowering.as_float(node)
     three = lowering.constant(torch.tensor([3.0]), _int8(3 / 127, 0))
     sixth = lowering.constant(torch.tensor([1 / 6]), _int8(1 / 6 / 127, 0))
     moved = lowering.emit(
         OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=_int8(6 / 255, -128)
     )
     return lowering.emit(OPS.binary.default, moved.node, sixth, "mul", "none", qparams=output)
-
-
-# Operators that hand values on
-
-
-def _same_grid(lowering: Lowering, node: fx.Node) -> Value:
-    """The same operator on integers: its result lies on the grid of its first argument."""
-    value = lowering.value(node.args[0])
-    assert value is not None
-    target: Any = _ATEN.reshape.default if node.target is _ATEN.view.default else node.target
-    kwargs = {name: lowering.concrete(argument) for name, argument in node.kwargs.items()}
-    args = tuple(lowering.concrete(argument) for argument in node.args)
-    return Value(lowering.graph.call_function(target, args, kwargs), value.qparams)
-
-
-def _identity(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.value(node.args[0])
-    assert value is not None
-    return value
-
-
-def _copy(lowering: Lowering, node: fx.Node) -> Value:
-    """What an in-place operator has become: the second argument is the new value."""
-    value = lowering.value(node.args[1])
-    assert value is not None
-    return value
-
-
-def _pad(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.value(node.args[0])
-    if value is not None and value.qparams is not None:
-        fill = _arguments(node, (None, None, 0))[2]
-        if fill not in (0, 0.0):
-            raise Refused(f"padding with {fill} instead of 0 would need a new grid", LITERT)
-    return _same_grid(lowering, node)
-
-
-# Float
-
-
-def _float(lowering: Lowering, node: fx.Node) -> Value:
-    """The same operator in float, on real inputs."""
-    args = tuple(lowering.real(argument) for argument in node.args)
-    kwargs = {name: lowering.real(argument) for name, argument in node.kwargs.items()}
-    target: Any = node.target
-    return Value(lowering.graph.call_function(target, args, kwargs), None)
-
-
-def _arguments(node: fx.Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
-    given: tuple[Any, ...] = node.args
-    return (*given, *defaults[len(given) :])
 
 
 def _pair(value: Any) -> list[int]:
@@ -450,19 +386,12 @@ FORMS: Mapping[Any, Form] = {
     _ATEN.conv2d.default: _conv2d,
     _ATEN.conv2d.padding: _conv2d_padding,
     _ATEN.linear.default: _linear,
-    _ATEN.relu.default: _clamp,
-    _ATEN.relu6.default: _clamp,
-    _ATEN.hardtanh.default: _clamp,
-    _ATEN.clamp.default: _clamp,
-    _ATEN.clamp_min.default: _clamp,
     _ATEN.add.Tensor: _binary,
     _ATEN.sub.Tensor: _binary,
     _ATEN.mul.Tensor: _binary,
     _ATEN.matmul.default: _binary,
     _ATEN.bmm.default: _binary,
     _ATEN.mm.default: _binary,
-    _ATEN.cat.default: _cat,
-    _ATEN.stack.default: _stack,
     _ATEN.mean.dim: _mean,
     _ATEN.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     _ATEN.avg_pool2d.default: _avg_pool2d,
@@ -476,30 +405,19 @@ FORMS: Mapping[Any, Form] = {
     _ATEN.leaky_relu.default: _leaky_relu,
     _ATEN.silu.default: _silu,
     _ATEN.hardsigmoid.default: _hardsigmoid,
-    _ATEN.mish.default: _float,
-    _ATEN.layer_norm.default: _float,
-    _ATEN.batch_norm.default: _float,
-    _ATEN.upsample_bilinear2d.vec: _same_grid,
-    _ATEN.max_pool2d.default: _same_grid,
-    _ATEN.upsample_nearest2d.vec: _same_grid,
-    _ATEN.view.default: _same_grid,
-    _ATEN.reshape.default: _same_grid,
-    _ATEN.permute.default: _same_grid,
-    _ATEN.transpose.int: _same_grid,
-    _ATEN.unsqueeze.default: _same_grid,
-    _ATEN.squeeze.dim: _same_grid,
-    _ATEN.slice.Tensor: _same_grid,
-    _ATEN.select.int: _same_grid,
-    _ATEN.constant_pad_nd.default: _pad,
-    _ATEN.clone.default: _identity,
-    _ATEN.copy.default: _copy,
-    operator.getitem: _same_grid,
+    _ATEN.rsub.Scalar: Lowering.as_float,
+    _ATEN.div.Tensor: Lowering.as_float,
+    _ATEN.reciprocal.default: Lowering.as_float,
+    _ATEN.exp.default: Lowering.as_float,
+    _ATEN.sqrt.default: Lowering.as_float,
+    _ATEN.neg.default: Lowering.as_float,
+    _ATEN.abs.default: Lowering.as_float,
+    _ATEN.pow.Tensor_Scalar: Lowering.as_float,
+    _ATEN.sum.dim_IntList: Lowering.as_float,
+    _ATEN.mish.default: Lowering.as_float,
+    _ATEN.layer_norm.default: _layer_norm,
+    _ATEN.batch_norm.default: Lowering.as_float,
+    _ATEN.upsample_bilinear2d.vec: _bilinear,
+    **PASSING,
 }
 """Every operator that has a form."""
-
-PASSING = frozenset(
-    target
-    for target, form in FORMS.items()
-    if form in (_same_grid, _identity, _copy, _pad, _clamp, _cat)
-) - {_ATEN.upsample_bilinear2d.vec}
-"""Operators that only hand values on, so that a grid behind them can be put in front of them."""

@@ -10,7 +10,7 @@ by reading ahead: through the operators that pass values on, to the ``fake_quant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class Lowering:
         self,
         model: QuantizedModel,
         forms: Mapping[Any, Form],
-        passing: frozenset[Any],
+        passing: Container[Any],
         integer_io: bool,
     ) -> None:
         self.model, self.forms, self.passing, self.integer_io = model, forms, passing, integer_io
@@ -192,6 +192,17 @@ class Lowering:
         """Add one of our integer operators; its last arguments are the grid of its result."""
         return Value(self.call(operator, *args, *affine(qparams)), qparams)
 
+    def emit_layer(self, operator: Any, *args: Any, qparams: QParams, key: str) -> Value:
+        """Add one of our layers, which ends with the name of its weight."""
+        return Value(self.call(operator, *args, *affine(qparams), key), qparams)
+
+    def as_float(self, node: fx.Node) -> Value:
+        """The same operator in float, on real inputs."""
+        args = tuple(self.real(argument) for argument in node.args)
+        kwargs = {name: self.real(argument) for name, argument in node.kwargs.items()}
+        target: Any = node.target
+        return Value(self.graph.call_function(target, args, kwargs), None)
+
     def attribute(self, tensor: Tensor) -> fx.Node:
         """A constant of the new graph."""
         name = f"constant_{len(self.root._buffers)}"
@@ -284,6 +295,12 @@ class Lowering:
         except Refused as refused:
             self.problems.append(Unsupported(layer, refused.reason, refused.remedy))
             return None
+
+
+def arguments_of(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
+    """The positional arguments of an operator, the missing ones from their defaults."""
+    given: tuple[Any, ...] = node.args
+    return (*given, *defaults[len(given) :])
 
 
 def affine(qparams: QParams) -> tuple[float, int]:

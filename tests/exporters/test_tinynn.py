@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.convert import convert
-from lightning_qat.export import MissingDependency
+from lightning_qat.export import MissingDependency, UnsupportedByTarget
 from lightning_qat.prepare import prepare
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import Recipe
@@ -176,14 +177,15 @@ def file_of(network: str, io: str = "float", layout: str = "nhwc") -> bytes:
 
 
 class Function(nn.Module):
-    """A function as a network, so that its operator stands alone between two quantizations."""
+    """A function as a network, beside the layer that every network must have."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], width: int = 8) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.layer = function, nn.Linear(width, 2)
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        inputs = (x,) if y is None else (x, y)
+        return self.function(*inputs), self.layer(x)
 
 
 def quantized_model(
@@ -333,5 +335,158 @@ def test_outputs_are_torch_s(network: str, runtime: str) -> None:
     assert np.mean(apart <= 3.001) >= 0.99
 
 
-PICTURE, ROWS = (2, 4, 8, 8), (2, 6, 8)
-"""Shapes of samples."""
+# One operator at a time
+
+PICTURE, ROWS = (4, 8, 8), (6, 8)
+
+INTEGER_FORMS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], str]] = {
+    "add": (lambda x, y: x + y, (PICTURE, PICTURE), "ADD"),
+    "add, broadcast": (lambda x, y: x + y, (PICTURE, (4, 1, 1)), "ADD"),
+    "add, relu": (lambda x, y: F.relu(x + y), (PICTURE, PICTURE), "ADD"),
+    "sub": (lambda x, y: x - y, (PICTURE, PICTURE), "SUB"),
+    "mul": (lambda x, y: x * y, (PICTURE, PICTURE), "MUL"),
+    "mul, relu6": (lambda x, y: F.relu6(x * y), (PICTURE, PICTURE), "MUL"),
+    "cat": (lambda x, y: torch.cat((x, y), 1), (PICTURE, PICTURE), "CONCATENATION"),
+    "cat, last axis": (lambda x, y: torch.cat((x, y), -1), (ROWS, ROWS), "CONCATENATION"),
+    "stack": (lambda x, y: torch.stack((x, y), 1), (ROWS, ROWS), "CONCATENATION"),
+    "matmul": (lambda x, y: x @ y, (ROWS, (8, 5)), "BATCH_MATMUL"),
+    "bmm": (torch.bmm, (ROWS, (8, 5)), "BATCH_MATMUL"),
+    "mean": (lambda x: x.mean((2, 3)), (PICTURE,), "MEAN"),
+    "mean, kept": (lambda x: x.mean((2, 3), keepdim=True), (PICTURE,), "MEAN"),
+    "mean of rows": (lambda x: x.mean(1), (ROWS,), "MEAN"),
+    "average pool": (lambda x: F.avg_pool2d(x, 2), (PICTURE,), "DEPTHWISE_CONV_2D"),
+    "average pool, padded": (
+        lambda x: F.avg_pool2d(x, 3, 1, 1),
+        (PICTURE,),
+        "DEPTHWISE_CONV_2D",
+    ),
+    "adaptive average pool": (
+        lambda x: F.adaptive_avg_pool2d(x, 4),
+        (PICTURE,),
+        "DEPTHWISE_CONV_2D",
+    ),
+    "global average pool": (lambda x: F.adaptive_avg_pool2d(x, 1), (PICTURE,), "MEAN"),
+    "softmax": (lambda x: F.softmax(x, -1), (ROWS,), "SOFTMAX"),
+    "softmax, channels": (lambda x: F.softmax(x, 1), (PICTURE,), "SOFTMAX"),
+    "sigmoid": (torch.sigmoid, (PICTURE,), "LOGISTIC"),
+    "tanh": (torch.tanh, (PICTURE,), "TANH"),
+    "hardswish": (F.hardswish, (PICTURE,), "HARD_SWISH"),
+    "hardsigmoid": (F.hardsigmoid, (PICTURE,), "ADD"),
+    "gelu": (F.gelu, (ROWS,), "GELU"),
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), (ROWS,), "GELU"),
+    "silu": (F.silu, (PICTURE,), "LOGISTIC"),
+    "elu": (F.elu, (PICTURE,), "ELU"),
+    "leaky relu": (lambda x: F.leaky_relu(x, 0.1), (PICTURE,), "LEAKY_RELU"),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), (PICTURE,), "RESIZE_NEAREST_NEIGHBOR"),
+    "bilinear": (
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        (PICTURE,),
+        "RESIZE_BILINEAR",
+    ),
+}
+"""Name to the function, the shapes of its inputs, and the operator that must be in the file."""
+
+
+def is_float(operator: FileOperator) -> bool:
+    """Whether it computes with floats; moving values to and from float does not."""
+    moves = ("QUANTIZE", "DEQUANTIZE", "TRANSPOSE")
+    return operator.name not in moves and any(
+        tensor.dtype == "FLOAT32" for tensor in (*operator.inputs, *operator.outputs)
+    )
+
+
+def samples(shapes: tuple[tuple[int, ...], ...], count: int) -> tuple[Tensor, ...]:
+    return tuple(1.5 * torch.randn(count, *shape) for shape in shapes)
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("name", INTEGER_FORMS)
+def test_a_join_is_one_step_from_torch_in_integers(name: str) -> None:
+    function, shapes, operator = INTEGER_FORMS[name]
+    model = quantized_model(Function(function), samples(shapes, 4))
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    file = read(data)
+    assert operator in file.counts
+    assert not [o.name for o in file.operators if is_float(o)]
+    x = list(samples(shapes, 8))
+    for runtime in RUNTIMES:
+        # LiteRT's reference kernels have no int8 ELU.
+        if (name, runtime) != ("elu", "reference"):
+            assert steps_apart(model, data, x, runtime).max() <= 1.001
+
+
+PASSING: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
+    "relu": (F.relu, set()),
+    "relu6": (F.relu6, set()),
+    "hardtanh": (F.hardtanh, set()),
+    "clamp": (lambda x: x.clamp(-0.3, 0.7), {"MINIMUM"}),
+    "clamp from below": (lambda x: x.clamp(min=-0.2), set()),
+    "max pool": (lambda x: F.max_pool2d(x, 2), {"MAX_POOL_2D"}),
+    "max pool, padded": (lambda x: F.max_pool2d(x, 3, 2, 1), {"PADV2", "MAX_POOL_2D"}),
+    "max pool, relu": (lambda x: F.relu(F.max_pool2d(x, 2)), {"MAX_POOL_2D"}),
+    "adaptive max pool": (lambda x: F.adaptive_max_pool2d(x, 2), {"MAX_POOL_2D"}),
+    "pad": (lambda x: F.pad(x, (1, 2, 0, 1)), {"PAD"}),
+    "reflect": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), {"MIRROR_PAD"}),
+    "flatten": (lambda x: x.flatten(1), {"RESHAPE"}),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), set()),
+    "transpose": (lambda x: x.transpose(1, 2).contiguous(), set()),
+    "unsqueeze": (lambda x: x.unsqueeze(1), {"RESHAPE"}),
+    "slice": (lambda x: x[:, :, 1:-1, ::2], {"STRIDED_SLICE"}),
+    "narrow": (lambda x: x.narrow(1, 1, 2), {"SLICE"}),
+    "select": (lambda x: x[:, 0], {"GATHER", "RESHAPE"}),
+    "index select": (lambda x: x.index_select(1, torch.tensor([0, 2])), {"GATHER"}),
+    "chunk": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), {"SPLIT_V", "CONCATENATION"}),
+    "split": (lambda x: x.split([1, 3], 1)[1], {"SPLIT_V"}),
+    "unbind": (lambda x: x.unbind(1)[2], {"GATHER", "RESHAPE"}),
+    "expand": (lambda x: x[:, :1].expand(-1, 4, -1, -1), {"SLICE", "TILE"}),
+    "tile": (lambda x: x.tile(2, 1, 1), {"TILE"}),
+    "flip": (lambda x: x.flip(3), {"REVERSE_V2"}),
+    "roll": (lambda x: x.roll(1, 2), {"SLICE", "CONCATENATION"}),
+    "pixel shuffle": (lambda x: F.pixel_shuffle(x, 2), {"DEPTH_TO_SPACE"}),
+    "pixel unshuffle": (lambda x: F.pixel_unshuffle(x, 2), {"SPACE_TO_DEPTH", "GATHER"}),
+    "channel shuffle": (lambda x: F.channel_shuffle(x, 2), {"RESHAPE"}),
+    "dropout": (lambda x: F.dropout(x, training=False), set()),
+}
+"""Name to the function, and the operators that a file needs for it."""
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("name", PASSING)
+def test_an_operator_that_hands_values_on_needs_no_quantization(name: str) -> None:
+    function, operators = PASSING[name]
+    shapes = (PICTURE, PICTURE)
+    model = quantized_model(Function(lambda x, y: function(x * y)), samples(shapes, 4))
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    counts = read(data).counts
+    assert (counts.pop("QUANTIZE"), counts.pop("DEQUANTIZE")) == (2, 2)
+    assert counts.keys() - {"TRANSPOSE"} == operators | {"MUL", "FULLY_CONNECTED"}
+    assert steps_apart(model, data, list(samples(shapes, 8))).max() <= 1.001
+
+
+FLOAT_FORMS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "attention": (
+        lambda x, y: F.scaled_dot_product_attention(x, y, y),
+        ((2, 6, 8), (2, 6, 8)),
+    ),
+    "mish": (F.mish, (PICTURE,)),
+    "layer norm": (lambda x, y: F.layer_norm(x + y, (8,)) + y, (ROWS, ROWS)),
+    "scalars": (lambda x, y: (1 - x) * y + 2, (PICTURE, PICTURE)),
+    "division": (lambda x, y: x * (1 / (y.abs() + 1)), (PICTURE, PICTURE)),
+    "exponential": (lambda x, y: x * torch.exp(-y.pow(2)), (PICTURE, PICTURE)),
+    "sum": (lambda x, y: x * y.abs().sum((2, 3), keepdim=True).sqrt(), (PICTURE, PICTURE)),
+}
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("name", FLOAT_FORMS)
+def test_what_has_no_integer_kernel_is_computed_in_float_on_quantized_values(name: str) -> None:
+    function, shapes = FLOAT_FORMS[name]
+    model = quantized_model(Function(function), samples(shapes, 4))
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    assert [o.name for o in read(data).operators if is_float(o)]
+    apart = steps_apart(model, data, list(samples(shapes, 8)))
+    assert np.mean(apart > 0.5) < 0.03
+    assert apart.max() <= 1.001
