@@ -19,28 +19,23 @@ trained (a value that is quantized and read as float loses its rounding): those 
 out. The lowering has fused whatever may be fused.
 """
 
+# It is not installed where types are checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 
-# TinyNeuralNetwork ships no types and is not installed where types are checked.
-from tinynn.converter.operators import tflite as tfl  # pyright: ignore[reportMissingImports]
-from tinynn.converter.operators.optimize import (  # pyright: ignore[reportMissingImports]
-    GraphOptimizer,
-)
-from tinynn.converter.operators.torch import (  # pyright: ignore[reportMissingImports]
-    OPERATOR_CONVERTER_DICT,
-    OperatorConverter,
-)
-from tinynn.converter.schemas.tflite.schema_generated import (  # pyright: ignore[reportMissingImports]
-    ActivationFunctionType,
-    Padding,
-)
+import tinynn.converter.operators.graph as graph_module
+import tinynn.converter.operators.optimize as optimize_module
+import torch
+from tinynn.converter.operators import tflite as tfl
+from tinynn.converter.operators.torch import OPERATOR_CONVERTER_DICT, OperatorConverter
+from tinynn.converter.schemas.tflite.schema_generated import ActivationFunctionType, Padding
 
 from lightning_qat_exporters._tinynn_ops import NAMESPACE
 
@@ -247,18 +242,51 @@ _EMITTERS: Mapping[str, Callable[[_IntegerOperator, Any, Any], list[Any]]] = {
 }
 
 
+class _OrderedSet(MutableSet[Any]):
+    """A set that is read in the order it was filled."""
+
+    def __init__(self, values: Iterable[Any] = ()) -> None:
+        self._values = dict.fromkeys(values)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._values
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: Any) -> None:
+        self._values[value] = None
+
+    def discard(self, value: Any) -> None:
+        self._values.pop(value, None)
+
+    def intersection(self, other: Iterable[Any]) -> _OrderedSet:
+        return _OrderedSet(value for value in other if value in self)
+
+
 @contextmanager
 def extended() -> Iterator[None]:
-    """TinyNeuralNetwork's converter with our operators and without the passes in ``_LEFT_OUT``."""
-    passes = {name: vars(GraphOptimizer)[name] for name in _LEFT_OUT}
+    """TinyNeuralNetwork's converter with our operators and without the passes in ``_LEFT_OUT``.
+
+    It goes through sets of nodes, in the order of their addresses, and numbers what it makes on
+    the way: the same model would give another file each time. Its modules get ordered sets.
+    """
     table: dict[str, Any] = OPERATOR_CONVERTER_DICT
+    passes = {name: vars(optimize_module.GraphOptimizer)[name] for name in _LEFT_OUT}
     try:
         table.update(dict.fromkeys(_EMITTERS, _IntegerOperator))
         for name in passes:
-            setattr(GraphOptimizer, name, lambda _optimizer, **_options: None)
+            setattr(optimize_module.GraphOptimizer, name, lambda _optimizer, **_options: None)
+        for module in (graph_module, optimize_module):
+            vars(module)["set"] = _OrderedSet
         yield
     finally:
+        for module in (graph_module, optimize_module):
+            vars(module).pop("set", None)
         for name, method in passes.items():
-            setattr(GraphOptimizer, name, method)
+            setattr(optimize_module.GraphOptimizer, name, method)
         for kind in _EMITTERS:
             table.pop(kind, None)

@@ -122,7 +122,12 @@ class Lowering:
     # What forms ask
 
     def where(self, node: fx.Node) -> str:
-        """The dotted path of the module that called an operator, with the operator's name."""
+        """The dotted path of the module that called an operator, with the operator's name.
+
+        A quantization is named by its key.
+        """
+        if node.target is _FAKE_QUANTIZE:
+            return str(node.args[-1])
         stack = node.meta.get("nn_module_stack") or {}
         paths = [str(path).split("@")[0] for path, _ in stack.values()]
         path = paths[-1] if paths else ""
@@ -206,7 +211,8 @@ class Lowering:
     def attribute(self, tensor: Tensor) -> fx.Node:
         """A constant of the new graph."""
         name = f"constant_{len(self.root._buffers)}"
-        self.root.register_buffer(name, tensor)
+        # TorchScript refuses a tensor under two names.
+        self.root.register_buffer(name, tensor.clone())
         return self.graph.get_attr(name)
 
     def constant(self, values: Tensor, qparams: QParams) -> fx.Node:

@@ -3,7 +3,11 @@
 import functools
 import importlib
 import importlib.util
+import logging
+import os
+import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +25,9 @@ from lightning_qat.convert import convert
 from lightning_qat.export import MissingDependency, UnsupportedByTarget
 from lightning_qat.prepare import prepare
 from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.recipe import Recipe
+from lightning_qat.recipe import Recipe, WeightSpec
 from lightning_qat_exporters import _tinynn
-from tests import join_networks
+from tests import join_networks, models
 
 Array = np.ndarray[Any, Any]
 
@@ -204,7 +208,7 @@ def quantized_model(
 
 
 @pytest.fixture
-def without_tinynn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_tinynn() -> Iterator[None]:
     """A process that has not imported anything called tinynn, for the time of a test."""
     loaded = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "tinynn"}
     for name in loaded:
@@ -222,8 +226,9 @@ def package(folder: Path, files: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("without_tinynn")
-def test_its_absence_is_told_with_where_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tinynn", None)
+def test_its_absence_is_told_with_where_to_get_it() -> None:
+    # Not with monkeypatch, which would tidy up after the fixture has put things back.
+    sys.modules["tinynn"] = None  # type: ignore[assignment] # makes the import fail
     with pytest.raises(MissingDependency, match="is not installed") as caught:
         _tinynn.check_available()
     assert "git+https://github.com/alibaba/TinyNeuralNetwork" in str(caught.value)
@@ -490,3 +495,365 @@ def test_what_has_no_integer_kernel_is_computed_in_float_on_quantized_values(nam
     apart = steps_apart(model, data, list(samples(shapes, 8)))
     assert np.mean(apart > 0.5) < 0.03
     assert apart.max() <= 1.001
+
+
+# Layers
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "pointwise": (lambda: nn.Conv2d(4, 3, 1), PICTURE, "CONV_2D"),
+    "no bias": (lambda: nn.Conv2d(4, 3, 3, bias=False), PICTURE, "CONV_2D"),
+    "strided": (lambda: nn.Conv2d(4, 3, 3, stride=2, padding=1), PICTURE, "CONV_2D"),
+    "one-sided": (lambda: nn.Conv2d(4, 3, (1, 5), padding=(0, 2)), PICTURE, "CONV_2D"),
+    "dilated": (lambda: nn.Conv2d(4, 3, 3, dilation=2, padding=2), PICTURE, "CONV_2D"),
+    "same": (lambda: nn.Conv2d(4, 3, 3, padding="same"), PICTURE, "CONV_2D"),
+    "same, even kernel": (lambda: nn.Conv2d(4, 3, (2, 4), padding="same"), PICTURE, "CONV_2D"),
+    "valid": (lambda: nn.Conv2d(4, 3, 3, padding="valid"), PICTURE, "CONV_2D"),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), PICTURE, "CONV_2D"),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), PICTURE, "DEPTHWISE_CONV_2D"),
+    "depthwise, twice": (lambda: nn.Conv2d(4, 8, 3, groups=4), PICTURE, "DEPTHWISE_CONV_2D"),
+    "one channel": (lambda: nn.Conv2d(1, 4, 3), (1, 8, 8), "CONV_2D"),
+    "linear": (lambda: nn.Linear(8, 5), (8,), "FULLY_CONNECTED"),
+    "linear, 3-D": (lambda: nn.Linear(8, 5), ROWS, "FULLY_CONNECTED"),
+    "linear, 4-D": (lambda: nn.Linear(8, 5, bias=False), PICTURE, "FULLY_CONNECTED"),
+}
+
+PER_TENSOR = Recipe(weight=WeightSpec(granularity="per_tensor"))
+
+
+@needs_tinynn
+@needs_litert
+# torch copies the input of such a layer, and says so.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("recipe", ["int8", "w4a8", PER_TENSOR], ids=["int8", "w4a8", "tensor"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_one_step_from_torch(name: str, recipe: str | Recipe) -> None:
+    make, shape, operator = LAYERS[name]
+    (x,) = samples((shape,), 4)
+    model = quantized_model(nn.Sequential(make()), x, recipe)
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    file = read(data)
+    assert operator in file.counts
+    weight, stored = model.tensors["0.weight"], file.tensors["0.weight"]
+    assert weight.integers is not None
+    assert stored.values is not None
+    assert sorted(stored.values.ravel()) == sorted(weight.integers.numpy().ravel())
+    np.testing.assert_array_equal(stored.scale, weight.qparams.scale.numpy().reshape(-1))
+    for runtime in RUNTIMES:
+        (x,) = samples((shape,), 8)
+        assert steps_apart(model, data, x, runtime).max() <= 1.001
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [(nn.ReLU(), "RELU"), (nn.ReLU6(), "RELU6"), (nn.Hardtanh(), "RELU_N1_TO_1")],
+)
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 1), nn.Linear(8, 8)], ids=["conv", "linear"])
+def test_an_activation_becomes_part_of_the_kernel(
+    layer: nn.Module, activation: nn.Module, function: str
+) -> None:
+    (x,) = samples((PICTURE,), 4)
+    model = quantized_model(nn.Sequential(layer, activation), x)
+    file = read(_tinynn.convert(model, io="float", layout="nhwc"))
+    kernel = next(o for o in file.operators if o.name in ("CONV_2D", "FULLY_CONNECTED"))
+    schema: Any = importlib.import_module("ai_edge_litert.schema_py_generated")
+    assert kernel.options.fusedActivationFunction == getattr(
+        schema.ActivationFunctionType, function
+    )
+
+
+class Shared(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.relu(self.layer(x)))
+
+
+@needs_tinynn
+@needs_litert
+def test_a_layer_that_is_called_twice_has_its_weight_twice() -> None:
+    (x,) = samples((PICTURE,), 4)
+    model = quantized_model(Shared(), x)
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    weights = [o.inputs[1] for o in read(data).operators if o.name == "CONV_2D"]
+    assert [weight.name for weight in weights] == ["layer.weight", "layer.weight_1"]
+    assert steps_apart(model, data, x).max() <= 2.001
+
+
+class Forked(nn.Module):
+    """A result that is read as it is and clamped: two grids behind one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.left(y) + self.right(F.hardtanh(y, -0.2, 0.2))
+
+
+@needs_tinynn
+@needs_litert
+def test_a_result_on_two_grids_takes_the_wider_one_first() -> None:
+    (x,) = samples((PICTURE,), 4)
+    model = quantized_model(Forked(), x)
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    stem = next(o for o in read(data).operators if o.name == "CONV_2D")
+    assert stem.outputs[0].scale[0] == model.tensors["left.input"].qparams.scale.item()
+    assert read(data).counts["QUANTIZE"] == 2
+    assert steps_apart(model, data, x).max() <= 2.001
+
+
+@needs_tinynn
+@needs_litert
+def test_a_layer_left_out_of_the_recipe_is_float() -> None:
+    (x,) = samples((PICTURE,), 4)
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    model = quantized_model(network, x, Recipe(exclude=("0", "2")))
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    kernels = [o for o in read(data).operators if o.name == "CONV_2D"]
+    assert [kernel.inputs[1].dtype for kernel in kernels] == ["FLOAT32", "FLOAT32", "INT8"]
+    assert steps_apart(model, data, x).max() <= 1.001
+
+
+# Inputs and outputs
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize(("io", "moved"), [("int8", 0), ("uint8", 128)])
+def test_integer_inputs_and_outputs_have_the_model_s_grids(io: str, moved: int) -> None:
+    model, file = converted("unet"), read(file_of("unet", io))
+    for tensor, key in ((file.inputs[0], "down1.0.0.input"), (file.outputs[0], "out.output_0_0")):
+        qparams = model.tensors[key].qparams
+        assert tensor.dtype == io.upper()
+        assert (tensor.scale[0], tensor.zero_point[0]) == (
+            qparams.scale,
+            qparams.zero_point + moved,
+        )
+    assert not [o for o in file.operators if any(t.dtype == "FLOAT32" for t in o.inputs)]
+    # The graph itself is int8; QUANTIZE moves uint8 integers by 128 at either end.
+    assert file.counts["QUANTIZE"] == (2 if moved else 0)
+    assert Counter(t.dtype for o in file.operators for t in o.outputs)["UINT8"] == moved // 128
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("io", ["int8", "uint8"])
+def test_integer_files_compute_what_the_float_one_does(io: str) -> None:
+    x = join_networks.inputs_for("unet", 4)
+    litert: Any = importlib.import_module("ai_edge_litert.interpreter")
+    interpreter = litert.Interpreter(model_content=file_of("unet", io))
+    interpreter.allocate_tensors()
+    (source,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    for sample, expected in zip(x.numpy(), run(file_of("unet"), x), strict=True):
+        scale, zero_point = source["quantization"]
+        picture = sample.transpose(1, 2, 0)[None]
+        limits = np.iinfo(source["dtype"])
+        integers = np.clip(np.rint(picture / scale) + zero_point, limits.min, limits.max)
+        interpreter.set_tensor(source["index"], integers.astype(source["dtype"]))
+        interpreter.invoke()
+        scale, zero_point = result["quantization"]
+        output = scale * (interpreter.get_tensor(result["index"]).astype(np.float32) - zero_point)
+        np.testing.assert_allclose(output[0].transpose(2, 0, 1), expected, atol=1e-6)
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize(
+    ("layout", "input_shape", "output_shape"),
+    [("nhwc", (1, 16, 16, 3), (1, 16, 16, 2)), ("nchw", (1, 3, 16, 16), (1, 2, 16, 16))],
+)
+def test_pictures_have_the_layout_that_was_asked_for(
+    layout: str, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+) -> None:
+    file = read(file_of("unet", "float", layout))
+    assert file.inputs[0].shape == input_shape
+    assert file.outputs[0].shape == output_shape
+
+
+@needs_tinynn
+@needs_litert
+def test_several_inputs_and_outputs_keep_their_order() -> None:
+    model = models.Nested()
+    inputs = {"left": torch.randn(4, 6), "right": torch.randn(4, 6)}
+    prepare(model, "int8")
+    with torch.no_grad():
+        model.train()(**inputs)
+    quantized = convert(model.eval(), inputs)
+    data = _tinynn.convert(quantized, io="float", layout="nhwc")
+    litert: Any = importlib.import_module("ai_edge_litert.interpreter")
+    interpreter = litert.Interpreter(model_content=data)
+    interpreter.allocate_tensors()
+    expected = quantized.flat_outputs(quantized(**inputs))
+    for i in range(4):
+        for detail, value in zip(interpreter.get_input_details(), inputs.values(), strict=True):
+            interpreter.set_tensor(detail["index"], value[i : i + 1].numpy())
+        interpreter.invoke()
+        for detail, value in zip(interpreter.get_output_details(), expected.values(), strict=True):
+            np.testing.assert_allclose(
+                interpreter.get_tensor(detail["index"])[0], value[i].numpy(), atol=0.05
+            )
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat_exporters import _tinynn
+model = QuantizedModel.load(sys.argv[1])
+Path(sys.argv[2]).write_bytes(_tinynn.convert(model, io="float", layout="nhwc"))
+"""
+"""A process that converts a saved model."""
+
+
+@needs_tinynn
+def test_the_same_model_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    # Sets of strings have another order there.
+    converted("mobilenet_v3_block").save(tmp_path / "model.pt2")
+    command = [sys.executable, "-c", CONVERT, tmp_path / "model.pt2", tmp_path / "model.tflite"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert (tmp_path / "model.tflite").read_bytes() == file_of("mobilenet_v3_block")
+
+
+# What is refused
+
+
+class Unsupported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.erf(self.conv(x))
+        y = F.adaptive_avg_pool2d(self.head(y), 3)
+        return torch.digamma(y)
+
+
+@needs_tinynn
+def test_everything_that_has_no_form_is_named_at_once() -> None:
+    (x,) = samples((PICTURE,), 4)
+    with pytest.raises(UnsupportedByTarget) as caught:
+        _tinynn.convert(quantized_model(Unsupported(), x), io="float", layout="nhwc")
+    assert [(p.layer, p.reason.split(";")[0]) for p in caught.value.problems] == [
+        ("conv (conv2d)", "an int8 kernel needs the scale of its output, which is not quantized"),
+        ("erf", "aten.erf.default has no form in TinyNeuralNetwork's backend"),
+        ("adaptive_avg_pool2d", "windows of unequal size: (8, 8) to [3, 3]"),
+        ("digamma", "aten.digamma.default has no form in TinyNeuralNetwork's backend"),
+    ]
+    assert all('backend="litert"' in problem.remedy for problem in caught.value.problems)
+
+
+@needs_tinynn
+@pytest.mark.parametrize(
+    ("recipe", "layer", "reason"),
+    [
+        (
+            Recipe(joins=False, outputs=False),
+            "0 (conv2d)",
+            "needs the scale of its output, which is not quantized",
+        ),
+        ("amct", "0 (conv2d)", "needs the scale of its output"),
+        ("w4a4", "0.input", "activations must have 8 bits"),
+        ("a16w8", "0.input", "activations must have 8 bits"),
+    ],
+    ids=["inputs only", "amct", "w4a4", "a16w8"],
+)
+def test_recipes_that_int8_kernels_cannot_express_are_refused(
+    recipe: str | Recipe, layer: str, reason: str
+) -> None:
+    (x,) = samples((PICTURE,), 4)
+    model = quantized_model(nn.Sequential(nn.Conv2d(4, 2, 1)), x, recipe)
+    with pytest.raises(UnsupportedByTarget, match=reason) as caught:
+        _tinynn.convert(model, io="float", layout="nhwc")
+    assert caught.value.problems[0].layer == layer
+
+
+@needs_tinynn
+def test_an_integer_input_that_is_read_as_float_is_refused() -> None:
+    with pytest.raises(UnsupportedByTarget, match="an integer input must be quantized") as caught:
+        _tinynn.convert(converted("encoder_block"), io="int8", layout="nhwc")
+    assert [(p.layer, p.remedy) for p in caught.value.problems] == [("x", 'Use io="float"')]
+
+
+# The process
+
+
+@dataclass
+class ProcessState:
+    """What a library may leave behind."""
+
+    handlers: list[logging.Handler]
+    propagates: bool
+    dtype: torch.dtype
+    engine: str
+    filters: list[Any]
+    directory: list[str]
+
+
+def process_state() -> ProcessState:
+    return ProcessState(
+        list(logging.getLogger().handlers),
+        logging.getLogger("tinynn").propagate,
+        torch.get_default_dtype(),
+        torch.backends.quantized.engine,
+        list(warnings.filters),
+        sorted(os.listdir()),
+    )
+
+
+@needs_tinynn
+@pytest.mark.parametrize("succeeds", [True, False], ids=["converted", "failed"])
+def test_nothing_is_left_in_the_process(
+    succeeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from tinynn.converter.operators.optimize import GraphOptimizer
+    from tinynn.converter.operators.torch import OPERATOR_CONVERTER_DICT
+
+    model = converted("dense_block")
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float64)
+    table, passes = dict(OPERATOR_CONVERTER_DICT), dict(vars(GraphOptimizer))
+    before = process_state()
+    if succeeds:
+        _tinynn.convert(model, io="float", layout="nhwc")
+    else:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("in the middle")
+
+        monkeypatch.setattr("tinynn.converter.base.OPVersioner.process", fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            _tinynn.convert(model, io="float", layout="nhwc")
+    assert process_state() == before
+    assert OPERATOR_CONVERTER_DICT == table
+    assert dict(vars(GraphOptimizer)) == passes
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_tinynn
+def test_the_first_conversion_of_a_process_is_silent(tmp_path: Path) -> None:
+    converted("dense_block").save(tmp_path / "model.pt2")
+    # Only torch's own reading of a saved program warns.
+    options = ["-W", "error", "-W", "ignore::FutureWarning"]
+    command = [*options, "-c", CONVERT, tmp_path / "model.pt2", tmp_path / "model.tflite"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_tinynn
+def test_the_model_is_untouched() -> None:
+    model, x = converted("unet"), join_networks.inputs_for("unet")
+    before = {**model.program.state_dict, **model.program.constants}
+    copies = {name: value.clone() for name, value in before.items()}
+    output, code = model(x), model.program.graph_module.code
+    _tinynn.convert(model, io="uint8", layout="nhwc")
+    after = {**model.program.state_dict, **model.program.constants}
+    assert all(torch.equal(after[name], value) for name, value in copies.items())
+    assert model.program.graph_module.code == code
+    assert torch.equal(model(x), output)
