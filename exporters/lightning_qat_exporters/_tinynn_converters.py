@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-
 import tinynn.converter.operators.graph as graph_module
 import tinynn.converter.operators.optimize as optimize_module
 import torch
