@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from lightning_qat.export import MissingDependency
+from lightning_qat.export import MissingDependency, Unsupported, UnsupportedByTarget
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._tinynn_forms import FORMS
-from lightning_qat_exporters._tinynn_lowering import Lowering
+from lightning_qat_exporters._tinynn_lowering import LITERT, Lowering
 from lightning_qat_exporters._tinynn_passing import PASSING
 
 _INSTALL = (
@@ -83,7 +83,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
 
         path = Path(folder) / "model.tflite"
         with extended():
-            converter_class(
+            converter = converter_class(
                 graph,
                 samples,
                 str(path),
@@ -91,7 +91,14 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
                 quantize_target_type="int8",
                 fuse_quant_dequant=io == "uint8",
                 quantize_input_output_type="uint8" if io == "uint8" else None,
-            ).convert()
+            )
+            try:
+                converter.convert()
+            except Exception as error:
+                # It asserts what it does not support, deep inside and of many types.
+                reason = f"TinyNeuralNetwork's converter failed: {type(error).__name__}: {error}"
+                problem = Unsupported("the network", reason.splitlines()[0].rstrip("."), LITERT)
+                raise UnsupportedByTarget("tflite", (problem,)) from error
         return path.read_bytes()
 
 

@@ -141,6 +141,8 @@ def _stored_bias(
 ) -> fx.Node | None:
     if bias is None:
         return None
+    if bias not in lowering.constants:
+        raise Refused("its bias is computed at run time", LITERT)
     integers = quantize_bias(lowering.constants[bias], scale_input, weight.qparams.scale)
     limits = torch.iinfo(torch.int32)
     if int(integers.min()) < limits.min or int(integers.max()) > limits.max:

@@ -497,6 +497,32 @@ def test_what_has_no_integer_kernel_is_computed_in_float_on_quantized_values(nam
     assert apart.max() <= 1.001
 
 
+@needs_tinynn
+@needs_litert
+def test_a_value_that_is_quantized_and_read_as_float_keeps_its_rounding() -> None:
+    # Its optimizer takes QUANTIZE and DEQUANTIZE in a row for nothing.
+    shapes = (ROWS, ROWS)
+    model = quantized_model(Function(lambda x, y: F.mish(y) + x), samples(shapes, 4))
+    data = _tinynn.convert(model, io="float", layout="nhwc")
+    operators = read(data).operators
+    quantized = [t.name for o in operators if o.name == "QUANTIZE" for t in o.outputs]
+    read_as_float = [o.inputs[0].name for o in operators if o.name == "DEQUANTIZE"]
+    assert len(set(quantized) & set(read_as_float)) == 1
+    assert np.mean(steps_apart(model, data, list(samples(shapes, 8))) > 0.5) < 0.01
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_the_one_that_torch_computes(approximate: str) -> None:
+    # The two are less than a step apart.
+    function = functools.partial(F.gelu, approximate=approximate)
+    model = quantized_model(Function(function), samples((ROWS,), 4))
+    file = read(_tinynn.convert(model, io="float", layout="nhwc"))
+    (options,) = (o.options for o in file.operators if o.name == "GELU")
+    assert options.approximate == (approximate == "tanh")
+
+
 # Layers
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
@@ -702,12 +728,14 @@ def test_several_inputs_and_outputs_keep_their_order() -> None:
 
 
 CONVERT = """
+import logging
 import sys
 from pathlib import Path
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters import _tinynn
 model = QuantizedModel.load(sys.argv[1])
 Path(sys.argv[2]).write_bytes(_tinynn.convert(model, io="float", layout="nhwc"))
+assert logging.getLogger().handlers == []
 """
 """A process that converts a saved model."""
 
@@ -828,7 +856,7 @@ def test_nothing_is_left_in_the_process(
             raise RuntimeError("in the middle")
 
         monkeypatch.setattr("tinynn.converter.base.OPVersioner.process", fail)
-        with pytest.raises(RuntimeError, match="in the middle"):
+        with pytest.raises(UnsupportedByTarget, match="converter failed: RuntimeError: in the mid"):
             _tinynn.convert(model, io="float", layout="nhwc")
     assert process_state() == before
     assert OPERATOR_CONVERTER_DICT == table
