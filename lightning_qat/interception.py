@@ -263,8 +263,10 @@ class _JoinMode(TorchFunctionMode):
         operands = interception.sites.get(place)
         if not operands_of(known, args, kwargs):
             first = args[0] if args else None
-            # A planned call that has become another: not the integers that a batch norm counts.
-            if operands and isinstance(first, Tensor) and first.is_floating_point():
+            numbers = any(isinstance(value, int | float) for value in args[: known.operands])
+            # A planned call that has become another: not the integers that a batch norm counts,
+            # nor one with a number, which may stand before it on the same line.
+            if operands and isinstance(first, Tensor) and first.is_floating_point() and not numbers:
                 frame.count(place)
                 _warn_once(interception, place, "it has no longer the tensors it had")
             return func(*args, **kwargs)

@@ -551,6 +551,22 @@ def test_what_a_layer_norm_reads_is_quantized_with_the_residual_that_reads_it_to
     assert shared.consumers == ("norm.layer_norm:0[0]", "add:1[0]")
 
 
+def test_a_product_with_a_number_on_the_same_line_is_not_taken_for_the_planned_one() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (self.fc(x) * 0.5) * y
+
+    model = Scaled()
+    prepare(model, "int8")
+    for _ in range(2):
+        model.train()(torch.randn(4, 6), torch.randn(4, 6))
+    assert [t.consumers for t in the_plan(model).tensors][1:3] == [("mul:0[0]",), ("mul:0[1]",)]
+
+
 class Checkpoints(nn.Module):
     def __init__(self, saves_memory: bool) -> None:
         super().__init__()

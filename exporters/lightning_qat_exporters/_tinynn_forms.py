@@ -1,0 +1,425 @@
+"""Which operator becomes what: a table from torch's operators to functions, one per operator.
+
+A form takes the integer road when its inputs are integers and its output is put on a grid. Joins
+and activations without one are computed in float, as torch does; a layer with integer weights is
+refused, because its kernel cannot do without the grid of its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from lightning_qat.arithmetic import quantize_bias
+from lightning_qat.qparams import QParams
+from lightning_qat.quantized_model import QuantizedTensor
+from lightning_qat_exporters._tinynn_lowering import (
+    INT8,
+    LITERT,
+    Form,
+    Lowering,
+    Refused,
+    Value,
+    arguments_of,
+)
+from lightning_qat_exporters._tinynn_ops import OPS
+from lightning_qat_exporters._tinynn_passing import PASSING, fused_activation
+
+_ATEN = torch.ops.aten
+
+
+def _int8(scale: float, zero_point: int) -> QParams:
+    return QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), INT8)
+
+
+# The grids that TFLite's specification demands of these kernels' results.
+_OF_SIGMOID = _int8(1 / 256, -128)
+_OF_SOFTMAX = _int8(1 / 256, -128)
+_OF_TANH = _int8(1 / 128, 0)
+
+
+# Layers
+
+
+def _conv2d(lowering: Lowering, node: fx.Node) -> Value:
+    args = arguments_of(node, None, None, None, (1, 1), (0, 0), (1, 1), 1)
+    weight = lowering.weight(args[1])
+    if weight is None:
+        return lowering.as_float(node)
+    stride, padding, dilation = (_pair(value) for value in args[3:6])
+    source = _input_of_layer(lowering, args[0])
+    return _layer(
+        lowering, node, OPS.convolve.default, weight, args[2], source, stride, padding, dilation,
+        args[6],
+    )  # fmt: skip
+
+
+def _conv2d_padding(lowering: Lowering, node: fx.Node) -> Value:
+    """``padding="same"`` or ``"valid"``; the larger half goes behind, as torch does."""
+    args = arguments_of(node, None, None, None, (1, 1), "valid", (1, 1), 1)
+    weight = lowering.weight(args[1])
+    if weight is None:
+        raise Refused("a float convolution needs its padding in numbers", LITERT)
+    assert weight.integers is not None
+    stride, dilation = _pair(args[3]), _pair(args[5])
+    totals = [0, 0]
+    if args[4] == "same":
+        kernel = weight.integers.shape[2:]
+        totals = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
+    padding = [total // 2 for total in totals]
+    source, qparams = _input_of_layer(lowering, args[0])
+    if any(total % 2 for total in totals):
+        extra = [0, totals[1] % 2, 0, totals[0] % 2]
+        source = lowering.call(_ATEN.constant_pad_nd.default, source, extra)
+    return _layer(
+        lowering, node, OPS.convolve.default, weight, args[2], (source, qparams), stride, padding,
+        dilation, args[6],
+    )  # fmt: skip
+
+
+def _linear(lowering: Lowering, node: fx.Node) -> Value:
+    x, weight_node, bias = arguments_of(node, None, None, None)
+    weight = lowering.weight(weight_node)
+    if weight is None:
+        return lowering.as_float(node)
+    source = _input_of_layer(lowering, x)
+    return _layer(lowering, node, OPS.linear.default, weight, bias, source)
+
+
+def _input_of_layer(lowering: Lowering, argument: Any) -> tuple[fx.Node, QParams]:
+    pairs = lowering.quantized(argument)
+    if pairs is None:
+        raise Refused("its input is not quantized, its weight is", LITERT)
+    return pairs[0]
+
+
+def _layer(
+    lowering: Lowering,
+    node: fx.Node,
+    target: Any,
+    weight: QuantizedTensor,
+    bias: Any,
+    source: tuple[fx.Node, QParams],
+    *options: Any,
+) -> Value:
+    output = lowering.grid_behind(node)
+    if output is None:
+        raise Refused(
+            "an int8 kernel needs the scale of its output, which is not quantized",
+            f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
+        )
+    activation = fused_activation(lowering, node)
+    x, qparams = source
+    constants = (
+        lowering.attribute(_stored_integers(weight)),
+        lowering.attribute(weight.qparams.scale),
+        _stored_bias(lowering, bias, qparams.scale, weight),
+    )
+    return lowering.emit_layer(
+        target, x, *constants, *options, activation, qparams=output, key=weight.key
+    )
+
+
+def _stored_integers(weight: QuantizedTensor) -> Tensor:
+    grid, integers = weight.qparams.grid, weight.integers
+    if integers is None or grid.dtype is not torch.int8 or int(integers.min()) < -127:
+        raise Refused(
+            f"LiteRT's kernels take weights of -127 .. 127; got the grid {grid.qmin} .. "
+            f"{grid.qmax}",
+            "Use WeightSpec(bits=8)",
+        )
+    return integers
+
+
+def _stored_bias(
+    lowering: Lowering, bias: Any, scale_input: Tensor, weight: QuantizedTensor
+) -> fx.Node | None:
+    if bias is None:
+        return None
+    if bias not in lowering.constants:
+        raise Refused("its bias is computed at run time", LITERT)
+    integers = quantize_bias(lowering.constants[bias], scale_input, weight.qparams.scale)
+    limits = torch.iinfo(torch.int32)
+    if int(integers.min()) < limits.min or int(integers.max()) > limits.max:
+        raise Refused(
+            "its bias does not fit 32 bits at the scale of input times weight",
+            "Look for a channel whose weights are almost zero",
+        )
+    return lowering.attribute(integers.to(torch.int32))
+
+
+# Joins
+
+
+def _binary(lowering: Lowering, node: fx.Node) -> Value:
+    pairs, output = lowering.quantized(*node.args[:2]), lowering.grid_behind(node)
+    # `alpha`, which scales the second operand, is a keyword.
+    if pairs is None or output is None or node.kwargs.get("alpha", 1) != 1:
+        return lowering.as_float(node)
+    name = str(node.target).removeprefix("aten.").split(".")[0]
+    function = "matmul" if name in ("matmul", "bmm", "mm") else name
+    activation = "none" if function == "matmul" else fused_activation(lowering, node)
+    nodes = [pair[0] for pair in pairs]
+    return lowering.emit(OPS.binary.default, *nodes, function, activation, qparams=output)
+
+
+def _mean(lowering: Lowering, node: fx.Node) -> Value:
+    x, axes, keepdim = arguments_of(node, None, None, False)
+    rank = len(lowering.shape(x))
+    axes = [axis % rank for axis in (axes if axes else range(rank))]
+    return _mean_over(lowering, node, axes, bool(keepdim))
+
+
+def _mean_over(lowering: Lowering, node: fx.Node, axes: list[int], keepdim: bool) -> Value:
+    pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
+    return lowering.emit(OPS.mean.default, pairs[0][0], axes, keepdim, qparams=output)
+
+
+def _adaptive_avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
+    x, size = node.args
+    shape = lowering.shape(_node(x))
+    if _pair(size) == [1, 1]:
+        return _mean_over(lowering, node, [len(shape) - 2, len(shape) - 1], True)
+    kernel = [before // after for before, after in zip(shape[-2:], _pair(size), strict=True)]
+    if [k * after for k, after in zip(kernel, _pair(size), strict=True)] != list(shape[-2:]):
+        raise Refused(f"windows of unequal size: {tuple(shape[-2:])} to {size}", LITERT)
+    return _pool(lowering, node, kernel, kernel, [0, 0], True)
+
+
+def _avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
+    _, kernel, stride, padding, ceil, counts, divisor = arguments_of(
+        node, None, None, [], 0, False, True, None
+    )
+    if ceil or divisor is not None:
+        raise Refused("avg_pool2d with ceil_mode or divisor_override has no form", LITERT)
+    kernel = _pair(kernel)
+    return _pool(lowering, node, kernel, _pair(stride) or kernel, _pair(padding), bool(counts))
+
+
+def _pool(
+    lowering: Lowering,
+    node: fx.Node,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    counts: bool,
+) -> Value:
+    pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
+    source, qparams = pairs[0]
+    shape = lowering.shape(_node(node.args[0]))
+    counts = counts or not any(padding)
+    kernel_has_form = counts or _is_same(shape[-2:], kernel, stride, padding)
+    if qparams.equal(output) and kernel_has_form:
+        return lowering.emit(
+            OPS.average_pool.default, source, kernel, stride, padding, counts, qparams=qparams
+        )
+    # AVERAGE_POOL_2D keeps the grid of its input, so that a second rounding would have to follow.
+    # A depthwise convolution with equal weights rounds once, to the grid that was trained.
+    channels, size = shape[-3], math.prod(kernel)
+    weight = torch.ones(channels, 1, *kernel, dtype=torch.int8)
+    mean = lowering.emit_layer(
+        OPS.convolve.default,
+        source,
+        lowering.attribute(weight),
+        lowering.attribute(torch.tensor(1 / size)),
+        None,
+        stride,
+        padding,
+        [1, 1],
+        channels,
+        "none",
+        qparams=output,
+        key=f"{node.name}.weight",
+    )
+    if counts:
+        return mean
+    ones = torch.ones(1, 1, *shape[-2:])
+    counted = F.avg_pool2d(ones, kernel, stride, padding)
+    return _scaled_at_the_border(lowering, mean, 1 / counted, output)
+
+
+def _scaled_at_the_border(
+    lowering: Lowering, mean: Value, factors: Tensor, output: QParams
+) -> Value:
+    """Make up for padding that was counted. Factors of 1, most of them, change nothing.
+
+    Factors are put on a grid of ``1 / n``, with the smallest ``n`` that holds all of them.
+    """
+    largest = int(127 / float(factors.max()))
+    error = [float((factors * n - (factors * n).round()).abs().max()) / n for n in range(1, 128)]
+    n = min(range(1, largest + 1), key=lambda n: (round(error[n - 1], 5), n))
+    constant = lowering.constant(factors, _int8(1 / n, 0))
+    return lowering.emit(OPS.binary.default, mean.node, constant, "mul", "none", qparams=output)
+
+
+def _is_same(
+    size: tuple[int, ...], kernel: list[int], stride: list[int], padding: list[int]
+) -> bool:
+    """Whether TFLite's padding SAME is this padding on both sides."""
+    return all(
+        max((math.ceil(n / s) - 1) * s + k - n, 0) == 2 * p and (n + 2 * p - k) % s == 0
+        for n, k, s, p in zip(size, kernel, stride, padding, strict=True)
+    )
+
+
+def _bilinear(lowering: Lowering, node: fx.Node) -> Value:
+    """On the grid of its input, as the kernel wants it."""
+    return PASSING[_ATEN.upsample_nearest2d.vec](lowering, node)
+
+
+def _softmax(lowering: Lowering, node: fx.Node) -> Value:
+    pairs = lowering.quantized(node.args[0])
+    if pairs is None or lowering.grid_behind(node) is None:
+        return lowering.as_float(node)
+    axis = arguments_of(
+        node,
+    )[1] % len(lowering.shape(_node(node.args[0])))
+    return lowering.emit(OPS.softmax.default, pairs[0][0], axis, qparams=_OF_SOFTMAX)
+
+
+def _attention(lowering: Lowering, node: fx.Node) -> Value:
+    """In float: what is inside of it has no grids."""
+    query, key, value, mask, dropout, causal = arguments_of(
+        node, None, None, None, None, 0.0, False
+    )
+    if mask is not None or dropout or causal:
+        raise Refused("scaled_dot_product_attention with a mask or dropout has no form", LITERT)
+    scale = node.kwargs.get("scale") or lowering.shape(query)[-1] ** -0.5
+    q, k, v = (lowering.real(x) for x in (query, key, value))
+    scores = lowering.call(_ATEN.matmul.default, q, lowering.call(_ATEN.transpose.int, k, -2, -1))
+    scaled = lowering.call(_ATEN.mul.Tensor, scores, scale)
+    return Value(
+        lowering.call(_ATEN.matmul.default, lowering.call(_ATEN.softmax.int, scaled, -1), v), None
+    )
+
+
+def _layer_norm(lowering: Lowering, node: fx.Node) -> Value:
+    """In float; the converter wants weight and bias even where they change nothing."""
+    x, size, weight, bias, epsilon = arguments_of(node, None, None, None, None, 1e-5)[:5]
+    scale = lowering.attribute(torch.ones(size)) if weight is None else lowering.real(weight)
+    shift = lowering.attribute(torch.zeros(size)) if bias is None else lowering.real(bias)
+    normalize = _ATEN.layer_norm.default
+    return Value(
+        lowering.call(normalize, lowering.real(x), size, scale, shift, epsilon, False), None
+    )
+
+
+# Activations
+
+
+def _unary(function: str) -> Form:
+    def form(lowering: Lowering, node: fx.Node) -> Value:
+        pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
+        if pairs is None or output is None:
+            return lowering.as_float(node)
+        return lowering.emit(OPS.unary.default, pairs[0][0], function, qparams=output)
+
+    return form
+
+
+def _bounded(function: str, qparams: QParams) -> Form:
+    """A function whose kernel has a fixed grid."""
+
+    def form(lowering: Lowering, node: fx.Node) -> Value:
+        pairs = lowering.quantized(node.args[0])
+        if pairs is None or lowering.grid_behind(node) is None:
+            return lowering.as_float(node)
+        return lowering.emit(OPS.unary.default, pairs[0][0], function, qparams=qparams)
+
+    return form
+
+
+def _gelu(lowering: Lowering, node: fx.Node) -> Value:
+    tanh = node.kwargs.get("approximate", "none") == "tanh"
+    return _unary("gelu_tanh" if tanh else "gelu")(lowering, node)
+
+
+def _leaky_relu(lowering: Lowering, node: fx.Node) -> Value:
+    pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
+    slope = float(arguments_of(node, None, 0.01)[1])
+    return lowering.emit(OPS.leaky_relu.default, pairs[0][0], slope, qparams=output)
+
+
+def _silu(lowering: Lowering, node: fx.Node) -> Value:
+    """``x * sigmoid(x)``: TFLite has no kernel of its own."""
+    pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
+    x = pairs[0][0]
+    gate = lowering.emit(OPS.unary.default, x, "sigmoid", qparams=_OF_SIGMOID)
+    return lowering.emit(OPS.binary.default, x, gate.node, "mul", "none", qparams=output)
+
+
+def _hardsigmoid(lowering: Lowering, node: fx.Node) -> Value:
+    """``relu6(x + 3) / 6``: TFLite has no kernel of its own."""
+    pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
+    three = lowering.constant(torch.tensor([3.0]), _int8(3 / 127, 0))
+    sixth = lowering.constant(torch.tensor([1 / 6]), _int8(1 / 6 / 127, 0))
+    moved = lowering.emit(
+        OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=_int8(6 / 255, -128)
+    )
+    return lowering.emit(OPS.binary.default, moved.node, sixth, "mul", "none", qparams=output)
+
+
+def _pair(value: Any) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values
+
+
+def _node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+FORMS: Mapping[Any, Form] = {
+    _ATEN.conv2d.default: _conv2d,
+    _ATEN.conv2d.padding: _conv2d_padding,
+    _ATEN.linear.default: _linear,
+    _ATEN.add.Tensor: _binary,
+    _ATEN.sub.Tensor: _binary,
+    _ATEN.mul.Tensor: _binary,
+    _ATEN.matmul.default: _binary,
+    _ATEN.bmm.default: _binary,
+    _ATEN.mm.default: _binary,
+    _ATEN.mean.dim: _mean,
+    _ATEN.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+    _ATEN.avg_pool2d.default: _avg_pool2d,
+    _ATEN.softmax.int: _softmax,
+    _ATEN.scaled_dot_product_attention.default: _attention,
+    _ATEN.sigmoid.default: _bounded("sigmoid", _OF_SIGMOID),
+    _ATEN.tanh.default: _bounded("tanh", _OF_TANH),
+    _ATEN.hardswish.default: _unary("hardswish"),
+    _ATEN.gelu.default: _gelu,
+    _ATEN.elu.default: _unary("elu"),
+    _ATEN.leaky_relu.default: _leaky_relu,
+    _ATEN.silu.default: _silu,
+    _ATEN.hardsigmoid.default: _hardsigmoid,
+    _ATEN.rsub.Scalar: Lowering.as_float,
+    _ATEN.div.Tensor: Lowering.as_float,
+    _ATEN.reciprocal.default: Lowering.as_float,
+    _ATEN.exp.default: Lowering.as_float,
+    _ATEN.sqrt.default: Lowering.as_float,
+    _ATEN.neg.default: Lowering.as_float,
+    _ATEN.abs.default: Lowering.as_float,
+    _ATEN.pow.Tensor_Scalar: Lowering.as_float,
+    _ATEN.sum.dim_IntList: Lowering.as_float,
+    _ATEN.mish.default: Lowering.as_float,
+    _ATEN.layer_norm.default: _layer_norm,
+    _ATEN.batch_norm.default: Lowering.as_float,
+    _ATEN.upsample_bilinear2d.vec: _bilinear,
+    **PASSING,
+}
+"""Every operator that has a form."""
