@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 from lightning_qat.atomic import replacing
 from lightning_qat.export import (
@@ -16,7 +15,7 @@ from lightning_qat.export import (
     UnsupportedByTarget,
 )
 from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat_exporters import _litert
+from lightning_qat_exporters import _litert, _tinynn
 from lightning_qat_exporters._tflite_differences import tflite_differences
 from lightning_qat_exporters._tflite_file import read
 from lightning_qat_exporters._tflite_metadata import described
@@ -154,7 +153,7 @@ class TFLiteExporter:
         missing: list[str] = []
         for name in wanted:
             try:
-                backend = _backend(name)
+                backend = _BACKENDS[name]
                 backend.check_available()
             except MissingDependency as error:
                 missing.append(str(error))
@@ -167,15 +166,4 @@ class TFLiteExporter:
         )
 
 
-def _backend(name: str) -> Backend:
-    if name == "litert":
-        return _litert
-    module = "lightning_qat_exporters._tinynn"
-    try:
-        backend: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise MissingDependency("The backend 'tinynn' is not part of this version.") from error
-    found: Backend = backend
-    return found
+_BACKENDS: Mapping[str, Backend] = {"tinynn": _tinynn, "litert": _litert}
