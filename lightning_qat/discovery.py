@@ -24,7 +24,8 @@ from lightning_qat.join_functions import (
 )
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
 from lightning_qat.layers import WITH_WEIGHTS
-from lightning_qat.observers import batch_range
+from lightning_qat.learned_quantizers import learns
+from lightning_qat.observers import SEARCHES, batch_range
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
 from lightning_qat.recipe import ActivationSpec, Recipe
 from lightning_qat.tape import Key, key_of
@@ -341,7 +342,8 @@ class Discovery:
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
             fresh = not quantizer.calibrated and quantizer.pending is None
-            if fresh and seen and quantizer.observing:
+            searched = quantizer.spec.calibration in SEARCHES
+            if fresh and seen and quantizer.observing and not searched:
                 quantizer.observe(torch.stack(seen).amax(0))
 
     def release(self) -> None:
@@ -391,6 +393,9 @@ class Discovery:
         if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
             return spec
         natural = {origin.natural for origin in origins}
+        if learns(spec):
+            # What is learned may well be narrower than what a function can give.
+            natural = {None}
         if len(natural) == 1 and None not in natural:
             return replace(spec, clip=natural.pop())
         if all(origin.not_negative for origin in origins):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qat.quantizers import ActivationQuantizer
+from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.schedule import Phase
 
 
@@ -37,6 +37,7 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
         quantizer.deferred = True
         quantizer.observing = phase.observing
         quantizer.quantizing = phase.quantizing
+    _quantize_weights(model, phase.name != "float")
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _hold_in_eval(module, phase.batchnorm_frozen)
@@ -91,7 +92,14 @@ def finish(model: nn.Module) -> None:
     """Leave a model as its exports will be: quantizing, observing nothing, batch norm let go."""
     for quantizer in activation_quantizers(model).values():
         quantizer.observing, quantizer.quantizing = False, True
+    _quantize_weights(model, True)
     release_batchnorms(model)
+
+
+def _quantize_weights(model: nn.Module, quantizing: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            module.quantizing = quantizing
 
 
 def release_batchnorms(model: nn.Module) -> None:

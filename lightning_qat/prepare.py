@@ -35,6 +35,7 @@ from lightning_qat.layers import (
     LinearQAT,
     QATLayer,
 )
+from lightning_qat.learned_quantizers import learns
 from lightning_qat.quantized_model import Inputs, as_call
 from lightning_qat.recipe import LayerSpec, Recipe
 
@@ -184,6 +185,7 @@ def plan_joins(
     if plan_of(model) is None:
         keep_plan(model, None)
         if example_inputs is None:
+            _refuse_late_parameters(model, recipe)
             if "_qat_first_forward" not in vars(model):
                 FirstForward(model, recipe)
             return None
@@ -195,6 +197,17 @@ def plan_joins(
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
         apply_plan(model, discover(model, recipe, args, kwargs))
     return plan_of(model)
+
+
+def _refuse_late_parameters(model: nn.Module, recipe: Recipe) -> None:
+    if learns(recipe.activation):
+        raise ValueError(
+            f"Learned activations (quantizer={recipe.activation.quantizer!r}) are parameters that "
+            "the optimizer must be given, so the joins of "
+            f"{type(model).__name__} must be planned before training. Pass example_inputs to "
+            "prepare or QATCallback, set the module's example_input_array, or use a recipe with "
+            "joins=False and outputs=False."
+        )
 
 
 def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> PrepareReport:

@@ -18,7 +18,7 @@ from lightning_qat.arithmetic import (
     symmetric_scale,
 )
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
-from lightning_qat.observers import UPDATES, batch_range
+from lightning_qat.observers import SEARCHES, UPDATES, batch_range
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.recipe import ActivationSpec, WeightSpec
 from lightning_qat.tape import current_tape, hidden
@@ -150,20 +150,32 @@ class ActivationQuantizer(Quantizer):
             return tape.quantize(x, self.identity, self._quantize, skip=True)
 
     def _quantize(self, x: Tensor) -> Tensor:
-        if self.observing and self.training and x.numel():
-            self.observe(batch_range(x))
+        if self.observing and self.training and self._waits and x.numel():
+            self.observe(self._range_of(x))
         if not (self.quantizing and self.calibrated):
             return x
+        return self._fake_quantize(x)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
         scale, zero_point = self._scale_and_zero_point()
         return fake_quantize(x, scale, zero_point, self.grid)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the range still waits for data."""
+        return True
+
+    def _range_of(self, x: Tensor) -> Tensor:
+        search = SEARCHES.get(self.spec.calibration)
+        return batch_range(x) if search is None else search(x, self.grid, self.spec.symmetric)
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
         observing = self.observing
         filled = [value for value in values if value.numel()]
-        if observing and self.training and filled:
+        if observing and self.training and self._waits and filled:
             with hidden():
-                self.observe(torch.stack([batch_range(value) for value in filled]).amax(0))
+                self.observe(torch.stack([self._range_of(value) for value in filled]).amax(0))
         self.observing = False
         try:
             return [self(value) for value in values]
@@ -258,11 +270,14 @@ class WeightQuantizer(Quantizer):
         super().__init__()
         self.spec: WeightSpec = spec
         self.axis = axis
+        self.quantizing = True
         arq = spec.quantizer == "arq"
         self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, same shape and dtype."""
+        if not self.quantizing:
+            return weight
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
             zero_point = torch.zeros_like(scale)

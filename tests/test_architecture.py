@@ -10,9 +10,16 @@ import pytest
 
 FLOORS = [
     {"qparams", "recipe", "schedule", "atomic", "program", "tape", "compiled"},  # 0 vocabulary
-    {"arithmetic", "observers", "join_functions"},  # 1 what quantization is: pure functions
-    {"batchnorm", "nodes", "interception"},  # 2 for batch norms, graphs, functional calls
+    {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
+    {
+        "batchnorm",
+        "nodes",
+        "interception",
+        "observers",
+        "learned",
+    },  # 2 norms, graphs, calls, ranges
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
+    {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
     {"verify", "discovery"},  # 5 agreement; the plan is found by running
     {"prepare", "convert"},  # 6 model surgery and capture

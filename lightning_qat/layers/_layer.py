@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.learned_quantizers import activation_quantizer, weight_quantizer
 from lightning_qat.quantizers import (
     ActivationQuantizer,
     FinalActivation,
@@ -125,7 +126,8 @@ class QATLayer(nn.Module):
     def _add_quantizers(self, spec: LayerSpec) -> None:
         device = self.weight.device
         with torch.device(device):
-            self.input_quantizer = ActivationQuantizer(spec.activation)
-            self.weight_quantizer = WeightQuantizer(spec.weight, self.channel_axis)
+            channels = self.weight.shape[self.channel_axis]
+            self.input_quantizer = activation_quantizer(spec.activation)
+            self.weight_quantizer = weight_quantizer(spec.weight, self.channel_axis, channels)
         self.input_quantizer.train(self.training)
         self.weight_quantizer.train(self.training)
