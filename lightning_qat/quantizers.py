@@ -129,9 +129,10 @@ class ActivationQuantizer(Quantizer):
         self.spec: ActivationSpec = spec
         self.grid = Grid.activation(spec.bits)
         low, high = spec.clip or (0.0, 0.0)
-        self.register_buffer("min_val", torch.tensor(float(low)))
-        self.register_buffer("max_val", torch.tensor(float(high)))
-        self.register_buffer("batches", torch.tensor(0.0))
+        # By name: half-precision plugins change the default dtype.
+        self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
+        self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
+        self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
         self.observing = True
         self.quantizing = True
         self.deferred = False
@@ -252,17 +253,23 @@ class WeightQuantizer(Quantizer):
     Args:
         spec: What is asked.
         axis: The output channel's axis of the weight.
+
+    Attributes:
+        quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
     """
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:
         super().__init__()
         self.spec: WeightSpec = spec
         self.axis = axis
+        self.quantizing = True
         arq = spec.quantizer == "arq"
         self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, same shape and dtype."""
+        if not self.quantizing:
+            return weight
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
             zero_point = torch.zeros_like(scale)
