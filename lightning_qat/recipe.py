@@ -13,8 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
-Granularity = Literal["per_channel", "per_tensor"]
-Calibration = Literal["moving_average", "minmax"]
+from lightning_qat.recipe_keys import Calibration, Granularity, LayerKeys
 
 _Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
 
@@ -164,7 +163,7 @@ class Recipe:
     outputs: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
+    overrides: Mapping[str, LayerKeys | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
