@@ -88,9 +88,10 @@ def test_the_gate_is_closed_in_the_sanity_check_validation_test_and_prediction(
     run = trainer(qat(), loud, num_sanity_val_steps=1, val_check_interval=2)
     run.fit(net, loader(), loader(scale=100))
     before = ranges(net)
-    run.validate(net, loader(scale=100), verbose=False)
     run.test(net, loader(scale=100), verbose=False)
     run.predict(net, loader(scale=100))
+    # Last: within fit the gate opens again after validation.
+    run.validate(net, loader(scale=100), verbose=False)
     # Four batches in each of four validations and three evaluations, and one in the sanity check.
     assert loud.open == [False] * (4 * 4 + 3 * 4 + 1) * len(before)
     # After fit nothing observes, whatever the mode.
