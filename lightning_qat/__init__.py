@@ -1,7 +1,7 @@
 """Quantization-aware training for PyTorch Lightning, exported to every target with proof."""
 
 from lightning_qat.callback import QATCallback
-from lightning_qat.checkpoint import load_qat_checkpoint
+from lightning_qat.checkpoint import load_qat_checkpoint, strip_quantizers
 from lightning_qat.convert import CaptureError, convert
 from lightning_qat.export import Artifact, UnsupportedByTarget, export
 from lightning_qat.prepare import PrepareReport, prepare
@@ -27,4 +27,5 @@ __all__ = [
     "verify",
     "Agreement",
     "load_qat_checkpoint",
+    "strip_quantizers",
 ]

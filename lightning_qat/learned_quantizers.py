@@ -38,10 +38,9 @@ class _LearnedActivation(ActivationQuantizer):
     def _waits(self) -> bool:
         return not (self.calibrated and self.quantizing)
 
-    @torch.no_grad()
-    def commit(self, batch: Tensor) -> None:
-        """Take one batch's ``(-min, max)`` into the range that learning starts from."""
-        super().commit(batch)
+    def range_changed(self) -> None:
+        """Start learning from the range."""
+        super().range_changed()
         self._start(self.min_val, self.max_val)
 
     def _start(self, low: Tensor, high: Tensor) -> None:

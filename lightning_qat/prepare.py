@@ -342,7 +342,7 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
             f"{sorted(kind.__name__ for kind in LAYERS)} layers. Build the model that was trained."
         )
     # A name may hold what a pattern would take for a wildcard.
-    patterns = {glob.escape(name): change for name, change in specs.items()}
+    patterns: dict[str, Any] = {glob.escape(name): change for name, change in specs.items()}
     recipe = Recipe(include=tuple(patterns), overrides=patterns)
     report = plan(model, recipe)
     swap(model, report)

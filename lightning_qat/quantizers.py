@@ -29,7 +29,7 @@ _Self = TypeVar("_Self", bound="Quantizer")
 class Quantizer(nn.Module):
     """What both quantizers share: float32 state, and a spec that travels with the state_dict.
 
-    Half-precision plugins cast a model's buffers; a quantizer's stay float32. A float checkpoint
+    Half-precision plugins cast a model's tensors; a quantizer's stay float32. A float checkpoint
     has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a
     checkpoint with some of them must have all.
     """
@@ -64,12 +64,17 @@ class Quantizer(nn.Module):
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        learned = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
             if after is not None and before.is_floating_point() and after.dtype != before.dtype:
                 # Take the new device, not the new dtype; the old values, not rounded ones.
                 self._buffers[name] = before.to(after.device)
+        for name, before in learned.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
         return self
 
     def _load_from_state_dict(
@@ -129,9 +134,10 @@ class ActivationQuantizer(Quantizer):
         self.spec: ActivationSpec = spec
         self.grid = Grid.activation(spec.bits)
         low, high = spec.clip or (0.0, 0.0)
-        self.register_buffer("min_val", torch.tensor(float(low)))
-        self.register_buffer("max_val", torch.tensor(float(high)))
-        self.register_buffer("batches", torch.tensor(0.0))
+        # By name: half-precision plugins change the default dtype.
+        self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
+        self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
+        self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
         self.observing = True
         self.quantizing = True
         self.deferred = False
@@ -204,6 +210,10 @@ class ActivationQuantizer(Quantizer):
         self.pending = None
         UPDATES[self.spec.calibration](self.min_val, self.max_val, batch, self.batches)
         self.batches += 1
+        self.range_changed()
+
+    def range_changed(self) -> None:
+        """To be called when observations have changed the range."""
         self.calibrated = True
 
     def qparams(self) -> QParams:
@@ -264,6 +274,9 @@ class WeightQuantizer(Quantizer):
     Args:
         spec: What is asked.
         axis: The output channel's axis of the weight.
+
+    Attributes:
+        quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
     """
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:

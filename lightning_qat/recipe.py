@@ -9,12 +9,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-Granularity = Literal["per_channel", "per_tensor"]
-Calibration = Literal["moving_average", "minmax", "percentile", "mse", "entropy"]
+from lightning_qat.recipe_keys import (
+    ActivationQuantizerName,
+    Calibration,
+    Granularity,
+    Initial,
+    LayerKeys,
+    WeightQuantizerName,
+)
 
 _Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
 
@@ -65,8 +71,8 @@ class WeightSpec:
 
     bits: int = 8
     granularity: Granularity = "per_channel"
-    quantizer: Literal["minmax", "arq", "learned", "ulq"] = "minmax"
-    initial: Literal["mse", "minmax"] = "mse"
+    quantizer: WeightQuantizerName = "minmax"
+    initial: Initial = "mse"
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -101,7 +107,7 @@ class ActivationSpec:
 
     bits: int = 8
     symmetric: bool = False
-    quantizer: Literal["observed", "learned", "ulq"] = "observed"
+    quantizer: ActivationQuantizerName = "observed"
     calibration: Calibration = "moving_average"
     fixed_min: bool | None = None
     clip: tuple[float, float] | None = None
@@ -173,7 +179,7 @@ class Recipe:
     outputs: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
+    overrides: Mapping[str, LayerKeys | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
