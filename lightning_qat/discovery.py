@@ -209,6 +209,10 @@ class Discovery:
             self._known.setdefault(path, {})[place] = None
             for tensor in tensors:
                 self._note_range(tensor)
+        elif known is not None and _is_float(args):
+            place = frame[1].place(known.name)
+            frame[1].count(place)
+            self._known.setdefault(path, {})[place] = None
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
@@ -447,6 +451,10 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return self._discovery.call(func, args, kwargs or {})
+
+
+def _is_float(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
 
 
 def _path(place: _Operand) -> str:
