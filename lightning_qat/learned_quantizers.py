@@ -80,7 +80,7 @@ class LearnedStepActivation(_LearnedActivation):
         if self.low is not None:
             self.low.copy_(low)
 
-    def _fake_quantize(self, x: Tensor) -> Tensor:
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
@@ -131,7 +131,7 @@ class LearnedClipActivation(_LearnedActivation):
         low = torch.zeros_like(high) if self.clip_min is None else self.clip_min.clamp(max=0.0)
         return low, affine_qparams(low, high, self.grid)[0]
 
-    def _fake_quantize(self, x: Tensor) -> Tensor:
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         low, scale = self._ends()
         return learned_fake_quantize(x, scale, low, self.grid, normalized=False)
 

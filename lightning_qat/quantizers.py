@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -147,24 +148,30 @@ class ActivationQuantizer(Quantizer):
         self.pending: Tensor | None = None
         self.identity = object()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept."""
+    def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
+        """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept.
+
+        Args:
+            x: What to quantize.
+            saves_input: See ``fake_quantize``; for layers, whose own backward needs their input.
+        """
         tape = current_tape()
         with hidden():
             if tape is None:
-                return self._quantize(x)
-            return tape.quantize(x, self.identity, self._quantize, skip=True)
+                return self._quantize(x, saves_input)
+            quantize = partial(self._quantize, saves_input=saves_input)
+            return tape.quantize(x, self.identity, quantize, skip=True)
 
-    def _quantize(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         if self.observing and self.training and self._waits and x.numel():
             self.observe(self._range_of(x))
         if not (self.quantizing and self.calibrated):
             return x
-        return self._fake_quantize(x)
+        return self._fake_quantize(x, saves_input)
 
-    def _fake_quantize(self, x: Tensor) -> Tensor:
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         scale, zero_point = self._scale_and_zero_point()
-        return fake_quantize(x, scale, zero_point, self.grid)
+        return fake_quantize(x, scale, zero_point, self.grid, saves_input=saves_input)
 
     @property
     def _waits(self) -> bool:
@@ -293,7 +300,7 @@ class WeightQuantizer(Quantizer):
             return weight
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
-            zero_point = torch.zeros_like(scale)
+            zero_point = scale.new_zeros(())
             return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
 
     def qparams(self, weight: Tensor) -> QParams:
@@ -341,7 +348,7 @@ class FinalActivation(nn.Module):
         # torch.export hands modules out behind proxies, so the module's own identity varies.
         self.identity = object()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
         """Fake-quantize ``x``; one node per tensor, however many consumers it has."""
         tape = current_tape()
         if tape is None:
