@@ -20,7 +20,7 @@ from lightning_qat.discovery import finish_plan
 from lightning_qat.fold import fold_batchnorms
 from lightning_qat.interception import interception_of, unwind
 from lightning_qat.join_plan import forget_plan, plan_of
-from lightning_qat.layers import QATLayer
+from lightning_qat.layers import QATLayer, weight_quantizer_name
 from lightning_qat.program import settle
 from lightning_qat.quantized_model import Inputs, QuantizedModel, as_call
 from lightning_qat.quantizers import (
@@ -115,10 +115,11 @@ def finalized_copy(model: nn.Module) -> nn.Module:
         if not quantizer.calibrated
     ]
     problems += [
-        f"{name}: its weight is not finite"
+        f"{name}: its {weight} is not finite"
         for name, layer in layers.items()
-        if isinstance(layer.weight_quantizer, WeightQuantizer)
-        and not bool(torch.isfinite(layer.weight).all())
+        for weight in layer.weight_names(layer)
+        if isinstance(getattr(layer, weight_quantizer_name(weight)), WeightQuantizer)
+        and not bool(torch.isfinite(getattr(layer, weight)).all())
     ]
     if problems:
         raise ValueError(
@@ -138,8 +139,8 @@ def _keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
     for path in (*paths, *modules):
         module = modules.get(path)
         if isinstance(module, ActivationQuantizer):
-            key = path.replace("qat_joins.", "")
-            found.setdefault(module, key.replace("input_quantizer", "input"))
+            owner, dot, name = path.replace("qat_joins.", "").rpartition(".")
+            found.setdefault(module, f"{owner}{dot}{name.replace('_quantizer', '')}")
     # A part of a planned model quantizes with what belongs to another part.
     for name, module in modules.items():
         interception = interception_of(module)
@@ -175,12 +176,17 @@ def _without_compile(module: nn.Module) -> nn.Module:
 def _finalize(model: nn.Module) -> nn.Module:
     finals = {q: FinalActivation(q.qparams(), key) for q, key in _keys(model).items()}
     for name, layer in _layers(model).items():
-        if isinstance(layer.input_quantizer, ActivationQuantizer):
-            layer.input_quantizer = finals[layer.input_quantizer]
-        if isinstance(layer.weight_quantizer, WeightQuantizer):
-            key = f"{name}.weight" if name else "weight"
-            qparams = layer.weight_quantizer.qparams(layer.weight)
-            layer.weight_quantizer = FinalWeight.from_weight(layer.weight, qparams, key)
+        for child in layer.activation_quantizer_names():
+            quantizer = getattr(layer, child)
+            if isinstance(quantizer, ActivationQuantizer):
+                setattr(layer, child, finals[quantizer])
+        for weight in layer.weight_names(layer):
+            child = weight_quantizer_name(weight)
+            value, quantizer = getattr(layer, weight), getattr(layer, child)
+            if isinstance(quantizer, WeightQuantizer):
+                key = f"{name}.{weight}" if name else weight
+                final = FinalWeight.from_weight(value, quantizer.qparams(value), key)
+                setattr(layer, child, final)
     for module in model.modules():
         if "qat_joins" in module._modules:
             joins: Any = module._modules["qat_joins"]
