@@ -26,6 +26,8 @@ from lightning_qat.join_plan import (
     plan_of,
 )
 from lightning_qat.layers import (
+    GRUQAT,
+    LSTMQAT,
     WITH_WEIGHTS,
     Conv1dQAT,
     Conv2dQAT,
@@ -33,9 +35,7 @@ from lightning_qat.layers import (
     ConvTranspose1dQAT,
     ConvTranspose2dQAT,
     ConvTranspose3dQAT,
-    GRUQAT,
     LinearQAT,
-    LSTMQAT,
     QATLayer,
 )
 from lightning_qat.quantized_model import Inputs, as_call
