@@ -205,15 +205,16 @@ class EveryStep:
     def __call__(self, x: Tensor) -> Tensor:
         """Fake-quantize one step's tensor."""
         if self._seen is not None:
-            self._seen.append(x.detach().flatten())
+            self._seen.append(x)
         result: Tensor = self._quantize(x)
         return result
 
     def observe(self) -> None:
         """Let the range follow what was seen, as one batch."""
-        seen = torch.cat(self._seen) if self._seen else torch.empty(0)
-        if seen.numel():
-            self._quantizer.observe(batch_range(seen))
+        with torch.no_grad():
+            seen = torch.cat(self._seen or [torch.empty(0)])
+            if seen.numel():
+                self._quantizer.observe(batch_range(seen))
 
 
 def _scan(
