@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from lightning_qat.compiled import modules_by_path, plain_path, unwrapped
@@ -20,7 +21,7 @@ from lightning_qat.discovery import finish_plan
 from lightning_qat.fold import fold_batchnorms
 from lightning_qat.interception import interception_of, unwind
 from lightning_qat.join_plan import forget_plan, plan_of
-from lightning_qat.layers import QATLayer
+from lightning_qat.layers import QATLayer, weight_quantizer_name
 from lightning_qat.program import settle
 from lightning_qat.quantized_model import Inputs, QuantizedModel, as_call
 from lightning_qat.quantizers import (
@@ -43,7 +44,9 @@ def convert(
 
     Works on a deep copy on the CPU in eval mode: integers are rounded once, batch norm is folded
     into the layer before it, and ``torch.export`` (non-strict) captures ``forward``. The size of
-    the first dimension that the inputs share is kept dynamic where the model allows it.
+    the first dimension that the inputs share is kept dynamic where the model allows it; of a model
+    with recurrent layers that of the second, where that is the batch. Their loop over time steps
+    is unrolled for the length of the example.
 
     Args:
         model: A model that ``prepare`` changed and that has seen training batches.
@@ -115,10 +118,11 @@ def finalized_copy(model: nn.Module) -> nn.Module:
         if not quantizer.calibrated
     ]
     problems += [
-        f"{name}: its weight is not finite"
+        f"{name}: its {weight} is not finite"
         for name, layer in layers.items()
-        if isinstance(layer.weight_quantizer, WeightQuantizer)
-        and not bool(torch.isfinite(layer.weight).all())
+        for weight in layer.weight_names(layer)
+        if isinstance(getattr(layer, weight_quantizer_name(weight)), WeightQuantizer)
+        and not bool(torch.isfinite(getattr(layer, weight)).all())
     ]
     if problems:
         raise ValueError(
@@ -138,8 +142,8 @@ def _keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
     for path in (*paths, *modules):
         module = modules.get(path)
         if isinstance(module, ActivationQuantizer):
-            key = path.replace("qat_joins.", "")
-            found.setdefault(module, key.replace("input_quantizer", "input"))
+            owner, dot, name = path.replace("qat_joins.", "").rpartition(".")
+            found.setdefault(module, f"{owner}{dot}{name.replace('_quantizer', '')}")
     # A part of a planned model quantizes with what belongs to another part.
     for name, module in modules.items():
         interception = interception_of(module)
@@ -175,12 +179,17 @@ def _without_compile(module: nn.Module) -> nn.Module:
 def _finalize(model: nn.Module) -> nn.Module:
     finals = {q: FinalActivation(q.qparams(), key) for q, key in _keys(model).items()}
     for name, layer in _layers(model).items():
-        if isinstance(layer.input_quantizer, ActivationQuantizer):
-            layer.input_quantizer = finals[layer.input_quantizer]
-        if isinstance(layer.weight_quantizer, WeightQuantizer):
-            key = f"{name}.weight" if name else "weight"
-            qparams = layer.weight_quantizer.qparams(layer.weight)
-            layer.weight_quantizer = FinalWeight.from_weight(layer.weight, qparams, key)
+        for child in layer.activation_quantizer_names():
+            quantizer = getattr(layer, child)
+            if isinstance(quantizer, ActivationQuantizer):
+                setattr(layer, child, finals[quantizer])
+        for weight in layer.weight_names(layer):
+            child = weight_quantizer_name(weight)
+            value, quantizer = getattr(layer, weight), getattr(layer, child)
+            if isinstance(quantizer, WeightQuantizer):
+                key = f"{name}.{weight}" if name else weight
+                final = FinalWeight.from_weight(value, quantizer.qparams(value), key)
+                setattr(layer, child, final)
     for module in model.modules():
         if "qat_joins" in module._modules:
             joins: Any = module._modules["qat_joins"]
@@ -203,34 +212,65 @@ def _layers(model: nn.Module) -> dict[str, QATLayer]:
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """Export with a dynamic batch where the model allows it, else as the inputs are."""
+    # A recurrent layer's batch may be the second dimension, and is that of its state.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    axes = (0, 1) if recurrent else (0,)
+    fixed = None
+    for axis in axes:
+        program, grown = _capture_batch(model, args, kwargs, axis, axes)
+        if program is not None and _has_dynamic_input(program):
+            return program
+        fixed = fixed or (None if grown else program)
+    return fixed or _export(model, args, kwargs, None)
+
+
+def _capture_batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axis: int,
+    axes: tuple[int, ...],
+) -> tuple[ExportedProgram | None, bool]:
+    """Export with the first input's ``axis`` as the batch, dynamic wherever its size stands.
+
+    Returns:
+        The program, ``None`` where that cannot be exported, and whether the batch was shown larger
+        than it is.
+    """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    batch = tensors[0].shape[0] if tensors else 0
+    batch = tensors[0].shape[axis] if tensors and tensors[0].dim() > axis else 0
+    grows = batch == 1
 
-    def carries_batch(leaf: object) -> bool:
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+    def batch_axes(leaf: object, size: int) -> list[int]:
+        """Where a leaf has the batch, the likeliest axis first."""
+        candidates = sorted(axes, key=lambda other: other != axis)
+        return [
+            a
+            for a in candidates
+            if isinstance(leaf, Tensor) and leaf.dim() > a and leaf.shape[a] == size
+        ]
 
-    # A size of 1 is always taken literally by torch.export, so the batch is shown as 2.
-    grown = pytree.tree_map(
-        lambda leaf: torch.cat((leaf, leaf)) if batch == 1 and carries_batch(leaf) else leaf,
-        (args, kwargs),
-    )
+    def shown(leaf: Any) -> Any:
+        # A size of 1 is always taken literally by torch.export, so the batch is shown as 2.
+        found = batch_axes(leaf, batch) if grows else []
+        return torch.cat((leaf, leaf), found[0]) if found else leaf
+
+    grown = pytree.tree_map(shown, (args, kwargs))
+    size = 2 if grows else batch
     dynamic = pytree.tree_map(
-        lambda leaf: {0: Dim.AUTO} if carries_batch(leaf) else None, (args, kwargs)
+        lambda leaf: {a: Dim.AUTO for a in batch_axes(leaf, size)} or None, grown
     )
     try:
-        program = _export(model, grown[0], grown[1], dynamic)
+        return _export(model, grown[0], grown[1], dynamic), grows
     except CaptureError:
         # The batch may be the very thing that the forward cannot take as dynamic.
-        return _export(model, args, kwargs, None)
-    if batch == 1 and not _has_dynamic_input(program):
-        return _export(model, args, kwargs, None)
-    return program
+        return None, grows
 
 
 def _has_dynamic_input(program: ExportedProgram) -> bool:
     names = set(program.graph_signature.user_inputs)
     return any(
-        isinstance(size, torch.SymInt)
+        bool(free_symbols(size))
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in names
         for size in getattr(node.meta.get("val"), "shape", ())
@@ -243,8 +283,11 @@ def _export(
     # torch.export wants the dynamic shapes by argument, as the call has them.
     shapes = dynamic and (dynamic[1] or dynamic[0])
     with _running_module(model) as running, torch.no_grad(), warnings.catch_warnings():
-        # What a hook computes and puts on its module (weight_norm) is read in the same forward.
-        warnings.filterwarnings("ignore", "The tensor attribute .* was assigned during export")
+        # What a hook computes and puts on its module (weight_norm) is read in the same forward; a
+        # float recurrent layer keeps a list of its weights.
+        warnings.filterwarnings(
+            "ignore", "The tensor attributes? .* (was|were) assigned during export"
+        )
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:

@@ -23,7 +23,7 @@ from lightning_qat.join_functions import (
     operands_of,
 )
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
-from lightning_qat.layers import WITH_WEIGHTS
+from lightning_qat.layers import WITH_WEIGHTS, QATLayer
 from lightning_qat.learned_quantizers import learns
 from lightning_qat.observers import SEARCHES, batch_range
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
@@ -171,6 +171,8 @@ class Discovery:
             return
         for number, leaf in enumerate(pytree.tree_leaves(output)):
             if isinstance(leaf, Tensor):
+                if _is_opaque(module):
+                    self._origins[key_of(leaf)] = _Origin(frame[0])
                 # The innermost module that returns a tensor returns first.
                 run = self._runs[frame[0]]
                 place = _Operand(frame[0], "output", number, run, f"{OUTPUT}{number}")
@@ -192,7 +194,7 @@ class Discovery:
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function and note what it does to quantization."""
         frame = self._frames[-1] if self._frames else None
-        if frame is None:
+        if frame is None or _is_opaque(self._modules[frame[0]]):
             return func(*args, **kwargs)
         known, path = JOIN_FUNCTIONS.get(func), frame[0]
         name = getattr(func, "__name__", "function").strip("_")
@@ -455,6 +457,10 @@ class _Watch(TorchFunctionMode):
 
 def _is_float(args: tuple[Any, ...]) -> bool:
     return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return isinstance(module, QATLayer) and module.opaque
 
 
 def _path(place: _Operand) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from lightning_qat.join_plan import (
     plan_of,
 )
 from lightning_qat.layers import (
+    GRUQAT,
+    LSTMQAT,
     WITH_WEIGHTS,
     Conv1dQAT,
     Conv2dQAT,
@@ -44,10 +47,13 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     for layer in (
         *(Conv1dQAT, Conv2dQAT, Conv3dQAT),
         *(ConvTranspose1dQAT, ConvTranspose2dQAT, ConvTranspose3dQAT),
-        LinearQAT,
+        *(LinearQAT, LSTMQAT, GRUQAT),
     )
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
+
+_QUANTIZER = re.compile(r"(input|hidden|projection|weight)_quantizer(_\w+)?")
+"""The names of a layer's quantizers, in a state_dict."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +283,9 @@ def _why_skipped(module: nn.Module) -> str | None:
             if isinstance(module, base):
                 return f"a subclass of {base.__name__}; only exact types are swapped"
         return f"{type(module).__name__} has no QAT form"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a hook (weight_norm or spectral_norm)"
+    for weight in kind.weight_names(module):
+        if not isinstance(module._parameters.get(weight), nn.Parameter):
+            return f"its {weight} is computed by a hook (weight_norm or spectral_norm)"
     return kind.why_unsupported(module)
 
 
@@ -325,9 +332,10 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     specs: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict.items():
         layer, _, name = key.removesuffix("._extra_state").rpartition(".")
-        role = {"input_quantizer": "activation", "weight_quantizer": "weight"}.get(name)
-        if role is not None and key.endswith("._extra_state"):
-            specs[layer][role] = value
+        kind = _QUANTIZER.fullmatch(name)
+        if kind is not None and key.endswith("._extra_state"):
+            # The last one counts: a layer's input comes first, and a plan may have changed it.
+            specs[layer]["weight" if kind[1] == "weight" else "activation"] = value
     if not specs:
         raise ValueError(
             "The state_dict holds no quantizers: it is of a float model. Load it into the float "

@@ -169,9 +169,21 @@ class QuantizedModel:
         return self.program.module()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model: the reference that files are compared with."""
+        """Run the model: the reference that files are compared with.
+
+        Raises:
+            ValueError: A size differs that the conversion fixed, such as the length of a sequence.
+        """
         with torch.no_grad():
-            return self._module(*args, **kwargs)
+            try:
+                return self._module(*args, **kwargs)
+            except AssertionError as error:
+                # How torch.export's own guards speak.
+                raise ValueError(
+                    "Inputs must have the sizes of the example that the model was converted with, "
+                    f"but for a dynamic batch: {error}. A recurrent layer's steps are unrolled "
+                    "for the example's length. Call convert with an example of the size wanted."
+                ) from error
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensor inputs of a call by name, as a runtime wants them."""

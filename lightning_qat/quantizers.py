@@ -195,6 +195,13 @@ class ActivationQuantizer(Quantizer):
         finally:
             self.observing = observing
 
+    def for_many_calls(self) -> Callable[[Tensor], Tensor]:
+        """Fake quantization with the numbers of this moment, computed once; observes nothing."""
+        if not (self.quantizing and self.calibrated):
+            return lambda x: x
+        scale, zero_point = self._scale_and_zero_point()
+        return lambda x: fake_quantize(x, scale, zero_point, self.grid)
+
     def observe(self, seen: Tensor) -> None:
         """Take note of ``(-min, max)`` of a tensor; it counts when it is committed."""
         if self.spec.clip is not None:

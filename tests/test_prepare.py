@@ -266,8 +266,7 @@ def shared_weights() -> nn.Module:
             lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)),
             "its weight is computed by a hook (weight_norm or spectral_norm)",
         ),
-        (lambda: nn.LSTM(2, 2), "LSTM has no QAT form"),
-        (lambda: nn.GRU(2, 2), "GRU has no QAT form"),
+        (lambda: nn.RNN(2, 2), "RNN has no QAT form"),
         (lambda: nn.Bilinear(2, 2, 2), "Bilinear has no QAT form"),
         (lambda: nn.Embedding(2, 2), "Embedding has no QAT form"),
         (lambda: nn.MultiheadAttention(2, 1), "MultiheadAttention has no QAT form"),
@@ -363,11 +362,11 @@ def test_a_model_without_layers_is_refused() -> None:
 
 
 def test_a_model_with_nothing_but_skipped_layers_is_refused_with_the_reasons() -> None:
-    model = nn.Sequential(nn.LSTM(2, 2), nn.Linear(2, 2))
+    model = nn.Sequential(nn.RNN(2, 2), nn.Linear(2, 2))
     refused(
         model,
         Recipe(exclude=("1",)),
-        r"Skipped:\n  0 \(LSTM\): LSTM has no QAT form\n  1 \(Linear\): excluded by the recipe",
+        r"Skipped:\n  0 \(RNN\): RNN has no QAT form\n  1 \(Linear\): excluded by the recipe",
     )
 
 

@@ -186,7 +186,8 @@ def _clip(
     users = list(quantize.outputs[0].uses())
     clip = ir.Node("", "Clip", [quantize.outputs[0], *bounds], name=f"{key}.Clip")
     clip.metadata_props[KEY] = key
-    clip.outputs[0].name = f"{key}.clipped"
+    # A recurrent layer quantizes by one key at every step; values are told apart by their names.
+    clip.outputs[0].name = f"{quantize.outputs[0].name}.clipped"
     clip.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(dtype))
     clip.outputs[0].shape = quantize.outputs[0].shape
     for user, index in users:

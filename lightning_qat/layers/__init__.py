@@ -1,6 +1,6 @@
 """QAT layers: a float layer whose input and weight are fake-quantized, one file per family."""
 
-from lightning_qat.layers._layer import WITH_WEIGHTS, QATLayer
+from lightning_qat.layers._layer import WITH_WEIGHTS, QATLayer, weight_quantizer_name
 from lightning_qat.layers.conv import Conv1dQAT, Conv2dQAT, Conv3dQAT
 from lightning_qat.layers.conv_transpose import (
     ConvTranspose1dQAT,
@@ -8,6 +8,7 @@ from lightning_qat.layers.conv_transpose import (
     ConvTranspose3dQAT,
 )
 from lightning_qat.layers.linear import LinearQAT
+from lightning_qat.layers.recurrent import GRUQAT, LSTMQAT
 
 __all__ = [
     "WITH_WEIGHTS",
@@ -18,5 +19,8 @@ __all__ = [
     "ConvTranspose2dQAT",
     "ConvTranspose3dQAT",
     "LinearQAT",
+    "LSTMQAT",
+    "GRUQAT",
     "QATLayer",
+    "weight_quantizer_name",
 ]

@@ -34,8 +34,9 @@ class QATLayer(nn.Module):
     """A float layer that fake-quantizes its input and its weight.
 
     A QAT layer is a subclass of its float layer with two submodules, ``input_quantizer`` and
-    ``weight_quantizer``. Parameters, their names, hooks and aliases are the float layer's own, so a
-    float checkpoint loads into it and its weights load into a float layer.
+    ``weight_quantizer``; one with several weights or inner activations has a quantizer for each.
+    Parameters, their names, hooks and aliases are the float layer's own, so a float checkpoint
+    loads into it and its weights load into a float layer.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -44,9 +45,24 @@ class QATLayer(nn.Module):
     channel_axis: ClassVar[int] = 0
     """The output channel's axis of the weight."""
 
+    opaque: ClassVar[bool] = False
+    """It quantizes inside what has to be: none of the functions it calls is a join."""
+
     weight: Tensor
     input_quantizer: ActivationQuantizer | FinalActivation
     weight_quantizer: WeightQuantizer | FinalWeight
+
+    @classmethod
+    def weight_names(cls, module: nn.Module) -> tuple[str, ...]:
+        """The weights of a float or QAT layer that are quantized, each by a submodule.
+
+        ``weight_quantizer_name`` gives the submodule's name.
+        """
+        return ("weight",)
+
+    def activation_quantizer_names(self) -> tuple[str, ...]:
+        """The submodules that quantize activations; the first one is the layer's input's."""
+        return ("input_quantizer",)
 
     @classmethod
     def why_unsupported(cls, module: nn.Module) -> str | None:
@@ -95,20 +111,15 @@ class QATLayer(nn.Module):
             ValueError: It cannot be quantized, or the recipe keeps such layers float.
         """
         twin = module.__class__.__new__(module.__class__)
-        twin.__dict__ = {
-            name: value.copy() if isinstance(value, dict) else value
-            for name, value in module.__dict__.items()
-        }
+        twin.__dict__ = _copied(module.__dict__)
         return cls.swap(twin, cls._spec(config))
 
     def to_float(self) -> nn.Module:
         """A new float layer with the very parameters of this one, which stays as it is."""
         twin = self.__class__.__new__(self.__class__)
-        twin.__dict__ = {
-            name: value.copy() if isinstance(value, dict) else value
-            for name, value in self.__dict__.items()
-        }
-        del twin.input_quantizer, twin.weight_quantizer
+        twin.__dict__ = _copied(self.__dict__)
+        for name in self._quantizer_names():
+            delattr(twin, name)
         twin.__class__ = self.float_class  # type: ignore[assignment]
         return twin
 
@@ -123,11 +134,36 @@ class QATLayer(nn.Module):
             )
         return spec
 
+    def _quantizer_names(self) -> tuple[str, ...]:
+        weights = map(weight_quantizer_name, self.weight_names(self))
+        return (*self.activation_quantizer_names(), *weights)
+
     def _add_quantizers(self, spec: LayerSpec) -> None:
-        device = self.weight.device
-        with torch.device(device):
-            channels = self.weight.shape[self.channel_axis]
-            self.input_quantizer = activation_quantizer(spec.activation)
-            self.weight_quantizer = weight_quantizer(spec.weight, self.channel_axis, channels)
-        self.input_quantizer.train(self.training)
-        self.weight_quantizer.train(self.training)
+        weights = self.weight_names(self)
+        with torch.device(getattr(self, weights[0]).device):
+            for name in self.activation_quantizer_names():
+                setattr(self, name, activation_quantizer(spec.activation))
+            for name in weights:
+                channels = getattr(self, name).shape[self.channel_axis]
+                quantizer = weight_quantizer(spec.weight, self.channel_axis, channels)
+                setattr(self, weight_quantizer_name(name), quantizer)
+        for name in self._quantizer_names():
+            getattr(self, name).train(self.training)
+
+
+def weight_quantizer_name(weight: str) -> str:
+    """The submodule that quantizes a weight.
+
+    Example:
+        >>> weight_quantizer_name("weight"), weight_quantizer_name("weight_hh_l0")
+        ('weight_quantizer', 'weight_quantizer_hh_l0')
+    """
+    return weight.replace("weight", "weight_quantizer", 1)
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes; its tables of parameters, submodules and hooks are its own."""
+    return {
+        name: value.copy() if isinstance(value, dict | list) else value
+        for name, value in attributes.items()
+    }
