@@ -1,9 +1,10 @@
 """Quantization-aware training for PyTorch Lightning, exported to every target with proof."""
 
 from lightning_qat.callback import QATCallback
-from lightning_qat.checkpoint import load_qat_checkpoint
+from lightning_qat.checkpoint import load_qat_checkpoint, strip_quantizers
 from lightning_qat.convert import CaptureError, convert
 from lightning_qat.export import Artifact, UnsupportedByTarget, export
+from lightning_qat.learned_quantizers import quantizer_parameters
 from lightning_qat.prepare import PrepareReport, prepare
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
@@ -27,4 +28,6 @@ __all__ = [
     "verify",
     "Agreement",
     "load_qat_checkpoint",
+    "strip_quantizers",
+    "quantizer_parameters",
 ]

@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_qat.callback_checks import environment_problems
-from lightning_qat.convert import check_capture, convert
-from lightning_qat.delivery import Delivered, deliver, refuse_repeated
+from lightning_qat.callback_checks import (
+    data_parallel_problems,
+    environment_problems,
+    learning_rate_problem,
+)
+from lightning_qat.callback_export import Export, as_float32
+from lightning_qat.checkpoint_checks import (
+    CALLBACK_KEY,
+    STATE_VERSION,
+    has_ranges,
+    is_quantized,
+    missing_problem,
+    recipe_problem,
+    version_problem,
+)
+from lightning_qat.delivery import Delivered
 from lightning_qat.discovery import finish_plan
-from lightning_qat.export import Exporter, load_exporter
+from lightning_qat.export import Exporter
 from lightning_qat.input_recorder import InputRecorder
 from lightning_qat.interception import unwind
 from lightning_qat.join_plan import plan_of
 from lightning_qat.layers import QATLayer
+from lightning_qat.one_call import OneCall
 from lightning_qat.phases import (
     activation_quantizers,
     apply_phase,
-    commit_ranges,
+    commit_pending,
     drop_pending,
     finish,
     release_batchnorms,
     set_observing,
+    set_quantizing,
 )
 from lightning_qat.prepare import PrepareReport, plan, prepare, swap
+from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.recipe import Recipe
+from lightning_qat.recipe_keys import RecipeKeys
+from lightning_qat.run_length import resolve
 from lightning_qat.schedule import Milestones, Phase, Schedule
-
-STATE_VERSION = 1
 
 _PHASE_LINES = {
     "float": "training in float",
@@ -67,12 +78,14 @@ class QATCallback(Callback):
         exporters: Names (``fake_quant_onnx``, ``cann``) or exporter objects.
         export_dir: Where files go; ``qat_export`` in the logger's folder by default.
         export_from: ``last`` exports the weights that ``fit`` ends with, ``best`` those of the
-            checkpoint callback's best checkpoint.
+            monitored checkpoint callback's best checkpoint.
         example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a
             mapping of keyword arguments; a list of ints is the shape of one float tensor. By
             default ``example_input_array``, else the inputs of the first ``forward`` in training.
         verify: Compare every file with the trained model, on the example inputs.
         on_export_error: ``raise`` after all other targets are written, or ``warn``.
+        float_learning_rate: What the float training began with. When given, a learning rate far
+            above a hundredth of it, with which fine-tuning should start, is warned of.
 
     Raises:
         ValueError: An unknown recipe, key or option.
@@ -85,7 +98,7 @@ class QATCallback(Callback):
 
     def __init__(
         self,
-        recipe: str | Recipe | dict[str, Any] = "int8",
+        recipe: str | Recipe | RecipeKeys = "int8",
         schedule: Schedule | None = None,
         exporters: Sequence[str | Exporter] = (),
         export_dir: str | Path | None = None,
@@ -93,6 +106,7 @@ class QATCallback(Callback):
         example_inputs: Any = None,
         verify: bool = True,
         on_export_error: Literal["raise", "warn"] = "raise",
+        float_learning_rate: float | None = None,
     ) -> None:
         if isinstance(exporters, str):
             raise ValueError(
@@ -102,102 +116,127 @@ class QATCallback(Callback):
             raise ValueError(f"export_from must be 'last' or 'best'; got {export_from!r}.")
         if on_export_error not in ("raise", "warn"):
             raise ValueError(f"on_export_error must be 'raise' or 'warn'; got {on_export_error!r}.")
+        if float_learning_rate is not None and not float_learning_rate > 0:
+            raise ValueError(
+                f"float_learning_rate must be positive or None; got {float_learning_rate!r}."
+            )
         self.recipe = Recipe.load(recipe)
         self.schedule = schedule or Schedule()
         self.exporters = tuple(exporters)
         self.export_dir = export_dir
-        self.export_from = export_from
+        self.export_from: Literal["last", "best"] = export_from
         self.example_inputs = _from_shape(example_inputs)
         self.verify = verify
         self.on_export_error = on_export_error
+        self.float_learning_rate = float_learning_rate
         self.report: PrepareReport | None = None
         """What was quantized, once ``fit`` has started."""
         self.delivered: tuple[Delivered, ...] = ()
         """What was exported, once ``fit`` has ended."""
-        self._loaded: tuple[Exporter, ...] = ()
-        self._folder: Path | None = None
+        self._export: Export | None = None
+        self._calls: list[OneCall] = []
+        # As long as an epoch: walking over a model costs more than committing its ranges.
+        self._quantizers: dict[str, ActivationQuantizer] = {}
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """A run that begins at step 0 inherits nothing from another one of this callback."""
         self._milestones: Milestones | None = None
         self._phase: Phase | None = None
         self._batches_seen = 0
-        self._recorder = InputRecorder()
+
+    def on_phase_change(
+        self, trainer: Trainer, pl_module: LightningModule, old: Phase | None, new: Phase
+    ) -> None:
+        """Called before the first batch of every phase; override it to act on one.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module; it is in the new phase already.
+            old: The phase before; ``None`` when training starts or is resumed.
+            new: The phase from this batch on.
+
+        Example::
+
+            class Slower(QATCallback):
+                def on_phase_change(self, trainer, pl_module, old, new):
+                    if new.name == "observers_frozen":
+                        trainer.optimizers[0].param_groups[0]["lr"] *= 0.1
+        """
 
     # ------------------------------------------------------------------ before training
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        problems = environment_problems(trainer, pl_module, self)
+        inputs_known = self._given_inputs(pl_module) is not None
+        problems = environment_problems(
+            trainer, pl_module, self, self.recipe, self.schedule, inputs_known
+        )
+        self._recorder = InputRecorder()
+        self._export = None
         if stage == "fit" and self.exporters:
-            problems += self._export_problems(trainer, pl_module)
+            self._export = Export(self.exporters, self.export_dir, self.export_from, self.verify)
+            problems += self._export.problems(trainer, pl_module)
         if problems:
             raise MisconfigurationException("\n".join(problems))
+        if stage == "fit" and trainer.global_step == 0:
+            self._start_anew()
         # Layers that __init__ and earlier hooks made; LM.setup and configure_model may make more.
         first = plan(pl_module, self.recipe, check_patterns=False)
         swap(pl_module, first)
-        self._install_second_pass(pl_module, first)
 
-    def _install_second_pass(self, pl_module: LightningModule, first: PrepareReport) -> None:
-        """Swap once more after ``configure_model``, the last step before a checkpoint is restored.
-
-        No callback hook runs there, so the instance's own ``configure_model`` is wrapped for one
-        call.
-        """
-        original: Callable[[], None] = pl_module.configure_model
-
-        def configure_model() -> None:
-            del pl_module.__dict__["configure_model"]
-            original()
+        def second_pass() -> None:
             self._prepare(pl_module, first)
 
-        pl_module.__dict__["configure_model"] = configure_model
+        def check(checkpoint: Mapping[str, Any]) -> None:
+            self._check_checkpoint(trainer, pl_module, checkpoint)
+
+        # No callback hook runs between configure_model and the restoring of a checkpoint, nor
+        # between its reading and its loading.
+        self._calls = [
+            OneCall(pl_module, "configure_model", after=second_pass),
+            OneCall(pl_module, "on_load_checkpoint", before=check),
+        ]
 
     def _prepare(self, pl_module: LightningModule, first: PrepareReport) -> None:
-        inputs = self._inputs(pl_module)
-        self.report = prepare(pl_module, self.recipe, inputs).after(first)
+        self.report = prepare(pl_module, self.recipe, self._inputs(pl_module)).after(first)
         for quantizer in activation_quantizers(pl_module).values():
             quantizer.deferred, quantizer.observing = True, False
 
-    def _export_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        problems = []
-        loaded: list[Exporter] = []
-        for exporter in self.exporters:
-            try:
-                loaded.append(load_exporter(exporter))
-                loaded[-1].check_available()
-            except (ValueError, TypeError, ImportError) as error:
-                problems.append(str(error))
-        self._loaded = tuple(loaded)
-        try:
-            refuse_repeated(loaded)
-        except ValueError as error:
-            problems.append(str(error))
-        if not is_overridden("forward", pl_module, LightningModule):
-            problems.append(
-                f"{type(pl_module).__name__} must implement forward(): it is what is exported. "
-                "Add a forward that calls your network, and call self(...) in training_step."
-            )
-        folder = self.export_dir or Path(trainer.log_dir or trainer.default_root_dir, "qat_export")
-        self._folder = Path(folder)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=self._folder).close()
-            except OSError as error:
-                problems.append(
-                    f"The export directory {str(self._folder)!r} must be writable: {error}. "
-                    "Choose another one with export_dir."
+    def _check_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Say what is wrong with a checkpoint before torch lists hundreds of keys."""
+        weights = checkpoint["state_dict"]
+        if not is_quantized(weights):
+            if _fitting(trainer):
+                rank_zero_warn(
+                    "The checkpoint is of a float run, and fit(ckpt_path=...) goes on with its "
+                    "epochs, optimizer and learning rate. To fine-tune it, load its weights first: "
+                    f"{type(pl_module).__name__}.load_from_checkpoint(path), then fit without "
+                    "ckpt_path."
                 )
-        return problems
+            return
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        problem = version_problem(state) or recipe_problem(state, self.recipe)
+        if problem is None and pl_module.strict_loading:
+            problem = missing_problem(weights, pl_module)
+        if problem is not None:
+            raise MisconfigurationException(problem)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._audit(pl_module)
         try:
-            self._milestones = self.schedule.resolve(self._run_length(trainer))
+            milestones = resolve(self.schedule, trainer, pl_module)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        self._milestones = (
+            milestones if self._phase is None else milestones.going_on_from(self._phase)
+        )
         if self.report is not None:
             rank_zero_info(f"QAT: {self.report}")
-        if not self._loaded:
+        if self._export is None:
             return
         if self._inputs(pl_module) is None:
             self._recorder.start(pl_module)
@@ -206,40 +245,35 @@ class QATCallback(Callback):
 
     def _audit(self, pl_module: LightningModule) -> None:
         """Refuse layers that came too late to be swapped: they would train in float, silently."""
+        problems = data_parallel_problems(pl_module)
         late = plan(pl_module, self.recipe, check_patterns=False).swapped
         if late or not any(isinstance(m, QATLayer) for m in pl_module.modules()):
             names = ", ".join(repr(layer.name) for layer in late) or "all of them"
-            raise MisconfigurationException(
+            problems.append(
                 "Every layer that the recipe selects must exist when training is set up; these "
                 f"were made or replaced later: {names}. Make layers in __init__, setup() or "
                 "configure_model(), not in on_fit_start."
             )
-
-    def _run_length(self, trainer: Trainer) -> float:
-        """Epochs or optimizer steps of the run; infinite when it has no end."""
-        if not self.schedule.has_fractions:
-            return math.inf
-        steps = float(trainer.estimated_stepping_batches)
-        if self.schedule.interval == "step":
-            return steps
-        epochs = math.inf
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            epochs = trainer.max_epochs
-        if math.isfinite(steps) and trainer.max_steps > 0:
-            # Not yet done where max_steps alone limits the run.
-            trainer.fit_loop.setup_data()
-            per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            epochs = min(epochs, math.ceil(steps / max(per_epoch, 1)))
-        return epochs
+        if problems:
+            raise MisconfigurationException("\n".join(problems))
 
     # ------------------------------------------------------------------ training
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What a learning-rate search observed is not part of this run.
-        drop_pending(pl_module)
+        if self.float_learning_rate is not None:
+            problem = learning_rate_problem(trainer, self.float_learning_rate)
+            if problem is not None:
+                rank_zero_warn(problem)
         self._phase = None
+        self._quantizers = activation_quantizers(pl_module)
+        # What a batch that raised in an earlier fit has observed is not part of this one.
+        drop_pending(self._quantizers.values())
         self._enter_phase(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._quantizers = activation_quantizers(pl_module)
 
     @override
     def on_train_batch_start(
@@ -259,22 +293,22 @@ class QATCallback(Callback):
         phase = self._phase
         assert phase is not None
         finish_plan(pl_module)
+        if self.report is not None and self.report.joins is None:
+            self._take_plan(trainer, pl_module)
         if phase.observing:
-            commit_ranges(pl_module)
+            commit_pending(self._quantizers)
         if phase.name != "float":
             self._batches_seen += 1
-        if self.report is not None and self.report.joins is None:
-            self._take_plan(pl_module)
-        if not trainer.barebones:
-            pl_module.log("qat/phase", float(phase.index), on_step=True, on_epoch=False)
         if self._recorder.recording:
             self._require_inputs(pl_module)
 
-    def _take_plan(self, pl_module: LightningModule) -> None:
+    def _take_plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the first batch, whose forward has made the plan."""
         if self.report is None or not (self.recipe.joins or self.recipe.outputs):
             return
         joins = plan_of(pl_module)
+        # Ranges are exchanged in the order of the plan.
+        same = trainer.strategy.reduce_boolean_decision(joins == trainer.strategy.broadcast(joins))
         if joins is None:
             raise MisconfigurationException(
                 f"training_step must call the module itself, so that {type(pl_module).__name__}"
@@ -282,7 +316,15 @@ class QATCallback(Callback):
                 "example_input_array, pass QATCallback(example_inputs=...), or use a recipe with "
                 "joins=False and outputs=False."
             )
+        if not same:
+            raise MisconfigurationException(
+                "Every process must quantize the same tensors; the first batch took another path "
+                f"through {type(pl_module).__name__}.forward on some of them. Set "
+                "example_input_array or pass QATCallback(example_inputs=...), so that all plan "
+                "with the same data."
+            )
         self.report = replace(self.report, joins=joins)
+        self._quantizers = activation_quantizers(pl_module)
         rank_zero_info(f"QAT: {joins}")
 
     def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -290,49 +332,62 @@ class QATCallback(Callback):
         epochs = self.schedule.interval == "epoch"
         position = trainer.current_epoch if epochs else trainer.global_step
         phase = self._milestones.phase_at(position, self._batches_seen)
-        if phase == self._phase:
+        old = self._phase
+        if phase == old:
             return
-        if self._phase is None or phase.name != self._phase.name:
+        apply_phase(pl_module, phase)
+        self._phase = phase
+        if old is None or phase.name != old.name:
             rank_zero_info(
                 f"QAT: epoch {trainer.current_epoch}, step {trainer.global_step}: {phase.name} "
                 f"({_PHASE_LINES[phase.name]})"
             )
-        apply_phase(pl_module, phase)
-        self._phase = phase
+            # To the loggers, at the change: self.log at every step costs more than the ranges.
+            for logger in trainer.loggers:
+                logger.log_metrics({"qat/phase": float(phase.index)}, step=trainer.global_step)
+            self.on_phase_change(trainer, pl_module, old, phase)
 
     # Observers see training batches only: quantizers check self.training, and the gate is closed
     # as well, for modules that evaluate in train mode (Monte-Carlo dropout).
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        set_observing(activation_quantizers(pl_module).values(), False)
+        self._close(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        set_observing(activation_quantizers(pl_module).values(), False)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        phase = None if trainer.sanity_checking else self._phase
-        observing = phase is not None and phase.observing
-        set_observing(activation_quantizers(pl_module).values(), observing)
+        self._close(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        set_observing(activation_quantizers(pl_module).values(), False)
+        self._close(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close(trainer, pl_module)
+
+    def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_observing(activation_quantizers(pl_module).values(), False)
+        if not _fitting(trainer):
+            # Without ranges, as with a float checkpoint, the result is the float module's.
+            set_quantizing(pl_module, has_ranges(pl_module))
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _fitting(trainer) and not trainer.sanity_checking and self._phase is not None:
+            set_observing(activation_quantizers(pl_module).values(), self._phase.observing)
 
     # ------------------------------------------------------------------ example inputs
 
+    def _given_inputs(self, pl_module: LightningModule) -> Any:
+        """The example inputs that are known before training."""
+        given = self.example_inputs
+        return pl_module.example_input_array if given is None else given
+
     def _inputs(self, pl_module: LightningModule) -> Any:
         """The example inputs as far as they are known by now."""
-        for inputs in (self.example_inputs, pl_module.example_input_array, self._recorder.inputs):
-            if inputs is not None:
-                return inputs
-        return None
+        given = self._given_inputs(pl_module)
+        return as_float32(self._recorder.inputs if given is None else given)
 
     def _require_inputs(self, pl_module: LightningModule) -> None:
         """After the first batch the inputs are known, or will never be."""
@@ -347,8 +402,9 @@ class QATCallback(Callback):
 
     def _check_capture(self, pl_module: LightningModule) -> None:
         """Better to know in the first minute than after the last epoch."""
+        assert self._export is not None
         try:
-            check_capture(pl_module, self._inputs(pl_module))
+            self._export.check_capture(pl_module, self._inputs(pl_module))
         except RuntimeError as error:
             if self.on_export_error == "raise":
                 raise
@@ -357,14 +413,32 @@ class QATCallback(Callback):
     # ------------------------------------------------------------------ after training
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        phase = self._phase
+        if phase is not None and not phase.quantizing and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"QAT: training ended in phase {phase.name!r} after {self._batches_seen} of "
+                f"{self.schedule.calibration_batches} calibration batches; the network never "
+                "trained quantized. Train longer, or lower Schedule.quantize_from or "
+                "calibration_batches."
+            )
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finish(pl_module)
-        if not self._loaded:
+        if self._export is None:
             return
         error: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._export(trainer, pl_module)
+                self.delivered = self._export.make(
+                    trainer,
+                    pl_module,
+                    self._inputs(pl_module),
+                    self.recipe,
+                    self.schedule.calibration_batches,
+                )
+                error = self._export.failure(self.delivered)
             except Exception as caught:
                 error = caught
         # Every process learns how it went; none waits for one that has failed.
@@ -378,59 +452,6 @@ class QATCallback(Callback):
         else:
             raise RuntimeError(f"The export on the first process failed: {message}")
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._folder is not None
-        rank_zero_info("QAT: converting")
-        model = self._module_to_export(trainer, pl_module)
-        quantized = convert(model, self._inputs(pl_module), recipe=self.recipe)
-        with _export_folder(trainer, self._folder) as folder:
-            rank_zero_info(f"QAT: exporting {[e.name for e in self._loaded]} to {folder}")
-            name = type(pl_module).__name__.lower()
-            quantized.save(folder / f"{name}.pt2")
-            self.delivered = deliver(quantized, self._loaded, folder, name, check=self.verify)
-        for result in self.delivered:
-            if result.agreement is not None:
-                rank_zero_info(f"QAT: {result.agreement}")
-                self._log_agreement(trainer, result)
-        failed = [result for result in self.delivered if result.error is not None]
-        if failed:
-            lines = "\n".join(f"{r.target}: {type(r.error).__name__}: {r.error}" for r in failed)
-            raise RuntimeError(
-                f"{len(failed)} of {len(self.delivered)} exports failed; the others are in "
-                f"{str(self._folder)!r}.\n{lines}"
-            ) from failed[0].error
-
-    def _module_to_export(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
-        if self.export_from == "last":
-            return pl_module
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not path:
-            rank_zero_warn(
-                "QAT: export_from='best', but there is no best checkpoint (ModelCheckpoint with "
-                "monitor=...); the weights that training ended with are exported."
-            )
-            return pl_module
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        phase = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("phase", "float")
-        if phase in ("float", "calibrate"):
-            raise RuntimeError(
-                f"The best checkpoint {path!r} was saved in phase {phase!r}, before the network "
-                "was quantized, so its score is not that of the export. Use export_from='last', "
-                "or start quantizing earlier (Schedule.quantize_from)."
-            )
-        # Into a copy: the live weights stay what training ended with.
-        best = copy.deepcopy(pl_module)
-        best.load_state_dict(checkpoint["state_dict"])
-        return best
-
-    def _log_agreement(self, trainer: Trainer, result: Delivered) -> None:
-        agreement = result.agreement
-        assert agreement is not None
-        if agreement.runtimes:
-            metrics = {f"qat/{result.target}/max_steps": agreement.max_steps}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -443,11 +464,20 @@ class QATCallback(Callback):
         self._leave(pl_module)
 
     def _leave(self, pl_module: LightningModule) -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        for call in self._calls:
+            call.undo()
+        self._calls = []
+        self._quantizers = {}
         release_batchnorms(pl_module)
         self._recorder.stop()
 
     # ------------------------------------------------------------------ checkpoints
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The same for subclasses: their checkpoints are exchangeable, and two of them are not."""
+        return CALLBACK_KEY
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -455,24 +485,20 @@ class QATCallback(Callback):
         return {
             "version": STATE_VERSION,
             "recipe": self.recipe.to_dict(),
-            "phase": "float" if self._phase is None else self._phase.name,
+            "phase": None if self._phase is None else asdict(self._phase),
             "batches_seen": self._batches_seen,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Calibration goes on where it stood; the phase itself follows from the position."""
+        """Calibration goes on where it stood, and what was frozen stays so in a longer run."""
         self._batches_seen = int(state_dict["batches_seen"])
+        phase = state_dict["phase"]
+        self._phase = None if phase is None else Phase(**phase)
 
 
-@contextmanager
-def _export_folder(trainer: Trainer, folder: Path) -> Iterator[Path]:
-    """The export folder; a temporary one for ``fast_dev_run``, which tries and leaves nothing."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        with tempfile.TemporaryDirectory(prefix="qat_export_") as temporary:
-            yield Path(temporary)
-    else:
-        yield folder
+def _fitting(trainer: Trainer) -> bool:
+    return trainer.state.fn == "fit"
 
 
 def _from_shape(example_inputs: Any) -> Any:

@@ -24,7 +24,8 @@ from lightning_qat.join_functions import (
 )
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
 from lightning_qat.layers import WITH_WEIGHTS, QATLayer
-from lightning_qat.observers import batch_range
+from lightning_qat.learned_quantizers import learns
+from lightning_qat.observers import SEARCHES, batch_range
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
 from lightning_qat.recipe import ActivationSpec, Recipe
 from lightning_qat.tape import Key, key_of
@@ -210,6 +211,10 @@ class Discovery:
             self._known.setdefault(path, {})[place] = None
             for tensor in tensors:
                 self._note_range(tensor)
+        elif known is not None and _is_float(args):
+            place = frame[1].place(known.name)
+            frame[1].count(place)
+            self._known.setdefault(path, {})[place] = None
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
@@ -343,7 +348,8 @@ class Discovery:
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
             fresh = not quantizer.calibrated and quantizer.pending is None
-            if fresh and seen and quantizer.observing:
+            searched = quantizer.spec.calibration in SEARCHES
+            if fresh and seen and quantizer.observing and not searched:
                 quantizer.observe(torch.stack(seen).amax(0))
 
     def release(self) -> None:
@@ -393,6 +399,9 @@ class Discovery:
         if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
             return spec
         natural = {origin.natural for origin in origins}
+        if learns(spec):
+            # What is learned may well be narrower than what a function can give.
+            natural = {None}
         if len(natural) == 1 and None not in natural:
             return replace(spec, clip=natural.pop())
         if all(origin.not_negative for origin in origins):
@@ -448,6 +457,10 @@ class _Watch(TorchFunctionMode):
 
 def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, QATLayer) and module.opaque
+
+
+def _is_float(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
 
 
 def _path(place: _Operand) -> str:

@@ -263,11 +263,11 @@ class _JoinMode(TorchFunctionMode):
         operands = interception.sites.get(place)
         if not operands_of(known, args, kwargs):
             first = args[0] if args else None
-            numbers = any(isinstance(value, int | float) for value in args[: known.operands])
-            # A planned call that has become another: not the integers that a batch norm counts,
-            # nor one with a number, which may stand before it on the same line.
-            if operands and isinstance(first, Tensor) and first.is_floating_point() and not numbers:
+            # Calls with a number are counted, as when they were planned: one may stand on the line
+            # of a planned call. Not the integers that a batch norm counts in training only.
+            if isinstance(first, Tensor) and first.is_floating_point():
                 frame.count(place)
+            if operands and isinstance(first, Tensor) and first.is_floating_point():
                 _warn_once(interception, place, "it has no longer the tensors it had")
             return func(*args, **kwargs)
         frame.count(place)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_qat.compiled import modules_by_path, trace_hooks
 from lightning_qat.interception import Interception
+from lightning_qat.learned_quantizers import activation_quantizer
 from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.recipe import ActivationSpec
 
@@ -162,7 +163,7 @@ def _placed(
         found = joins[name] if name in joins else None
     if isinstance(found, ActivationQuantizer) and found.spec == tensor.spec:
         return found
-    quantizer = ActivationQuantizer(tensor.spec)
+    quantizer = activation_quantizer(tensor.spec)
     if like is not None:
         quantizer.to(like.min_val.device)
         quantizer.train(like.training)

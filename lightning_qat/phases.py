@@ -6,7 +6,8 @@ and quantizes from the first training batch on, each quantizer for itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qat.quantizers import ActivationQuantizer
+from lightning_qat.observers import UPDATES
+from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.schedule import Phase
 
 
@@ -36,7 +38,7 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
     for quantizer in activation_quantizers(model).values():
         quantizer.deferred = True
         quantizer.observing = phase.observing
-        quantizer.quantizing = phase.quantizing
+    set_quantizing(model, phase.quantizing)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _hold_in_eval(module, phase.batchnorm_frozen)
@@ -48,10 +50,18 @@ def set_observing(quantizers: Iterable[ActivationQuantizer], observing: bool) ->
         quantizer.observing = observing
 
 
-def drop_pending(model: nn.Module) -> None:
+def set_quantizing(model: nn.Module, quantizing: bool) -> None:
+    """Turn fake quantization on or off: of activations and of weights."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.quantizing = quantizing
+
+
+def drop_pending(quantizers: Iterable[ActivationQuantizer]) -> None:
     """Forget observations that were not committed, such as those of a learning-rate search."""
-    for quantizer in activation_quantizers(model).values():
-        quantizer.pending = None
+    for quantizer in quantizers:
+        if quantizer.pending is not None:
+            quantizer.pending = None
 
 
 def commit_ranges(model: nn.Module) -> None:
@@ -67,7 +77,11 @@ def commit_ranges(model: nn.Module) -> None:
     Raises:
         ValueError: An observed range is not finite; every such layer is named, none is changed.
     """
-    quantizers = activation_quantizers(model)
+    commit_pending(activation_quantizers(model))
+
+
+def commit_pending(quantizers: Mapping[str, ActivationQuantizer]) -> None:
+    """``commit_ranges`` of quantizers that are at hand, by name: no walk over the model."""
     if not quantizers:
         return
     device = next(iter(quantizers.values())).min_val.device
@@ -77,20 +91,37 @@ def commit_ranges(model: nn.Module) -> None:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     # The one host synchronisation of an observing batch.
     bounds = flat.tolist()
+    drop_pending(quantizers.values())
     if any(torch.inf in batch for batch in bounds):
-        drop_pending(model)
         _refuse_non_finite(dict(zip(quantizers, bounds, strict=True)))
-    for quantizer, batch, (low, _) in zip(quantizers.values(), flat, bounds, strict=True):
-        if low == -torch.inf:
-            quantizer.pending = None
-        else:
-            quantizer.commit(batch)
+    seen: dict[str, list[int]] = defaultdict(list)
+    observed = list(quantizers.values())
+    for index, (quantizer, (low, _)) in enumerate(zip(observed, bounds, strict=True)):
+        if low != -torch.inf:
+            seen[quantizer.spec.calibration].append(index)
+    for calibration, indices in seen.items():
+        batch = flat if len(indices) == len(observed) else flat[indices]
+        _update(calibration, [observed[i] for i in indices], batch.T)
+
+
+@torch.no_grad()
+def _update(calibration: str, quantizers: list[ActivationQuantizer], batch: Tensor) -> None:
+    """``commit`` of many quantizers in a few operations; ``batch`` is ``(-min, max)`` by column."""
+    kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
+    low, high, batches = (torch.stack(buffers) for buffers in kept)
+    UPDATES[calibration](low, high, batch, batches)
+    for buffers, values in zip(kept, (low, high, batches + 1), strict=True):
+        # torch's optimizers are made of it, though it is not in torch.__all__.
+        torch._foreach_copy_(buffers, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    for quantizer in quantizers:
+        quantizer.range_changed()
 
 
 def finish(model: nn.Module) -> None:
     """Leave a model as its exports will be: quantizing, observing nothing, batch norm let go."""
     for quantizer in activation_quantizers(model).values():
-        quantizer.observing, quantizer.quantizing = False, True
+        quantizer.observing = False
+    set_quantizing(model, True)
     release_batchnorms(model)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,7 +36,9 @@ from lightning_qat.layers import (
     ConvTranspose3dQAT,
     LinearQAT,
     QATLayer,
+    quantizer_role,
 )
+from lightning_qat.learned_quantizers import learns
 from lightning_qat.quantized_model import Inputs, as_call
 from lightning_qat.recipe import LayerSpec, Recipe
 
@@ -50,9 +51,6 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     )
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
-
-_QUANTIZER = re.compile(r"(input|hidden|projection|weight)_quantizer(_\w+)?")
-"""The names of a layer's quantizers, in a state_dict."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +188,7 @@ def plan_joins(
     if plan_of(model) is None:
         keep_plan(model, None)
         if example_inputs is None:
+            _refuse_late_parameters(model, recipe)
             if "_qat_first_forward" not in vars(model):
                 FirstForward(model, recipe)
             return None
@@ -201,6 +200,17 @@ def plan_joins(
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
         apply_plan(model, discover(model, recipe, args, kwargs))
     return plan_of(model)
+
+
+def _refuse_late_parameters(model: nn.Module, recipe: Recipe) -> None:
+    if learns(recipe.activation):
+        raise ValueError(
+            f"Learned activations (quantizer={recipe.activation.quantizer!r}) are parameters that "
+            "the optimizer must be given, so the joins of "
+            f"{type(model).__name__} must be planned before training. Pass example_inputs to "
+            "prepare or QATCallback, set the module's example_input_array, or use a recipe with "
+            "joins=False and outputs=False."
+        )
 
 
 def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> PrepareReport:
@@ -319,10 +329,10 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     specs: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict.items():
         layer, _, name = key.removesuffix("._extra_state").rpartition(".")
-        kind = _QUANTIZER.fullmatch(name)
-        if kind is not None and key.endswith("._extra_state"):
+        role = quantizer_role(name)
+        if role is not None and key.endswith("._extra_state"):
             # The last one counts: a layer's input comes first, and a plan may have changed it.
-            specs[layer]["weight" if kind[1] == "weight" else "activation"] = value
+            specs[layer][role] = value
     if not specs:
         raise ValueError(
             "The state_dict holds no quantizers: it is of a float model. Load it into the float "
@@ -337,7 +347,7 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
             f"{sorted(kind.__name__ for kind in LAYERS)} layers. Build the model that was trained."
         )
     # A name may hold what a pattern would take for a wildcard.
-    patterns = {glob.escape(name): change for name, change in specs.items()}
+    patterns: dict[str, Any] = {glob.escape(name): change for name, change in specs.items()}
     recipe = Recipe(include=tuple(patterns), overrides=patterns)
     report = plan(model, recipe)
     swap(model, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from lightning_qat.arithmetic import (
     symmetric_scale,
 )
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
-from lightning_qat.observers import UPDATES, batch_range
+from lightning_qat.observers import SEARCHES, UPDATES, batch_range
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.recipe import ActivationSpec, WeightSpec
 from lightning_qat.tape import current_tape, hidden
@@ -29,7 +30,7 @@ _Self = TypeVar("_Self", bound="Quantizer")
 class Quantizer(nn.Module):
     """What both quantizers share: float32 state, and a spec that travels with the state_dict.
 
-    Half-precision plugins cast a model's buffers; a quantizer's stay float32. A float checkpoint
+    Half-precision plugins cast a model's tensors; a quantizer's stay float32. A float checkpoint
     has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a
     checkpoint with some of them must have all.
     """
@@ -64,12 +65,17 @@ class Quantizer(nn.Module):
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        learned = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
             if after is not None and before.is_floating_point() and after.dtype != before.dtype:
                 # Take the new device, not the new dtype; the old values, not rounded ones.
                 self._buffers[name] = before.to(after.device)
+        for name, before in learned.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
         return self
 
     def _load_from_state_dict(
@@ -129,9 +135,10 @@ class ActivationQuantizer(Quantizer):
         self.spec: ActivationSpec = spec
         self.grid = Grid.activation(spec.bits)
         low, high = spec.clip or (0.0, 0.0)
-        self.register_buffer("min_val", torch.tensor(float(low)))
-        self.register_buffer("max_val", torch.tensor(float(high)))
-        self.register_buffer("batches", torch.tensor(0.0))
+        # By name: half-precision plugins change the default dtype.
+        self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
+        self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
+        self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
         self.observing = True
         self.quantizing = True
         self.deferred = False
@@ -141,29 +148,46 @@ class ActivationQuantizer(Quantizer):
         self.pending: Tensor | None = None
         self.identity = object()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept."""
+    def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
+        """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept.
+
+        Args:
+            x: What to quantize.
+            saves_input: See ``fake_quantize``; for layers, whose own backward needs their input.
+        """
         tape = current_tape()
         with hidden():
             if tape is None:
-                return self._quantize(x)
-            return tape.quantize(x, self.identity, self._quantize, skip=True)
+                return self._quantize(x, saves_input)
+            quantize = partial(self._quantize, saves_input=saves_input)
+            return tape.quantize(x, self.identity, quantize, skip=True)
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        if self.observing and self.training and x.numel():
-            self.observe(batch_range(x))
+    def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+        self.observe_values(x)
         if not (self.quantizing and self.calibrated):
             return x
+        return self._fake_quantize(x, saves_input)
+
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         scale, zero_point = self._scale_and_zero_point()
-        return fake_quantize(x, scale, zero_point, self.grid)
+        return fake_quantize(x, scale, zero_point, self.grid, saves_input=saves_input)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the range still waits for data."""
+        return True
+
+    def _range_of(self, x: Tensor) -> Tensor:
+        search = SEARCHES.get(self.spec.calibration)
+        return batch_range(x) if search is None else search(x, self.grid, self.spec.symmetric)
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
         observing = self.observing
         filled = [value for value in values if value.numel()]
-        if observing and self.training and filled:
+        if self.watches and filled:
             with hidden():
-                self.observe(torch.stack([batch_range(value) for value in filled]).amax(0))
+                self.observe(torch.stack([self._range_of(value) for value in filled]).amax(0))
         self.observing = False
         try:
             return [self(value) for value in values]
@@ -175,7 +199,17 @@ class ActivationQuantizer(Quantizer):
         if not (self.quantizing and self.calibrated):
             return lambda x: x
         scale, zero_point = self._scale_and_zero_point()
-        return lambda x: fake_quantize(x, scale, zero_point, self.grid)
+        return lambda x: fake_quantize(x, scale, zero_point, self.grid, saves_input=True)
+
+    @property
+    def watches(self) -> bool:
+        """Whether what it quantizes now is observed."""
+        return self.observing and self.training and self._waits
+
+    def observe_values(self, x: Tensor) -> None:
+        """Observe what a forward quantizes, if it is to be."""
+        if self.watches and x.numel():
+            self.observe(self._range_of(x))
 
     def observe(self, seen: Tensor) -> None:
         """Take note of ``(-min, max)`` of a tensor; it counts when it is committed."""
@@ -199,6 +233,10 @@ class ActivationQuantizer(Quantizer):
         self.pending = None
         UPDATES[self.spec.calibration](self.min_val, self.max_val, batch, self.batches)
         self.batches += 1
+        self.range_changed()
+
+    def range_changed(self) -> None:
+        """To be called when observations have changed the range."""
         self.calibrated = True
 
     def qparams(self) -> QParams:
@@ -259,20 +297,26 @@ class WeightQuantizer(Quantizer):
     Args:
         spec: What is asked.
         axis: The output channel's axis of the weight.
+
+    Attributes:
+        quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
     """
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:
         super().__init__()
         self.spec: WeightSpec = spec
         self.axis = axis
+        self.quantizing = True
         arq = spec.quantizer == "arq"
         self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, same shape and dtype."""
+        if not self.quantizing:
+            return weight
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
-            zero_point = torch.zeros_like(scale)
+            zero_point = scale.new_zeros(())
             return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
 
     def qparams(self, weight: Tensor) -> QParams:
@@ -320,7 +364,7 @@ class FinalActivation(nn.Module):
         # torch.export hands modules out behind proxies, so the module's own identity varies.
         self.identity = object()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
         """Fake-quantize ``x``; one node per tensor, however many consumers it has."""
         tape = current_tape()
         if tape is None:

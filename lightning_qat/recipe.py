@@ -9,12 +9,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-Granularity = Literal["per_channel", "per_tensor"]
-Calibration = Literal["moving_average", "minmax"]
+from lightning_qat.recipe_keys import (
+    ActivationQuantizerName,
+    Calibration,
+    Granularity,
+    Initial,
+    LayerKeys,
+    WeightQuantizerName,
+)
 
 _Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
 
@@ -55,7 +61,9 @@ class WeightSpec:
         bits: 2 to 8. Eight bits use -127..127, fewer bits the full range (4 bits: -8..7).
         granularity: One scale per output channel, or one per tensor.
         quantizer: ``minmax`` takes the scale from the largest absolute weight of every forward;
-            ``arq`` is the same by AMCT's rule (-128..127, the farther side touches its end).
+            ``arq`` is the same by AMCT's rule (-128..127, the farther side touches its end);
+            ``learned`` trains the scales with the network (LSQ); ``ulq`` does on AMCT's grid.
+        initial: Where learned scales start: ``mse``, the least squared error, or ``minmax``.
 
     Raises:
         ValueError: A value is outside what is listed.
@@ -63,7 +71,8 @@ class WeightSpec:
 
     bits: int = 8
     granularity: Granularity = "per_channel"
-    quantizer: Literal["minmax", "arq"] = "minmax"
+    quantizer: WeightQuantizerName = "minmax"
+    initial: Initial = "mse"
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -80,11 +89,17 @@ class ActivationSpec:
         symmetric: Zero point 0 and the same reach on both sides; affine otherwise. 16 bits must be
             symmetric.
         quantizer: ``observed``: the range follows the data by ``calibration`` until it is frozen.
+            ``learned``: the step, and the lower end of an affine range, are trained with the
+            network (LSQ, LSQ+), from where calibration leaves them. ``ulq``: both ends are trained,
+            with AMCT's gradients, which are not normalised.
         calibration: ``moving_average`` of each batch's minimum and maximum (a plain mean over the
-            first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches.
+            first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches;
+            or the moving average of each batch's ``percentile`` (99.99 %), of its range with the
+            least squared error (``mse``) or with most of its information (``entropy``).
         fixed_min: ``True`` pins the lower end at 0, for inputs that are never negative; otherwise
             the data decide.
-        clip: A given range ``(low, high)``, used from the start and never observed.
+        clip: A given range ``(low, high)``, used from the start and never observed; learned
+            quantizers start there.
 
     Raises:
         ValueError: A value is outside what is listed, or two of them exclude each other.
@@ -92,7 +107,7 @@ class ActivationSpec:
 
     bits: int = 8
     symmetric: bool = False
-    quantizer: Literal["observed"] = "observed"
+    quantizer: ActivationQuantizerName = "observed"
     calibration: Calibration = "moving_average"
     fixed_min: bool | None = None
     clip: tuple[float, float] | None = None
@@ -164,7 +179,7 @@ class Recipe:
     outputs: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
+    overrides: Mapping[str, LayerKeys | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):

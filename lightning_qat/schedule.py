@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Milestone = int | float | None
@@ -144,6 +144,23 @@ class Milestones:
     quantize_from: float
     freeze_observers: float
     freeze_batchnorm: float
+
+    def going_on_from(self, phase: Phase) -> Milestones:
+        """The milestones of a run that goes on from a phase: what has happened is not undone.
+
+        Example:
+            >>> frozen = Phase("observers_frozen", False, True, False)
+            >>> Schedule().resolve(total=100).going_on_from(frozen).freeze_observers
+            0.0
+        """
+        return replace(
+            self,
+            quantize_from=self.quantize_from if phase.name == "float" else 0.0,
+            freeze_observers=(
+                self.freeze_observers if phase.observing or not phase.quantizing else 0.0
+            ),
+            freeze_batchnorm=0.0 if phase.batchnorm_frozen else self.freeze_batchnorm,
+        )
 
     def phase_at(self, position: int, batches_seen: int) -> Phase:
         """The phase of the next training batch.

@@ -9,18 +9,33 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"qparams", "recipe", "schedule", "atomic", "program", "tape", "compiled"},  # 0 vocabulary
-    {"arithmetic", "observers", "join_functions"},  # 1 what quantization is: pure functions
-    {"batchnorm", "nodes", "interception"},  # 2 for batch norms, graphs, functional calls
+    {"recipe_keys"},  # the words that recipes are spelled with, for command lines
+    {
+        "qparams",
+        "recipe",
+        "schedule",
+        "atomic",
+        "program",
+        "tape",
+        "one_call",
+        "compiled",
+    },  # 0 vocabulary
+    {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
+    # 2 for batch norms, graphs, functional calls, ranges, steps that learn
+    {"batchnorm", "nodes", "interception", "observers", "learned"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
+    {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
-    {"verify", "discovery"},  # 5 agreement; the plan is found by running
+    # 5 agreement; the plan is found by running; what a checkpoint says; a Trainer's surroundings
+    {"verify", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
     {"prepare", "convert"},  # 6 model surgery and capture
-    {"delivery", "checkpoint", "callback_checks"},  # 7 what the callback is made of
-    {"callback"},  # 8 the door to Lightning
+    {"delivery", "checkpoint"},  # 7 every target and its manifest; checkpoints without a trainer
+    {"callback_export"},  # 8 the end of fit
+    {"callback"},  # 9 the door to Lightning
 ]
 OPEN_TO_EXPORTERS = {"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"}
-LIGHTNING_DOOR = {"callback", "callback_checks"}
+# The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.
+LIGHTNING_DOOR = {"callback", "callback_checks", "run_length", "callback_export"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
 FORMATS = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "tinynn", "litert_torch"}
 

@@ -420,3 +420,32 @@ def test_a_bias_is_divided_in_float64_by_a_step_made_in_float32() -> None:
 def test_a_bias_is_not_clipped() -> None:
     found = quantize_bias(torch.tensor([1.0]), torch.tensor(1e-6), torch.tensor([1e-6]))
     assert found.item() > 2**31
+
+
+@pytest.mark.parametrize("grid", [Grid(-128, 127), Grid(-8, 7), Grid(-127, 127), Grid(-2, 2)])
+@pytest.mark.parametrize("zero_point", [0.0, -2.0])
+def test_backward_from_the_input_is_backward_from_the_mask_at_ties_too(
+    grid: Grid, zero_point: float
+) -> None:
+    scale, origin = torch.tensor(0.25), torch.tensor(zero_point)
+    ties = (torch.arange(-140.0, 141.0) + 0.5) * 0.25
+    x = torch.cat((ties, torch.randn(1000) * 20))
+    gradients = []
+    for saves_input in (True, False):
+        leaf = x.clone().requires_grad_()
+        fake_quantize(leaf, scale, origin, grid, saves_input=saves_input).sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
+    assert 0 < float(gradients[0].mean()) < 1
+
+
+def test_without_saves_input_the_input_may_change_in_place() -> None:
+    x = torch.randn(8, requires_grad=True)
+    y = x * 1.0
+    out = fake_quantize(y, torch.tensor(0.25), torch.tensor(0.0), Grid(-8, 7))
+    y.add_(100.0)
+    out.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.any())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples import digits
+from examples import digits, fine_tune
 from lightning_qat import ActivationSpec, Recipe, Schedule, WeightSpec
 from tests.models import TinyModule, random_loader
 
@@ -34,11 +34,20 @@ def test_the_digits_example_delivers_every_target(
     assert min(float(score) for _, score in scores) > 30
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_the_fine_tuning_example_keeps_the_accuracy(tmp_path: Path) -> None:
+    before, after = fine_tune.main(epochs=10, out=tmp_path)
+    # An epoch at 1 % of the learning rate: far above chance, and near what it started from.
+    assert before > 50
+    assert abs(after - before) < 5
+    assert (tmp_path / "manifest.json").is_file()
+
+
 def test_the_first_code_block_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    block = BLOCKS[0].replace("max_epochs=10,", "max_epochs=2, accelerator='cpu', logger=False,")
+    block = BLOCKS[0].replace("max_epochs=10,", "max_epochs=3, accelerator='cpu', logger=False,")
     assert block != BLOCKS[0]
     exec(block, {"module": TinyModule(), "datamodule": random_loader()})
     assert (tmp_path / "out" / "manifest.json").is_file()

@@ -21,6 +21,7 @@ from lightning_qat.phases import (
     set_observing,
 )
 from lightning_qat.prepare import prepare
+from lightning_qat.quantizers import WeightQuantizer
 from lightning_qat.schedule import Phase
 from tests.models import INPUTS_ONLY, ResidualAdd, conv_bn_relu, inputs_for, linear
 
@@ -61,6 +62,8 @@ def test_a_phase_reaches_every_quantizer(phase: Phase) -> None:
     assert {q.observing for q in quantizers} == {phase.observing}
     assert {q.quantizing for q in quantizers} == {phase.quantizing}
     assert {q.deferred for q in quantizers} == {True}
+    weights = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    assert {q.quantizing for q in weights} == {phase.quantizing}
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda p: p.name)
@@ -73,12 +76,11 @@ def test_a_phase_applied_twice_is_the_phase_applied_once(phase: Phase) -> None:
         assert sum(hooks) == (2 if phase.batchnorm_frozen else 0)
 
 
-def test_in_the_float_phase_the_activations_are_float_and_unobserved() -> None:
+def test_in_the_float_phase_the_model_is_float_and_unobserved() -> None:
     model, x = prepared_linear(), inputs_for("linear")
     apply_phase(model, FLOAT)
     layer = model[0]
-    expected = nn.functional.linear(x, layer.weight_quantizer(layer.weight), layer.bias)
-    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     commit_ranges(model)
     assert ranges(model)["0"] == (0.0, 0.0, 0.0)
 
@@ -151,7 +153,7 @@ def test_set_observing_closes_and_opens_the_gate() -> None:
 def test_dropped_observations_leave_no_trace() -> None:
     model = prepared_linear()
     model(inputs_for("linear"))
-    drop_pending(model)
+    drop_pending(activation_quantizers(model).values())
     commit_ranges(model)
     assert set(ranges(model).values()) == {(0.0, 0.0, 0.0)}
 

@@ -291,11 +291,15 @@ def test_activation_bits_are_an_int_from_2_to_8_or_16(bits: Any) -> None:
             {"granularity": "channel"},
             "WeightSpec.granularity must be one of ['per_channel', 'per_tensor']; got 'channel'",
         ),
-        (WeightSpec, {"quantizer": "mse"}, "must be one of ['minmax', 'arq']; got 'mse'"),
+        (
+            WeightSpec,
+            {"quantizer": "mse"},
+            "must be one of ['minmax', 'arq', 'learned', 'ulq']; got 'mse'",
+        ),
         (
             ActivationSpec,
             {"calibration": "max"},
-            "must be one of ['moving_average', 'minmax']; got 'max'",
+            "['moving_average', 'minmax', 'percentile', 'mse', 'entropy']; got 'max'",
         ),
         (ActivationSpec, {"quantizer": "x"}, "ActivationSpec.quantizer must be one of"),
         (

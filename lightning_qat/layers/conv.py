@@ -61,7 +61,9 @@ class _ConvQAT(QATLayer):
         """Convolve the fake-quantized input with the fake-quantized weight."""
         weight: Tensor = self.weight_quantizer(self.weight)
         convolution: Any = self
-        output: Tensor = convolution._conv_forward(self.input_quantizer(input), weight, self.bias)
+        output: Tensor = convolution._conv_forward(
+            self.input_quantizer(input, saves_input=True), weight, self.bias
+        )
         return output
 
 

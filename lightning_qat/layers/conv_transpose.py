@@ -82,7 +82,7 @@ class _ConvTransposeQAT(QATLayer):
             layer.dilation,
         )
         output: Tensor = _FUNCTIONS[len(layer.kernel_size)](
-            self.input_quantizer(input),
+            self.input_quantizer(input, saves_input=True),
             self.weight_quantizer(self.weight),
             self.bias,
             layer.stride,

@@ -49,5 +49,7 @@ class LinearQAT(nn.Linear, QATLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the fake-quantized input with the fake-quantized weight."""
         return functional.linear(
-            self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias
+            self.input_quantizer(input, saves_input=True),
+            self.weight_quantizer(self.weight),
+            self.bias,
         )

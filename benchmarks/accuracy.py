@@ -1,0 +1,169 @@
+"""Accuracy of quantization-aware training on scikit-learn's digits, at several bit widths.
+
+Every recipe starts from the same float checkpoint of each seed and trains 10 more epochs; the last
+column is the mean over seeds of the test accuracy with its standard error. ``PTQ`` only calibrates.
+
+    python benchmarks/accuracy.py --seeds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from rich import print as show
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from lightning_qat import ActivationSpec, Recipe, WeightSpec, prepare
+from lightning_qat.phases import apply_phase, commit_ranges
+from lightning_qat.schedule import Phase
+
+BATCH = 64
+
+
+def learned(weight: int, activation: int) -> Recipe:
+    """Learned scales for weights and activations, from the least squared error."""
+    return Recipe(
+        weight=WeightSpec(bits=weight, quantizer="learned"),
+        activation=ActivationSpec(bits=activation, quantizer="learned", calibration="mse"),
+        joins=False,
+        outputs=False,
+    )
+
+
+def observed(weight: int, activation: int) -> Recipe:
+    """Scales that follow the data and the weights."""
+    return Recipe(
+        weight=WeightSpec(bits=weight),
+        activation=ActivationSpec(bits=activation),
+        joins=False,
+        outputs=False,
+    )
+
+
+RECIPES = {
+    "W8A8 int8": observed(8, 8),
+    "W8A8 learned": learned(8, 8),
+    "W4A4 observed": observed(4, 4),
+    "W4A4 learned": learned(4, 4),
+    "W2A4 learned": learned(2, 4),
+}
+
+
+def block(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Module:
+    """Convolution, batch norm, relu."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+def network(width: int = 16) -> nn.Module:
+    """Depthwise-separable, 8x8 pictures to 10 classes."""
+    w = width
+    return nn.Sequential(
+        block(1, w, 3),
+        *(block(w, w, 3, groups=w), block(w, 2 * w, 1)),
+        *(block(2 * w, 2 * w, 3, 2, groups=2 * w), block(2 * w, 4 * w, 1)),
+        *(block(4 * w, 4 * w, 3, 2, groups=4 * w), block(4 * w, 4 * w, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)),
+    )
+
+
+def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Half of the pictures to train, half to test, per class."""
+    pictures, labels = load_digits(return_X_y=True)
+    halves = train_test_split(pictures, labels, test_size=0.5, stratify=labels, random_state=seed)
+    x, x_test = (torch.tensor(h, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16 for h in halves[:2])
+    y, y_test = (torch.tensor(h) for h in halves[2:])
+    return x, y, x_test, y_test
+
+
+def batches(x: Tensor, y: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order, without the incomplete batch at its end."""
+    order = torch.randperm(len(x), generator=generator)
+    for start in range(0, len(x) - BATCH + 1, BATCH):
+        chosen = order[start : start + BATCH]
+        yield x[chosen], y[chosen]
+
+
+def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float, seed: int) -> None:
+    """Adam with a cosine schedule per step."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    steps = epochs * (len(x) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for pictures, labels in batches(x, y, generator):
+            model.train()
+            optimizer.zero_grad()
+            loss: Tensor = F.cross_entropy(model(pictures), labels)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            schedule.step()
+            commit_ranges(model)
+
+
+def calibrate(model: nn.Module, x: Tensor, seed: int) -> None:
+    """Ranges from 8 batches, batch norm as it is; from here on the model quantizes."""
+    apply_phase(model, Phase("calibrate", True, False, True))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    model.train()
+    with torch.no_grad():
+        for start in range(0, 8 * BATCH, BATCH):
+            model(x[order[start : start + BATCH]])
+            commit_ranges(model)
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """In percent."""
+    with torch.no_grad():
+        return 100.0 * float((model.eval()(x).argmax(1) == y).float().mean())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many checkpoints (default: 5)")
+    parser.add_argument("--only", default="", help="recipes whose name holds this")
+    options = parser.parse_args()
+    recipes = {name: recipe for name, recipe in RECIPES.items() if options.only in name}
+    found: dict[str, list[float]] = {}
+    for seed in track(range(options.seeds), "seeds"):
+        torch.manual_seed(seed)
+        x, y, x_test, y_test = data(seed)
+        checkpoint = network()
+        train(checkpoint, x, y, 40, 3e-3, seed)
+        found.setdefault("float", []).append(accuracy(checkpoint, x_test, y_test))
+        longer = copy.deepcopy(checkpoint)
+        train(longer, x, y, 10, 1e-3, seed)
+        found.setdefault("float, 10 more epochs", []).append(accuracy(longer, x_test, y_test))
+        for name, recipe in recipes.items():
+            model = copy.deepcopy(checkpoint)
+            prepare(model, recipe)
+            calibrate(model, x, seed)
+            apply_phase(model, Phase("quantize", "learned" not in name, True, False))
+            found.setdefault(f"{name}, PTQ", []).append(accuracy(model, x_test, y_test))
+            train(model, x, y, 10, 1e-3, seed)
+            found.setdefault(name, []).append(accuracy(model, x_test, y_test))
+    table = Table("recipe", "accuracy %", "standard error")
+    for name, values in found.items():
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        table.add_row(name, f"{statistics.mean(values):.2f}", f"{error:.2f}")
+    show(table)
+
+
+if __name__ == "__main__":
+    main()

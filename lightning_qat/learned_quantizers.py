@@ -1,0 +1,246 @@
+"""Quantizers whose grids are parameters, trained with the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale
+from lightning_qat.learned import learned_fake_quantize, least_squares_scale
+from lightning_qat.qparams import Grid
+from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from lightning_qat.recipe import ActivationSpec, WeightSpec
+from lightning_qat.tape import hidden
+
+
+def activation_quantizer(spec: ActivationSpec) -> ActivationQuantizer:
+    """The quantizer that a spec asks for."""
+    if spec.quantizer == "learned":
+        return LearnedStepActivation(spec)
+    return LearnedClipActivation(spec) if spec.quantizer == "ulq" else ActivationQuantizer(spec)
+
+
+def weight_quantizer(spec: WeightSpec, axis: int, channels: int) -> WeightQuantizer:
+    """The quantizer that a spec asks for, for a weight with so many output channels on ``axis``."""
+    if spec.quantizer in ("learned", "ulq"):
+        return LearnedWeightQuantizer(spec, axis, channels)
+    return WeightQuantizer(spec, axis)
+
+
+class _LearnedActivation(ActivationQuantizer):
+    """What learned activations share: the observed range is where learning starts.
+
+    The range is observed until fake quantization begins: during the calibration phase of a
+    schedule, or in the first training batch. From then on it is a matter of gradients.
+    """
+
+    @property
+    def _waits(self) -> bool:
+        return not (self.calibrated and self.quantizing)
+
+    def for_many_calls(self) -> Callable[[Tensor], Tensor]:
+        """What every call does: each has a part in the gradients."""
+        if not (self.quantizing and self.calibrated):
+            return lambda x: x
+        return partial(self._fake_quantize, saves_input=True)
+
+    def range_changed(self) -> None:
+        """Start learning from the range."""
+        super().range_changed()
+        self._start(self.min_val, self.max_val)
+
+    def _start(self, low: Tensor, high: Tensor) -> None:
+        raise NotImplementedError
+
+
+class LearnedStepActivation(_LearnedActivation):
+    r"""Learns the step of an activation's grid (LSQ) and, where it is affine, its lower end (LSQ+).
+
+    The zero point follows from the lower end and is an integer, so that real zero stays on the grid
+    and every target can store it; see ``learned_fake_quantize`` for the gradients.
+
+    Args:
+        spec: With ``quantizer="learned"``; ``clip`` is the range that learning starts from.
+
+    Attributes:
+        scale: Parameter, scalar: its absolute value is the step.
+        low: Parameter, scalar: lower end of the range; ``None`` when it is symmetric or
+            ``fixed_min`` pins it at 0.
+    """
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__(spec)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.low = nn.Parameter(torch.zeros(())) if _has_low(spec) else None
+        if spec.clip is not None:
+            self._start(self.min_val, self.max_val)
+
+    @torch.no_grad()
+    def _start(self, low: Tensor, high: Tensor) -> None:
+        if self.spec.symmetric:
+            largest = torch.maximum(low.abs(), high.abs())
+            self.scale.copy_(symmetric_scale(largest, self._symmetric_grid))
+            return
+        low = torch.zeros_like(low) if self.low is None else low.clamp(max=0.0)
+        self.scale.copy_(affine_qparams(low, high, self.grid)[0])
+        if self.low is not None:
+            self.low.copy_(low)
+
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+        low: Tensor | None = self.low
+        if low is None and not self.spec.symmetric:
+            low = torch.zeros_like(self.scale)
+        return learned_fake_quantize(x, _positive(self.scale), low, self.grid)
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        scale = _positive(self.scale).detach()
+        if self.spec.symmetric:
+            return scale, torch.zeros_like(scale)
+        low = torch.zeros_like(scale) if self.low is None else self.low.detach()
+        return scale, _zero_point(low, scale, self.grid)
+
+
+class LearnedClipActivation(_LearnedActivation):
+    """Learns the two ends of an activation's range, as AMCT's ULQ does, with its own gradients.
+
+    ``scale = (clip_max - clip_min) / (qmax - qmin)``. The gradients are not normalised: a learning
+    rate that suits weights may be too large for a clip that many values share. Source: AMCT's
+    retrain algorithm ``ulq_quantize``.
+
+    Args:
+        spec: With ``quantizer="ulq"``; ``clip`` is the range that learning starts from.
+
+    Attributes:
+        clip_max: Parameter, scalar.
+        clip_min: Parameter, scalar; ``None`` when the range is symmetric or ``fixed_min`` pins it.
+    """
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__(spec)
+        self.clip_max = nn.Parameter(torch.ones(()))
+        self.clip_min = nn.Parameter(torch.zeros(())) if _has_low(spec) else None
+        if spec.clip is not None:
+            self._start(self.min_val, self.max_val)
+
+    @torch.no_grad()
+    def _start(self, low: Tensor, high: Tensor) -> None:
+        largest = torch.maximum(low.abs(), high.abs()) if self.spec.symmetric else high
+        self.clip_max.copy_(largest.clamp(min=0.0))
+        if self.clip_min is not None:
+            self.clip_min.copy_(low.clamp(max=0.0))
+
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
+        """Lower end (``None``: symmetric) and scale, differentiable."""
+        high = self.clip_max.clamp(min=0.0)
+        if self.spec.symmetric:
+            return None, symmetric_scale(high, self._symmetric_grid)
+        low = torch.zeros_like(high) if self.clip_min is None else self.clip_min.clamp(max=0.0)
+        return low, affine_qparams(low, high, self.grid)[0]
+
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+        low, scale = self._ends()
+        return learned_fake_quantize(x, scale, low, self.grid, normalized=False)
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            low, scale = self._ends()
+            if low is None:
+                return scale, torch.zeros_like(scale)
+            return scale, _zero_point(low, scale, self.grid)
+
+
+class LearnedWeightQuantizer(WeightQuantizer):
+    """Learns the scales of a weight: LSQ, and AMCT's ULQ, which differs in the grid alone.
+
+    Learning starts in the first training forward from the scales with the least squared error
+    (``initial="mse"``) or from the largest absolute weights. A weight outside the range gets no
+    gradient.
+
+    Args:
+        spec: With ``quantizer="learned"``, or ``"ulq"`` for AMCT's grid (-128..127 at 8 bits).
+        axis: The output channel's axis of the weight.
+        channels: The weight's size along it.
+
+    Attributes:
+        scale: Parameter, ``(channels,)`` or scalar: its absolute value is the scale.
+        started: Whether ``scale`` has been set from a weight, float32 scalar buffer.
+    """
+
+    started: Tensor
+
+    def __init__(self, spec: WeightSpec, axis: int, channels: int) -> None:
+        super().__init__(spec, axis)
+        if spec.quantizer == "ulq":
+            self.grid = Grid.signed(spec.bits)
+        shape = () if self._channel_axis is None else (channels,)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("started", torch.tensor(0.0))
+        self.ready = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The fake-quantized weight, same shape and dtype."""
+        if not self.quantizing:
+            return weight
+        with hidden():
+            if self.training and not self.ready:
+                self._start(weight)
+            scale = _positive(self.scale) if self.ready else self._scale(weight)
+            return learned_fake_quantize(weight, scale, None, self.grid, axis=self._channel_axis)
+
+    @torch.no_grad()
+    def _start(self, weight: Tensor) -> None:
+        self.scale.copy_(self._scale(weight))
+        self.started.fill_(1.0)
+        self.ready = True
+
+    @torch.no_grad()
+    def _scale(self, weight: Tensor) -> Tensor:
+        if self.ready:
+            return _positive(self.scale)
+        scale = super()._scale(weight)
+        if self.spec.initial == "minmax":
+            return scale
+        return least_squares_scale(weight, scale, self.grid, self._channel_axis)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self.ready = bool(self.started > 0)
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales and range ends of a model, in the order of registration.
+
+    Weight decay would pull them to zero; give them a group of their own:
+
+        >>> from lightning_qat import prepare
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> recipe = {"weight": {"quantizer": "learned"}, "joins": False, "outputs": False}
+        >>> _ = prepare(model, recipe)
+        >>> learned = quantizer_parameters(model)
+        >>> others = [p for p in model.parameters() if all(p is not q for q in learned)]
+        >>> optimizer = torch.optim.AdamW(
+        ...     [{"params": others}, {"params": learned, "weight_decay": 0.0}], weight_decay=0.01
+        ... )
+    """
+    kinds = (_LearnedActivation, LearnedWeightQuantizer)
+    return [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
+
+
+def learns(spec: ActivationSpec | WeightSpec) -> bool:
+    """Whether the quantizer of a spec has parameters."""
+    return spec.quantizer in ("learned", "ulq")
+
+
+def _has_low(spec: ActivationSpec) -> bool:
+    return not (spec.symmetric or spec.fixed_min)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return scale.abs().clamp(min=MIN_SCALE)
+
+
+def _zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    return torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)

@@ -1,0 +1,53 @@
+"""How a recipe is spelled as a mapping, as types: what a command line checks when it is parsed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+Granularity = Literal["per_channel", "per_tensor"]
+Calibration = Literal["moving_average", "minmax", "percentile", "mse", "entropy"]
+WeightQuantizerName = Literal["minmax", "arq", "learned", "ulq"]
+ActivationQuantizerName = Literal["observed", "learned", "ulq"]
+Initial = Literal["mse", "minmax"]
+
+
+class WeightKeys(TypedDict, total=False):
+    """Keys of ``WeightSpec``; those that are left out keep the preset's values."""
+
+    bits: int
+    granularity: Granularity
+    quantizer: WeightQuantizerName
+    initial: Initial
+
+
+class ActivationKeys(TypedDict, total=False):
+    """Keys of ``ActivationSpec``; those that are left out keep the preset's values."""
+
+    bits: int
+    symmetric: bool
+    quantizer: ActivationQuantizerName
+    calibration: Calibration
+    fixed_min: bool | None
+    clip: list[float] | None
+
+
+class LayerKeys(TypedDict, total=False):
+    """What an override of one pattern may change."""
+
+    weight: WeightKeys
+    activation: ActivationKeys
+
+
+class RecipeKeys(TypedDict, total=False):
+    """A recipe as a mapping: ``Recipe``'s own keys, and the preset that they change."""
+
+    preset: Literal["int8", "w4a8", "w4a4", "a16w8", "amct"]
+    weight: WeightKeys
+    activation: ActivationKeys
+    joins: bool
+    outputs: bool
+    include: list[str]
+    exclude: list[str]
+    overrides: dict[str, LayerKeys | None]
