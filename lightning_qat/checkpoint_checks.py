@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_qat.compiled import plain_path
 from lightning_qat.join_plan import STATE_KEY
-from lightning_qat.layers import QATLayer
+from lightning_qat.layers import QATLayer, quantizer_role
 from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.recipe import Recipe
 
@@ -19,7 +19,6 @@ CALLBACK_KEY = "QATCallback"
 STATE_VERSION = 1
 """Of the callback's state; a newer one is refused."""
 
-_ROLES = ("input_quantizer", "weight_quantizer")
 _STATE = "_extra_state"
 
 
@@ -30,7 +29,7 @@ def quantizer_prefixes(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
         path, _, name = key.rpartition(".")
         parent, _, role = path.rpartition(".")
         joined = parent.rpartition(".")[2] == "qat_joins"
-        if name == _STATE and (role in _ROLES or joined):
+        if name == _STATE and (quantizer_role(role) is not None or joined):
             prefixes.append(f"{path}.")
     return tuple(prefixes)
 
@@ -44,7 +43,7 @@ def missing_keys(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     """Keys that a QAT checkpoint must have for the layers of a model and for its own plan."""
     names = []
     for path, layer in model.named_modules():
-        for role in _ROLES if isinstance(layer, QATLayer) else ():
+        for role in layer.quantizer_names() if isinstance(layer, QATLayer) else ():
             prefix = f"{path}.{role}.".lstrip(".")
             names += [f"{prefix}{name}" for name in _names(layer.get_submodule(role))]
     plan = state_dict.get(STATE_KEY, {})

@@ -455,12 +455,12 @@ class _Watch(TorchFunctionMode):
         return self._discovery.call(func, args, kwargs or {})
 
 
-def _is_float(args: tuple[Any, ...]) -> bool:
-    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
-
-
 def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, QATLayer) and module.opaque
+
+
+def _is_float(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
 
 
 def _path(place: _Operand) -> str:

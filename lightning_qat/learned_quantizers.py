@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +40,12 @@ class _LearnedActivation(ActivationQuantizer):
     @property
     def _waits(self) -> bool:
         return not (self.calibrated and self.quantizing)
+
+    def for_many_calls(self) -> Callable[[Tensor], Tensor]:
+        """What every call does: each has a part in the gradients."""
+        if not (self.quantizing and self.calibrated):
+            return lambda x: x
+        return partial(self._fake_quantize, saves_input=True)
 
     def range_changed(self) -> None:
         """Start learning from the range."""

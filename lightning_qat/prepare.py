@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from lightning_qat.layers import (
     ConvTranspose3dQAT,
     LinearQAT,
     QATLayer,
+    quantizer_role,
 )
 from lightning_qat.learned_quantizers import learns
 from lightning_qat.quantized_model import Inputs, as_call
@@ -51,9 +51,6 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     )
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
-
-_QUANTIZER = re.compile(r"(input|hidden|projection|weight)_quantizer(_\w+)?")
-"""The names of a layer's quantizers, in a state_dict."""
 
 
 @dataclass(frozen=True)
@@ -332,10 +329,10 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     specs: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict.items():
         layer, _, name = key.removesuffix("._extra_state").rpartition(".")
-        kind = _QUANTIZER.fullmatch(name)
-        if kind is not None and key.endswith("._extra_state"):
+        role = quantizer_role(name)
+        if role is not None and key.endswith("._extra_state"):
             # The last one counts: a layer's input comes first, and a plan may have changed it.
-            specs[layer]["weight" if kind[1] == "weight" else "activation"] = value
+            specs[layer][role] = value
     if not specs:
         raise ValueError(
             "The state_dict holds no quantizers: it is of a float model. Load it into the float "

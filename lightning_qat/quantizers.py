@@ -163,8 +163,7 @@ class ActivationQuantizer(Quantizer):
             return tape.quantize(x, self.identity, quantize, skip=True)
 
     def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
-        if self.observing and self.training and self._waits and x.numel():
-            self.observe(self._range_of(x))
+        self.observe_values(x)
         if not (self.quantizing and self.calibrated):
             return x
         return self._fake_quantize(x, saves_input)
@@ -186,7 +185,7 @@ class ActivationQuantizer(Quantizer):
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
         observing = self.observing
         filled = [value for value in values if value.numel()]
-        if observing and self.training and self._waits and filled:
+        if self.watches and filled:
             with hidden():
                 self.observe(torch.stack([self._range_of(value) for value in filled]).amax(0))
         self.observing = False
@@ -200,7 +199,17 @@ class ActivationQuantizer(Quantizer):
         if not (self.quantizing and self.calibrated):
             return lambda x: x
         scale, zero_point = self._scale_and_zero_point()
-        return lambda x: fake_quantize(x, scale, zero_point, self.grid)
+        return lambda x: fake_quantize(x, scale, zero_point, self.grid, saves_input=True)
+
+    @property
+    def watches(self) -> bool:
+        """Whether what it quantizes now is observed."""
+        return self.observing and self.training and self._waits
+
+    def observe_values(self, x: Tensor) -> None:
+        """Observe what a forward quantizes, if it is to be."""
+        if self.watches and x.numel():
+            self.observe(self._range_of(x))
 
     def observe(self, seen: Tensor) -> None:
         """Take note of ``(-min, max)`` of a tensor; it counts when it is committed."""

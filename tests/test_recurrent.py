@@ -691,3 +691,35 @@ def test_it_can_be_saved_and_loaded(tmp_path: Path) -> None:
     loaded, x = QuantizedModel.load(tmp_path / "model.pt2"), torch.randn(2, STEPS, FEATURES)
     assert torch.equal(loaded(x), quantized(x))
     assert loaded.tensors.keys() == quantized.tensors.keys()
+
+
+# Learned quantizers and searched ranges
+
+
+@pytest.mark.parametrize("quantizer", ["learned", "ulq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_grids_get_gradients_from_every_step(kind: str, quantizer: str) -> None:
+    recipe = {"weight": {"quantizer": quantizer}, "activation": {"quantizer": quantizer}}
+    layer, x = qat_layer(kind, config=recipe), sequence("padded")
+    # The first forward tells where learning starts.
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x * 2)[0].square().sum().backward()
+    names = [name for name, _ in layer.named_parameters() if "quantizer" in name]
+    assert any(name.startswith("hidden_quantizer_l0.") for name in names)
+    assert any(name.startswith("weight_quantizer_hh_l0.") for name in names)
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+    hidden = [p.grad for p in layer.hidden_quantizer_l0.parameters()]
+    assert any(bool(grad.abs() > 0) for grad in hidden)
+
+
+@pytest.mark.parametrize("calibration", ["mse", "percentile", "entropy"])
+def test_a_search_for_the_range_sees_all_steps_at_once(calibration: str) -> None:
+    layer = qat_layer("gru", config={"activation": {"calibration": calibration}})
+    alone = copy.deepcopy(layer.hidden_quantizer_l0)
+    hx = initial_state(layer, "padded")
+    output, _ = layer(sequence("padded"), hx)
+    alone(torch.cat((hx, output[:-1])))
+    assert torch.equal(layer.hidden_quantizer_l0.min_val, alone.min_val)
+    assert torch.equal(layer.hidden_quantizer_l0.max_val, alone.max_val)

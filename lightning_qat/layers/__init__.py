@@ -1,6 +1,11 @@
 """QAT layers: a float layer whose input and weight are fake-quantized, one file per family."""
 
-from lightning_qat.layers._layer import WITH_WEIGHTS, QATLayer, weight_quantizer_name
+from lightning_qat.layers._layer import (
+    WITH_WEIGHTS,
+    QATLayer,
+    quantizer_role,
+    weight_quantizer_name,
+)
 from lightning_qat.layers.conv import Conv1dQAT, Conv2dQAT, Conv3dQAT
 from lightning_qat.layers.conv_transpose import (
     ConvTranspose1dQAT,
@@ -22,5 +27,6 @@ __all__ = [
     "LSTMQAT",
     "GRUQAT",
     "QATLayer",
+    "quantizer_role",
     "weight_quantizer_name",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class QATLayer(nn.Module):
         """A new float layer with the very parameters of this one, which stays as it is."""
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__ = _copied(self.__dict__)
-        for name in self._quantizer_names():
+        for name in self.quantizer_names():
             delattr(twin, name)
         twin.__class__ = self.float_class  # type: ignore[assignment]
         return twin
@@ -134,7 +135,8 @@ class QATLayer(nn.Module):
             )
         return spec
 
-    def _quantizer_names(self) -> tuple[str, ...]:
+    def quantizer_names(self) -> tuple[str, ...]:
+        """All submodules that quantize."""
         weights = map(weight_quantizer_name, self.weight_names(self))
         return (*self.activation_quantizer_names(), *weights)
 
@@ -147,8 +149,24 @@ class QATLayer(nn.Module):
                 channels = getattr(self, name).shape[self.channel_axis]
                 quantizer = weight_quantizer(spec.weight, self.channel_axis, channels)
                 setattr(self, weight_quantizer_name(name), quantizer)
-        for name in self._quantizer_names():
+        for name in self.quantizer_names():
             getattr(self, name).train(self.training)
+
+
+_QUANTIZER = re.compile(r"(input|hidden|projection|weight)_quantizer(_\w+)?")
+
+
+def quantizer_role(name: str) -> Literal["activation", "weight"] | None:
+    """What a submodule of a QAT layer quantizes, by its name; ``None``: it is no quantizer.
+
+    Example:
+        >>> quantizer_role("hidden_quantizer_l0"), quantizer_role("weight_quantizer")
+        ('activation', 'weight')
+    """
+    found = _QUANTIZER.fullmatch(name)
+    if found is None:
+        return None
+    return "weight" if found[1] == "weight" else "activation"
 
 
 def weight_quantizer_name(weight: str) -> str:

@@ -12,7 +12,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qat.layers._layer import QATLayer, weight_quantizer_name
-from lightning_qat.observers import batch_range
 from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.tape import hidden
 
@@ -145,7 +144,8 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         finals: list[State] = []
         for layer in range(self.num_layers):
-            x = self._modules[f"input_quantizer{f'_l{layer}' if layer else ''}"](x)  # type: ignore[misc]
+            quantizer: Any = self._modules[f"input_quantizer{f'_l{layer}' if layer else ''}"]
+            x = quantizer(x, saves_input=True)
             outputs = []
             for number in range(layer * directions, (layer + 1) * directions):
                 if start is not None:
@@ -199,8 +199,7 @@ class EveryStep:
         self._quantizer = quantizer
         trains = isinstance(quantizer, ActivationQuantizer)
         self._quantize = quantizer.for_many_calls() if trains else quantizer
-        observes = trains and quantizer.observing and quantizer.training
-        self._seen: list[Tensor] | None = [] if observes else None
+        self._seen: list[Tensor] | None = [] if trains and quantizer.watches else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fake-quantize one step's tensor."""
@@ -211,10 +210,9 @@ class EveryStep:
 
     def observe(self) -> None:
         """Let the range follow what was seen, as one batch."""
-        with torch.no_grad():
-            seen = torch.cat(self._seen or [torch.empty(0)])
-            if seen.numel():
-                self._quantizer.observe(batch_range(seen))
+        if self._seen is not None:
+            with torch.no_grad():
+                self._quantizer.observe_values(torch.cat(self._seen))
 
 
 def _scan(
