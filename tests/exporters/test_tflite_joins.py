@@ -16,7 +16,8 @@ from lightning_qat.recipe import Recipe
 from lightning_qat.verify import verify
 from lightning_qat_exporters import TFLiteExporter
 from lightning_qat_exporters._tflite_file import read
-from tests.join_networks import NETWORKS, inputs_for, train_steps
+from tests.exporters.litert_operators import assert_as_defined
+from tests.join_networks import CNNS, NETWORKS, inputs_for, train_steps
 
 pytest.importorskip("litert_torch")
 # One worker pays for the import and shares the files.
@@ -109,6 +110,14 @@ def test_the_outputs_are_torch_s(network: str, recipe: str, folder: Path) -> Non
         apart = np.abs(found - expected) / step
         assert np.mean(apart <= 3.001) >= 0.99
         assert np.mean(found.argmax(-1) == expected.argmax(-1)) >= 0.9
+
+
+@pytest.mark.parametrize("network", CNNS)
+def test_every_operator_computes_what_its_definition_says_of_its_own_inputs(
+    network: str, folder: Path
+) -> None:
+    content = exported(network, "every tensor", folder).files["model"].read_bytes()
+    assert_as_defined(content, inputs_for(network, 8))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -28,6 +28,7 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import Recipe, WeightSpec
 from lightning_qat_exporters import _tinynn
 from tests import join_networks, models
+from tests.exporters.litert_operators import assert_as_defined
 
 Array = np.ndarray[Any, Any]
 
@@ -338,6 +339,13 @@ def test_outputs_are_torch_s(network: str, runtime: str) -> None:
     apart = steps_apart(converted(network), file_of(network), x, runtime)
     # Kernels round twice where torch rounds once; layers behind can widen a step.
     assert np.mean(apart <= 3.001) >= 0.99
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("network", join_networks.CNNS)
+def test_every_operator_computes_what_its_definition_says_of_its_own_inputs(network: str) -> None:
+    assert_as_defined(file_of(network), join_networks.inputs_for(network, 8))
 
 
 # One operator at a time
