@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat_exporters._tflite_file import TFLiteFile
+from lightning_qat_exporters._tflite_file import FileOperator, TFLiteFile
 from lightning_qat_exporters._tflite_layers import matched
 
 
 def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
-    """One sentence per layer in float, one on all other float operators, one on narrow grids."""
+    """A sentence per layer in float; one on other floats, on double rounding, on narrow grids."""
     notes, explained = [], set()
     for layer, stored in matched(file, model):
         if stored is None or stored.operator not in file.float_operators:
@@ -25,6 +25,13 @@ def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         notes.append(f"Computed in float, because what they read or write is not: {kinds}.")
+    twice = Counter(op.kind for op in file.operators if _is_rounded_twice(file, op))
+    if twice:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(twice.items()))
+        notes.append(
+            "Rounded on the grid of the input and then on that of the output, so up to two steps "
+            f"from training instead of one: {kinds}."
+        )
     narrow = [
         key
         for key, t in model.tensors.items()
@@ -36,3 +43,14 @@ def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
             f"Weights of fewer than 8 bits are stored as int8, the same integers: {names}."
         )
     return tuple(notes)
+
+
+def _is_rounded_twice(file: TFLiteFile, operator: FileOperator) -> bool:
+    """Whether an operator averages on the grid of its input and is requantized."""
+    written = operator.outputs[0]
+    readers = [op for op in file.operators if written in op.inputs]
+    return (
+        operator.kind in ("AVERAGE_POOL_2D", "RESIZE_BILINEAR")
+        and file.tensors[written].quantized
+        and any(op.kind == "QUANTIZE" for op in readers)
+    )

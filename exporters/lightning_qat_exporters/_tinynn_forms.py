@@ -7,17 +7,17 @@ refused, because its kernel cannot do without the grid of its output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.qparams import QParams
 from lightning_qat.quantized_model import QuantizedTensor
+from lightning_qat_exporters import _tflite_averages as averages
+from lightning_qat_exporters import _tflite_sigmoids as sigmoids
 from lightning_qat_exporters._tinynn_lowering import (
     INT8,
     LITERT,
@@ -217,58 +217,31 @@ def _pool(
     source, qparams = pairs[0]
     shape = lowering.shape(_node(node.args[0]))
     counts = counts or not any(padding)
-    kernel_has_form = counts or _is_same(shape[-2:], kernel, stride, padding)
+    kernel_has_form = counts or averages.is_same(shape[-2:], kernel, stride, padding)
     if qparams.equal(output) and kernel_has_form:
         return lowering.emit(
             OPS.average_pool.default, source, kernel, stride, padding, counts, qparams=qparams
         )
-    # AVERAGE_POOL_2D keeps the grid of its input, so that a second rounding would have to follow.
-    # A depthwise convolution with equal weights rounds once, to the grid that was trained.
-    channels, size = shape[-3], math.prod(kernel)
-    weight = torch.ones(channels, 1, *kernel, dtype=torch.int8)
+    weight = averages.equal_weights(f"{node.name}.weight", shape[-3], kernel)
     mean = lowering.emit_layer(
         OPS.convolve.default,
         source,
-        lowering.attribute(weight),
-        lowering.attribute(torch.tensor(1 / size)),
+        lowering.attribute(_stored_integers(weight)),
+        lowering.attribute(weight.qparams.scale),
         None,
         stride,
         padding,
         [1, 1],
-        channels,
+        shape[-3],
         "none",
         qparams=output,
-        key=f"{node.name}.weight",
+        key=weight.key,
     )
     if counts:
         return mean
-    ones = torch.ones(1, 1, *shape[-2:])
-    counted = F.avg_pool2d(ones, kernel, stride, padding)
-    return _scaled_at_the_border(lowering, mean, 1 / counted, output)
-
-
-def _scaled_at_the_border(
-    lowering: Lowering, mean: Value, factors: Tensor, output: QParams
-) -> Value:
-    """Make up for padding that was counted. Factors of 1, most of them, change nothing.
-
-    Factors are put on a grid of ``1 / n``, with the smallest ``n`` that holds all of them.
-    """
-    largest = int(127 / float(factors.max()))
-    error = [float((factors * n - (factors * n).round()).abs().max()) / n for n in range(1, 128)]
-    n = min(range(1, largest + 1), key=lambda n: (round(error[n - 1], 5), n))
-    constant = lowering.constant(factors, _int8(1 / n, 0))
+    factors = averages.border_factors(f"{node.name}.border", shape[-2:], kernel, stride, padding)
+    constant = lowering.integers(factors)
     return lowering.emit(OPS.binary.default, mean.node, constant, "mul", "none", qparams=output)
-
-
-def _is_same(
-    size: tuple[int, ...], kernel: list[int], stride: list[int], padding: list[int]
-) -> bool:
-    """Whether TFLite's padding SAME is this padding on both sides."""
-    return all(
-        max((math.ceil(n / s) - 1) * s + k - n, 0) == 2 * p and (n + 2 * p - k) % s == 0
-        for n, k, s, p in zip(size, kernel, stride, padding, strict=True)
-    )
 
 
 def _bilinear(lowering: Lowering, node: fx.Node) -> Value:
@@ -366,10 +339,11 @@ def _hardsigmoid(lowering: Lowering, node: fx.Node) -> Value:
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
     if pairs is None or output is None:
         return lowering.as_float(node)
-    three = lowering.constant(torch.tensor([3.0]), _int8(3 / 127, 0))
-    sixth = lowering.constant(torch.tensor([1 / 6]), _int8(1 / 6 / 127, 0))
+    three = lowering.integers(sigmoids.three(f"{node.name}.three"))
+    sixth = lowering.integers(sigmoids.sixth(f"{node.name}.sixth"))
+    coarse = _int8(float(output.scale) * sigmoids.TIMES, int(output.zero_point))
     moved = lowering.emit(
-        OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=_int8(6 / 255, -128)
+        OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=coarse
     )
     return lowering.emit(OPS.binary.default, moved.node, sixth, "mul", "none", qparams=output)
 

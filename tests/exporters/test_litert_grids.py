@@ -24,7 +24,15 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "softplus": (F.softplus, 1.0),
     # One grid in LiteRT: rounded on the input's, then requantized. 13 and 37 steps without.
     "bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), 2.0),
-    "average with padding": (lambda x: F.avg_pool2d(x, 3, 1, 1), 2.0),
+    # Spelled by operators that round once.
+    "average with padding": (lambda x: F.avg_pool2d(x, 3, 1, 1), 1.0),
+    "average to a size": (lambda x: F.adaptive_avg_pool2d(x, (4, 2)), 1.0),
+    "hardsigmoid": (F.hardsigmoid, 1.0),
+    # And twice at the border, where padding was counted.
+    "average without padding": (
+        lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        2.0,
+    ),
     # Read on a grid, and by a maximum in float. 73 steps without.
     "largest subtracted": (lambda x: x - x.amax(1, keepdim=True), 1.0),
     # A constant that would be multiplied into the weight before it.
@@ -57,6 +65,7 @@ def test_a_tensor_keeps_the_grid_that_it_was_trained_with(name: str, tmp_path: P
     assert agreement.max_steps <= most + 1e-5
     kinds = [op.kind for op in read(artifact.files["model"].read_bytes()).operators]
     assert "CEIL" not in kinds
+    assert any("up to two steps" in note for note in artifact.notes) == (name == "bilinear")
 
 
 def test_a_model_s_own_operator_is_not_taken_for_a_mark(tmp_path: Path) -> None:
