@@ -88,7 +88,7 @@ def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
         if node.target is torch.ops.lightning_qat.fake_quantize.default
     }
     annotated = Annotated(module.graph, grids)
-    tensors = {**model.tensors, **spell_in_integers(annotated)}
+    tensors = {**model.tensors, **spell_in_integers(annotated, model.tensors)}
     annotated.make_explicit()
     for node, grid in grids.items():
         with module.graph.inserting_before(node):

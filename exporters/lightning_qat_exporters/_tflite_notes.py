@@ -16,10 +16,12 @@ def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
         if stored is None or stored.operator not in file.float_operators:
             continue
         explained.add(stored.operator)
-        read = "its output is not quantized" if stored.source else "its input is not quantized"
+        why = "its output is not quantized" if stored.source else "its input is not quantized"
+        remedy = "A recipe with joins=True and outputs=True quantizes it."
+        if "3D" in stored.operator.kind:
+            why, remedy = f"LiteRT has {stored.operator.kind} in float only", ""
         notes.append(
-            f"{layer.name}: computed in float on its integer weight, because {read}. A recipe "
-            "with joins=True and outputs=True quantizes it."
+            f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}".rstrip()
         )
     others = Counter(op.kind for op in file.float_operators if op not in explained)
     if others:

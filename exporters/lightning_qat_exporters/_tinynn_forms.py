@@ -7,7 +7,9 @@ refused, because its kernel cannot do without the grid of its output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from lightning_qat_exporters._tinynn_lowering import (
     arguments_of,
 )
 from lightning_qat_exporters._tinynn_ops import OPS
+from lightning_qat_exporters._tflite_transposed import dense, dense_scale, size_and_cut
 from lightning_qat_exporters._tinynn_passing import PASSING, fused_activation
 
 _ATEN = torch.ops.aten
@@ -41,6 +44,12 @@ def _int8(scale: float, zero_point: int) -> QParams:
 _OF_SIGMOID = _int8(1 / 256, -128)
 _OF_SOFTMAX = _int8(1 / 256, -128)
 _OF_TANH = _int8(1 / 128, 0)
+
+
+_NO_OUTPUT = (
+    "an int8 kernel needs the scale of its output, which is not quantized",
+    f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
+)
 
 
 # Layers
@@ -82,6 +91,75 @@ def _conv2d_padding(lowering: Lowering, node: fx.Node) -> Value:
     )  # fmt: skip
 
 
+def _conv1d(lowering: Lowering, node: fx.Node) -> Value:
+    """On a picture of height 1."""
+    args = arguments_of(node, None, None, None, 1, 0, 1, 1)
+    weight = lowering.weight(args[1])
+    if weight is None:
+        return lowering.as_float(node)
+    stride, padding, dilation = (
+        [start, *_list(v)] for start, v in zip((1, 0, 1), args[3:6], strict=True)
+    )
+    source, qparams = _input_of_layer(lowering, args[0])
+    picture = lowering.call(_ATEN.unsqueeze.default, source, 2)
+    return _flat(lowering, _layer(
+        lowering, node, OPS.convolve.default, _widened(weight), args[2], (picture, qparams), stride,
+        padding, dilation, args[6],
+    ))  # fmt: skip
+
+
+def _flat(lowering: Lowering, value: Value) -> Value:
+    """Rows of a picture of height 1."""
+    return Value(lowering.call(_ATEN.squeeze.dim, value.node, 2), value.qparams)
+
+
+def _widened(weight: QuantizedTensor) -> QuantizedTensor:
+    """A kernel of one dimension as one of two."""
+    assert weight.integers is not None
+    return replace(weight, integers=weight.integers.unsqueeze(2))
+
+
+def _conv_transpose(lowering: Lowering, node: fx.Node) -> Value:
+    """Without padding, then cut: the kernel's own padding is another than torch's."""
+    x, weight_node, bias, *options = arguments_of(node, None, None, None, 1, 0, 0, 1, 1)
+    weight = lowering.weight(weight_node)
+    if weight is None:
+        return lowering.as_float(node)
+    assert weight.integers is not None
+    output, groups = lowering.grid_behind(node), options.pop(3)
+    if output is None:
+        raise Refused(*_NO_OUTPUT)
+    axes = weight.integers.dim() - 2
+    stride, padding, extra, dilation = (
+        _list(value) * (axes // len(_list(value))) for value in options
+    )
+    integers = dense(_stored_integers(weight), groups, dilation)
+    whole, starts, ends = size_and_cut(
+        lowering.shape(x)[2:], integers.shape[2:], stride, padding, extra
+    )
+    source, qparams = _input_of_layer(lowering, x)
+    if axes == 1:
+        source, integers = lowering.call(_ATEN.unsqueeze.default, source, 2), integers.unsqueeze(2)
+        stride, whole, starts, ends = [1, *stride], [1, *whole], [0, *starts], [1, *ends]
+    scale = dense_scale(weight.qparams, groups)
+    value = lowering.emit_layer(
+        OPS.transpose_convolve.default,
+        source,
+        lowering.attribute(integers),
+        lowering.attribute(scale),
+        _stored_bias(lowering, bias, qparams.scale, scale),
+        stride,
+        whole,
+        qparams=output,
+        key=weight.key,
+    )
+    for axis, n, start, end in zip((2, 3), whole, starts, ends, strict=True):
+        if (start, end) != (0, n):
+            cut = lowering.call(_ATEN.slice.Tensor, value.node, axis, start, end)
+            value = Value(cut, value.qparams)
+    return _flat(lowering, value) if axes == 1 else value
+
+
 def _linear(lowering: Lowering, node: fx.Node) -> Value:
     x, weight_node, bias = arguments_of(node, None, None, None)
     weight = lowering.weight(weight_node)
@@ -109,16 +187,13 @@ def _layer(
 ) -> Value:
     output = lowering.grid_behind(node)
     if output is None:
-        raise Refused(
-            "an int8 kernel needs the scale of its output, which is not quantized",
-            f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
-        )
+        raise Refused(*_NO_OUTPUT)
     activation = fused_activation(lowering, node)
     x, qparams = source
     constants = (
         lowering.attribute(_stored_integers(weight)),
         lowering.attribute(weight.qparams.scale),
-        _stored_bias(lowering, bias, qparams.scale, weight),
+        _stored_bias(lowering, bias, qparams.scale, weight.qparams.scale),
     )
     return lowering.emit_layer(
         target, x, *constants, *options, activation, qparams=output, key=weight.key
@@ -137,13 +212,13 @@ def _stored_integers(weight: QuantizedTensor) -> Tensor:
 
 
 def _stored_bias(
-    lowering: Lowering, bias: Any, scale_input: Tensor, weight: QuantizedTensor
+    lowering: Lowering, bias: Any, scale_input: Tensor, scale_weight: Tensor
 ) -> fx.Node | None:
     if bias is None:
         return None
     if bias not in lowering.constants:
         raise Refused("its bias is computed at run time", LITERT)
-    integers = quantize_bias(lowering.constants[bias], scale_input, weight.qparams.scale)
+    integers = quantize_bias(lowering.constants[bias], scale_input, scale_weight)
     limits = torch.iinfo(torch.int32)
     if int(integers.min()) < limits.min or int(integers.max()) > limits.max:
         raise Refused(
@@ -286,6 +361,13 @@ def _layer_norm(lowering: Lowering, node: fx.Node) -> Value:
     )
 
 
+def _batch_norm(lowering: Lowering, node: fx.Node) -> Value:
+    """In float: what could be folded has been."""
+    x, weight, bias, mean, variance, momentum, epsilon = (lowering.real(x) for x in node.args)
+    arguments = (x, weight, bias, mean, variance, False, momentum, epsilon, False)
+    return Value(lowering.call(_ATEN.batch_norm.default, *arguments), None)
+
+
 # Activations
 
 
@@ -342,14 +424,16 @@ def _hardsigmoid(lowering: Lowering, node: fx.Node) -> Value:
     three = lowering.integers(sigmoids.three(f"{node.name}.three"))
     sixth = lowering.integers(sigmoids.sixth(f"{node.name}.sixth"))
     coarse = _int8(float(output.scale) * sigmoids.TIMES, int(output.zero_point))
-    moved = lowering.emit(
-        OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=coarse
-    )
+    moved = lowering.emit(OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=coarse)
     return lowering.emit(OPS.binary.default, moved.node, sixth, "mul", "none", qparams=output)
 
 
+def _list(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
 def _pair(value: Any) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
+    values = _list(value)
     return values * 2 if len(values) == 1 else values
 
 
@@ -361,6 +445,9 @@ def _node(argument: Any) -> fx.Node:
 FORMS: Mapping[Any, Form] = {
     _ATEN.conv2d.default: _conv2d,
     _ATEN.conv2d.padding: _conv2d_padding,
+    _ATEN.conv1d.default: _conv1d,
+    _ATEN.conv_transpose1d.default: _conv_transpose,
+    _ATEN.conv_transpose2d.input: _conv_transpose,
     _ATEN.linear.default: _linear,
     _ATEN.add.Tensor: _binary,
     _ATEN.sub.Tensor: _binary,
@@ -393,6 +480,7 @@ FORMS: Mapping[Any, Form] = {
     _ATEN.mish.default: Lowering.as_float,
     _ATEN.layer_norm.default: _layer_norm,
     _ATEN.batch_norm.default: Lowering.as_float,
+    _ATEN._native_batch_norm_legit_no_training.default: _batch_norm,
     _ATEN.upsample_bilinear2d.vec: _bilinear,
     **PASSING,
 }
