@@ -18,6 +18,7 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._litert_grids import remove_marks
 from lightning_qat_exporters._litert_lowering import Lowered
 from lightning_qat_exporters._litert_transposed import register, without_biases
+from lightning_qat_exporters._litert_weights import store_integers
 from lightning_qat_exporters._quiet import last_lines, quietly
 from lightning_qat_exporters._tflite_file import kind_of, pack, prune, schema, unpack
 from lightning_qat_exporters._tflite_io import give_types
@@ -96,6 +97,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
     remove_marks(file, lowered.mark)
     without_biases(file)
     prune(file)
+    store_integers(file, model)
     _name_ends(file, model)
     problems = give_types(file, io)
     if problems:

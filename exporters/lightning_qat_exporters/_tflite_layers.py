@@ -41,7 +41,7 @@ class FileLayer:
     Args:
         operator: The operator that computes it.
         weight: Index of its constant: integers, which may stand behind a DEQUANTIZE, or real
-            values, as litert-torch stores the weight of a fully connected layer in float.
+            values, as litert-torch writes some.
         source: The quantized tensor that it reads; ``None`` when it reads a float one.
         bias: Its bias; ``None`` without one.
     """
