@@ -6,6 +6,7 @@ torch                       in the file
 average pools               DEPTHWISE_CONV_2D of equal weights, where input and output have grids
                             of their own; MUL at the border where padding is not counted
 hardsigmoid                 ADD of 3 with relu6, MUL by a sixth
+repeat, tile                CONCATENATION: litert-torch repeats pictures along another axis
 transposed convolutions     TRANSPOSE_CONV, CONV_3D_TRANSPOSE, and a SLICE where torch cuts padding
 ==========================  ======================================================================
 """
@@ -47,6 +48,9 @@ def spell_in_integers(
     for node in list(annotated.graph.nodes):
         if kind(node) in _TRANSPOSED:
             writer.transposed(node)
+            continue
+        if kind(node) in (_ATEN.repeat, _ATEN.tile):
+            writer.repeated(node)
             continue
         source, written = annotated.source(node), annotated.written(node)
         if source is None or written is None or written.dtype is not torch.int8:
@@ -104,6 +108,19 @@ class _Writer:
                 mean = self._quantize(node, mean, grid)
                 mean = self._call(node, _ATEN.mul.Tensor, mean, self._constant(factors))
             self._replace(node, mean)
+
+    def repeated(self, node: fx.Node) -> None:
+        x: Any = node.args[0]
+        times: Any = node.args[1]
+        size = x.meta["val"].shape
+        times = [1] * (len(size) - len(times)) + list(times)
+        with self.graph.inserting_before(node):
+            for _ in range(len(times) - len(size)):
+                x = self._call(node, _ATEN.unsqueeze.default, x, 0)
+            for axis, count in enumerate(times):
+                if count != 1:
+                    x = self._call(node, _ATEN.cat.default, [x] * count, axis)
+            self._replace(node, x)
 
     def transposed(self, node: fx.Node) -> None:
         """A layer with integer weights; one in float is left to litert-torch."""

@@ -49,7 +49,11 @@ def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) ->
     grid.quantizedDimension = axis if scale.size > 1 else 0
     buffer.data = integers.reshape(-1).view(np.uint8)
     file.buffers.append(buffer)
-    tensor.name, tensor.type, tensor.quantization = real.name + b"_integers", s.TensorType.INT8, grid
+    tensor.name, tensor.type, tensor.quantization = (
+        real.name + b"_integers",
+        s.TensorType.INT8,
+        grid,
+    )
     tensor.buffer = len(file.buffers) - 1
     graph.tensors.append(tensor)
     if sum(other.buffer == real.buffer for other in graph.tensors) == 1:

@@ -44,6 +44,17 @@ def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
         notes.append(
             f"Weights of fewer than 8 bits are stored as int8, the same integers: {names}."
         )
+    lowest = [
+        key
+        for key, t in model.tensors.items()
+        if t.integers is not None and t.integers.numel() and int(t.integers.min()) == -128
+    ]
+    if lowest:
+        notes.append(
+            "Weights hold -128, which LiteRT's specification excludes: ARM kernels without dot "
+            "products add two products in 16 bits and overflow where both inputs are -128 too. On "
+            f"x86 all kernels compute them. WeightSpec's own grid avoids it: {', '.join(lowest)}."
+        )
     return tuple(notes)
 
 

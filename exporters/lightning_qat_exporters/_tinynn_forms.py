@@ -7,7 +7,6 @@ refused, because its kernel cannot do without the grid of its output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from lightning_qat.qparams import QParams
 from lightning_qat.quantized_model import QuantizedTensor
 from lightning_qat_exporters import _tflite_averages as averages
 from lightning_qat_exporters import _tflite_sigmoids as sigmoids
+from lightning_qat_exporters._tflite_transposed import dense, dense_scale, size_and_cut
 from lightning_qat_exporters._tinynn_lowering import (
     INT8,
     LITERT,
@@ -30,7 +30,6 @@ from lightning_qat_exporters._tinynn_lowering import (
     arguments_of,
 )
 from lightning_qat_exporters._tinynn_ops import OPS
-from lightning_qat_exporters._tflite_transposed import dense, dense_scale, size_and_cut
 from lightning_qat_exporters._tinynn_passing import PASSING, fused_activation
 
 _ATEN = torch.ops.aten
@@ -202,10 +201,9 @@ def _layer(
 
 def _stored_integers(weight: QuantizedTensor) -> Tensor:
     grid, integers = weight.qparams.grid, weight.integers
-    if integers is None or grid.dtype is not torch.int8 or int(integers.min()) < -127:
+    if integers is None or grid.dtype is not torch.int8:
         raise Refused(
-            f"LiteRT's kernels take weights of -127 .. 127; got the grid {grid.qmin} .. "
-            f"{grid.qmax}",
+            f"LiteRT's kernels take weights of 8 bits; got the grid {grid.qmin} .. {grid.qmax}",
             "Use WeightSpec(bits=8)",
         )
     return integers

@@ -2,8 +2,8 @@
 
 A file is run with all its tensors kept. Each operator is then computed again by its definition in
 LiteRT's quantization specification: the real values of the tensors it read, the function in double
-precision, one rounding to the grid of the tensor it wrote. Nothing that writes files takes part: layouts,
-options and numbers are read from the file.
+precision, one rounding to the grid of the tensor it wrote. Nothing that writes files takes part:
+layouts, options and numbers are read from the file.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     ),
     # Read on a grid, and by a maximum in float. 73 steps without.
     "largest subtracted": (lambda x: x - x.amax(1, keepdim=True), 1.0),
+    # litert-torch repeats pictures along another axis.
+    "repeated": (lambda x: x.repeat(1, 1, 2, 1), 1.0),
     # A constant that would be multiplied into the weight before it.
     "scaled": (lambda x: x * 0.5 + 1, 1.0),
 }
