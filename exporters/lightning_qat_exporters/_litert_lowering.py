@@ -91,8 +91,11 @@ def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
     tensors = {**model.tensors, **spell_in_integers(annotated, model.tensors)}
     annotated.make_explicit()
     for node, grid in grids.items():
-        with module.graph.inserting_before(node):
-            node.replace_all_uses_with(_activation(module, node.args[0], grid))
+        # A pair for each reader; the converter joins them. litert-torch turns pictures to NHWC for
+        # some readers, and gave a Linear that shared the pair the turned one.
+        for reader in list(node.users):
+            with module.graph.inserting_before(node):
+                reader.replace_input_with(node, _activation(module, node.args[0], grid))
         module.graph.erase_node(node)
     weights: dict[str, fx.Node] = {}
     for node in list(module.graph.nodes):

@@ -20,9 +20,8 @@ def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
         remedy = "A recipe with joins=True and outputs=True quantizes it."
         if "3D" in stored.operator.kind:
             why, remedy = f"LiteRT has {stored.operator.kind} in float only", ""
-        notes.append(
-            f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}".rstrip()
-        )
+        says = f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}"
+        notes.append(says.rstrip())
     others = Counter(op.kind for op in file.float_operators if op not in explained)
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))

@@ -77,3 +77,26 @@ def test_a_model_s_own_operator_is_not_taken_for_a_mark(tmp_path: Path) -> None:
     kinds = [op.kind for op in read(artifact.files["model"].read_bytes()).operators]
     assert kinds.count("CEIL") == 1
     assert "SIN" not in kinds
+
+
+class Shared(nn.Module):
+    """A pool, which litert-torch computes in NHWC, and a Linear read the same picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.avg_pool2d(x, 2), self.layer(x)
+
+
+def test_readers_of_one_tensor_each_get_it_in_their_layout(tmp_path: Path) -> None:
+    # 200 steps off when they shared a pair of quantize and dequantize.
+    x, model = torch.randn(4, 4, 8, 8), Shared()
+    prepare(model, "int8", x)
+    with torch.no_grad():
+        model.train()(x)
+    quantized, exporter = convert(model.eval(), x), TFLiteExporter()
+    artifact = export(quantized, exporter, tmp_path / "net")
+    agreement = verify(quantized, artifact, torch.randn(16, 4, 8, 8), exporter)
+    assert agreement.max_steps <= 1.001
