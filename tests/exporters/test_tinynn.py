@@ -813,11 +813,20 @@ def test_recipes_that_int8_kernels_cannot_express_are_refused(
     assert caught.value.problems[0].layer == layer
 
 
+class Divided(nn.Module):
+    """No integer target knows a division, so what is divided stays float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / (x + 9)
+
+
 @needs_tinynn
 def test_an_integer_input_that_is_read_as_float_is_refused() -> None:
+    (x,) = samples((ROWS,), 4)
+    model = quantized_model(nn.Sequential(Divided(), nn.Linear(8, 2)), x)
     with pytest.raises(UnsupportedByTarget, match="an integer input must be quantized") as caught:
-        _tinynn.convert(converted("encoder_block"), io="int8", layout="nhwc")
-    assert [(p.layer, p.remedy) for p in caught.value.problems] == [("x", 'Use io="float"')]
+        _tinynn.convert(model, io="int8", layout="nhwc")
+    assert [(p.layer, p.remedy) for p in caught.value.problems] == [("input", 'Use io="float"')]
 
 
 # The process
