@@ -22,6 +22,8 @@ from typing import Any
 import onnxruntime as ort
 import torch
 from ai_edge_litert.interpreter import Interpreter
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.joins import ResNet20
@@ -99,7 +101,7 @@ def latency(rounds: int, folder: Path) -> None:
         "ONNX Runtime, int8": in_onnx_runtime(int8["fake_quant_onnx"], x),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in track(range(rounds), "inferences", console=Console(stderr=True), transient=True):
         for name, run in runs.items():
             start = time.perf_counter()
             run()

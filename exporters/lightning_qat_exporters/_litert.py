@@ -17,6 +17,8 @@ from lightning_qat.export import MissingDependency, Unsupported, UnsupportedByTa
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._litert_grids import remove_marks
 from lightning_qat_exporters._litert_lowering import Lowered
+from lightning_qat_exporters._litert_transposed import register, without_biases
+from lightning_qat_exporters._litert_weights import store_integers
 from lightning_qat_exporters._quiet import last_lines, quietly
 from lightning_qat_exporters._tflite_file import kind_of, pack, prune, schema, unpack
 from lightning_qat_exporters._tflite_io import give_types
@@ -79,6 +81,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
         from litert_torch.quantize import pt2e_quantizer
         from litert_torch.quantize.quant_config import QuantConfig
 
+        register()
         static = pt2e_quantizer.get_symmetric_quantization_config(
             is_per_channel=True, is_dynamic=False
         )
@@ -92,7 +95,9 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
             raise _unsupported(error, last_lines(printed)) from error
     file = unpack(content)
     remove_marks(file, lowered.mark)
+    without_biases(file)
     prune(file)
+    store_integers(file, model)
     _name_ends(file, model)
     problems = give_types(file, io)
     if problems:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from lightning_qat_exporters import _litert_transposed as _litert_transposed  # its operator
 from lightning_qat_exporters._tflite_file import kind_of
 
 _ATEN = torch.ops.aten
@@ -45,7 +46,7 @@ class Quantization(NamedTuple):
 
 _LAYERS = (
     *(_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d, _ATEN.linear),
-    *(_ATEN.conv_transpose1d, _ATEN.conv_transpose2d),
+    torch.ops.lightning_qat_litert.transpose_conv,
 )
 
 _COMPUTES = (

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_qat.arithmetic import along_axis, dequantize
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._litert_grids import MARKS, Annotated, Quantization
+from lightning_qat_exporters._litert_spelling import spell_in_integers
 
 
 class Lowered(nn.Module):
@@ -87,10 +88,14 @@ def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
         if node.target is torch.ops.lightning_qat.fake_quantize.default
     }
     annotated = Annotated(module.graph, grids)
+    tensors = {**model.tensors, **spell_in_integers(annotated, model.tensors)}
     annotated.make_explicit()
     for node, grid in grids.items():
-        with module.graph.inserting_before(node):
-            node.replace_all_uses_with(_activation(module, node.args[0], grid))
+        # A pair for each reader; the converter joins them. litert-torch turns pictures to NHWC for
+        # some readers, and gave a Linear that shared the pair the turned one.
+        for reader in list(node.users):
+            with module.graph.inserting_before(node):
+                reader.replace_input_with(node, _activation(module, node.args[0], grid))
         module.graph.erase_node(node)
     weights: dict[str, fx.Node] = {}
     for node in list(module.graph.nodes):
@@ -98,7 +103,7 @@ def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
             key = node.args[5]
             if key not in weights:
                 with module.graph.inserting_before(node):
-                    weights[key] = _weight(module, model.tensors[key], len(weights))
+                    weights[key] = _weight(module, tensors[key], len(weights))
             node.replace_all_uses_with(weights[key])
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()

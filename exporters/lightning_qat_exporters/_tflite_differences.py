@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
 from lightning_qat_exporters._tflite_file import FileTensor, TFLiteFile
 from lightning_qat_exporters._tflite_layers import FileLayer, matched, same_grid
+from lightning_qat_exporters._tflite_sigmoids import TIMES
 
 _PRESCRIBED = ((1 / 256, -128), (1 / 128, 0))
 """Output grids of LOGISTIC, SOFTMAX and TANH, which are requantized where the model has others."""
@@ -36,7 +38,11 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
             found.append(f"{tensor.key}: no tensor of the file has its scale and zero point")
     for other in computed:
         grid = (float(other.scale[0]), int(other.zero_point[0]))
-        if grid not in _PRESCRIBED and not any(same_grid(other, t) for t in activations):
+        scale = other.scale / np.float32(TIMES)
+        of_hardsigmoid = replace(other, scale=scale)
+        if grid not in _PRESCRIBED and not any(
+            same_grid(one, t) for t in activations for one in (other, of_hardsigmoid)
+        ):
             found.append(
                 f"the file's tensor {other.name!r} has scale {other.scale.tolist()} and zero "
                 f"point {other.zero_point.tolist()}, which no tensor of the model has"
@@ -72,6 +78,9 @@ def _bias_differences(
     else:
         # A layer without a bias may have got one of zeros.
         bias = torch.zeros(values.size) if layer.bias is None else layer.bias
+        if scale_weight.dim():
+            # The groups of a transposed convolution share theirs.
+            scale_weight = scale_weight.repeat(max(values.size // scale_weight.numel(), 1))
         yield from _compare(
             "the bias", values, quantize_bias(bias, scale_input, scale_weight).numpy()
         )

@@ -190,6 +190,21 @@ def kind_of(model: Any, operator: Any) -> str:
     return code.customCode.decode() if name == "CUSTOM" else name
 
 
+def code_of(model: Any, name: str) -> int:
+    """The index of an operator's code, added when the file does not use it yet."""
+    s = schema()
+    value = getattr(s.BuiltinOperator, name)
+    for index, code in enumerate(model.operatorCodes):
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == value:
+            return index
+    code = s.OperatorCodeT()
+    # Version 2 of QUANTIZE also takes integers.
+    code.builtinCode, code.version = value, 2
+    code.deprecatedBuiltinCode = min(value, 127)
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
+
+
 @cache
 def _names(enumeration: str) -> dict[int, str]:
     values = vars(getattr(schema(), enumeration))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_qat.export import Unsupported
-from lightning_qat_exporters._tflite_file import schema
+from lightning_qat_exporters._tflite_file import code_of, schema
 
 
 def give_types(model: Any, io: str) -> tuple[Unsupported, ...]:
@@ -73,7 +73,7 @@ def _replace(model: Any, entry: Any, io: str, *, is_input: bool) -> None:
     ends = [new if int(index) == inner else int(index) for index in ends]
     operator = s.OperatorT()
     dequantizes = io == "float" and not is_input
-    operator.opcodeIndex = _code(model, "DEQUANTIZE" if dequantizes else "QUANTIZE")
+    operator.opcodeIndex = code_of(model, "DEQUANTIZE" if dequantizes else "QUANTIZE")
     operator.inputs, operator.outputs = ([new], [inner]) if is_input else ([inner], [new])
     options = s.DequantizeOptionsT() if dequantizes else s.QuantizeOptionsT()
     operator.builtinOptions = options
@@ -86,18 +86,3 @@ def _replace(model: Any, entry: Any, io: str, *, is_input: bool) -> None:
     else:
         graph.outputs = ends
         graph.operators.append(operator)
-
-
-def _code(model: Any, name: str) -> int:
-    """The index of an operator's code, added when the file does not use it yet."""
-    s = schema()
-    value = getattr(s.BuiltinOperator, name)
-    for index, code in enumerate(model.operatorCodes):
-        if max(code.builtinCode, code.deprecatedBuiltinCode) == value:
-            return index
-    code = s.OperatorCodeT()
-    # Version 2 of QUANTIZE also takes integers.
-    code.builtinCode, code.version = value, 2
-    code.deprecatedBuiltinCode = min(value, 127)
-    model.operatorCodes.append(code)
-    return len(model.operatorCodes) - 1

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_qat.arithmetic import along_axis, dequantize
 from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._tflite_file import FileOperator, FileTensor, TFLiteFile
+from lightning_qat_exporters._tflite_transposed import dense_like, dense_scale
 
 # Operator to the permutation that brings its weight into torch's order of axes, and the places of
 # its input and bias; the weight is always the second.
@@ -25,6 +27,7 @@ _OPERATORS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
     "FULLY_CONNECTED": (None, 0, 2),
     "TRANSPOSE_CONV": ((3, 0, 1, 2), 2, 3),
     "CONV_3D": ((4, 3, 0, 1, 2), 0, 2),
+    "CONV_3D_TRANSPOSE": ((4, 3, 0, 1, 2), 2, 3),
     "BATCH_MATMUL": (None, 0, 2),
 }
 
@@ -38,7 +41,7 @@ class FileLayer:
     Args:
         operator: The operator that computes it.
         weight: Index of its constant: integers, which may stand behind a DEQUANTIZE, or real
-            values, as litert-torch stores the weight of a fully connected layer in float.
+            values, as litert-torch writes some.
         source: The quantized tensor that it reads; ``None`` when it reads a float one.
         bias: Its bias; ``None`` without one.
     """
@@ -80,21 +83,37 @@ def same_weight(file: TFLiteFile, layer: FileLayer, weight: QuantizedTensor) -> 
 
     Real values must be the product of the two, to the bit.
     """
-    assert weight.integers is not None
-    stored = file.tensors[layer.weight]
-    values = torch_order(stored.data, layer.operator.kind, weight)
+    stored, kind = file.tensors[layer.weight], layer.operator.kind
+    expected, qparams = weight.integers, weight.qparams
+    assert expected is not None
+    scale = qparams.scale
+    if "TRANSPOSE" in kind and stored.data is not None:
+        permutation = _OPERATORS[kind][0]
+        assert permutation is not None
+        shape = [stored.shape[axis] for axis in permutation]
+        # One of one dimension is stored as a picture of height 1.
+        found = dense_like(expected, tuple(shape[:2] + shape[-(expected.dim() - 2) :]))
+        if found is None:
+            return False
+        expected, groups = found
+        scale = dense_scale(qparams, groups)
+    values = torch_order(stored.data, kind, expected)
     if values is None:
         return False
     if stored.quantized:
-        return np.array_equal(values, weight.integers.numpy()) and same_grid(stored, weight)
-    qparams = weight.qparams
-    scale = along_axis(qparams.scale, weight.integers.dim(), qparams.axis)
-    return np.array_equal(values, dequantize(weight.integers, scale, torch.tensor(0)).numpy())
+        return np.array_equal(values, expected.numpy()) and _same_scales(
+            stored, scale.numpy(), np.zeros(1)
+        )
+    real = dequantize(expected, along_axis(scale, expected.dim(), qparams.axis), torch.tensor(0))
+    return np.array_equal(values, real.numpy())
 
 
 def same_grid(stored: FileTensor, tensor: QuantizedTensor) -> bool:
     """Whether scale and zero point are the model's to the bit; one scale may be repeated."""
-    scale, zero_point = tensor.qparams.scale.numpy(), tensor.qparams.zero_point.numpy()
+    return _same_scales(stored, tensor.qparams.scale.numpy(), tensor.qparams.zero_point.numpy())
+
+
+def _same_scales(stored: FileTensor, scale: Array, zero_point: Array) -> bool:
     shift = 128 if stored.type == "UINT8" else 0
     if stored.scale.size not in (scale.size, max(stored.shape, default=1)) or scale.size < 1:
         return False
@@ -106,15 +125,14 @@ def same_grid(stored: FileTensor, tensor: QuantizedTensor) -> bool:
     )
 
 
-def torch_order(data: Array | None, kind: str, weight: QuantizedTensor) -> Array | None:
+def torch_order(data: Array | None, kind: str, integers: Tensor) -> Array | None:
     """A stored weight in the order of axes and the shape of the model's; ``None``: it differs."""
-    assert weight.integers is not None
     permutation = _OPERATORS[kind][0]
-    if data is None or data.size != weight.integers.numel():
+    if data is None or data.size != integers.numel():
         return None
     if permutation is not None and data.ndim == len(permutation):
         data = np.transpose(data, permutation)
-    return np.reshape(data, tuple(weight.integers.shape))
+    return np.reshape(data, tuple(integers.shape))
 
 
 def _file_layers(file: TFLiteFile) -> Iterator[FileLayer]:
@@ -138,9 +156,16 @@ def _file_layers(file: TFLiteFile) -> Iterator[FileLayer]:
             continue
         read = file.tensors[origin(operator.inputs[source])]
         has_bias = len(operator.inputs) > bias and operator.inputs[bias] >= 0
-        yield FileLayer(
-            operator,
-            weight,
-            read if read.quantized else None,
-            file.tensors[origin(operator.inputs[bias])] if has_bias else None,
-        )
+        stored = file.tensors[origin(operator.inputs[bias])] if has_bias else None
+        if "3D" in operator.kind:
+            stored = _added(file, operator) or stored
+        yield FileLayer(operator, weight, read if read.quantized else None, stored)
+
+
+def _added(file: TFLiteFile, operator: FileOperator) -> FileTensor | None:
+    """A constant that alone is added to what an operator writes: litert-torch's bias in 3-D."""
+    readers = [op for op in file.operators if operator.outputs[0] in op.inputs]
+    if [op.kind for op in readers] != ["ADD"]:
+        return None
+    other = next(index for index in readers[0].inputs if index != operator.outputs[0])
+    return file.tensors[other] if file.tensors[other].data is not None else None

@@ -56,14 +56,6 @@ def _weights(model: QuantizedModel) -> Iterator[Unsupported]:
                 f"weights must be integers of 8 or fewer bits; got {tensor.qparams.grid}",
                 "Use WeightSpec(bits=8)",
             )
-        elif tensor.integers.numel() and int(tensor.integers.min()) < -127:
-            yield Unsupported(
-                key,
-                "weights must lie in -127 .. 127, as kernels on devices add two products in 16 "
-                "bits; this one holds -128",
-                "Train with a recipe whose weights are on WeightSpec's own grid ('int8', not "
-                "'amct')",
-            )
 
 
 def _per_channel_linears(model: QuantizedModel) -> Iterator[Unsupported]:

@@ -7,6 +7,8 @@ This is the one place that reaches into TinyNeuralNetwork. ``extended`` puts the
 its converter                          here
 =====================================  ====================================================
 per-channel ``linear``: TypeError      scales per row, ``quantized_dimension`` 0
+transposed convolution per channel:    quantized_dimension 0 of the weight as it is stored
+rejected by LiteRT
 bias divided in float32                integers of ``arithmetic.quantize_bias``
 small per-tensor scales times 10       scales as they are
 mean and pools keep the input's grid   MEAN with the output's own grid
@@ -91,17 +93,19 @@ class _IntegerOperator(OperatorConverter):  # type: ignore[misc] # it has no typ
             taken = f"{name}_{number}"
         return self.create_attr_tensor(value, name=taken)
 
-    def weight_and_bias(self, key: str, graph: Any, order: tuple[int, ...]) -> list[Any]:
-        """Weight and bias of a layer, the weight's axes in ``order``."""
+    def weight_and_bias(
+        self, key: str, graph: Any, order: tuple[int, ...], channels: int = 0
+    ) -> list[Any]:
+        """Weight and bias of a layer, the weight's axes in ``order``, ``channels`` the scales'."""
         x, weight, scale, bias = self.input_tensors[:4]
         origin: Any = [0] * len(scale) if scale.dim() else 0
         if bias is None:
-            bias = torch.zeros(len(weight), dtype=torch.int32)
+            bias = torch.zeros(weight.shape[channels], dtype=torch.int32)
         stored = tfl.FakeQuantTensor(
             weight.permute(order).contiguous(),
             scale.tolist(),
             origin,
-            order.index(0) if scale.dim() else None,
+            order.index(channels) if scale.dim() else None,
         )
         bias_scale = scale.double() * x.q_scale()
         added = tfl.FakeQuantTensor(bias, bias_scale.tolist(), origin, 0 if scale.dim() else None)
@@ -145,6 +149,22 @@ def _convolve(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
     if any(padding):
         # The optimizer turns this PAD into padding SAME where the two are the same.
         operators.insert(1, call.pad(operator, padding))
+    return operators
+
+
+def _transpose_convolve(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
+    stride, _, _, _, key = call.input_tensors[4:]
+    weight, bias = call.weight_and_bias(key, graph, (1, 2, 3, 0), channels=1)
+    operator = tfl.TransposeConvOperator(
+        [None, weight, call.input(0, graph), bias],
+        outputs,
+        strideH=stride[0],
+        strideW=stride[1],
+        padding=Padding.VALID,
+    )
+    operators: list[Any] = call.wrap_ops_with_nhwc_nchw_transposes([operator], input_idx=2)
+    size = np.array(operator.outputs[0].shape, dtype=np.int32)
+    operator.inputs[0] = call.create_attr_tensor(size)
     return operators
 
 
@@ -231,6 +251,7 @@ def _average_pool(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]
 
 _EMITTERS: Mapping[str, Callable[[_IntegerOperator, Any, Any], list[Any]]] = {
     f"{NAMESPACE}::convolve": _convolve,
+    f"{NAMESPACE}::transpose_convolve": _transpose_convolve,
     f"{NAMESPACE}::linear": _linear,
     f"{NAMESPACE}::binary": _binary,
     f"{NAMESPACE}::unary": _unary,

@@ -7,17 +7,19 @@ refused, because its kernel cannot do without the grid of its output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.qparams import QParams
 from lightning_qat.quantized_model import QuantizedTensor
+from lightning_qat_exporters import _tflite_averages as averages
+from lightning_qat_exporters import _tflite_sigmoids as sigmoids
+from lightning_qat_exporters._tflite_transposed import dense, dense_scale, size_and_cut
 from lightning_qat_exporters._tinynn_lowering import (
     INT8,
     LITERT,
@@ -41,6 +43,12 @@ def _int8(scale: float, zero_point: int) -> QParams:
 _OF_SIGMOID = _int8(1 / 256, -128)
 _OF_SOFTMAX = _int8(1 / 256, -128)
 _OF_TANH = _int8(1 / 128, 0)
+
+
+_NO_OUTPUT = (
+    "an int8 kernel needs the scale of its output, which is not quantized",
+    f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
+)
 
 
 # Layers
@@ -82,6 +90,75 @@ def _conv2d_padding(lowering: Lowering, node: fx.Node) -> Value:
     )  # fmt: skip
 
 
+def _conv1d(lowering: Lowering, node: fx.Node) -> Value:
+    """On a picture of height 1."""
+    args = arguments_of(node, None, None, None, 1, 0, 1, 1)
+    weight = lowering.weight(args[1])
+    if weight is None:
+        return lowering.as_float(node)
+    stride, padding, dilation = (
+        [start, *_list(v)] for start, v in zip((1, 0, 1), args[3:6], strict=True)
+    )
+    source, qparams = _input_of_layer(lowering, args[0])
+    picture = lowering.call(_ATEN.unsqueeze.default, source, 2)
+    return _flat(lowering, _layer(
+        lowering, node, OPS.convolve.default, _widened(weight), args[2], (picture, qparams), stride,
+        padding, dilation, args[6],
+    ))  # fmt: skip
+
+
+def _flat(lowering: Lowering, value: Value) -> Value:
+    """Rows of a picture of height 1."""
+    return Value(lowering.call(_ATEN.squeeze.dim, value.node, 2), value.qparams)
+
+
+def _widened(weight: QuantizedTensor) -> QuantizedTensor:
+    """A kernel of one dimension as one of two."""
+    assert weight.integers is not None
+    return replace(weight, integers=weight.integers.unsqueeze(2))
+
+
+def _conv_transpose(lowering: Lowering, node: fx.Node) -> Value:
+    """Without padding, then cut: the kernel's own padding is another than torch's."""
+    x, weight_node, bias, *options = arguments_of(node, None, None, None, 1, 0, 0, 1, 1)
+    weight = lowering.weight(weight_node)
+    if weight is None:
+        return lowering.as_float(node)
+    assert weight.integers is not None
+    output, groups = lowering.grid_behind(node), options.pop(3)
+    if output is None:
+        raise Refused(*_NO_OUTPUT)
+    axes = weight.integers.dim() - 2
+    stride, padding, extra, dilation = (
+        _list(value) * (axes // len(_list(value))) for value in options
+    )
+    integers = dense(_stored_integers(weight), groups, dilation)
+    whole, starts, ends = size_and_cut(
+        lowering.shape(x)[2:], integers.shape[2:], stride, padding, extra
+    )
+    source, qparams = _input_of_layer(lowering, x)
+    if axes == 1:
+        source, integers = lowering.call(_ATEN.unsqueeze.default, source, 2), integers.unsqueeze(2)
+        stride, whole, starts, ends = [1, *stride], [1, *whole], [0, *starts], [1, *ends]
+    scale = dense_scale(weight.qparams, groups)
+    value = lowering.emit_layer(
+        OPS.transpose_convolve.default,
+        source,
+        lowering.attribute(integers),
+        lowering.attribute(scale),
+        _stored_bias(lowering, bias, qparams.scale, scale),
+        stride,
+        whole,
+        qparams=output,
+        key=weight.key,
+    )
+    for axis, n, start, end in zip((2, 3), whole, starts, ends, strict=True):
+        if (start, end) != (0, n):
+            cut = lowering.call(_ATEN.slice.Tensor, value.node, axis, start, end)
+            value = Value(cut, value.qparams)
+    return _flat(lowering, value) if axes == 1 else value
+
+
 def _linear(lowering: Lowering, node: fx.Node) -> Value:
     x, weight_node, bias = arguments_of(node, None, None, None)
     weight = lowering.weight(weight_node)
@@ -109,16 +186,13 @@ def _layer(
 ) -> Value:
     output = lowering.grid_behind(node)
     if output is None:
-        raise Refused(
-            "an int8 kernel needs the scale of its output, which is not quantized",
-            f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
-        )
+        raise Refused(*_NO_OUTPUT)
     activation = fused_activation(lowering, node)
     x, qparams = source
     constants = (
         lowering.attribute(_stored_integers(weight)),
         lowering.attribute(weight.qparams.scale),
-        _stored_bias(lowering, bias, qparams.scale, weight),
+        _stored_bias(lowering, bias, qparams.scale, weight.qparams.scale),
     )
     return lowering.emit_layer(
         target, x, *constants, *options, activation, qparams=output, key=weight.key
@@ -127,23 +201,22 @@ def _layer(
 
 def _stored_integers(weight: QuantizedTensor) -> Tensor:
     grid, integers = weight.qparams.grid, weight.integers
-    if integers is None or grid.dtype is not torch.int8 or int(integers.min()) < -127:
+    if integers is None or grid.dtype is not torch.int8:
         raise Refused(
-            f"LiteRT's kernels take weights of -127 .. 127; got the grid {grid.qmin} .. "
-            f"{grid.qmax}",
+            f"LiteRT's kernels take weights of 8 bits; got the grid {grid.qmin} .. {grid.qmax}",
             "Use WeightSpec(bits=8)",
         )
     return integers
 
 
 def _stored_bias(
-    lowering: Lowering, bias: Any, scale_input: Tensor, weight: QuantizedTensor
+    lowering: Lowering, bias: Any, scale_input: Tensor, scale_weight: Tensor
 ) -> fx.Node | None:
     if bias is None:
         return None
     if bias not in lowering.constants:
         raise Refused("its bias is computed at run time", LITERT)
-    integers = quantize_bias(lowering.constants[bias], scale_input, weight.qparams.scale)
+    integers = quantize_bias(lowering.constants[bias], scale_input, scale_weight)
     limits = torch.iinfo(torch.int32)
     if int(integers.min()) < limits.min or int(integers.max()) > limits.max:
         raise Refused(
@@ -217,58 +290,31 @@ def _pool(
     source, qparams = pairs[0]
     shape = lowering.shape(_node(node.args[0]))
     counts = counts or not any(padding)
-    kernel_has_form = counts or _is_same(shape[-2:], kernel, stride, padding)
+    kernel_has_form = counts or averages.is_same(shape[-2:], kernel, stride, padding)
     if qparams.equal(output) and kernel_has_form:
         return lowering.emit(
             OPS.average_pool.default, source, kernel, stride, padding, counts, qparams=qparams
         )
-    # AVERAGE_POOL_2D keeps the grid of its input, so that a second rounding would have to follow.
-    # A depthwise convolution with equal weights rounds once, to the grid that was trained.
-    channels, size = shape[-3], math.prod(kernel)
-    weight = torch.ones(channels, 1, *kernel, dtype=torch.int8)
+    weight = averages.equal_weights(f"{node.name}.weight", shape[-3], kernel)
     mean = lowering.emit_layer(
         OPS.convolve.default,
         source,
-        lowering.attribute(weight),
-        lowering.attribute(torch.tensor(1 / size)),
+        lowering.attribute(_stored_integers(weight)),
+        lowering.attribute(weight.qparams.scale),
         None,
         stride,
         padding,
         [1, 1],
-        channels,
+        shape[-3],
         "none",
         qparams=output,
-        key=f"{node.name}.weight",
+        key=weight.key,
     )
     if counts:
         return mean
-    ones = torch.ones(1, 1, *shape[-2:])
-    counted = F.avg_pool2d(ones, kernel, stride, padding)
-    return _scaled_at_the_border(lowering, mean, 1 / counted, output)
-
-
-def _scaled_at_the_border(
-    lowering: Lowering, mean: Value, factors: Tensor, output: QParams
-) -> Value:
-    """Make up for padding that was counted. Factors of 1, most of them, change nothing.
-
-    Factors are put on a grid of ``1 / n``, with the smallest ``n`` that holds all of them.
-    """
-    largest = int(127 / float(factors.max()))
-    error = [float((factors * n - (factors * n).round()).abs().max()) / n for n in range(1, 128)]
-    n = min(range(1, largest + 1), key=lambda n: (round(error[n - 1], 5), n))
-    constant = lowering.constant(factors, _int8(1 / n, 0))
+    factors = averages.border_factors(f"{node.name}.border", shape[-2:], kernel, stride, padding)
+    constant = lowering.integers(factors)
     return lowering.emit(OPS.binary.default, mean.node, constant, "mul", "none", qparams=output)
-
-
-def _is_same(
-    size: tuple[int, ...], kernel: list[int], stride: list[int], padding: list[int]
-) -> bool:
-    """Whether TFLite's padding SAME is this padding on both sides."""
-    return all(
-        max((math.ceil(n / s) - 1) * s + k - n, 0) == 2 * p and (n + 2 * p - k) % s == 0
-        for n, k, s, p in zip(size, kernel, stride, padding, strict=True)
-    )
 
 
 def _bilinear(lowering: Lowering, node: fx.Node) -> Value:
@@ -311,6 +357,13 @@ def _layer_norm(lowering: Lowering, node: fx.Node) -> Value:
     return Value(
         lowering.call(normalize, lowering.real(x), size, scale, shift, epsilon, False), None
     )
+
+
+def _batch_norm(lowering: Lowering, node: fx.Node) -> Value:
+    """In float: what could be folded has been."""
+    x, weight, bias, mean, variance, momentum, epsilon = (lowering.real(x) for x in node.args)
+    arguments = (x, weight, bias, mean, variance, False, momentum, epsilon, False)
+    return Value(lowering.call(_ATEN.batch_norm.default, *arguments), None)
 
 
 # Activations
@@ -366,16 +419,19 @@ def _hardsigmoid(lowering: Lowering, node: fx.Node) -> Value:
     pairs, output = lowering.quantized(node.args[0]), lowering.grid_behind(node)
     if pairs is None or output is None:
         return lowering.as_float(node)
-    three = lowering.constant(torch.tensor([3.0]), _int8(3 / 127, 0))
-    sixth = lowering.constant(torch.tensor([1 / 6]), _int8(1 / 6 / 127, 0))
-    moved = lowering.emit(
-        OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=_int8(6 / 255, -128)
-    )
+    three = lowering.integers(sigmoids.three(f"{node.name}.three"))
+    sixth = lowering.integers(sigmoids.sixth(f"{node.name}.sixth"))
+    coarse = _int8(float(output.scale) * sigmoids.TIMES, int(output.zero_point))
+    moved = lowering.emit(OPS.binary.default, pairs[0][0], three, "add", "relu6", qparams=coarse)
     return lowering.emit(OPS.binary.default, moved.node, sixth, "mul", "none", qparams=output)
 
 
+def _list(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
 def _pair(value: Any) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
+    values = _list(value)
     return values * 2 if len(values) == 1 else values
 
 
@@ -387,6 +443,9 @@ def _node(argument: Any) -> fx.Node:
 FORMS: Mapping[Any, Form] = {
     _ATEN.conv2d.default: _conv2d,
     _ATEN.conv2d.padding: _conv2d_padding,
+    _ATEN.conv1d.default: _conv1d,
+    _ATEN.conv_transpose1d.default: _conv_transpose,
+    _ATEN.conv_transpose2d.input: _conv_transpose,
     _ATEN.linear.default: _linear,
     _ATEN.add.Tensor: _binary,
     _ATEN.sub.Tensor: _binary,
@@ -419,6 +478,7 @@ FORMS: Mapping[Any, Form] = {
     _ATEN.mish.default: Lowering.as_float,
     _ATEN.layer_norm.default: _layer_norm,
     _ATEN.batch_norm.default: Lowering.as_float,
+    _ATEN._native_batch_norm_legit_no_training.default: _batch_norm,
     _ATEN.upsample_bilinear2d.vec: _bilinear,
     **PASSING,
 }

@@ -219,6 +219,12 @@ class Lowering:
         """Integers of the new graph that stand for some real values."""
         return self.attribute(_as_quint8(values, qparams))
 
+    def integers(self, tensor: QuantizedTensor) -> fx.Node:
+        """A quantized constant of the new graph."""
+        qparams = tensor.qparams
+        assert tensor.integers is not None
+        return self.constant(tensor.integers * qparams.scale, qparams)
+
     def on_grid(self, value: Value, qparams: QParams) -> Value:
         """A value moved to a grid."""
         if value.qparams is None:

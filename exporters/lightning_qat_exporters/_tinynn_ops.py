@@ -105,6 +105,39 @@ def convolve(
     return _quantize(ACTIVATIONS[activation](real), scale, zero_point)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::transpose_convolve", mutates_args=())
+def transpose_convolve(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    size: Sequence[int],
+    scale: float,
+    zero_point: int,
+    key: str,
+) -> Tensor:
+    """A transposed convolution over height and width without padding.
+
+    Args:
+        x: ``quint8``, ``(batch, channels, height, width)``.
+        weight: ``int8``, ``(channels, out_channels, height, width)``.
+        weight_scale: A scalar, or ``(out_channels,)``.
+        bias: ``int32`` on the grid ``scale_x * scale_weight``, ``(out_channels,)``.
+        stride: Per axis.
+        size: Of the output; what lies behind the last window holds the bias alone.
+        scale: Of the output.
+        zero_point: Of the output, 0 .. 255.
+        key: The weight's key: its name in the file.
+    """
+    real = weight * along_axis(weight_scale, 4, 1 if weight_scale.dim() else None)
+    found = F.conv_transpose2d(x.dequantize(), real, None, list(stride))
+    whole = found.new_zeros(*found.shape[:2], *size)
+    whole[tuple(slice(n) for n in found.shape)] = found
+    added = _real_bias(x, weight_scale, bias)
+    return _quantize(whole if added is None else whole + added.reshape(-1, 1, 1), scale, zero_point)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
 def linear(
     x: Tensor,

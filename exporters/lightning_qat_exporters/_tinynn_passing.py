@@ -172,6 +172,8 @@ def _getitem(lowering: Lowering, node: fx.Node) -> Value:
         if index:
             raise Refused("the indices of adaptive_max_pool2d have no form", LITERT)
         return _given(lowering, node)
+    if whole.target is _ATEN._native_batch_norm_legit_no_training.default:
+        return _given(lowering, node)
     if whole.target is not _ATEN.unbind.int:
         return _same(lowering, node)
     axis = arguments_of(whole, None, 0)[1]

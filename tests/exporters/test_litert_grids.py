@@ -24,9 +24,19 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "softplus": (F.softplus, 1.0),
     # One grid in LiteRT: rounded on the input's, then requantized. 13 and 37 steps without.
     "bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), 2.0),
-    "average with padding": (lambda x: F.avg_pool2d(x, 3, 1, 1), 2.0),
+    # Spelled by operators that round once.
+    "average with padding": (lambda x: F.avg_pool2d(x, 3, 1, 1), 1.0),
+    "average to a size": (lambda x: F.adaptive_avg_pool2d(x, (4, 2)), 1.0),
+    "hardsigmoid": (F.hardsigmoid, 1.0),
+    # And twice at the border, where padding was counted.
+    "average without padding": (
+        lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        2.0,
+    ),
     # Read on a grid, and by a maximum in float. 73 steps without.
     "largest subtracted": (lambda x: x - x.amax(1, keepdim=True), 1.0),
+    # litert-torch repeats pictures along another axis.
+    "repeated": (lambda x: x.repeat(1, 1, 2, 1), 1.0),
     # A constant that would be multiplied into the weight before it.
     "scaled": (lambda x: x * 0.5 + 1, 1.0),
 }
@@ -57,6 +67,7 @@ def test_a_tensor_keeps_the_grid_that_it_was_trained_with(name: str, tmp_path: P
     assert agreement.max_steps <= most + 1e-5
     kinds = [op.kind for op in read(artifact.files["model"].read_bytes()).operators]
     assert "CEIL" not in kinds
+    assert any("up to two steps" in note for note in artifact.notes) == (name == "bilinear")
 
 
 def test_a_model_s_own_operator_is_not_taken_for_a_mark(tmp_path: Path) -> None:
@@ -66,3 +77,26 @@ def test_a_model_s_own_operator_is_not_taken_for_a_mark(tmp_path: Path) -> None:
     kinds = [op.kind for op in read(artifact.files["model"].read_bytes()).operators]
     assert kinds.count("CEIL") == 1
     assert "SIN" not in kinds
+
+
+class Shared(nn.Module):
+    """A pool, which litert-torch computes in NHWC, and a Linear read the same picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.avg_pool2d(x, 2), self.layer(x)
+
+
+def test_readers_of_one_tensor_each_get_it_in_their_layout(tmp_path: Path) -> None:
+    # 200 steps off when they shared a pair of quantize and dequantize.
+    x, model = torch.randn(4, 4, 8, 8), Shared()
+    prepare(model, "int8", x)
+    with torch.no_grad():
+        model.train()(x)
+    quantized, exporter = convert(model.eval(), x), TFLiteExporter()
+    artifact = export(quantized, exporter, tmp_path / "net")
+    agreement = verify(quantized, artifact, torch.randn(16, 4, 8, 8), exporter)
+    assert agreement.max_steps <= 1.001

@@ -216,16 +216,62 @@ def test_weights_of_linear_layers_per_tensor_are_accepted(tmp_path: Path) -> Non
     assert TFLiteExporter().differences(model, artifact) == ()
 
 
+def test_weights_of_minus_128_are_computed_and_noted(tmp_path: Path) -> None:
+    # AMCT's grid. Inputs at the lower end too, where products are largest.
+    x = torch.randn(4, 8, 6, 6)
+    layer = nn.Conv2d(8, 4, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.where(layer.weight < 0, -1.0, 0.9))
+    recipe = {"preset": "amct", "joins": True, "outputs": True}
+    model = convert(trained(nn.Sequential(layer), x, recipe), x)
+    integers = model.tensors["0.weight"].integers
+    assert integers is not None
+    assert int((integers == -128).sum()) > 50
+    artifact, file = written(model, tmp_path)
+    agreement = verify(model, artifact, torch.where(x < 0.5, -100.0, x), TFLiteExporter())
+    assert agreement.parameters_equal
+    assert all(runtime.max_steps <= 1.001 for runtime in agreement.runtimes)
+    assert file.float_operators == ()
+    (note,) = artifact.notes
+    assert note.startswith("Weights hold -128")
+    assert note.endswith("0.weight.")
+
+
+def test_a_float_layer_keeps_its_weight_in_bytes(tmp_path: Path) -> None:
+    # litert-torch's converter writes it as float32.
+    x = torch.randn(4, 256)
+    recipe = Recipe(joins=False, outputs=False)
+    model = convert(trained(nn.Sequential(nn.Linear(256, 256)), x, recipe), x)
+    artifact, file = written(model, tmp_path)
+    (weight,) = (t for t in file.tensors if t.name == "0.weight")
+    assert weight.type == "INT8"
+    assert artifact.files["model"].stat().st_size < 1.2 * 256 * 256
+    agreement = verify(model, artifact, torch.randn(32, 256), TFLiteExporter())
+    assert agreement.parameters_equal
+    assert agreement.max_steps <= 0.01
+
+
 def test_a_file_of_more_than_2_gb_is_refused() -> None:
     (problem,) = problems_of(converted("linear"), linear_per_tensor=False, largest=100)
     assert str(problem.reason).startswith("a file holds at most 100 bytes; the constants are ")
 
 
+class Divided(nn.Module):
+    """No integer target knows a division, so the input stays float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(1 / (x + 9))
+        return result
+
+
 def test_an_integer_input_of_a_float_operator_is_refused(tmp_path: Path) -> None:
     x = torch.randn(4, 6)
-    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
     with pytest.raises(UnsupportedByTarget, match="it is read as float, so it cannot be int8"):
-        written(convert(trained(model, x), x), tmp_path, io="int8")
+        written(convert(trained(Divided(), x), x), tmp_path, io="int8")
 
 
 def test_a_missing_backend_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import Recipe, WeightSpec
 from lightning_qat_exporters import _tinynn
 from tests import join_networks, models
+from tests.exporters.litert_operators import assert_as_defined
 
 Array = np.ndarray[Any, Any]
 
@@ -301,8 +302,8 @@ def test_integers_scales_and_biases_are_the_model_s(network: str) -> None:
     assert len(layers) == len([t for t in model.tensors.values() if t.kind == "weight"])
 
 
-FIXED = {(1 / 256, -128), (1 / 128, 0), (float(np.float32(6 / 255)), -128)}
-"""Grids of kernels whose results have one by TFLite's specification, and of a clamp to 0 .. 6."""
+FIXED = {(1 / 256, -128), (1 / 128, 0)}
+"""Grids of kernels whose results have one by TFLite's specification."""
 
 
 @needs_tinynn
@@ -310,7 +311,10 @@ FIXED = {(1 / 256, -128), (1 / 128, 0), (float(np.float32(6 / 255)), -128)}
 @pytest.mark.parametrize("network", join_networks.NETWORKS)
 def test_every_activation_lies_on_a_grid_of_the_model(network: str) -> None:
     activations = [t.qparams for t in converted(network).tensors.values() if t.kind != "weight"]
-    grids = {(float(q.scale), int(q.zero_point)) for q in activations} | FIXED
+    # hardsigmoid adds 3 on the grid of its result, six times as coarse, and takes a sixth.
+    grids = FIXED | {
+        (float(q.scale * times), int(q.zero_point)) for q in activations for times in (1, 6)
+    }
     for operator in read(file_of(network)).operators:
         for tensor in operator.outputs:
             if tensor.dtype == "INT8":
@@ -338,6 +342,13 @@ def test_outputs_are_torch_s(network: str, runtime: str) -> None:
     apart = steps_apart(converted(network), file_of(network), x, runtime)
     # Kernels round twice where torch rounds once; layers behind can widen a step.
     assert np.mean(apart <= 3.001) >= 0.99
+
+
+@needs_tinynn
+@needs_litert
+@pytest.mark.parametrize("network", join_networks.CNNS)
+def test_every_operator_computes_what_its_definition_says_of_its_own_inputs(network: str) -> None:
+    assert_as_defined(file_of(network), join_networks.inputs_for(network, 8))
 
 
 # One operator at a time
@@ -802,11 +813,20 @@ def test_recipes_that_int8_kernels_cannot_express_are_refused(
     assert caught.value.problems[0].layer == layer
 
 
+class Divided(nn.Module):
+    """No integer target knows a division, so what is divided stays float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / (x + 9)
+
+
 @needs_tinynn
 def test_an_integer_input_that_is_read_as_float_is_refused() -> None:
+    (x,) = samples((ROWS,), 4)
+    model = quantized_model(nn.Sequential(Divided(), nn.Linear(8, 2)), x)
     with pytest.raises(UnsupportedByTarget, match="an integer input must be quantized") as caught:
-        _tinynn.convert(converted("encoder_block"), io="int8", layout="nhwc")
-    assert [(p.layer, p.remedy) for p in caught.value.problems] == [("x", 'Use io="float"')]
+        _tinynn.convert(model, io="int8", layout="nhwc")
+    assert [(p.layer, p.remedy) for p in caught.value.problems] == [("input", 'Use io="float"')]
 
 
 # The process
