@@ -5,6 +5,7 @@ from lightning_qat.checkpoint import load_qat_checkpoint, strip_quantizers
 from lightning_qat.convert import CaptureError, convert
 from lightning_qat.export import Artifact, UnsupportedByTarget, export
 from lightning_qat.prepare import PrepareReport, prepare
+from lightning_qat.qat_model import Conversion, convert_qat_model
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
 from lightning_qat.schedule import Schedule
@@ -26,6 +27,8 @@ __all__ = [
     "UnsupportedByTarget",
     "verify",
     "Agreement",
+    "convert_qat_model",
+    "Conversion",
     "load_qat_checkpoint",
     "strip_quantizers",
 ]

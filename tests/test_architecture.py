@@ -26,14 +26,16 @@ FLOORS = [
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
-    # 5 agreement; the plan is found by running; what a checkpoint says; a Trainer's surroundings
-    {"verify", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
+    # 5 agreement, models of other tools; the plan is found by running; what a checkpoint says; a Trainer's surroundings
+    {"verify", "qat_model", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
     {"prepare", "convert"},  # 6 model surgery and capture
     {"delivery", "checkpoint"},  # 7 every target and its manifest; checkpoints without a trainer
     {"callback_export"},  # 8 the end of fit
     {"callback"},  # 9 the door to Lightning
 ]
-OPEN_TO_EXPORTERS = {"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"}
+OPEN_TO_EXPORTERS = {
+    *{"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic", "qat_model"},
+}
 # The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.
 LIGHTNING_DOOR = {"callback", "callback_checks", "run_length", "callback_export"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

@@ -501,12 +501,13 @@ def test_pairs_that_have_no_form_are_all_named() -> None:
     assert [(p.name, p.reason) for p in caught.value.problems] == [
         (
             "per_channel",
-            "an activation must have one scale and one zero point; got 2 scales and 2 zero points",
+            "an activation must have one scale and one zero point; got 2 scales and 2 zero points "
+            "(tensor 'x')",
         ),
         (
             "differing",
             "QuantizeLinear and DequantizeLinear of a pair must share scale and zero point; "
-            "'dq' has others",
+            "'dq' has others (tensor 'v1')",
         ),
     ]
 
