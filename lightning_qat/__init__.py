@@ -1,6 +1,7 @@
 """Quantization-aware training for PyTorch Lightning, exported to every target with proof."""
 
-from lightning_qat.callback import QATCallback
+from typing import TYPE_CHECKING, Any
+
 from lightning_qat.checkpoint import load_qat_checkpoint, strip_quantizers
 from lightning_qat.convert import CaptureError, convert
 from lightning_qat.export import Artifact, UnsupportedByTarget, export
@@ -10,6 +11,9 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
 from lightning_qat.schedule import Schedule
 from lightning_qat.verify import Agreement, verify
+
+if TYPE_CHECKING:
+    from lightning_qat.callback import QATCallback
 
 __all__ = [
     "QATCallback",
@@ -32,3 +36,12 @@ __all__ = [
     "load_qat_checkpoint",
     "strip_quantizers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds to import; the command line and the functions do without it.
+    if name == "QATCallback":
+        from lightning_qat.callback import QATCallback
+
+        return QATCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ class Conversion:
         joins: Names of the other nodes that read quantized tensors.
         outputs: Names of the graph outputs that are integers.
         left_float: Layers and constants that keep real values, each with the reason.
+        notes: What was added so that the files compute the same, one sentence each.
     """
 
     files: Mapping[str, Path]
@@ -30,6 +31,7 @@ class Conversion:
     joins: tuple[str, ...]
     outputs: tuple[str, ...]
     left_float: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Counts, what stayed real and why, and the files."""
@@ -38,6 +40,7 @@ class Conversion:
             f"tensors, {len(self.outputs)} integer outputs, {len(self.left_float)} left real"
         ]
         lines += [f"  left real: {remark}" for remark in self.left_float]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join([*lines, *(f"  {role}: {path}" for role, path in self.files.items())])
 
 

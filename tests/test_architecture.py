@@ -19,6 +19,7 @@ FLOORS = [
         "tape",
         "one_call",
         "compiled",
+        "findings",
     },  # 0 vocabulary
     {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
@@ -26,15 +27,25 @@ FLOORS = [
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
-    # 5 agreement, models of other tools; the plan is found by running; what a checkpoint says; a Trainer's surroundings
+    # 5 agreement; models of other tools; the plan is found by running; what a checkpoint says;
+    # a Trainer's surroundings
     {"verify", "qat_model", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
-    {"prepare", "convert"},  # 6 model surgery and capture
+    {"prepare", "convert", "cli"},  # 6 model surgery and capture; the command line
     {"delivery", "checkpoint"},  # 7 every target and its manifest; checkpoints without a trainer
     {"callback_export"},  # 8 the end of fit
     {"callback"},  # 9 the door to Lightning
 ]
 OPEN_TO_EXPORTERS = {
-    *{"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic", "qat_model"},
+    *{
+        "qparams",
+        "arithmetic",
+        "quantized_model",
+        "export",
+        "verify",
+        "atomic",
+        "qat_model",
+        "findings",
+    },
 }
 # The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.
 LIGHTNING_DOOR = {"callback", "callback_checks", "run_length", "callback_export"}

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
@@ -231,8 +230,13 @@ class _QuantizedForm(ir.passes.InPlacePass):
                 anchor = result.producer()
                 assert anchor is not None  # scale wrote it
                 result = graph.insert(
-                    anchor, "Add", [result, real], {}, f"{layer.name}.add_bias",
-                    dtype=layer.real, after=True,
+                    anchor,
+                    "Add",
+                    [result, real],
+                    {},
+                    f"{layer.name}.add_bias",
+                    dtype=layer.real,
+                    after=True,
                 )
         graph.take_over(accumulator, result, node)
         accumulator.name = f"{layer.name}_output0"

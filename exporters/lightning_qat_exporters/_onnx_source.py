@@ -82,7 +82,7 @@ def _opset(proto: onnx.ModelProto, path: Path) -> int:
             f"The opset must be from {OLDEST_OPSET}, the first with QuantizeLinear, to {newest}, "
             f"the newest that onnx {onnx.__version__} knows; {str(path)!r} has {versions[0]}."
         )
-    return versions[0]
+    return int(versions[0])
 
 
 def _check_order(graph: onnx.GraphProto, outer: set[str], path: str) -> None:
@@ -109,9 +109,7 @@ def _check_order(graph: onnx.GraphProto, outer: set[str], path: str) -> None:
             raise ValueError(f"Nothing in {path!r} makes the output {value.name!r}.")
 
 
-def _unmade(
-    node: onnx.NodeProto, name: str, maker: dict[str, onnx.NodeProto], path: str
-) -> str:
+def _unmade(node: onnx.NodeProto, name: str, maker: dict[str, onnx.NodeProto], path: str) -> str:
     reads = f"In {path!r} the node {_name(node)} reads the tensor {name!r}, "
     if name not in maker:
         return f"{reads}which nothing makes."

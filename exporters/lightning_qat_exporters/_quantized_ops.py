@@ -517,8 +517,7 @@ def _activation_pair(quantize: ir.Node) -> _Grid:
         if node.op_type != "DequantizeLinear":
             raise Mismatch(f"its integers are read by {_label(node)!r} ({node.op_type})")
         other = _factors(node)
-        same = all(map(np.array_equal, (scale, zero_point), other))
-        if not same or (len(node.inputs) > 2 and other[2] != dtype):
+        if not _same_factors((scale, zero_point, dtype), other, typed=len(node.inputs) > 2):
             raise Mismatch(
                 f"QuantizeLinear and DequantizeLinear of a pair must share scale and zero point; "
                 f"{_label(node)!r} has others"
@@ -546,6 +545,17 @@ def _factors(node: ir.Node) -> tuple[Array, Array, np.dtype[Any]]:
     # ONNX QuantizeLinear: without zero point and output_dtype the integers are uint8.
     dtype = ir.DataType(kind).numpy() if kind else np.dtype(np.uint8)
     return scale, np.zeros(1, np.int64), dtype
+
+
+def _same_factors(
+    factors: tuple[Array, Array, np.dtype[Any]],
+    other: tuple[Array, Array, np.dtype[Any]],
+    *,
+    typed: bool,
+) -> bool:
+    """Whether a DequantizeLinear undoes a QuantizeLinear; without zero point it has no type."""
+    same = np.array_equal(factors[0], other[0]) and np.array_equal(factors[1], other[1])
+    return same and (not typed or factors[2] == other[2])
 
 
 def _layer_grid(node: ir.Node, of_node: dict[ir.Node, _Grid]) -> tuple[_Grid, ir.DataType]:
@@ -633,8 +643,8 @@ def _check_constant(dequantize: ir.Node) -> None:
         if node.op_type == "QuantizeLinear":
             scale, zero_point, dtype = _factors(node)
             other = _factors(dequantize)
-            same = all(map(np.array_equal, (scale, zero_point), other))
-            if not same or (len(dequantize.inputs) > 2 and other[2] != dtype):
+            typed = len(dequantize.inputs) > 2
+            if not _same_factors((scale, zero_point, dtype), other, typed=typed):
                 raise Mismatch(
                     "QuantizeLinear and DequantizeLinear of a constant must share scale and zero "
                     f"point; {_label(node)!r} has others"

@@ -15,6 +15,9 @@ from lightning_qat_exporters._quantized_ops import (
     weight_dequantize,
 )
 
+SHIFT = ".shift"
+"""What the second layer of a split one is called after the first."""
+
 _LEVELS = 255
 
 
@@ -84,7 +87,7 @@ def _split(graph: ir.Graph, node: ir.Node, weight: LayerWeight) -> None:
         ],
         attributes,
         outputs=[output],
-        name=f"{name}.shift",
+        name=f"{name}{SHIFT}",
     )
     old = node.outputs[0]
     uses = tuple(old.uses())

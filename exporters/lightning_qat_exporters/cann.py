@@ -11,6 +11,7 @@ import torch
 
 from lightning_qat.atomic import replacing
 from lightning_qat.export import Array, Artifact, Unsupported, UnsupportedByTarget
+from lightning_qat.findings import Finding
 from lightning_qat.qat_model import Conversion
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
@@ -18,6 +19,7 @@ from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._canonical import canonical
 from lightning_qat_exporters._deploy_differences import deploy_differences
 from lightning_qat_exporters._files import require_writable, write_onnx
+from lightning_qat_exporters._lint import lint_deploy
 from lightning_qat_exporters._onnx_source import read_onnx, require_quantized
 from lightning_qat_exporters._qdq import build_qdq
 from lightning_qat_exporters._quantized_ops import (
@@ -28,6 +30,7 @@ from lightning_qat_exporters._quantized_ops import (
 )
 from lightning_qat_exporters._record import format_record, layer_records
 from lightning_qat_exporters._runtime import run_onnx
+from lightning_qat_exporters._wide_weights import SHIFT
 
 REFERENCE = "reference executor"
 SIMULATION = "onnxruntime, fake-quant model"
@@ -123,13 +126,29 @@ class CannExporter:
                 f"in {str(model_file)!r} is:{reasons}"
             )
         written = self._write(qdq, files, float_bias=float_bias)
+        names = [layer.name for layer in found.layers]
+        shifts = {f"{n}{SHIFT}": n for n in names if f"{n}{SHIFT}" in names}
         return Conversion(
             files=written,
-            layers=tuple(layer.name for layer in found.layers),
+            layers=tuple(name for name in names if name not in shifts),
             joins=joins(found),
             outputs=integer_outputs(found),
             left_float=tuple(map(str, found.left_float)),
+            notes=tuple(
+                f"{name!r}: its weight's zero point takes it out of int8; the layer {shift!r} adds "
+                "the rest, exactly."
+                for shift, name in shifts.items()
+            ),
         )
+
+    def lint(self, path: Path) -> tuple[Finding, ...]:
+        """Check a deploy model against every rule that ATC is known to have.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no ONNX model.
+        """
+        return lint_deploy(path)
 
     def _write(
         self, qdq: ir.Model, files: Mapping[str, Path], *, float_bias: bool
