@@ -216,6 +216,7 @@ class _QuantizedForm(ir.passes.InPlacePass):
         if bias is not None:
             node.replace_input_with(2, graph.constant(f"{layer.name}.bias", self.operand(bias)))
         accumulator = node.outputs[0]
+        readers = tuple(accumulator.uses())
         result = self.scale(graph, layer, accumulator)
         if layer.bias is not None and bias is None:
             real_bias = layer.bias.astype(layer.real.numpy())
@@ -238,7 +239,7 @@ class _QuantizedForm(ir.passes.InPlacePass):
                     dtype=layer.real,
                     after=True,
                 )
-        graph.take_over(accumulator, result, node)
+        graph.take_over(accumulator, result, node, readers)
         accumulator.name = f"{layer.name}_output0"
 
     @abstractmethod
@@ -496,16 +497,22 @@ class _GraphWriter:
         """Insert a Cast."""
         return self.insert(anchor, "Cast", [value], {"to": int(to)}, name, dtype=to, after=after)
 
-    def take_over(self, old: ir.Value, new: ir.Value, anchor: ir.Node) -> None:
-        """Let ``new`` replace ``old``, also as a graph output, which keeps its name.
+    def take_over(
+        self,
+        old: ir.Value,
+        new: ir.Value,
+        anchor: ir.Node,
+        uses: Sequence[tuple[ir.Node, int]] | None = None,
+    ) -> None:
+        """Let ``new`` replace ``old`` in its uses and as a graph output, which keeps its name.
 
-        The producer of ``new`` goes on reading ``old``.
+        Without ``uses`` they are all but that of the producer of ``new``.
         """
         if old.is_graph_output() and (new.is_graph_output() or new.producer() is None):
             new = self.insert(anchor, "Identity", [new], {}, f"{new.name}.copy", dtype=_type(new))
         if old.is_graph_output():
             new.name, old.name = old.name, None
-        for user, index in old.uses():
+        for user, index in old.uses() if uses is None else uses:
             if user is not new.producer():
                 user.replace_input_with(index, new)
         for index, output in enumerate(self.graph.outputs):

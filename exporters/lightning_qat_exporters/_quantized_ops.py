@@ -266,10 +266,19 @@ def joins(found: QuantizedGraph) -> tuple[str, ...]:
             _label(reader)
             for activation in found.activations
             for node in activation.dequantizes
-            for reader in node.outputs[0].consumers()
-            if reader not in layers and reader.op_type not in ("QuantizeLinear", *_PASS_ON)
+            for reader in _readers(node.outputs[0])
+            if reader not in layers and reader.op_type != "QuantizeLinear"
         )
     )
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """What reads a tensor, also cast or transposed."""
+    for node in value.consumers():
+        if node.op_type in _PASS_ON:
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
 
 
 def integer_outputs(found: QuantizedGraph) -> tuple[str, ...]:
