@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_qat.apply_record import apply_record
 from lightning_qat.checkpoint import load_qat_checkpoint, strip_quantizers
 from lightning_qat.convert import CaptureError, convert
 from lightning_qat.export import Artifact, UnsupportedByTarget, export
@@ -9,6 +10,7 @@ from lightning_qat.prepare import PrepareReport, prepare
 from lightning_qat.qat_model import Conversion, convert_qat_model
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
+from lightning_qat.record import read_record
 from lightning_qat.schedule import Schedule
 from lightning_qat.verify import Agreement, verify
 
@@ -33,6 +35,8 @@ __all__ = [
     "Agreement",
     "convert_qat_model",
     "Conversion",
+    "read_record",
+    "apply_record",
     "load_qat_checkpoint",
     "strip_quantizers",
 ]

@@ -14,6 +14,7 @@ from lightning_qat.export import Array, Artifact, Unsupported, UnsupportedByTarg
 from lightning_qat.findings import Finding
 from lightning_qat.qat_model import Conversion
 from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.record import format_record
 from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._canonical import canonical
@@ -28,7 +29,7 @@ from lightning_qat_exporters._quantized_ops import (
     integer_outputs,
     joins,
 )
-from lightning_qat_exporters._record import format_record, layer_records
+from lightning_qat_exporters._record import layer_records
 from lightning_qat_exporters._runtime import run_onnx
 from lightning_qat_exporters._wide_weights import SHIFT
 

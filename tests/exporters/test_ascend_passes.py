@@ -14,11 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from lightning_qat.record import format_record, parse_record
 from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._quantized_ops import NotExpressible, find_quantized
-from lightning_qat_exporters._record import format_record, layer_records, parse_record
+from lightning_qat_exporters._record import layer_records
 from tests.exporters.amct_goldens import (
     CASES,
     Case,

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_qat import Conversion, UnsupportedByTarget, convert_qat_model
+from lightning_qat.record import parse_record
 from lightning_qat_exporters import CannExporter
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._files import write_onnx
-from lightning_qat_exporters._record import parse_record
 from tests.exporters.amct_goldens import GOLDENS
 from tests.exporters.test_ascend_passes import Qdq, f32, proto
 
