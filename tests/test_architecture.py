@@ -19,6 +19,8 @@ FLOORS = [
         "tape",
         "one_call",
         "compiled",
+        "findings",
+        "record",
     },  # 0 vocabulary
     {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
@@ -26,14 +28,19 @@ FLOORS = [
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
-    # 5 agreement; the plan is found by running; what a checkpoint says; a Trainer's surroundings
-    {"verify", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
-    {"prepare", "convert"},  # 6 model surgery and capture
-    {"delivery", "checkpoint"},  # 7 every target and its manifest; checkpoints without a trainer
+    # 5 agreement; models of other tools; the plan is found by running; what a checkpoint says;
+    # a Trainer's surroundings
+    {"verify", "qat_model", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
+    {"prepare", "convert", "cli"},  # 6 model surgery and capture; the command line
+    # 7 every target and its manifest; checkpoints without a trainer; factors trained elsewhere
+    {"delivery", "checkpoint", "apply_record"},
     {"callback_export"},  # 8 the end of fit
     {"callback"},  # 9 the door to Lightning
 ]
-OPEN_TO_EXPORTERS = {"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"}
+OPEN_TO_EXPORTERS = {
+    *{"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"},
+    *{"qat_model", "findings", "record"},  # what the doors beside training hand over
+}
 # The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.
 LIGHTNING_DOOR = {"callback", "callback_checks", "run_length", "callback_export"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

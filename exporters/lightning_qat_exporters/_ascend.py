@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from lightning_qat_exporters._quantized_ops import (
     NotExpressible,
     QuantizedLayer,
     Remark,
+    constant,
     find_quantized,
     real_constant,
     unique,
@@ -34,15 +34,16 @@ from lightning_qat_exporters._quantized_ops import (
 _INT32 = np.iinfo(np.int32)
 _CONV_OPS = ("Conv", "ConvTranspose")
 _QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
-_VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
+_DTYPES = {ir.DataType.FLOAT: 0, ir.DataType.FLOAT16: 1}
 
 
-def to_deploy(model: ir.Model, opset: int = 11) -> ir.Model:
+def to_deploy(model: ir.Model, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
     """Write a QDQ model with Ascend's operators; the given model stays as it is.
 
     Args:
-        model: QDQ model, batch norm folded.
+        model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
         opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+        float_bias: Add biases in float after the layers.
 
     Returns:
         A model with AscendQuant, AscendDequant and AscendAntiQuant in the default domain.
@@ -51,18 +52,19 @@ def to_deploy(model: ir.Model, opset: int = 11) -> ir.Model:
         NotExpressible: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    return _written(model, ToDeploy(), opset)
+    return _written(model, ToDeploy(float_bias), opset)
 
 
-def to_fake_quant(model: ir.Model, opset: int = 11) -> ir.Model:
+def to_fake_quant(model: ir.Model, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
     """Write a QDQ model as float operators on integer values, in AMCT's form.
 
     ``Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> layer on integer-valued float
     weights -> Mul(scale_d * scale_w)``. Exact while an accumulator stays below 2**24.
 
     Args:
-        model: QDQ model, batch norm folded.
+        model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
         opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+        float_bias: Add biases in float after the layers.
 
     Returns:
         A model of standard operators that any ONNX runtime runs.
@@ -71,7 +73,7 @@ def to_fake_quant(model: ir.Model, opset: int = 11) -> ir.Model:
         NotExpressible: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    return _written(model, ToFakeQuant(), opset)
+    return _written(model, ToFakeQuant(float_bias), opset)
 
 
 def integer_bias(layer: QuantizedLayer) -> NDArray[np.int32] | None:
@@ -138,6 +140,11 @@ def _written(model: ir.Model, form: _QuantizedForm, opset: int) -> ir.Model:
 class _QuantizedForm(ir.passes.InPlacePass):
     """Replace the Q/DQ pairs and quantized layers of a model; subclasses spell the replacement."""
 
+    def __init__(self, float_bias: bool) -> None:
+        """Remember where biases go."""
+        super().__init__()
+        self.float_bias = float_bias
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
         found = find_quantized(model)
@@ -145,15 +152,17 @@ class _QuantizedForm(ir.passes.InPlacePass):
         biases: dict[str, NDArray[np.int32] | None] = {}
         for layer in found.layers:
             try:
-                biases[layer.name] = integer_bias(layer)
+                biases[layer.name] = None if self.float_bias else integer_bias(layer)
             except NotExpressible as error:
                 problems += error.problems
         if problems:
             raise NotExpressible(problems)
         graph = _GraphWriter(model.graph)
-        layer_nodes = {layer.node for layer in found.layers}
+        readers: dict[Activation, list[ir.Node]] = {}
+        for layer in found.layers:
+            readers.setdefault(layer.activation, []).append(layer.node)
         for activation in found.activations:
-            self._activation(graph, activation, layer_nodes)
+            self._activation(graph, activation, readers.get(activation, []))
         for layer in found.layers:
             self._layer(graph, layer, biases[layer.name])
         _fold_real_constants(graph)
@@ -174,15 +183,15 @@ class _QuantizedForm(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(found.activations or found.layers))
 
     def _activation(
-        self, graph: _GraphWriter, activation: Activation, layer_nodes: set[ir.Node]
+        self, graph: _GraphWriter, activation: Activation, readers: Sequence[ir.Node]
     ) -> None:
         read = self.quantize(graph, activation, activation.quantizes[0])
+        for layer_node in readers:
+            layer_node.replace_input_with(0, read)
         real: ir.Value | None = None
         for node in activation.dequantizes:
             old = node.outputs[0]
-            for user, index in old.uses():
-                if user in layer_nodes and index == 0:
-                    user.replace_input_with(0, read)
+            _drop_unread_casts(old)
             if old.uses() or old.is_graph_output():
                 if real is None:
                     real = self.dequantize(graph, activation, read, node)
@@ -206,13 +215,31 @@ class _QuantizedForm(ir.passes.InPlacePass):
         node.replace_input_with(1, graph.constant(f"{layer.name}.weight", weight))
         if bias is not None:
             node.replace_input_with(2, graph.constant(f"{layer.name}.bias", self.operand(bias)))
-        if layer.add is not None and layer.bias is not None:
-            real = graph.constant(f"{layer.name}.bias", layer.bias.astype(np.float32))
-            side = 1 if layer.add.inputs[0] is node.outputs[0] else 0
-            layer.add.replace_input_with(side, real)
         accumulator = node.outputs[0]
+        readers = tuple(accumulator.uses())
         result = self.scale(graph, layer, accumulator)
-        graph.take_over(accumulator, result, node)
+        if layer.bias is not None and bias is None:
+            real_bias = layer.bias.astype(layer.real.numpy())
+            if layer.add is not None:
+                side = 1 if layer.add.inputs[0] is accumulator else 0
+                real = graph.constant(f"{layer.name}.bias", real_bias)
+                layer.add.replace_input_with(side, real)
+            else:
+                node.resize_inputs(2)
+                trailing = [1] * (layer.weight.ndim - 2) if node.op_type in _CONV_OPS else []
+                real = graph.constant(f"{layer.name}.bias", real_bias.reshape(-1, *trailing))
+                anchor = result.producer()
+                assert anchor is not None  # scale wrote it
+                result = graph.insert(
+                    anchor,
+                    "Add",
+                    [result, real],
+                    {},
+                    f"{layer.name}.add_bias",
+                    dtype=layer.real,
+                    after=True,
+                )
+        graph.take_over(accumulator, result, node, readers)
         accumulator.name = f"{layer.name}_output0"
 
     @abstractmethod
@@ -250,12 +277,16 @@ class ToDeploy(_QuantizedForm):
         if activation.narrowed:
             # AscendQuant saturates at its type; a smaller range is a float Clip before it.
             ends = np.array([activation.low, activation.high]) - activation.offset_d
-            low, high = ends.astype(np.float32) * activation.scale_d
+            low, high = (ends.astype(np.float32) * activation.scale_d).astype(
+                activation.real.numpy()
+            )
             bounds = [
                 graph.constant(f"{name}.quant.clip.min_val", low),
                 graph.constant(f"{name}.quant.clip.max_val", high),
             ]
-            source = graph.insert(anchor, "Clip", [source, *bounds], {}, f"{name}.quant.clip")
+            source = graph.insert(
+                anchor, "Clip", [source, *bounds], {}, f"{name}.quant.clip", dtype=activation.real
+            )
         attributes = {
             "scale": float(np.float32(1) / activation.scale_d),
             "offset": float(activation.offset_d),
@@ -270,9 +301,16 @@ class ToDeploy(_QuantizedForm):
         self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """AscendAntiQuant; its ``scale`` is scale_d itself, CANN's parser negates the offset."""
-        attributes = {"scale": float(activation.scale_d), "offset": float(activation.offset_d)}
+        attributes: dict[str, Any] = {
+            "scale": float(activation.scale_d),
+            "offset": float(activation.offset_d),
+        }
+        if activation.real == ir.DataType.FLOAT16:
+            attributes["dtype"] = _DTYPES[activation.real]
         name = f"{activation.name}.antiquant"
-        return graph.insert(anchor, "AscendAntiQuant", [read], attributes, name)
+        return graph.insert(
+            anchor, "AscendAntiQuant", [read], attributes, name, dtype=activation.real
+        )
 
     def integers(
         self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
@@ -281,10 +319,13 @@ class ToDeploy(_QuantizedForm):
         return read
 
     def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
-        """AscendDequant to float32 (``dtype`` 0)."""
+        """AscendDequant to float32 (``dtype`` 0) or float16 (1)."""
         name = f"{layer.name}.dequant"
         inputs = [accumulator, graph.constant(f"{name}.param", dequant_param(layer))]
-        result = graph.insert(layer.node, "AscendDequant", inputs, {"dtype": 0}, name, after=True)
+        attributes = {"dtype": _DTYPES[layer.real]}
+        result = graph.insert(
+            layer.node, "AscendDequant", inputs, attributes, name, dtype=layer.real, after=True
+        )
         # Not .dtype: a clone shares the type object with the model it was made from.
         accumulator.type = ir.TensorType(ir.DataType.INT32)
         return result
@@ -307,7 +348,10 @@ class ToFakeQuant(_QuantizedForm):
             "max_val": np.float32(activation.high),
         }
         of = {key: graph.constant(f"{name}.{key}", value) for key, value in numbers.items()}
-        value = graph.insert(anchor, "Mul", [activation.source, of["scale"]], {}, f"{name}.mul")
+        value = activation.source
+        if activation.real == ir.DataType.FLOAT16:
+            value = graph.cast(anchor, value, ir.DataType.FLOAT, f"{name}.cast")
+        value = graph.insert(anchor, "Mul", [value, of["scale"]], {}, f"{name}.mul")
         value = graph.insert(anchor, "Round", [value], {}, f"{name}.round")
         value = graph.insert(anchor, "Add", [value, of["offset"]], {}, f"{name}.add")
         bounds = [of["min_val"], of["max_val"]]
@@ -320,7 +364,10 @@ class ToFakeQuant(_QuantizedForm):
         """``Mul(scale_d)``."""
         name = f"{activation.name}.fakeantiquant"
         scale = graph.constant(f"{name}.scale", activation.scale_d)
-        return graph.insert(anchor, "Mul", [read, scale], {}, f"{name}.mul")
+        value = graph.insert(anchor, "Mul", [read, scale], {}, f"{name}.mul")
+        if activation.real == ir.DataType.FLOAT16:
+            value = graph.cast(anchor, value, activation.real, f"{name}.cast")
+        return value
 
     def integers(
         self, graph: _GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
@@ -331,9 +378,7 @@ class ToFakeQuant(_QuantizedForm):
         clipped = subtract.inputs[0]
         assert clipped is not None
         dtype = ir.DataType[activation.dst_type]
-        attributes = {"to": int(dtype)}
-        name = f"{activation.name}.quant.fakequant.cast"
-        return graph.insert(anchor, "Cast", [clipped], attributes, name, dtype=dtype)
+        return graph.cast(anchor, clipped, dtype, f"{activation.name}.quant.fakequant.integers")
 
     def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
         """``Mul(scale_d * scale_w)``, the product in float32."""
@@ -341,7 +386,14 @@ class ToFakeQuant(_QuantizedForm):
         trailing = layer.weight.ndim - 2 if layer.node.op_type in _CONV_OPS else 0
         product = layer.product_scale.reshape(1, -1, *[1] * trailing)
         inputs = [accumulator, graph.constant(f"{name}.dqscale", product)]
-        return graph.insert(layer.node, "Mul", inputs, {}, f"{name}.mul", after=True)
+        value = graph.insert(layer.node, "Mul", inputs, {}, f"{name}.mul", after=True)
+        # Not .dtype: a clone shares the type object with the model it was made from.
+        accumulator.type = ir.TensorType(ir.DataType.FLOAT)
+        if layer.real == ir.DataType.FLOAT16:
+            anchor = value.producer()
+            assert anchor is not None  # just inserted
+            value = graph.cast(anchor, value, layer.real, f"{name}.cast", after=True)
+        return value
 
     def operand(self, integers: Array) -> Array:
         """Integer-valued float32."""
@@ -384,7 +436,21 @@ def _fold_real_constants(graph: _GraphWriter) -> None:
             if real is not None:
                 old = node.outputs[0]
                 name = old.name or "weight"
-                graph.take_over(old, graph.constant(name, real.astype(np.float32)), node)
+                scale = constant(node.inputs[1])
+                assert scale is not None  # real_constant read it
+                kind = scale.dtype
+                if "output_dtype" in node.attributes:
+                    kind = ir.DataType(node.attributes.get_int("output_dtype")).numpy()
+                graph.take_over(old, graph.constant(name, real.astype(kind)), node)
+
+
+def _drop_unread_casts(value: ir.Value) -> None:
+    """Remove what stood between a pair and its layers and is read by nothing any more."""
+    for node in tuple(value.consumers()):
+        if node.op_type in ("Cast", "Identity") and not node.outputs[0].is_graph_output():
+            _drop_unread_casts(node.outputs[0])
+            if not node.outputs[0].uses() and node.graph is not None:
+                node.graph.remove(node, safe=True)
 
 
 class _GraphWriter:
@@ -419,16 +485,34 @@ class _GraphWriter:
         (self.graph.insert_after if after else self.graph.insert_before)(anchor, node)
         return output
 
-    def take_over(self, old: ir.Value, new: ir.Value, anchor: ir.Node) -> None:
-        """Let ``new`` replace ``old``, also as a graph output, which keeps its name.
+    def cast(
+        self,
+        anchor: ir.Node,
+        value: ir.Value,
+        to: ir.DataType,
+        name: str,
+        *,
+        after: bool = False,
+    ) -> ir.Value:
+        """Insert a Cast."""
+        return self.insert(anchor, "Cast", [value], {"to": int(to)}, name, dtype=to, after=after)
 
-        The producer of ``new`` goes on reading ``old``.
+    def take_over(
+        self,
+        old: ir.Value,
+        new: ir.Value,
+        anchor: ir.Node,
+        uses: Sequence[tuple[ir.Node, int]] | None = None,
+    ) -> None:
+        """Let ``new`` replace ``old`` in its uses and as a graph output, which keeps its name.
+
+        Without ``uses`` they are all but that of the producer of ``new``.
         """
         if old.is_graph_output() and (new.is_graph_output() or new.producer() is None):
             new = self.insert(anchor, "Identity", [new], {}, f"{new.name}.copy", dtype=_type(new))
         if old.is_graph_output():
             new.name, old.name = old.name, None
-        for user, index in old.uses():
+        for user, index in old.uses() if uses is None else uses:
             if user is not new.producer():
                 user.replace_input_with(index, new)
         for index, output in enumerate(self.graph.outputs):

@@ -22,7 +22,8 @@ COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators that run on integers; every other operator keeps real values."""
 
 _INT8 = np.iinfo(np.int8)
-_PASS_ON = ("Transpose", "Identity")
+_PASS_ON = ("Transpose", "Identity", "Cast")
+_REAL = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # A grid of unsigned integers is the signed grid shifted by half its size.
 _GRIDS: dict[np.dtype[Any], tuple[DstType, int]] = {
     np.dtype(np.int8): ("INT8", 0),
@@ -46,6 +47,7 @@ class Activation:
         dst_type: Type of the integers.
         low: Smallest integer in use; above the type's own where a Clip narrows the grid.
         high: Largest integer in use.
+        real: Type of the real tensor, float32 or float16.
         quantizes: The QuantizeLinear nodes, in graph order.
         dequantizes: The DequantizeLinear nodes, in graph order.
     """
@@ -57,6 +59,7 @@ class Activation:
     dst_type: DstType
     low: int
     high: int
+    real: ir.DataType
     quantizes: tuple[ir.Node, ...]
     dequantizes: tuple[ir.Node, ...]
 
@@ -72,7 +75,7 @@ class QuantizedLayer:
 
     Attributes:
         name: The layer's name, unique in the model.
-        node: The compute node; its input 0 is a DequantizeLinear of ``activation``.
+        node: The compute node; its input 0 is a DequantizeLinear of ``activation``, maybe cast.
         activation: The grid of the layer's input.
         weight: Integers: Conv ``[Cout, Cin/g, k...]``, ConvTranspose ``[Cin, Cout/g, k...]``,
             Gemm and MatMul ``[in, out]`` whatever ``transB`` says.
@@ -80,6 +83,7 @@ class QuantizedLayer:
         channel_axis: Axis of the output channels in ``weight``.
         bias: Real bias of length Cout, or None. Float64 where the model stores scaled integers.
         add: The Add that brings the bias of a MatMul; None where ``node`` reads the bias itself.
+        real: Type of the layer's output, float32 or float16.
     """
 
     name: str
@@ -90,6 +94,7 @@ class QuantizedLayer:
     channel_axis: int
     bias: Array | None
     add: ir.Node | None
+    real: ir.DataType
 
     @property
     def source(self) -> ir.Value:
@@ -191,41 +196,48 @@ def find_quantized(model: ir.Model) -> QuantizedGraph:
     grids: dict[tuple[Any, ...], _Grid] = {}
     of_node: dict[ir.Node, _Grid] = {}
     for node in model.graph:
-        if node.op_type == "QuantizeLinear" and constant(node.inputs[0]) is None:
+        if node.op_type == "QuantizeLinear" and not is_constant(node.inputs[0]):
             try:
                 pair = _activation_pair(node)
-            except _Mismatch as mismatch:
-                problems.append(Remark(_label(node), *mismatch.args))
+            except Mismatch as mismatch:
+                problems.append(_of_tensor(node, mismatch))
                 continue
             grid = grids.setdefault(pair.key, pair)
             if grid is not pair:
                 grid.quantizes += pair.quantizes
                 grid.dequantizes += pair.dequantizes
             of_node.update(dict.fromkeys(pair.dequantizes, grid))
+        elif weight_dequantize(node.outputs[0]) is node:
+            try:
+                _check_constant(node)
+            except Mismatch as mismatch:
+                problems.append(_of_tensor(node, mismatch))
         elif node.op_type == "DequantizeLinear" and _unpaired(node):
-            problems.append(Remark(_label(node), "no QuantizeLinear makes the integers it reads"))
+            unpaired = Mismatch("no QuantizeLinear makes the integers it reads")
+            problems.append(_of_tensor(node, unpaired))
 
     left_float: list[Remark] = []
-    found: list[tuple[str, ir.Node, _Grid, _Weight, _Bias]] = []
+    found: list[tuple[str, ir.Node, _Grid, ir.DataType, LayerWeight, _Bias]] = []
     names: set[str] = set()
     for node in model.graph:
         if node.op_type not in COMPUTE_OPS or node.domain:
             passes_on = node.op_type in (*_PASS_ON, "DequantizeLinear")
-            if not passes_on and any(_weight_dequantize(v) is not None for v in node.inputs):
+            if not passes_on and any(weight_dequantize(v) is not None for v in node.inputs):
                 left_float.append(Remark(_label(node), f"{node.op_type} keeps real weights"))
             continue
         try:
-            layer_grid = _layer_grid(node, of_node)
-            weight = _layer_weight(node)
+            layer_grid, real = _layer_grid(node, of_node)
+            weight = layer_weight(node)
+            _require_usable(weight, layer_grid)
             bias = _layer_bias(node, weight)
         except _Unfit as unfit:
             problems.append(Remark(_label(node), *unfit.args))
-        except _Mismatch as mismatch:
+        except Mismatch as mismatch:
             left_float.append(Remark(_label(node), *mismatch.args))
         else:
             name = unique(_label(node), names)
             layer_grid.reader = layer_grid.reader or name
-            found.append((name, node, layer_grid, weight, bias))
+            found.append((name, node, layer_grid, real, weight, bias))
 
     names = set()
     activations = {id(grid): grid.finished(names) for grid in grids.values()}
@@ -234,15 +246,50 @@ def find_quantized(model: ir.Model) -> QuantizedGraph:
             name=name,
             node=node,
             activation=activations[id(grid)],
-            weight=weight.integers.astype(np.int8),
+            weight=weight.integers.astype(np.int8, copy=False),
             scale_w=weight.scale,
             channel_axis=weight.channel_axis,
             bias=bias.real,
             add=bias.add,
+            real=real,
         )
-        for name, node, grid, weight, bias in found
+        for name, node, grid, real, weight, bias in found
     )
     return QuantizedGraph(tuple(activations.values()), layers, tuple(left_float), tuple(problems))
+
+
+def joins(found: QuantizedGraph) -> tuple[str, ...]:
+    """Nodes that are no layers and read real values from a quantized tensor, each once."""
+    layers = {layer.node for layer in found.layers}
+    return tuple(
+        dict.fromkeys(
+            _label(reader)
+            for activation in found.activations
+            for node in activation.dequantizes
+            for reader in _readers(node.outputs[0])
+            if reader not in layers and reader.op_type != "QuantizeLinear"
+        )
+    )
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """What reads a tensor, also cast or transposed."""
+    for node in value.consumers():
+        if node.op_type in _PASS_ON:
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
+
+
+def integer_outputs(found: QuantizedGraph) -> tuple[str, ...]:
+    """Graph outputs that are the integers of a quantized tensor."""
+    return tuple(
+        value.name or ""
+        for activation in found.activations
+        for node in activation.quantizes
+        for value in (node.outputs[0], *(n.outputs[0] for n in node.outputs[0].consumers()))
+        if value.is_graph_output() and value.producer() not in activation.dequantizes
+    )
 
 
 def unique(name: str, taken: set[str]) -> str:
@@ -260,17 +307,30 @@ def unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def constant(value: ir.Value | None) -> Array | None:
-    """The array of an initializer or Constant node, also behind Identity; else None."""
-    while value is not None:
-        tensor = ir.convenience.get_const_tensor(value)
-        if tensor is not None:
-            return np.asarray(tensor.numpy())
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether ``constant`` has an array for ``value``; computes none."""
+    while value is not None and ir.convenience.get_const_tensor(value) is None:
         node = value.producer()
-        if node is None or node.op_type != "Identity":
-            return None
+        if node is None or node.op_type not in _PASS_ON:
+            return False
         value = node.inputs[0]
-    return None
+    return value is not None
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array of an initializer or Constant node, also cast and transposed; else None."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return np.asarray(tensor.numpy())
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in _PASS_ON:
+        return None
+    array = constant(node.inputs[0])
+    if array is None or node.op_type == "Identity":
+        return array
+    if node.op_type == "Cast":
+        return array.astype(ir.DataType(node.attributes.get_int("to", 1)).numpy())
+    return array.transpose(node.attributes.get_ints("perm", range(array.ndim)[::-1]))
 
 
 def real_constant(value: ir.Value | None) -> Array | None:
@@ -285,7 +345,7 @@ def real_constant(value: ir.Value | None) -> Array | None:
     plain = constant(value)
     if plain is not None:
         return plain if np.issubdtype(plain.dtype, np.floating) else None
-    dequantize = _weight_dequantize(value)
+    dequantize = weight_dequantize(value)
     if dequantize is None:
         return None
     integers, zero_point = _integers(dequantize)
@@ -299,7 +359,7 @@ def real_constant(value: ir.Value | None) -> Array | None:
     return real
 
 
-class _Mismatch(Exception):
+class Mismatch(Exception):
     """The structure is another one; the arguments are the reason and, maybe, a remedy."""
 
 
@@ -317,6 +377,7 @@ class _Grid:
     dst_type: DstType
     low: int
     high: int
+    real: ir.DataType
     quantizes: list[ir.Node] = field(default_factory=list)
     dequantizes: list[ir.Node] = field(default_factory=list)
     reader: str | None = None
@@ -325,7 +386,7 @@ class _Grid:
     def key(self) -> tuple[Any, ...]:
         return (
             *(id(self.source), self.scale.tobytes(), self.offset),
-            *(self.dst_type, self.low, self.high),
+            *(self.dst_type, self.low, self.high, self.real),
         )
 
     def finished(self, names: set[str]) -> Activation:
@@ -338,14 +399,24 @@ class _Grid:
             dst_type=self.dst_type,
             low=self.low,
             high=self.high,
+            real=self.real,
             quantizes=tuple(self.quantizes),
             dequantizes=tuple(self.dequantizes),
         )
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
-    integers: NDArray[np.int64]
+class LayerWeight:
+    """A layer's weight in the layout that ``QuantizedLayer`` promises.
+
+    Attributes:
+        integers: ``q - zero_point``; they need not fit int8.
+        scale: Real size of one step, of length 1 or ``channels``.
+        channel_axis: Axis of the output channels in ``integers``.
+        channels: Number of output channels.
+    """
+
+    integers: NDArray[np.integer[Any]]
     scale: NDArray[np.float32]
     channel_axis: int
     channels: int
@@ -355,6 +426,12 @@ class _Weight:
 class _Bias:
     real: Array | None
     add: ir.Node | None
+
+
+def _of_tensor(node: ir.Node, mismatch: Mismatch) -> Remark:
+    """A remark on a node of a Q/DQ pair that names the tensor it reads, too."""
+    reason, *remedy = mismatch.args
+    return Remark(_label(node), f"{reason} (tensor {node.inputs[0].name!r})", *remedy)  # type: ignore[union-attr]
 
 
 def _label(node: ir.Node) -> str:
@@ -375,7 +452,7 @@ def _first_reader(quantizes: Iterable[ir.Node], dequantizes: Iterable[ir.Node]) 
 def _array(value: ir.Value | None, what: str) -> Array:
     array = constant(value)
     if array is None:
-        raise _Mismatch(f"the {what} must be a constant")
+        raise Mismatch(f"the {what} must be a constant")
     return array
 
 
@@ -395,32 +472,39 @@ def _unpaired(dequantize: ir.Node) -> bool:
     if node is not None and node.op_type == "Clip":
         value = node.inputs[0]
         node = value.producer() if value is not None else None
-    return constant(value) is None and (node is None or node.op_type != "QuantizeLinear")
+    return not is_constant(value) and (node is None or node.op_type != "QuantizeLinear")
 
 
 def _activation_pair(quantize: ir.Node) -> _Grid:
     """Read one QuantizeLinear of an activation with everything that hangs on its integers.
 
     Raises:
-        _Mismatch: The pair is none: several factors, other readers, other types.
+        Mismatch: The pair is none: several factors, other readers, other types.
     """
     scale, zero_point, dtype = _factors(quantize)
     if scale.size != 1 or zero_point.size != 1:
-        raise _Mismatch(
+        raise Mismatch(
             f"an activation must have one scale and one zero point; got {scale.size} scales and "
             f"{zero_point.size} zero points",
             "Quantize activations per tensor",
         )
     if dtype not in _GRIDS:
-        raise _Mismatch(
+        raise Mismatch(
             f"activations must be int8, uint8, int16 or uint16; got {dtype}",
             "Quantize the activation with 8 or 16 bits",
         )
     step = np.float32(scale.reshape(()))
-    with np.errstate(over="ignore"):
-        usable = np.isfinite(step) and step > 0 and np.isfinite(np.float32(1) / step)
-    if not usable:
-        raise _Mismatch(f"a scale must be positive, and it and its reciprocal finite; got {step!r}")
+    if not usable_scale(step):
+        raise Mismatch(
+            f"a scale must be positive, and it and its reciprocal normal float32; got {step!r}",
+            "Calibrate the tensor again, or leave it real",
+        )
+    real = ir.DataType.from_numpy(scale.dtype)
+    if real not in _REAL:
+        raise Mismatch(
+            f"the tensor must be float32 or float16; its scale is {real.name}",
+            "Convert the model to one of the two",
+        )
     dst_type, shift = _GRIDS[dtype]
     low, high = type_range(dst_type)
     source = quantize.inputs[0]
@@ -429,7 +513,7 @@ def _activation_pair(quantize: ir.Node) -> _Grid:
     clips = [n for n in integers.consumers() if n.op_type == "Clip"]
     if clips:
         if len(integers.consumers()) > 1 or integers.is_graph_output():
-            raise _Mismatch("the integers must be read either by one Clip or by DequantizeLinear")
+            raise Mismatch("the integers must be read either by one Clip or by DequantizeLinear")
         bounds = [*clips[0].inputs, None, None][1:3]
         ends = [
             None if v is None else int(_array(v, "bound of a Clip").reshape(())) for v in bounds
@@ -440,10 +524,10 @@ def _activation_pair(quantize: ir.Node) -> _Grid:
     dequantizes = list(integers.consumers())
     for node in dequantizes:
         if node.op_type != "DequantizeLinear":
-            raise _Mismatch(f"its integers are read by {_label(node)!r} ({node.op_type})")
-        other_scale, other_zero, _ = _factors(node)
-        if not (np.array_equal(other_scale, scale) and np.array_equal(other_zero, zero_point)):
-            raise _Mismatch(
+            raise Mismatch(f"its integers are read by {_label(node)!r} ({node.op_type})")
+        other = _factors(node)
+        if not _same_factors((scale, zero_point, dtype), other, typed=len(node.inputs) > 2):
+            raise Mismatch(
                 f"QuantizeLinear and DequantizeLinear of a pair must share scale and zero point; "
                 f"{_label(node)!r} has others"
             )
@@ -454,6 +538,7 @@ def _activation_pair(quantize: ir.Node) -> _Grid:
         dst_type=dst_type,
         low=low,
         high=high,
+        real=real,
         quantizes=[quantize],
         dequantizes=dequantizes,
     )
@@ -471,22 +556,80 @@ def _factors(node: ir.Node) -> tuple[Array, Array, np.dtype[Any]]:
     return scale, np.zeros(1, np.int64), dtype
 
 
-def _layer_grid(node: ir.Node, of_node: dict[ir.Node, _Grid]) -> _Grid:
-    data = node.inputs[0]
+def _same_factors(
+    factors: tuple[Array, Array, np.dtype[Any]],
+    other: tuple[Array, Array, np.dtype[Any]],
+    *,
+    typed: bool,
+) -> bool:
+    """Whether a DequantizeLinear undoes a QuantizeLinear; without zero point it has no type."""
+    same = np.array_equal(factors[0], other[0]) and np.array_equal(factors[1], other[1])
+    return same and (not typed or factors[2] == other[2])
+
+
+def _layer_grid(node: ir.Node, of_node: dict[ir.Node, _Grid]) -> tuple[_Grid, ir.DataType]:
+    """The grid that a layer reads, and the real type in which it reads it."""
+    data, real = node.inputs[0], None
     producer = data.producer() if data is not None else None
-    quantized_weight = _weight_dequantize(node.inputs[1]) is not None
+    while producer is not None and producer.op_type in ("Identity", "Cast"):
+        if producer.op_type == "Cast" and real is None:
+            real = ir.DataType(producer.attributes.get_int("to", 1))
+        data = producer.inputs[0]
+        producer = data.producer() if data is not None else None
+    quantized_weight = weight_dequantize(node.inputs[1]) is not None
     if producer is None or producer not in of_node:
-        raise _Mismatch(
+        raise Mismatch(
             "its weight is quantized and its input is not"
             if quantized_weight
             else "neither its input nor its weight is quantized"
         )
     if not quantized_weight:
-        raise _Mismatch("its input is quantized and its weight is no quantized constant")
-    return of_node[producer]
+        raise Mismatch("its input is quantized and its weight is no quantized constant")
+    grid = of_node[producer]
+    if real is None:
+        real = grid.real
+    if real not in _REAL:
+        raise Mismatch(f"it must compute in float32 or float16; it computes in {real.name}")
+    return grid, real
 
 
-def _weight_dequantize(value: ir.Value | None) -> ir.Node | None:
+def _require_usable(weight: LayerWeight, grid: _Grid) -> None:
+    """Raise ``_Unfit`` for integers and scales that no integer layer can have."""
+    integers, scale = weight.integers, weight.scale
+    if integers.size and not (_INT8.min <= integers.min() and integers.max() <= _INT8.max):
+        raise _Unfit(
+            f"the weight's integers must fit int8; they run from {integers.min()} to "
+            f"{integers.max()}",
+            "Quantize the weight with 8 bits or fewer",
+        )
+    product = grid.scale * scale
+    for what, values in (("the weight's scales", scale), ("scale_d * scale_w", product)):
+        if not usable_scale(values):
+            bad = values[~_usable(values)][0]
+            raise _Unfit(
+                f"{what} must be positive normal float32; got {bad!r}",
+                "Quantize the layer again, or leave it real",
+            )
+
+
+def usable_scale(scale: Array | np.float32) -> bool:
+    """Whether every scale and its reciprocal are positive normal float32 numbers.
+
+    >>> usable_scale(np.float32(0.5)), usable_scale(np.float32(1e-39))
+    (True, False)
+    """
+    return bool(np.all(_usable(scale)))
+
+
+def _usable(scale: Array | np.float32) -> Array:
+    smallest = np.finfo(np.float32).tiny
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        reciprocal = np.float32(1) / np.float32(scale)
+    usable: Array = np.isfinite(scale) & (scale >= smallest) & (reciprocal >= smallest)
+    return usable
+
+
+def weight_dequantize(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear of a constant behind ``value``, through Transpose and Identity."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in _PASS_ON:
@@ -499,7 +642,42 @@ def _weight_dequantize(value: ir.Value | None) -> ir.Node | None:
     while inner is not None and inner.op_type in ("Clip", "QuantizeLinear"):
         value = inner.inputs[0]
         inner = value.producer() if value is not None else None
-    return node if constant(value) is not None else None
+    return node if is_constant(value) else None
+
+
+def _check_constant(dequantize: ir.Node) -> None:
+    """Raise ``Mismatch`` where the factors of a quantized constant cannot be meant."""
+    source = dequantize.inputs[0]
+    while (node := None if source is None else source.producer()) and node.op_type != "Constant":
+        if node.op_type == "QuantizeLinear":
+            scale, zero_point, dtype = _factors(node)
+            other = _factors(dequantize)
+            typed = len(dequantize.inputs) > 2
+            if not _same_factors((scale, zero_point, dtype), other, typed=typed):
+                raise Mismatch(
+                    "QuantizeLinear and DequantizeLinear of a constant must share scale and zero "
+                    f"point; {_label(node)!r} has others"
+                )
+        source = node.inputs[0]
+    scale, zero_point, _ = _factors(dequantize)
+    if dequantize.attributes.get_int("block_size", 0):
+        return
+    shape = dequantize.inputs[0].shape if dequantize.inputs[0] is not None else None
+    axis = dequantize.attributes.get_int("axis", 1)
+    for what, factors in (("scales", scale), ("zero points", zero_point)):
+        if factors.size > 1 and shape is not None and not _runs_along(factors, shape, axis):
+            raise Mismatch(
+                f"a constant of shape {list(shape)} must have one scale and zero point, or as many "
+                f"as its axis {axis} is long; got {factors.size} {what}"
+            )
+    if not usable_scale(scale):
+        bad = scale[~_usable(scale)][0]
+        raise Mismatch(f"scales must be positive normal float32; got {bad!r}")
+
+
+def _runs_along(factors: Array, shape: ir.Shape, axis: int) -> bool:
+    known = -len(shape) <= axis < len(shape)
+    return known and (not isinstance(shape[axis], int) or shape[axis] == factors.size)
 
 
 def _integers(dequantize: ir.Node) -> tuple[Array, Array]:
@@ -521,8 +699,10 @@ def _integers(dequantize: ir.Node) -> tuple[Array, Array]:
         node = inner.producer() if inner is not None else None
     real = constant(node.inputs[0]) if node is not None else None
     if node is None or node.op_type != "QuantizeLinear" or real is None:
-        raise _Mismatch("the weight must be constant integers or a quantized constant")
+        raise Mismatch("the weight must be constant integers or a quantized constant")
     scale, zero_point, dtype = _factors(node)
+    if not np.isfinite(real).all():
+        raise _Unfit("the weight must be finite; it holds NaN or infinity")
     axis = node.attributes.get_int("axis", 1)
     levels = np.rint(real / _along(scale, real.ndim, axis))
     limits = ir.DataType.from_numpy(dtype)
@@ -533,49 +713,44 @@ def _integers(dequantize: ir.Node) -> tuple[Array, Array]:
     return levels.astype(np.int64).astype(dtype), zero_point
 
 
-def _layer_weight(node: ir.Node) -> _Weight:
+def layer_weight(node: ir.Node) -> LayerWeight:
     """Integers and scale of a layer's weight, in the layout that ``QuantizedLayer`` promises."""
-    dequantize = _weight_dequantize(node.inputs[1])
+    dequantize = weight_dequantize(node.inputs[1])
     assert dequantize is not None  # _layer_grid looked
     stored, zero_point = _integers(dequantize)
     scale = _array(dequantize.inputs[1], "scale").astype(np.float32)
     if scale.ndim > 1 or dequantize.attributes.get_int("block_size", 0) > 0:
-        raise _Mismatch("its weight has one scale per block; use one per tensor or per channel")
+        raise Mismatch("its weight has one scale per block; use one per tensor or per channel")
     axis: int = dequantize.attributes.get_int("axis", 1) % max(stored.ndim, 1)
-    integers = stored.astype(np.int64) - _along(zero_point, stored.ndim, axis)
+    integers = stored
+    if zero_point.any():
+        wide = np.int16 if stored.dtype.itemsize == 1 else np.int64
+        integers = stored.astype(wide) - _along(zero_point, stored.ndim, axis).astype(wide)
     for perm in _permutations(node.inputs[1], integers.ndim):
         integers, axis = integers.transpose(perm), perm.index(axis)
     attributes = node.attributes
     if node.op_type in ("Gemm", "MatMul"):
         if integers.ndim != 2:
-            raise _Mismatch(f"its weight must be a matrix; got shape {list(integers.shape)}")
+            raise Mismatch(f"its weight must be a matrix; got shape {list(integers.shape)}")
         if attributes.get_int("transB", 0):
             integers, axis = integers.T, 1 - axis
     if node.op_type == "Gemm":
         factors = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
         if attributes.get_int("transA", 0) or factors != (1.0, 1.0):
-            raise _Mismatch("a quantized Gemm must have transA = 0 and alpha = beta = 1")
+            raise Mismatch("a quantized Gemm must have transA = 0 and alpha = beta = 1")
     channel_axis = 0 if node.op_type == "Conv" else 1
     groups = attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
     channels = integers.shape[channel_axis] * groups
     scale = scale.reshape(-1)
     if scale.size > 1:
         if axis != channel_axis:
-            raise _Mismatch(
+            raise Mismatch(
                 f"its weight's scales must run along the output channels (axis {channel_axis}); "
                 f"they run along axis {axis}"
             )
         # ConvTranspose stores Cout/g channels: every group uses the same scales.
         scale = np.tile(scale, groups)
-    if integers.size and not (_INT8.min <= integers.min() and integers.max() <= _INT8.max):
-        raise _Unfit(
-            f"the weight's integers must fit int8; they run from {integers.min()} to "
-            f"{integers.max()}",
-            "Quantize the weight with 8 bits or fewer",
-        )
-    if not (np.all(np.isfinite(scale)) and np.all(scale > 0)):
-        raise _Unfit("the weight's scales must be positive and finite")
-    return _Weight(integers, scale, channel_axis, channels)
+    return LayerWeight(integers, scale, channel_axis, channels)
 
 
 def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:
@@ -590,16 +765,16 @@ def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:
     return perms[::-1]
 
 
-def _layer_bias(node: ir.Node, weight: _Weight) -> _Bias:
+def _layer_bias(node: ir.Node, weight: LayerWeight) -> _Bias:
     if node.op_type == "MatMul":
         return _added_bias(node, weight.channels)
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return _Bias(None, None)
     real = real_constant(node.inputs[2])
     if real is None:
-        raise _Mismatch("its bias must be a constant")
+        raise Mismatch("its bias must be a constant")
     if real.size not in (1, weight.channels) or (real.ndim and real.shape[-1] != real.size):
-        raise _Mismatch(f"its bias must be one number per output channel; got {list(real.shape)}")
+        raise Mismatch(f"its bias must be one number per output channel; got {list(real.shape)}")
     return _Bias(np.broadcast_to(real.reshape(-1), (weight.channels,)), None)
 
 

@@ -17,9 +17,9 @@ from lightning_qat.layers import QATLayer
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantizers import FinalActivation
 from lightning_qat.recipe import PRESETS, Recipe
+from lightning_qat.record import parse_record
 from lightning_qat_exporters import CannExporter
 from lightning_qat_exporters._ascend_executor import AscendExecutor
-from lightning_qat_exporters._record import parse_record
 from tests.exporters.amct_goldens import Case, load_case, quantized_layers, quantized_order
 
 

@@ -14,11 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from lightning_qat.record import format_record, parse_record
 from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._quantized_ops import NotExpressible, find_quantized
-from lightning_qat_exporters._record import format_record, layer_records, parse_record
+from lightning_qat_exporters._record import layer_records
 from tests.exporters.amct_goldens import (
     CASES,
     Case,
@@ -501,12 +502,13 @@ def test_pairs_that_have_no_form_are_all_named() -> None:
     assert [(p.name, p.reason) for p in caught.value.problems] == [
         (
             "per_channel",
-            "an activation must have one scale and one zero point; got 2 scales and 2 zero points",
+            "an activation must have one scale and one zero point; got 2 scales and 2 zero points "
+            "(tensor 'x')",
         ),
         (
             "differing",
             "QuantizeLinear and DequantizeLinear of a pair must share scale and zero point; "
-            "'dq' has others",
+            "'dq' has others (tensor 'v1')",
         ),
     ]
 

@@ -1,0 +1,128 @@
+"""The command line: convert quantized ONNX models and lint deploy models; needs no Lightning."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from lightning_qat.export import MissingDependency, load_exporter
+from lightning_qat.findings import Linting
+from lightning_qat.qat_model import convert_qat_model
+
+_CONVERT = """\
+Convert a quantized ONNX model of any tool (QuantizeLinear and DequantizeLinear, opset 10 or newer)
+for an integer target. What does not match a quantized pattern stays float and is listed.
+
+  lightning-qat convert model_qat.onnx --to cann --out results/model --record results/model.txt
+
+writes results/model_deploy_model.onnx for ATC, results/model_fake_quant_model.onnx with the same
+numbers for ONNX Runtime, and AMCT's record of scales and offsets. Then, on a machine with CANN:
+
+  atc --framework=5 --model=results/model_deploy_model.onnx --output=model --soc_version=...
+"""
+_LINT = """\
+Check a deploy model (AscendQuant, AscendDequant) against every rule that ATC's parser and kernels
+are known to have, where no device is at hand. Errors are refused or computed wrongly, warnings
+concern some products or versions, advice may help.
+
+  lightning-qat lint results/model_deploy_model.onnx
+"""
+_EXIT = "Exit codes: 0 all is well, 1 lint found errors, 2 the command or its input is wrong."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; ``sys.argv`` by default.
+
+    Returns:
+        0 if all is well, 1 if lint found errors, 2 if the input cannot be used.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return _lint(options) if options.command == "lint" else _convert(options)
+    except (ValueError, OSError, MissingDependency) as error:
+        print(f"lightning-qat {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lightning-qat",
+        description="Quantized models for integer targets. Training is Python: see QATCallback.",
+        epilog=_EXIT,
+    )
+    parser.add_argument("--version", action="version", version=version("lightning-qat"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=text,
+            epilog=_EXIT,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    convert = command("convert", "convert a quantized ONNX model of any tool", _CONVERT)
+    convert.add_argument("model", type=Path, help="the QDQ model, with its external data beside it")
+    convert.add_argument(
+        "--to", required=True, metavar="TARGET", help="the target; 'cann' is Huawei Ascend"
+    )
+    convert.add_argument(
+        "--out", required=True, type=Path, metavar="PREFIX", help="beginning of the files' names"
+    )
+    convert.add_argument(
+        "--record", type=Path, metavar="FILE", help="also write AMCT's record of factors"
+    )
+    convert.add_argument(
+        "--float-bias",
+        action="store_true",
+        help="keep biases in float, added after the layers, instead of rounding them to int32",
+    )
+    lint = command("lint", "check a CANN deploy model", _LINT)
+    lint.add_argument("model", type=Path, help="the deploy model")
+    lint.add_argument("--json", action="store_true", help="findings as a JSON list")
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> int:
+    done = convert_qat_model(
+        options.model,
+        options.out,
+        options.record,
+        target=options.to,
+        float_bias=options.float_bias,
+    )
+    print(done)
+    return 0
+
+
+def _lint(options: argparse.Namespace) -> int:
+    target = load_exporter("cann")
+    assert isinstance(target, Linting)  # ours
+    findings = target.lint(options.model)
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        counts = {s: sum(f.severity == s for f in findings) for s in ("error", "warning", "advice")}
+        lines = [*map(str, findings), f"{options.model}: " + _counted(counts)]
+        print("\n".join(lines))
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return (
+        f"{counts['error']} errors, {counts['warning']} warnings, {counts['advice']} pieces of "
+        "advice"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
