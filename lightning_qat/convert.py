@@ -110,7 +110,7 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             "prepare(model, recipe) and train first."
         )
     problems = [
-        f"{key.removesuffix('.input')}: no training batch has passed through it"
+        f"{key.removesuffix('.input')}: {quantizer.why_unknown}"
         for quantizer, key in _keys(model).items()
         if not quantizer.calibrated
     ]

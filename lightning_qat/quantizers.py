@@ -216,6 +216,11 @@ class ActivationQuantizer(Quantizer):
         """To be called when observations have changed the range."""
         self.calibrated = True
 
+    @property
+    def why_unknown(self) -> str:
+        """What is missing for a range, where there is none."""
+        return "no training batch has passed through it"
+
     def qparams(self) -> QParams:
         """The final numbers, on the CPU.
 
@@ -223,7 +228,7 @@ class ActivationQuantizer(Quantizer):
             ValueError: No range was ever observed.
         """
         if not self.calibrated:
-            raise ValueError("no training batch has passed through it, so its range is unknown")
+            raise ValueError(f"{self.why_unknown}, so its range is unknown")
         scale, zero_point = self._scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"recipe_keys"},  # the words that recipes are spelled with, for command lines
+    # the words that recipes are spelled with, for command lines; AMCT's text as plain data
+    {"recipe_keys", "spelling", "amct_cfg"},
+    {"amct_config"},  # AMCT's configurations as recipes
     {
         "qparams",
         "recipe",
