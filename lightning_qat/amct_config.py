@@ -176,29 +176,60 @@ def cfg_recipe(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def json_layer(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> dict[str, Any]:
-    """The two configurations of a layer in a JSON configuration, from the specs of a recipe.
+def json_config(
+    batch_num: int,
+    layers: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
+    kinds: Mapping[str, str],
+) -> dict[str, Any]:
+    """The JSON configuration of a network.
 
     Args:
-        activation: Fields of an ``ActivationSpec``.
-        weight: Fields of a ``WeightSpec``.
+        batch_num: How many batches are calibrated with.
+        layers: Fields of the ``ActivationSpec`` and the ``WeightSpec`` of every layer, by name.
+        kinds: Name of the float class of every layer.
 
     Raises:
-        ValueError: AMCT has no name for what they ask.
+        ValueError: AMCT has no words for what they ask, or forbids it; every such layer is named.
     """
-    names = {ours: theirs for theirs, ours in WEIGHT_ALGORITHMS.items()}
-    types = {bits: name for name, bits in _BITS.items()}
+    problems: list[str] = []
+    values: dict[str, Any] = {"version": 1, "batch_num": batch_num}
+    for name, (activation, weight) in layers.items():
+        wrong = _without_words(activation, weight, kinds[name])
+        problems += [f"{name}: {problem}" for problem in wrong]
+        if not wrong:
+            values[name] = {"retrain_enable": True, **_json_layer(activation, weight)}
+    if problems:
+        raise ValueError("AMCT's configuration cannot say: " + "; ".join(problems) + ".")
+    return values
+
+
+def _without_words(
+    activation: Mapping[str, Any], weight: Mapping[str, Any], kind: str
+) -> list[str]:
     problems = []
     if activation["quantizer"] != "ulq":
-        problems.append(f"activations must be quantized by 'ulq'; got {activation['quantizer']!r}")
-    if weight["quantizer"] not in names:
-        problems.append(f"weights by one of {sorted(names)}; got {weight['quantizer']!r}")
-    pair = types.get(activation["bits"]), types.get(weight["bits"])
-    if pair not in PAIRS:
-        problems.append(f"bits must be a pair of {_bit_pairs()}; got {_bits(activation, weight)}")
-    if problems:
-        raise ValueError("AMCT's configuration: " + "; ".join(problems))
-    data: dict[str, Any] = {"algo": DATA_ALGORITHM, "dst_type": pair[0]}
+        problems.append(
+            f"the activation's quantizer must be 'ulq'; got {activation['quantizer']!r}"
+        )
+    if weight["quantizer"] not in WEIGHT_ALGORITHMS.values():
+        problems.append(
+            f"the weight's quantizer must be one of {sorted(WEIGHT_ALGORITHMS.values())}; got "
+            f"{weight['quantizer']!r}"
+        )
+    if _bits(activation, weight) not in _bit_pairs():
+        problems.append(
+            f"activation and weight must be a pair of {_bit_pairs()} bits; got "
+            f"{_bits(activation, weight)}"
+        )
+    if kind == "Linear" and weight["granularity"] == "per_channel":
+        problems.append("channel_wise must be false for Linear, whose weight has one scale")
+    return problems
+
+
+def _json_layer(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> dict[str, Any]:
+    types = {bits: name for name, bits in _BITS.items()}
+    algorithms = {ours: theirs for theirs, ours in WEIGHT_ALGORITHMS.items()}
+    data = {"algo": DATA_ALGORITHM, "dst_type": types[activation["bits"]]}
     if activation["clip"] is not None:
         data["clip_min"], data["clip_max"] = activation["clip"]
     if activation["fixed_min"] is not None:
@@ -206,9 +237,9 @@ def json_layer(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> dict
     return {
         _DATA: data,
         _WEIGHT: {
-            "algo": names[weight["quantizer"]],
+            "algo": algorithms[weight["quantizer"]],
             "channel_wise": weight["granularity"] == "per_channel",
-            "dst_type": pair[1],
+            "dst_type": types[weight["bits"]],
         },
     }
 

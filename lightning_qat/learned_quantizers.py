@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale
 from lightning_qat.learned import learned_fake_quantize, least_squares_scale
+from lightning_qat.live_onnx import is_exporting_onnx
 from lightning_qat.qparams import Grid
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.recipe import ActivationSpec, WeightSpec
@@ -196,6 +197,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """The fake-quantized weight, same shape and dtype."""
         if not self.quantizing:
             return weight
+        if is_exporting_onnx():
+            return self._exported(weight)
         with hidden():
             if self.training and not self.ready:
                 self._start(weight)

@@ -17,6 +17,7 @@ from lightning_qat.arithmetic import (
     quantize,
     symmetric_scale,
 )
+from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import SEARCHES, UPDATES, batch_range
 from lightning_qat.qparams import Grid, QParams
@@ -156,10 +157,13 @@ class ActivationQuantizer(Quantizer):
             return tape.quantize(x, self.identity, self._quantize, skip=True)
 
     def _quantize(self, x: Tensor) -> Tensor:
-        if self.observing and self.training and self._waits and x.numel():
+        watching = self.observing and self.training and self._waits and not is_exporting_onnx()
+        if watching and x.numel():
             self.observe(self._range_of(x))
         if not (self.quantizing and self.calibrated):
             return x
+        if is_exporting_onnx():
+            return quantize_dequantize(x, *self._scale_and_zero_point(), self.grid)
         return self._fake_quantize(x)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
@@ -296,10 +300,18 @@ class WeightQuantizer(Quantizer):
         """The fake-quantized weight, same shape and dtype."""
         if not self.quantizing:
             return weight
+        if is_exporting_onnx():
+            return self._exported(weight)
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
             zero_point = torch.zeros_like(scale)
             return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
+
+    def _exported(self, weight: Tensor) -> Tensor:
+        with hidden():
+            scale = self._scale(weight)
+            zero_point = torch.zeros_like(scale)
+            return quantize_dequantize(weight, scale, zero_point, self.grid, self._channel_axis)
 
     def qparams(self, weight: Tensor) -> QParams:
         """The final numbers for a weight, on the CPU."""
@@ -315,7 +327,8 @@ class WeightQuantizer(Quantizer):
     def _scale(self, weight: Tensor) -> Tensor:
         weight = weight.to(torch.float32)
         if self._channel_axis is None:
-            low, high = torch.aminmax(weight)
+            # torch.onnx has no aminmax of all dimensions.
+            low, high = torch.aminmax(weight.flatten(), dim=0)
         else:
             low, high = torch.aminmax(weight.transpose(0, self.axis).flatten(1), dim=1)
         if self.spec.quantizer == "arq":

@@ -24,14 +24,15 @@ FLOORS = [
     },  # 0 vocabulary
     {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
-    {"batchnorm", "nodes", "interception", "observers", "learned"},
+    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
     # 5 agreement; the plan is found by running; what a checkpoint says; a Trainer's surroundings
     {"verify", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
     {"prepare", "convert"},  # 6 model surgery and capture
-    {"delivery", "checkpoint"},  # 7 every target and its manifest; checkpoints without a trainer
+    # 7 the door for AMCT's scripts; every target and its manifest; checkpoints without a trainer
+    {"amct", "delivery", "checkpoint"},
     {"callback_export"},  # 8 the end of fit
     {"callback"},  # 9 the door to Lightning
 ]

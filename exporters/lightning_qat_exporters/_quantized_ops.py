@@ -15,13 +15,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lightning_qat_exporters._int4 import INPUT_AXIS, can_pack
+
 Array = NDArray[Any]
 DstType = Literal["INT8", "INT16"]
+WtsType = Literal["INT8", "INT4"]
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators that run on integers; every other operator keeps real values."""
 
 _INT8 = np.iinfo(np.int8)
+_INT4 = ir.DataType.INT4.numpy()
 _PASS_ON = ("Transpose", "Identity")
 # A grid of unsigned integers is the signed grid shifted by half its size.
 _GRIDS: dict[np.dtype[Any], tuple[DstType, int]] = {
@@ -80,6 +84,7 @@ class QuantizedLayer:
         channel_axis: Axis of the output channels in ``weight``.
         bias: Real bias of length Cout, or None. Float64 where the model stores scaled integers.
         add: The Add that brings the bias of a MatMul; None where ``node`` reads the bias itself.
+        wts_type: ``INT4`` where the model stores the weight as such and two fit into a byte.
     """
 
     name: str
@@ -90,6 +95,7 @@ class QuantizedLayer:
     channel_axis: int
     bias: Array | None
     add: ir.Node | None
+    wts_type: WtsType
 
     @property
     def source(self) -> ir.Value:
@@ -239,6 +245,7 @@ def find_quantized(model: ir.Model) -> QuantizedGraph:
             channel_axis=weight.channel_axis,
             bias=bias.real,
             add=bias.add,
+            wts_type=weight.wts_type,
         )
         for name, node, grid, weight, bias in found
     )
@@ -349,6 +356,7 @@ class _Weight:
     scale: NDArray[np.float32]
     channel_axis: int
     channels: int
+    wts_type: WtsType
 
 
 @dataclass(frozen=True, eq=False)
@@ -575,7 +583,9 @@ def _layer_weight(node: ir.Node) -> _Weight:
         )
     if not (np.all(np.isfinite(scale)) and np.all(scale > 0)):
         raise _Unfit("the weight's scales must be positive and finite")
-    return _Weight(integers, scale, channel_axis, channels)
+    groups = attributes.get_int("group", 1)
+    packed = stored.dtype == _INT4 and can_pack(integers.shape[INPUT_AXIS[node.op_type]], groups)
+    return _Weight(integers, scale, channel_axis, channels, "INT4" if packed else "INT8")
 
 
 def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:
