@@ -382,8 +382,9 @@ def _united(cfg: Mapping[str, Any], *names: str) -> list[str]:
 
 def _data_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """A data configuration in the spelling of JSON."""
-    values = dict(cfg.get(_CFG_DATA, {}).get(DATA_ALGORITHM, {}))
-    return values.pop("clip_max_min", {}) | values
+    values: dict[str, Any] = dict(cfg.get(_CFG_DATA, {}).get(DATA_ALGORITHM, {}))
+    clips: dict[str, Any] = values.pop("clip_max_min", {})
+    return clips | values
 
 
 def _weight_of(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ For those who export a QAT model as an intermediate file and convert it elsewher
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def quantize_dequantize(
         Real values on the grid, the shape and dtype of ``x``.
     """
     symbolic = torch.onnx.ops.symbolic
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     origin = zero_point.to(grid.dtype)
     integers = symbolic(
         "QuantizeLinear", (x, scale, origin), dict(attributes), dtype=grid.dtype, shape=x.shape

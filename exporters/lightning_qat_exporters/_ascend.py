@@ -20,6 +20,7 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from lightning_qat_exporters._downgrade import OPSETS, Downgrade
+from lightning_qat_exporters._factors import FoldFactors
 from lightning_qat_exporters._int4 import INPUT_AXIS, pack
 from lightning_qat_exporters._quantized_ops import (
     Activation,
@@ -126,6 +127,7 @@ def _written(model: ir.Model, form: _QuantizedForm, opset: int) -> ir.Model:
         common.InlinePass(),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        FoldFactors(),
         form,
         Downgrade(opset),
         common.RemoveUnusedNodesPass(),
