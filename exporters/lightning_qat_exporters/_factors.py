@@ -13,6 +13,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from lightning_qat_exporters._initializers import initializer
+
 Array = NDArray[Any]
 
 
@@ -32,26 +34,10 @@ class FoldFactors(ir.passes.InPlacePass):
                     continue
                 array = _computed(value, opsets, known)
                 if array is not None:
-                    value.const_value = ir.tensor(array, name=value.name)
-                    node.replace_input_with(index, _initializer(model.graph, value))
+                    folded = initializer(model.graph, f"{value.name}.folded", array)
+                    node.replace_input_with(index, folded)
                     modified = True
         return ir.passes.PassResult(model, modified=modified)
-
-
-def _initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    name = f"{value.name}.folded"
-    if name not in graph.initializers:
-        tensor = value.const_value
-        assert tensor is not None  # the caller gave it
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=tensor.shape,
-                const_value=tensor,
-            )
-        )
-    return graph.initializers[name]
 
 
 def _computed(
