@@ -111,6 +111,7 @@ def test_4_validation_may_come_before_training(batch_num: int) -> None:
     assert not quantizer.calibrated
     conv.train()
     for _ in range(batch_num):
+        assert not quantizer.calibrated
         conv(x)
     assert quantizer.calibrated
 
