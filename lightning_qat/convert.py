@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ class CaptureError(RuntimeError):
 
 
 def convert(
-    model: nn.Module, example_inputs: Inputs, *, recipe: Recipe | None = None
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    recipe: Recipe | None = None,
+    dynamic_batch: bool = True,
 ) -> QuantizedModel:
     """Make the numbers of a trained QAT model final and capture its graph.
 
@@ -53,6 +58,7 @@ def convert(
         example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a
             mapping of keyword arguments, nested as it likes.
         recipe: The recipe, kept in the result for the record.
+        dynamic_batch: False gives every dimension the size that it has in ``example_inputs``.
 
     Returns:
         The neutral description that exporters read.
@@ -64,7 +70,8 @@ def convert(
     """
     args, kwargs = as_call(example_inputs)
     final = finalized_copy(model)
-    program = _capture(final, args, kwargs)
+    capture = _capture if dynamic_batch else partial(_export, dynamic=None)
+    program = capture(final, args, kwargs)
     saturated = fold_batchnorms(program)
     for key, count in saturated.items():
         warnings.warn(
@@ -113,7 +120,7 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             "prepare(model, recipe) and train first."
         )
     problems = [
-        f"{key.removesuffix('.input')}: no training batch has passed through it"
+        f"{key.removesuffix('.input')}: {quantizer.why_unknown}"
         for quantizer, key in _keys(model).items()
         if not quantizer.calibrated
     ]

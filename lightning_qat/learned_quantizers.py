@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale
 from lightning_qat.learned import learned_fake_quantize, least_squares_scale
+from lightning_qat.live_onnx import is_exporting_onnx
 from lightning_qat.qparams import Grid
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.recipe import ActivationSpec, WeightSpec
@@ -34,8 +35,14 @@ class _LearnedActivation(ActivationQuantizer):
     """What learned activations share: the observed range is where learning starts.
 
     The range is observed until fake quantization begins: during the calibration phase of a
-    schedule, or in the first training batch. From then on it is a matter of gradients.
+    schedule, and in the first ``calibration_batches`` training batches. From then on it is a matter
+    of gradients: what was learned is never calibrated again.
     """
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__(spec)
+        # Not derived from `batches`: that would wait for the device at every commit.
+        self.seen = 0
 
     @property
     def _waits(self) -> bool:
@@ -48,9 +55,24 @@ class _LearnedActivation(ActivationQuantizer):
         return partial(self._fake_quantize, saves_input=True)
 
     def range_changed(self) -> None:
-        """Start learning from the range."""
-        super().range_changed()
+        """Start learning from the range, once enough batches have given it."""
+        self.seen += 1
+        self.calibrated = self.seen >= self.spec.calibration_batches
         self._start(self.min_val, self.max_val)
+
+    @property
+    def why_unknown(self) -> str:
+        """How many batches are missing."""
+        wanted = self.spec.calibration_batches
+        if not self.seen or self.calibrated:
+            return super().why_unknown
+        return f"only {self.seen} of {wanted} calibration batches have passed through it"
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.seen = int(self.batches)
+        enough = self.seen >= self.spec.calibration_batches
+        self.calibrated = self.spec.clip is not None or enough
 
     def _start(self, low: Tensor, high: Tensor) -> None:
         raise NotImplementedError
@@ -184,6 +206,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """The fake-quantized weight, same shape and dtype."""
         if not self.quantizing:
             return weight
+        if is_exporting_onnx():
+            return self._exported(weight)
         with hidden():
             if self.training and not self.ready:
                 self._start(weight)

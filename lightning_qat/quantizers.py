@@ -18,6 +18,7 @@ from lightning_qat.arithmetic import (
     quantize,
     symmetric_scale,
 )
+from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import SEARCHES, UPDATES, batch_range
 from lightning_qat.qparams import Grid, QParams
@@ -163,9 +164,12 @@ class ActivationQuantizer(Quantizer):
             return tape.quantize(x, self.identity, quantize, skip=True)
 
     def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
-        self.observe_values(x)
+        if not is_exporting_onnx():
+            self.observe_values(x)
         if not (self.quantizing and self.calibrated):
             return x
+        if is_exporting_onnx():
+            return quantize_dequantize(x, *self._scale_and_zero_point(), self.grid)
         return self._fake_quantize(x, saves_input)
 
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
@@ -239,6 +243,11 @@ class ActivationQuantizer(Quantizer):
         """To be called when observations have changed the range."""
         self.calibrated = True
 
+    @property
+    def why_unknown(self) -> str:
+        """What is missing for a range, where there is none."""
+        return "no training batch has passed through it"
+
     def qparams(self) -> QParams:
         """The final numbers, on the CPU.
 
@@ -246,7 +255,7 @@ class ActivationQuantizer(Quantizer):
             ValueError: No range was ever observed.
         """
         if not self.calibrated:
-            raise ValueError("no training batch has passed through it, so its range is unknown")
+            raise ValueError(f"{self.why_unknown}, so its range is unknown")
         scale, zero_point = self._scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
 
@@ -314,10 +323,18 @@ class WeightQuantizer(Quantizer):
         """The fake-quantized weight, same shape and dtype."""
         if not self.quantizing:
             return weight
+        if is_exporting_onnx():
+            return self._exported(weight)
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
             zero_point = scale.new_zeros(())
             return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
+
+    def _exported(self, weight: Tensor) -> Tensor:
+        with hidden():
+            scale = self._scale(weight)
+            zero_point = torch.zeros_like(scale)
+            return quantize_dequantize(weight, scale, zero_point, self.grid, self._channel_axis)
 
     def qparams(self, weight: Tensor) -> QParams:
         """The final numbers for a weight, on the CPU."""
@@ -333,7 +350,8 @@ class WeightQuantizer(Quantizer):
     def _scale(self, weight: Tensor) -> Tensor:
         weight = weight.to(torch.float32)
         if self._channel_axis is None:
-            low, high = torch.aminmax(weight)
+            # torch.onnx has no aminmax of all dimensions.
+            low, high = torch.aminmax(weight.flatten(), dim=0)
         else:
             low, high = torch.aminmax(weight.transpose(0, self.axis).flatten(1), dim=1)
         if self.spec.quantizer == "arq":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from lightning_qat.amct_config import cfg_recipe, is_json_config, json_recipe
 from lightning_qat.recipe_keys import (
     ActivationQuantizerName,
     Calibration,
@@ -21,6 +21,7 @@ from lightning_qat.recipe_keys import (
     LayerKeys,
     WeightQuantizerName,
 )
+from lightning_qat.spelling import closest as closest
 
 _Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
 
@@ -100,6 +101,8 @@ class ActivationSpec:
             the data decide.
         clip: A given range ``(low, high)``, used from the start and never observed; learned
             quantizers start there.
+        calibration_batches: How many batches give a learned quantizer the range it starts from,
+            where no ``Schedule`` asks for more; from the last of them on it quantizes.
 
     Raises:
         ValueError: A value is outside what is listed, or two of them exclude each other.
@@ -111,6 +114,7 @@ class ActivationSpec:
     calibration: Calibration = "moving_average"
     fixed_min: bool | None = None
     clip: tuple[float, float] | None = None
+    calibration_batches: int = 1
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -131,6 +135,11 @@ class ActivationSpec:
         if self.fixed_min is not None and not isinstance(self.fixed_min, bool):
             raise ValueError(
                 f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}."
+            )
+        if not _is_int(self.calibration_batches) or self.calibration_batches < 1:
+            raise ValueError(
+                "ActivationSpec.calibration_batches must be an int of 1 or more; got "
+                f"{self.calibration_batches!r}."
             )
         if self.clip is not None:
             object.__setattr__(self, "clip", _clip(self.clip))
@@ -288,7 +297,10 @@ class Recipe:
 
     @classmethod
     def load(cls, source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-        """A recipe from itself, a mapping, the name of a preset, or a YAML or JSON file.
+        """A recipe from itself, a mapping, the name of a preset, or a file.
+
+        A file is YAML or JSON with a recipe's keys, AMCT's JSON configuration (``.json``, told by
+        its keys) or AMCT's simple configuration (``.cfg``).
 
         Raises:
             ValueError: No such preset or file, or its contents are no recipe.
@@ -298,16 +310,17 @@ class Recipe:
         if isinstance(source, Mapping):
             return cls.from_dict(source)
         path = Path(source)
-        if path.suffix not in (".yaml", ".yml", ".json"):
+        if path.suffix not in _READERS:
             return preset(str(source))
         if not path.is_file():
             raise ValueError(f"Recipe file {str(path)!r} does not exist.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"Recipe file {str(path)!r} must hold a mapping; got {type(values).__name__}."
-            )
-        return cls.from_dict(values)
+        try:
+            values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+            if not isinstance(values, Mapping):
+                raise ValueError(f"it must hold a mapping; got {type(values).__name__}.")
+            return cls.from_dict(values)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"Recipe file {str(path)!r}: {error}") from error
 
     def _overridden(
         self, spec: LayerSpec, pattern: str, change: Mapping[str, Any] | None
@@ -333,16 +346,6 @@ def selects(pattern: str, name: str, kind: str) -> bool:
 
 def _selects_any(pattern: str, names: tuple[str, ...], kind: str) -> bool:
     return any(selects(pattern, name, kind) for name in names)
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """``closest names: 'a', 'b'``, or the known names when none is close."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if near:
-        return "closest names: " + ", ".join(repr(n) for n in near)
-    shown = ", ".join(repr(n) for n in known[:5]) + (", ..." if len(known) > 5 else "")
-    return f"known names: {shown or 'none'}"
 
 
 def _article(kind: type) -> str:
@@ -371,6 +374,35 @@ def _changed(base: _Spec, values: Mapping[str, Any], where: str) -> _Spec:
     return replace(base, **changes)
 
 
+def _read_cfg(text: str) -> Mapping[str, Any]:
+    # Here, because protobuf takes longer to import than the rest of this module.
+    from lightning_qat.amct_cfg import parse_cfg
+
+    return cfg_recipe(parse_cfg(text))
+
+
+def _read_json(text: str) -> object:
+    values = json.loads(text, object_pairs_hook=_unique_keys)
+    return json_recipe(values) if isinstance(values, dict) and is_json_config(values) else values
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"a key must come once in its object; {twice} come more often")
+    return values
+
+
+_READERS: Mapping[str, Callable[[str], object]] = {
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".json": _read_json,
+    ".cfg": _read_cfg,
+}
+"""What a recipe file of each suffix is read by."""
+
 PRESETS: Mapping[str, Recipe] = {
     "int8": Recipe(),
     "w4a8": Recipe(weight=WeightSpec(bits=4)),
@@ -378,7 +410,7 @@ PRESETS: Mapping[str, Recipe] = {
     "a16w8": Recipe(activation=ActivationSpec(bits=16, symmetric=True)),
     "amct": Recipe(
         weight=WeightSpec(quantizer="arq"),
-        activation=ActivationSpec(calibration="minmax"),
+        activation=ActivationSpec(quantizer="ulq", calibration="mse"),
         joins=False,
         outputs=False,
         overrides={"type:Linear": {"weight": {"granularity": "per_tensor"}}},
@@ -397,6 +429,6 @@ def preset(name: str) -> Recipe:
     if name not in PRESETS:
         raise ValueError(
             f"No recipe named {name!r}; {closest(name, PRESETS)}. Presets: {sorted(PRESETS)}. "
-            "A recipe file ends in .yaml, .yml or .json."
+            f"A recipe file ends in {', '.join(_READERS)}."
         )
     return PRESETS[name]

@@ -31,6 +31,7 @@ class ActivationKeys(TypedDict, total=False):
     calibration: Calibration
     fixed_min: bool | None
     clip: list[float] | None
+    calibration_batches: int
 
 
 class LayerKeys(TypedDict, total=False):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"recipe_keys"},  # the words that recipes are spelled with, for command lines
+    # the words that recipes are spelled with, for command lines; AMCT's text as plain data
+    {"recipe_keys", "spelling", "amct_cfg"},
+    {"amct_config"},  # AMCT's configurations as recipes
     {
         "qparams",
         "recipe",
@@ -24,7 +26,7 @@ FLOORS = [
     },  # 0 vocabulary
     {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
-    {"batchnorm", "nodes", "interception", "observers", "learned"},
+    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
@@ -32,8 +34,9 @@ FLOORS = [
     # a Trainer's surroundings
     {"verify", "qat_model", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
     {"prepare", "convert", "cli"},  # 6 model surgery and capture; the command line
-    # 7 every target and its manifest; checkpoints without a trainer; factors trained elsewhere
-    {"delivery", "checkpoint", "apply_record"},
+    # 7 every target and its manifest; checkpoints without a trainer; factors trained elsewhere; the
+    # door for AMCT's scripts
+    {"amct", "delivery", "checkpoint", "apply_record"},
     {"callback_export"},  # 8 the end of fit
     {"callback"},  # 9 the door to Lightning
 ]

@@ -57,7 +57,7 @@ def test_the_code_blocks_without_lightning_and_with_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe, alone = BLOCKS[1], BLOCKS[2]
+    recipe, alone = BLOCKS[1], BLOCKS[3]
     scope: dict[str, Any] = {}
     exec(recipe.replace("Recipe(\n", "recipe = Recipe(\n"), scope)
     assert scope["recipe"] == Recipe(
@@ -75,6 +75,15 @@ def test_the_code_blocks_without_lightning_and_with_recipes(
     assert loop != alone
     exec(loop, {"model": model, "example_inputs": x, "test_batch": x})
     assert (tmp_path / "out" / "net_deploy_model.onnx").is_file()
+
+
+def test_the_code_block_of_amcts_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("retrain.cfg").write_text("batch_num: 1\n", encoding="utf-8")
+    block = BLOCKS[2].replace("...  # train;", "model(input_data).sum().backward()  # train;")
+    assert block != BLOCKS[2]
+    exec(block, {"model": nn.Sequential(nn.Linear(4, 2)), "input_data": torch.randn(8, 4)})
+    assert (tmp_path / "result" / "net_deploy_model.onnx").is_file()
 
 
 def test_the_schedule_in_the_readme_is_the_default() -> None:

@@ -19,6 +19,8 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from lightning_qat_exporters._downgrade import OPSETS, Downgrade
+from lightning_qat_exporters._factors import FoldFactors
+from lightning_qat_exporters._int4 import INPUT_AXIS, pack
 from lightning_qat_exporters._quantized_ops import (
     Activation,
     Array,
@@ -127,6 +129,7 @@ def _written(model: ir.Model, form: _QuantizedForm, opset: int) -> ir.Model:
         common.InlinePass(),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        FoldFactors(),
         form,
         Downgrade(opset),
         common.RemoveUnusedNodesPass(),
@@ -211,7 +214,7 @@ class _QuantizedForm(ir.passes.InPlacePass):
         attributes = _layer_attributes(layer)
         node.attributes.clear()
         node.attributes.update({a.name: a for a in ir.convenience.convert_attributes(attributes)})
-        weight = self.operand(layer.weight)
+        weight = self.weight(layer)
         node.replace_input_with(1, graph.constant(f"{layer.name}.weight", weight))
         if bias is not None:
             node.replace_input_with(2, graph.constant(f"{layer.name}.bias", self.operand(bias)))
@@ -261,6 +264,10 @@ class _QuantizedForm(ir.passes.InPlacePass):
     @abstractmethod
     def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
         """Write what makes a layer's accumulator real, after the layer."""
+
+    def weight(self, layer: QuantizedLayer) -> Array:
+        """The form in which a layer's weight is stored."""
+        return self.operand(layer.weight)
 
     @abstractmethod
     def operand(self, integers: Array) -> Array:
@@ -329,6 +336,12 @@ class ToDeploy(_QuantizedForm):
         # Not .dtype: a clone shares the type object with the model it was made from.
         accumulator.type = ir.TensorType(ir.DataType.INT32)
         return result
+
+    def weight(self, layer: QuantizedLayer) -> Array:
+        """Integers as they are, or two of 4 bits in a byte."""
+        if layer.wts_type == "INT4":
+            return pack(layer.weight, INPUT_AXIS[layer.node.op_type])
+        return layer.weight
 
     def operand(self, integers: Array) -> Array:
         """Integers as they are."""

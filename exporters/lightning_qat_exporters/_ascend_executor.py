@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from lightning_qat_exporters._int4 import unpacked
+
 Array = NDArray[Any]
 
 _DOMAIN = "lightning_qat.reference"
@@ -48,7 +50,7 @@ class AscendExecutor:
     model; CANN's text rounds after adding, which differs on exact ties alone. ``y = float32(acc) *
     scale`` with the low 32 bits of the dequant parameter as a float32.
 
-    Weights packed two to a byte (INT4) are not supported: nothing in a file marks them.
+    A weight with half as many input channels as its data is packed, two of 4 bits to a byte.
 
     Args:
         model: Path of a deploy model, or the model itself.
@@ -239,10 +241,12 @@ class Conv(OpRun):
         pads: Sequence[int] | None = None,
         strides: Sequence[int] | None = None,
     ) -> tuple[Array]:
+        if group == 1:
+            weight = unpacked(weight, 1, x.shape[1])
         if x.shape[1] != weight.shape[1] * group:
             raise ValueError(
                 f"{label!r} has {x.shape[1]} input channels and a weight for "
-                f"{weight.shape[1] * group}; a weight packed as INT4 cannot be executed here."
+                f"{weight.shape[1] * group}."
             )
         kernel = weight.shape[2:]
         strides, dilations = _filled(strides, kernel), _filled(dilations, kernel)
@@ -280,6 +284,7 @@ class ConvTranspose(OpRun):
                 f"{label!r} must give its padding by 'pads' and 'output_padding'; got auto_pad "
                 f"{auto_pad!r} and output_shape {output_shape!r}."
             )
+        weight = unpacked(weight, 0, x.shape[1])
         kernel = weight.shape[2:]
         rank = len(kernel)
         strides, dilations = _filled(strides, kernel), _filled(dilations, kernel)
@@ -329,7 +334,8 @@ class Gemm(OpRun):
                 f"An integer Gemm must have alpha = beta = 1 and transA = 0; {label!r} has "
                 f"alpha {alpha}, beta {beta}, transA {transA}."
             )
-        data, weight = _operands(x, weight.T if transB else weight, offset)
+        weight = unpacked(weight.T if transB else weight, 0, x.shape[-1])
+        data, weight = _operands(x, weight, offset)
         return (_accumulated(data @ weight, bias, x.dtype, offset, label, axis=-1),)
 
 
@@ -339,7 +345,7 @@ class MatMul(OpRun):
     op_domain = _DOMAIN
 
     def _run(self, x: Array, weight: Array, *, label: str, offset: float) -> tuple[Array]:
-        data, weight = _operands(x, weight, offset)
+        data, weight = _operands(x, unpacked(weight, 0, x.shape[-1]), offset)
         return (_accumulated(data @ weight, None, x.dtype, offset, label, axis=-1),)
 
 

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from lightning_qat.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
+from lightning_qat_exporters._int4 import INPUT_AXIS, unpacked
 
 
 def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
@@ -61,6 +62,9 @@ def _layer_differences(
     assert integers is not None
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in quant.attribute}
     transposed = node.op_type in ("Gemm", "MatMul")
+    expected = integers.T.numpy() if transposed else integers.numpy()
+    axis = INPUT_AXIS[node.op_type]
+    stored = unpacked(arrays[node.input[1]], axis, expected.shape[axis])
     groups = next((a.i for a in node.attribute if a.name == "group"), 1)
     channels = weight.qparams.scale.numel()
     if node.op_type == "ConvTranspose" and channels > 1:
@@ -69,16 +73,16 @@ def _layer_differences(
     pairs: dict[str, tuple[Any, Any]] = {
         "AscendQuant scale": (np.float32(attributes["scale"]), np.float32(1) / scale.numpy()),
         "AscendQuant offset": (attributes["offset"], offset.numpy()),
-        "weight": (arrays[node.input[1]], integers.T.numpy() if transposed else integers.numpy()),
+        "weight": (stored, expected),
         "dequant parameter": (arrays[param], product.view(np.uint32).astype(np.uint64)),
     }
     if layer.bias is not None and len(node.input) > 2:
         bias = quantize_bias(layer.bias, scale, weight.qparams.scale)
         pairs["bias"] = (arrays[node.input[2]], bias.numpy())
     return [
-        f"{name}: {what} must be {_shown(expected)}; the file has {_shown(stored)}"
-        for what, (stored, expected) in pairs.items()
-        if not np.array_equal(stored, expected)
+        f"{name}: {what} must be {_shown(wanted)}; the file has {_shown(found)}"
+        for what, (found, wanted) in pairs.items()
+        if not np.array_equal(found, wanted)
     ]
 
 

@@ -22,6 +22,7 @@ import torch
 from onnxscript import opset18 as op
 
 from lightning_qat.export import Unsupported, UnsupportedByTarget
+from lightning_qat.qparams import Grid
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._initializers import array_of, initializer
 from lightning_qat_exporters._pooling import global_average_pools
@@ -34,20 +35,28 @@ KEY = "lightning_qat.key"
 FULL_GRIDS = ((-128, 127), (-32768, 32767))
 """Grids that are all of their type, so that QuantizeLinear's own saturation is theirs."""
 
+INT4_GRID = Grid(-8, 7)
+
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def build_qdq(
-    model: QuantizedModel, *, target: str, opset: int, activation_type: ActivationType
+    model: QuantizedModel,
+    *,
+    target: str,
+    opset: int,
+    activation_type: ActivationType,
+    int4_weights: bool = False,
 ) -> ir.Model:
     """Translate a converted model to ONNX with explicit quantization.
 
     Args:
         model: The neutral description.
         target: Name of the exporter, for errors.
-        opset: 18 or newer; 16-bit activations need 21.
+        opset: 18 or newer; 16-bit activations and ``int4_weights`` need 21.
         activation_type: ``uint8`` moves integers and zero points of 8 and fewer bits up by 128:
             the same real numbers.
+        int4_weights: Store weights of 4 bits as INT4 instead of INT8.
 
     Returns:
         A model in which every quantized activation is ``QuantizeLinear -> [Clip] ->
@@ -76,7 +85,7 @@ def build_qdq(
         )
     assert program is not None
     onnx_model = program.model
-    _give_constants(onnx_model, model, activation_type)
+    _give_constants(onnx_model, model, activation_type, int4_weights)
     _transpose_integers(onnx_model.graph)
     global_average_pools(onnx_model.graph)
     _name_nodes(onnx_model.graph)
@@ -140,7 +149,10 @@ def _marked(value: Any, key: str) -> Any:
 
 
 def _give_constants(
-    onnx_model: ir.Model, model: QuantizedModel, activation_type: ActivationType
+    onnx_model: ir.Model,
+    model: QuantizedModel,
+    activation_type: ActivationType,
+    int4_weights: bool,
 ) -> None:
     """Give every Q and DQ initializers of its own, named by key; insert Clip below 8 bits."""
     graph = onnx_model.graph
@@ -151,8 +163,11 @@ def _give_constants(
         tensor = model.tensors[key]
         scale = initializer(graph, f"{key}_scale", tensor.qparams.scale.numpy())
         if tensor.integers is not None:
-            integers = initializer(graph, key, tensor.integers.numpy())
-            zeros = np.zeros(tuple(tensor.qparams.scale.shape), tensor.integers.numpy().dtype)
+            stored = tensor.integers.numpy()
+            if int4_weights and tensor.qparams.grid == INT4_GRID:
+                stored = stored.astype(ir.DataType.INT4.numpy())
+            integers = initializer(graph, key, stored)
+            zeros = np.zeros(tuple(tensor.qparams.scale.shape), stored.dtype)
             node.resize_inputs(3)
             node.replace_input_with(0, integers)
             node.replace_input_with(1, scale)

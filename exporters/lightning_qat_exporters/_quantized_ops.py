@@ -15,13 +15,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lightning_qat_exporters._int4 import INPUT_AXIS, can_pack
+
 Array = NDArray[Any]
 DstType = Literal["INT8", "INT16"]
+WtsType = Literal["INT8", "INT4"]
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators that run on integers; every other operator keeps real values."""
 
 _INT8 = np.iinfo(np.int8)
+_INT4 = ir.DataType.INT4.numpy()
 _PASS_ON = ("Transpose", "Identity", "Cast")
 _REAL = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # A grid of unsigned integers is the signed grid shifted by half its size.
@@ -84,6 +88,7 @@ class QuantizedLayer:
         bias: Real bias of length Cout, or None. Float64 where the model stores scaled integers.
         add: The Add that brings the bias of a MatMul; None where ``node`` reads the bias itself.
         real: Type of the layer's output, float32 or float16.
+        wts_type: ``INT4`` where the model stores the weight as such and two fit into a byte.
     """
 
     name: str
@@ -95,6 +100,7 @@ class QuantizedLayer:
     bias: Array | None
     add: ir.Node | None
     real: ir.DataType
+    wts_type: WtsType
 
     @property
     def source(self) -> ir.Value:
@@ -252,6 +258,7 @@ def find_quantized(model: ir.Model) -> QuantizedGraph:
             bias=bias.real,
             add=bias.add,
             real=real,
+            wts_type=weight.wts_type,
         )
         for name, node, grid, real, weight, bias in found
     )
@@ -414,12 +421,14 @@ class LayerWeight:
         scale: Real size of one step, of length 1 or ``channels``.
         channel_axis: Axis of the output channels in ``integers``.
         channels: Number of output channels.
+        wts_type: ``INT4`` where the model stores the weight as such and two fit into a byte.
     """
 
     integers: NDArray[np.integer[Any]]
     scale: NDArray[np.float32]
     channel_axis: int
     channels: int
+    wts_type: WtsType
 
 
 @dataclass(frozen=True, eq=False)
@@ -750,7 +759,9 @@ def layer_weight(node: ir.Node) -> LayerWeight:
             )
         # ConvTranspose stores Cout/g channels: every group uses the same scales.
         scale = np.tile(scale, groups)
-    return LayerWeight(integers, scale, channel_axis, channels)
+    groups = attributes.get_int("group", 1)
+    packed = stored.dtype == _INT4 and can_pack(integers.shape[INPUT_AXIS[node.op_type]], groups)
+    return LayerWeight(integers, scale, channel_axis, channels, "INT4" if packed else "INT8")
 
 
 def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ def layer_records(layers: Iterable[QuantizedLayer]) -> tuple[LayerRecord, ...]:
             offset_d=layer.offset_d,
             scale_w=tuple(map(float, layer.scale_w)),
             act_type=layer.dst_type,
+            wts_type=layer.wts_type,
         )
         for layer in layers
     )

@@ -51,6 +51,9 @@ class CannExporter:
 
     Args:
         opset: 11 to 18. All CANN versions parse 11; use more only where an operator needs it.
+        int4_weights: Pack weights of 4 bits two to a byte, as AMCT does, for the products that
+            compute with them (Atlas inference products). Otherwise they are bytes, which every
+            product takes. Layers with groups or an odd number of input channels stay bytes.
 
     Raises:
         ValueError: ``opset`` is outside 11 to 18.
@@ -58,12 +61,13 @@ class CannExporter:
 
     name = "cann"
 
-    def __init__(self, opset: int = 11) -> None:
+    def __init__(self, opset: int = 11, int4_weights: bool = False) -> None:
         if not 11 <= opset <= 18:
             raise ValueError(
                 f"opset must be from 11 to 18, which is what CANN's parsers take; got {opset!r}."
             )
         self.opset = opset
+        self.int4_weights = int4_weights
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -84,8 +88,14 @@ class CannExporter:
                 opset; all are named.
         """
         wide = any(t.qparams.grid.dtype is torch.int16 for t in model.tensors.values())
-        # ONNX has 16-bit QuantizeLinear from opset 21; none of it is left in the files.
-        qdq = build_qdq(model, target=self.name, opset=21 if wide else 18, activation_type="int8")
+        # ONNX has 16-bit QuantizeLinear and INT4 from opset 21; none of it is left in the files.
+        qdq = build_qdq(
+            model,
+            target=self.name,
+            opset=21 if wide or self.int4_weights else 18,
+            activation_type="int8",
+            int4_weights=self.int4_weights,
+        )
         files = _paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
         written = self._write(qdq, files, float_bias=False)
         return Artifact(self.name, written, tuple(map(str, find_quantized(qdq).left_float)))

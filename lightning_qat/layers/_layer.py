@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.amct_config import is_layer_config, layer_recipe
 from lightning_qat.learned_quantizers import activation_quantizer, weight_quantizer
 from lightning_qat.quantizers import (
     ActivationQuantizer,
@@ -105,11 +106,13 @@ class QATLayer(nn.Module):
 
         Args:
             module: A layer of exactly ``float_class``.
-            config: A recipe, the name of a preset, a recipe file or a mapping; ``int8`` by default.
+            config: A recipe, the name of a preset, a recipe file or a mapping, also AMCT's with
+                ``retrain_data_config`` and ``retrain_weight_config``; ``int8`` by default.
 
         Raises:
             TypeError: ``module`` is of another type.
-            ValueError: It cannot be quantized, or the recipe keeps such layers float.
+            ValueError: It cannot be quantized, ``config`` breaks a rule, or the recipe keeps such
+                layers float.
         """
         twin = module.__class__.__new__(module.__class__)
         twin.__dict__ = _copied(module.__dict__)
@@ -126,12 +129,14 @@ class QATLayer(nn.Module):
 
     @classmethod
     def _spec(cls, config: Recipe | Mapping[str, Any] | str | None) -> LayerSpec:
+        kind = cls.float_class.__name__
+        if isinstance(config, Mapping) and is_layer_config(config):
+            config = layer_recipe(config, kind)
         recipe = Recipe.load("int8" if config is None else config)
-        spec = recipe.for_layer("", cls.float_class.__name__)
+        spec = recipe.for_layer("", kind)
         if spec is None:
             raise ValueError(
-                f"The recipe keeps {cls.float_class.__name__} layers float, so it cannot configure "
-                f"{cls.__name__}."
+                f"The recipe keeps {kind} layers float, so it cannot configure {cls.__name__}."
             )
         return spec
 

@@ -98,7 +98,8 @@ class Conv2dQAT(_ConvQAT, nn.Conv2d):
         padding_mode: Only ``zeros``.
         device: Where the parameters live.
         dtype: Only ``torch.float32``.
-        config: A recipe, the name of a preset, a recipe file or a mapping; ``int8`` by default.
+        config: A recipe, the name of a preset, a recipe file or a mapping, also AMCT's with
+            ``retrain_data_config`` and ``retrain_weight_config``; ``int8`` by default.
 
     Raises:
         ValueError: ``padding_mode`` is not ``zeros``.

@@ -124,7 +124,8 @@ class ConvTranspose2dQAT(_ConvTransposeQAT, nn.ConvTranspose2d):
         padding_mode: Only ``zeros``; torch refuses others.
         device: Where the parameters live.
         dtype: Only ``torch.float32``.
-        config: A recipe, the name of a preset, a recipe file or a mapping; ``int8`` by default.
+        config: A recipe, the name of a preset, a recipe file or a mapping, also AMCT's with
+            ``retrain_data_config`` and ``retrain_weight_config``; ``int8`` by default.
 
     Example:
         >>> up = ConvTranspose2dQAT(2, 3, kernel_size=3, stride=2, padding=1, output_padding=1)

@@ -25,7 +25,8 @@ class LinearQAT(nn.Linear, QATLayer):
         bias: Whether a bias is added, in float until export.
         device: Where the parameters live.
         dtype: Only ``torch.float32``.
-        config: A recipe, the name of a preset, a recipe file or a mapping; ``int8`` by default.
+        config: A recipe, the name of a preset, a recipe file or a mapping, also AMCT's with
+            ``retrain_data_config`` and ``retrain_weight_config``; ``int8`` by default.
 
     Example:
         >>> LinearQAT(4, 2)(torch.zeros(3, 5, 4)).shape

@@ -15,8 +15,8 @@ from lightning_qat.record import LayerRecord, parse_record
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "amct"
 CASES = (
-    *("conv_arq_cw", "conv_arq_pt", "conv_dw", "conv_deconv", "conv_a16w8"),
-    *("conv1d", "branch", "lin3d"),
+    *("conv_arq_cw", "conv_arq_pt", "conv_ulq_cw", "conv_dw", "conv_deconv"),
+    *("conv_a16w8", "conv1d", "branch", "lin3d"),
 )
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

@@ -1,7 +1,8 @@
 """From a torch network to deploy files equal to those that AMCT wrote for it.
 
 Activation scales come from AMCT's record, weights and batch norms from its trained state; integers,
-folded scales, biases and dequant parameters are ours, by the ``amct`` recipe.
+folded scales, biases and dequant parameters are ours, by the recipe
+that AMCT's own configuration of the network makes.
 """
 
 from pathlib import Path
@@ -11,12 +12,13 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat import convert, export, prepare, verify
 from lightning_qat.layers import QATLayer
+from lightning_qat.learned_quantizers import LearnedWeightQuantizer
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantizers import FinalActivation
-from lightning_qat.recipe import PRESETS, Recipe
 from lightning_qat.record import parse_record
 from lightning_qat_exporters import CannExporter
 from lightning_qat_exporters._ascend_executor import AscendExecutor
@@ -36,6 +38,31 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         return self.fc(x.flatten(1))
+
+
+class Deconv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.deconv = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.fc = nn.Linear(1536, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return self.fc(self.deconv(x).flatten(1))
+
+
+class Conv1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv1d(4, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm1d(8)
+        self.d = nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(torch.relu(self.bn1(self.c(x))))
 
 
 class Branch(nn.Module):
@@ -62,22 +89,24 @@ class Lin3d(nn.Module):
         return self.l2(torch.tanh(self.l1(x)))
 
 
-AMCT = PRESETS["amct"]
-PER_TENSOR = Recipe.from_dict({"preset": "amct", "weight": {"granularity": "per_tensor"}})
 CASES = {
-    "conv_arq_cw": (ConvNet, AMCT),
-    "conv_arq_pt": (ConvNet, PER_TENSOR),
-    "conv_dw": (lambda: ConvNet(groups=8), AMCT),
-    "branch": (Branch, AMCT),
-    "lin3d": (Lin3d, AMCT),
+    "conv_arq_cw": ConvNet,
+    "conv_arq_pt": ConvNet,
+    "conv_ulq_cw": ConvNet,
+    "conv_dw": lambda: ConvNet(groups=8),
+    "conv_deconv": Deconv,
+    "conv_a8w4": ConvNet,
+    "conv_a16w8": ConvNet,
+    "conv1d": Conv1d,
+    "branch": Branch,
+    "lin3d": Lin3d,
 }
 
 
 def golden_network(case: Case) -> nn.Module:
     """The network as AMCT trained it, with AMCT's activation scales."""
-    build, recipe = CASES[case.name]
-    net = build().eval()
-    prepare(net, recipe)
+    net = CASES[case.name]().eval()
+    prepare(net, case.deploy_path.with_name("config.json"))
     for name, layer in net.named_modules():
         if not isinstance(layer, QATLayer):
             continue
@@ -87,14 +116,19 @@ def golden_network(case: Case) -> nn.Module:
             layer.bias.data = state["bias"]  # type: ignore[union-attr]
         if "bn.gamma" in state:
             bn = net.bn1
-            assert isinstance(bn, nn.BatchNorm2d)
+            assert isinstance(bn, _BatchNorm)
             bn.weight.data, bn.bias.data = state["bn.gamma"], state["bn.beta"]
             bn.running_mean, bn.running_var = state["bn.mean"], state["bn.var"]
+        if isinstance(layer.weight_quantizer, LearnedWeightQuantizer):
+            layer.weight_quantizer.scale.data = state["wts_scales"].reshape(
+                layer.weight_quantizer.scale.shape
+            )
+            layer.weight_quantizer.ready = True
         record = case.records[name]
         qparams = QParams(
             torch.tensor(record.scale_d),
             torch.tensor(record.offset_d, dtype=torch.int32),
-            Grid(-128, 127),
+            Grid.signed(16 if record.act_type == "INT16" else 8),
         )
         layer.input_quantizer = FinalActivation(qparams, f"{name}.input")
     return net
@@ -107,7 +141,7 @@ def test_the_deploy_file_equals_amcts_around_every_quantized_layer(
     case = load_case(name)
     (x,) = case.inputs.values()
     model = convert(golden_network(case), torch.from_numpy(x))
-    artifact = export(model, "cann", tmp_path / "net")
+    artifact = export(model, CannExporter(int4_weights=True), tmp_path / "net")
     ours = onnx.load(artifact.files["model"])
     assert quantized_order(ours) == quantized_order(case.deploy)
     for mine, theirs in zip(quantized_layers(ours), quantized_layers(case.deploy), strict=True):
@@ -120,7 +154,7 @@ def test_our_files_compute_what_amcts_simulation_computed(tmp_path: Path, name: 
     case = load_case(name)
     (x,) = case.inputs.values()
     model = convert(golden_network(case), torch.from_numpy(x))
-    exporter = CannExporter()
+    exporter = CannExporter(int4_weights=True)
     artifact = exporter.export(model, tmp_path / "net")
     (wanted,) = case.outputs
     # AMCT's own file and ours in the executor: the same integers and scales, the same floats.
@@ -131,7 +165,7 @@ def test_our_files_compute_what_amcts_simulation_computed(tmp_path: Path, name: 
         np.testing.assert_array_equal(ours, theirs)
         # Summation order of float32 Adds.
         np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-6)
-    agreement = verify(model, artifact)
+    agreement = verify(model, artifact, exporter=exporter)
     assert agreement.parameters_equal
 
 

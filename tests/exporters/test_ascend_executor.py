@@ -83,7 +83,7 @@ def run_layer(
     return AscendExecutor(model_of(nodes, constants)).run({"x": x})[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "conv_a8w4"])
 def test_amcts_deploy_model_gives_what_its_fake_quant_model_gives(name: str) -> None:
     case = load_case(name)
     (actual,) = AscendExecutor(case.deploy_path).run(case.inputs)
@@ -283,9 +283,8 @@ def test_what_is_not_defined_is_refused() -> None:
         run_one("AscendQuant", f32([np.nan]), scale=1.0)
     with pytest.raises(ValueError, match=r"accumulator of 'l' must fit int32; .* to 2147483648"):
         run_layer("Gemm", x, weight, i32([2**31 - 1]))
-    packed = np.ones((1, 2, 1, 1), np.int8)
-    with pytest.raises(ValueError, match=r"'l' has 4 input channels and a weight for 2.*INT4"):
-        run_layer("Conv", np.ones((1, 4, 1, 1), np.float32), packed)
+    with pytest.raises(ValueError, match=r"'l' has 5 input channels and a weight for 2\."):
+        run_layer("Conv", np.ones((1, 5, 1, 1), np.float32), np.ones((1, 2, 1, 1), np.int8))
     with pytest.raises(ValueError, match=r"inputs must be \['x'\]; got \['z'\]"):
         AscendExecutor(model_of([helper.make_node("Relu", ["x"], ["y"])], {})).run({"z": x})
     dequant = helper.make_node("AscendDequant", ["x", "p"], ["y"], name="d")
