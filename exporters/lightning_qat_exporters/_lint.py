@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
 from lightning_qat.findings import Finding, Severity
 from lightning_qat_exporters._deploy_file import RNN_OPS, DeployFile, name_of
 from lightning_qat_exporters._lint_layers import layer_findings
 from lightning_qat_exporters._lint_scales import quant_findings
+from lightning_qat_exporters._onnx_source import load_proto
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "advice")
 _PARSED = range(8, 23)
@@ -34,14 +32,7 @@ def lint_deploy(path: Path) -> tuple[Finding, ...]:
         FileNotFoundError: There is no such file.
         ValueError: It is no ONNX model.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There must be a deploy model at {str(path)!r}; no file is there.")
-    try:
-        proto = onnx.load(path, format="protobuf", load_external_data=False)
-    except DecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} must be an ONNX model; it is truncated or something else ({error})."
-        ) from error
+    proto = load_proto(path)
     if not proto.graph.node:
         raise ValueError(f"{str(path)!r} must be an ONNX model with nodes; it has none.")
     file = DeployFile(proto, path.parent)

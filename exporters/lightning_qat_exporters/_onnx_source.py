@@ -18,6 +18,23 @@ _FIRST_WITHOUT_CLIP_ATTRIBUTES = 11
 _NO_RAW_SIZE = {onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED}
 
 
+def load_proto(path: Path) -> onnx.ModelProto:
+    """The model in a file, without the data that it keeps in other files.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no ONNX model, or truncated.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There must be an ONNX model at {str(path)!r}; no file is there.")
+    try:
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} must be an ONNX model; it is truncated or something else ({error})."
+        ) from error
+
+
 def read_onnx(path: Path) -> ir.Model:
     """Read a model; its large tensors stay on disk until they are used.
 
@@ -32,14 +49,7 @@ def read_onnx(path: Path) -> ir.Model:
         ValueError: The file is no ONNX model, is truncated, or its graph is not sorted, cyclic,
             or refers to what is not there; the message names node and tensor.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There must be an ONNX model at {str(path)!r}; no file is there.")
-    try:
-        proto = onnx.load(path, format="protobuf", load_external_data=False)
-    except DecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} must be an ONNX model; it is truncated or something else ({error})."
-        ) from error
+    proto = load_proto(path)
     opset = _opset(proto, path)
     _check_order(proto.graph, set(), str(path))
     for tensor in _tensors(proto.graph):

@@ -358,7 +358,7 @@ def test_convert_writes_what_the_function_does(
             "must be an ONNX model at 'no.onnx'",
         ),
         (["convert", "no.onnx", "--to", "can", "--out", "o"], "No exporter named 'can'"),
-        (["lint", "no.onnx"], "must be a deploy model at 'no.onnx'"),
+        (["lint", "no.onnx"], "must be an ONNX model at 'no.onnx'"),
     ],
 )
 def test_errors_are_one_message_without_a_traceback(
