@@ -470,7 +470,8 @@ def test_planning_at_the_first_batch_gives_the_same_plan_without_a_warning(recip
     for _ in range(2):
         late.train()(x)
     assert prepare(late, recipe).joins == expected
-    assert late.rnn.hidden_quantizer_l0.batches == 2
+    # A learned range observes one batch, then it learns.
+    assert late.rnn.hidden_quantizer_l0.batches == (1 if recipe == "amct" else 2)
 
 
 def test_recipes_reach_recurrent_layers() -> None:

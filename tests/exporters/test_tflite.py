@@ -222,7 +222,7 @@ def test_weights_of_minus_128_are_computed_and_noted(tmp_path: Path) -> None:
     layer = nn.Conv2d(8, 4, 3)
     with torch.no_grad():
         layer.weight.copy_(torch.where(layer.weight < 0, -1.0, 0.9))
-    recipe = {"preset": "amct", "joins": True, "outputs": True}
+    recipe = {"weight": {"quantizer": "arq"}}
     model = convert(trained(nn.Sequential(layer), x, recipe), x)
     integers = model.tensors["0.weight"].integers
     assert integers is not None
