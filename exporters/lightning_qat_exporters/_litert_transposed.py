@@ -48,9 +48,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], size: list[int
 @cache
 def register() -> None:
     """Tell litert-torch what the operator is. Imports it."""
-    from litert_converter.mlir import ir
+    from litert_converter.mlir import ir as mlir
     from litert_converter.mlir.dialects import stablehlo
     from litert_torch.backend.lowerings import registry, utils
+
+    # Compiled, with names that no type checker sees.
+    ir: Any = mlir
 
     def integer(value: int) -> Any:
         return ir.IntegerAttr.get(ir.IntegerType.get_signless(32), value)
@@ -75,7 +78,8 @@ def register() -> None:
             backend_config=ir.StringAttr.get(str(ir.DictAttr.get(attributes))),
         )
 
-    registry.lower(transpose_conv._opoverload)(lower)
+    lowers: Any = registry.lower(transpose_conv._opoverload)
+    lowers(lower)
 
 
 def without_biases(file: Any) -> None:
