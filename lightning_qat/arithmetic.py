@@ -45,8 +45,17 @@ def affine_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / (grid.qmax - grid.qmin)
     scale = torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
-    zero_point = torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
-    return scale, zero_point
+    return scale, zero_point_of(low, scale, grid)
+
+
+def zero_point_of(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The integer that stands for real zero on a grid that starts at ``low``, in float32.
+
+    Example:
+        >>> zero_point_of(torch.tensor(-1.0), torch.tensor(0.01), Grid(-128, 127))
+        tensor(-28.)
+    """
+    return torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
 
 
 def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:

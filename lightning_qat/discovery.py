@@ -19,6 +19,7 @@ from lightning_qat.join_functions import (
     JOIN_FUNCTIONS,
     JoinFunction,
     keeps_values,
+    leads_with_real,
     natural_range,
     operands_of,
 )
@@ -211,7 +212,7 @@ class Discovery:
             self._known.setdefault(path, {})[place] = None
             for tensor in tensors:
                 self._note_range(tensor)
-        elif known is not None and _is_float(args):
+        elif known is not None and leads_with_real(args):
             place = frame[1].place(known.name)
             frame[1].count(place)
             self._known.setdefault(path, {})[place] = None
@@ -457,10 +458,6 @@ class _Watch(TorchFunctionMode):
 
 def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, QATLayer) and module.opaque
-
-
-def _is_float(args: tuple[Any, ...]) -> bool:
-    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
 
 
 def _path(place: _Operand) -> str:

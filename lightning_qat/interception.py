@@ -21,7 +21,13 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_qat.join_functions import JOIN_FUNCTIONS, JoinFunction, keeps_values, operands_of
+from lightning_qat.join_functions import (
+    JOIN_FUNCTIONS,
+    JoinFunction,
+    keeps_values,
+    leads_with_real,
+    operands_of,
+)
 from lightning_qat.tape import Tape, current_tape, hidden, is_hidden, swap_tape
 
 OUTPUT = "output:"
@@ -262,13 +268,11 @@ class _JoinMode(TorchFunctionMode):
             return func(*args, **kwargs)
         operands = interception.sites.get(place)
         if not operands_of(known, args, kwargs):
-            first = args[0] if args else None
-            # Calls with a number are counted, as when they were planned: one may stand on the line
-            # of a planned call. Not the integers that a batch norm counts in training only.
-            if isinstance(first, Tensor) and first.is_floating_point():
+            # Not the integers that a batch norm counts in training only.
+            if leads_with_real(args):
                 frame.count(place)
-            if operands and isinstance(first, Tensor) and first.is_floating_point():
-                _warn_once(interception, place, "it has no longer the tensors it had")
+                if operands:
+                    _warn_once(interception, place, "it has no longer the tensors it had")
             return func(*args, **kwargs)
         frame.count(place)
         if not operands:

@@ -126,6 +126,15 @@ def operands_of(
     return tensors if all(t.dim() for t in tensors) else ()
 
 
+def leads_with_real(args: tuple[Any, ...]) -> bool:
+    """Whether a call's first argument is a float tensor.
+
+    Such calls are counted although none of their operands is quantized: one with a number may
+    stand on the line of one with tensors.
+    """
+    return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+
+
 def keeps_values(function: JoinFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether this call of a passing function, or of ``interpolate``, hands values on unchanged."""
     if function.name == "interpolate":

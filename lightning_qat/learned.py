@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.arithmetic import MIN_SCALE, along_axis
+from lightning_qat.arithmetic import MIN_SCALE, along_axis, zero_point_of
 from lightning_qat.qparams import Grid
 
 
@@ -61,7 +61,7 @@ def learned_fake_quantize(
         if low is None:
             zero_point = torch.zeros_like(scale)
         else:
-            zero_point = torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
+            zero_point = zero_point_of(low, scale, grid)
     factor = 1.0
     if normalized:
         highest = grid.qmax if low is None else grid.qmax - grid.qmin

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale
+from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale, zero_point_of
 from lightning_qat.learned import learned_fake_quantize, least_squares_scale
 from lightning_qat.live_onnx import is_exporting_onnx
 from lightning_qat.qparams import Grid
@@ -122,7 +122,7 @@ class LearnedStepActivation(_LearnedActivation):
         if self.spec.symmetric:
             return scale, torch.zeros_like(scale)
         low = torch.zeros_like(scale) if self.low is None else self.low.detach()
-        return scale, _zero_point(low, scale, self.grid)
+        return scale, zero_point_of(low, scale, self.grid)
 
 
 class LearnedClipActivation(_LearnedActivation):
@@ -171,7 +171,7 @@ class LearnedClipActivation(_LearnedActivation):
             low, scale = self._ends()
             if low is None:
                 return scale, torch.zeros_like(scale)
-            return scale, _zero_point(low, scale, self.grid)
+            return scale, zero_point_of(low, scale, self.grid)
 
 
 class LearnedWeightQuantizer(WeightQuantizer):
@@ -264,7 +264,3 @@ def _has_low(spec: ActivationSpec) -> bool:
 
 def _positive(scale: Tensor) -> Tensor:
     return scale.abs().clamp(min=MIN_SCALE)
-
-
-def _zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    return torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
