@@ -10,7 +10,7 @@ wrote; nothing here was run on an Ascend device.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,8 +168,10 @@ class _QuantizedForm(ir.passes.InPlacePass):
             self._activation(graph, activation, readers.get(activation, []))
         for layer in found.layers:
             self._layer(graph, layer, biases[layer.name])
-        _fold_real_constants(graph)
+        # What layers took is gone before the rest is computed: it may be all the weights.
         common.RemoveUnusedNodesPass()(model)
+        if _fold_real_constants(graph):
+            common.RemoveUnusedNodesPass()(model)
         graph.register_constants()
         inside = [n for n in model.graph.all_nodes() if n.op_type in _QDQ_OPS]
         if inside:
@@ -211,9 +213,9 @@ class _QuantizedForm(ir.passes.InPlacePass):
     ) -> None:
         node = layer.node
         node.name = layer.name
-        attributes = _layer_attributes(layer)
+        attributes = {a.name: a for a in _typed(_layer_attributes(layer))}
         node.attributes.clear()
-        node.attributes.update({a.name: a for a in ir.convenience.convert_attributes(attributes)})
+        node.attributes.update(attributes)
         weight = self.weight(layer)
         node.replace_input_with(1, graph.constant(f"{layer.name}.weight", weight))
         if bias is not None:
@@ -265,9 +267,9 @@ class _QuantizedForm(ir.passes.InPlacePass):
     def scale(self, graph: _GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
         """Write what makes a layer's accumulator real, after the layer."""
 
-    def weight(self, layer: QuantizedLayer) -> Array:
+    @abstractmethod
+    def weight(self, layer: QuantizedLayer) -> Array | ir.LazyTensor:
         """The form in which a layer's weight is stored."""
-        return self.operand(layer.weight)
 
     @abstractmethod
     def operand(self, integers: Array) -> Array:
@@ -408,9 +410,32 @@ class ToFakeQuant(_QuantizedForm):
             value = graph.cast(anchor, value, layer.real, f"{name}.cast", after=True)
         return value
 
+    def weight(self, layer: QuantizedLayer) -> ir.LazyTensor:
+        """Integer-valued float32, computed when it is written: four times the integers' size."""
+        integers = layer.weight
+        return ir.LazyTensor(
+            lambda: ir.Tensor(self.operand(integers)),
+            dtype=ir.DataType.FLOAT,
+            shape=ir.Shape(integers.shape),
+        )
+
     def operand(self, integers: Array) -> Array:
         """Integer-valued float32."""
         return integers.astype(np.float32)
+
+
+def _typed(attributes: dict[str, Any]) -> list[ir.Attr]:
+    """Attributes of the four types that are written here.
+
+    ``ir.node`` infers types by protocols, which took a fifth of a conversion.
+    """
+    make: dict[type, Callable[[str, Any], ir.Attr]] = {
+        int: ir.AttrInt64,
+        float: ir.AttrFloat32,
+        str: ir.AttrString,
+        list: ir.AttrInt64s,
+    }
+    return [make[type(value)](name, value) for name, value in attributes.items()]
 
 
 def _layer_attributes(layer: QuantizedLayer) -> dict[str, Any]:
@@ -441,8 +466,13 @@ def _layer_attributes(layer: QuantizedLayer) -> dict[str, Any]:
     return attributes
 
 
-def _fold_real_constants(graph: _GraphWriter) -> None:
-    """Write quantized constants that no integer layer took as real initializers."""
+def _fold_real_constants(graph: _GraphWriter) -> bool:
+    """Write quantized constants that no integer layer took as real initializers.
+
+    Returns:
+        Whether there were any; their nodes are left unused.
+    """
+    folded = False
     for node in graph.graph:
         if node.op_type == "DequantizeLinear":
             real = real_constant(node.outputs[0])
@@ -455,6 +485,8 @@ def _fold_real_constants(graph: _GraphWriter) -> None:
                 if "output_dtype" in node.attributes:
                     kind = ir.DataType(node.attributes.get_int("output_dtype")).numpy()
                 graph.take_over(old, graph.constant(name, real.astype(kind)), node)
+                folded = True
+    return folded
 
 
 def _drop_unread_casts(value: ir.Value) -> None:
@@ -473,10 +505,11 @@ class _GraphWriter:
         self.graph = graph
         self._constants: list[ir.Value] = []
 
-    def constant(self, name: str, array: Array | np.generic) -> ir.Value:
-        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
+    def constant(self, name: str, values: Array | np.generic | ir.LazyTensor) -> ir.Value:
+        tensor = values if isinstance(values, ir.LazyTensor) else ir.Tensor(np.asarray(values))
+        shape = ir.Shape(tensor.shape)
         value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor
         )
         self._constants.append(value)
         return value
@@ -494,7 +527,7 @@ class _GraphWriter:
     ) -> ir.Value:
         """Insert a node whose output has its first input's shape and is ``<name>.output0``."""
         output = ir.Value(name=f"{name}.output0", type=ir.TensorType(dtype), shape=inputs[0].shape)
-        node = ir.node(op_type, inputs, attributes, outputs=[output], name=name)
+        node = ir.Node("", op_type, inputs, _typed(attributes), outputs=[output], name=name)
         (self.graph.insert_after if after else self.graph.insert_before)(anchor, node)
         return output
 

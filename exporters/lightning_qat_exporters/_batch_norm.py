@@ -29,6 +29,8 @@ class FoldBatchNorm(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
+        if not any(node.op_type == "BatchNormalization" for node in model.graph):
+            return ir.passes.PassResult(model, modified=False)
         folded = 0
         for layer in find_quantized(model).layers:
             norm = _norm_after(layer)

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lightning_qat.atomic import replacing
+from lightning_qat_exporters._streamed import write_streamed
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Protobuf refuses 2 GiB; names and attributes need some room."""
@@ -35,9 +36,12 @@ def write_onnx(
         for value in model.graph.initializers.values()
         if value.const_value is not None
     )
-    external = f"{path.name}.data" if size > external_above else None
+    if size <= external_above:
+        write_streamed(model, temporary)
+        return (path,)
+    external = f"{path.name}.data"
     ir.save(model, temporary, external_data=external)
-    return (path,) if external is None else (path, path.with_name(external))
+    return path, path.with_name(external)
 
 
 def require_writable(paths: Iterable[Path]) -> None:

@@ -61,6 +61,7 @@ def read_onnx(path: Path) -> ir.Model:
     except Exception as error:
         raise ValueError(f"{str(path)!r} is not a valid ONNX model: {error}") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
+    _hold_values_once(model)
     # ONNX has two names for its own domain.
     if "ai.onnx" in model.opset_imports:
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
@@ -146,6 +147,24 @@ def _reaches(start: onnx.NodeProto, end: onnx.NodeProto, maker: dict[str, onnx.N
         seen.update(map(id, fresh))
         waiting += fresh
     return False
+
+
+def _hold_values_once(model: ir.Model) -> None:
+    """Take the tensors out of protobuf's message, which copies their bytes at every look."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.TensorProtoTensor):
+                value.const_value = _array_tensor(value.const_value)
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            if isinstance(attribute.value, ir.TensorProtoTensor):
+                node.attributes[name] = ir.AttrTensor(name, _array_tensor(attribute.value))
+
+
+def _array_tensor(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
+    if tensor.dtype == ir.DataType.STRING:
+        return tensor
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _name(node: onnx.NodeProto) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from lightning_qat_exporters._onnx_source import read_onnx, require_quantized
 from lightning_qat_exporters._qdq import build_qdq
 from lightning_qat_exporters._quantized_ops import (
     NotExpressible,
+    QuantizedGraph,
     find_quantized,
     integer_outputs,
     joins,
@@ -97,8 +99,9 @@ class CannExporter:
             int4_weights=self.int4_weights,
         )
         files = _paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
-        written = self._write(qdq, files, float_bias=False)
-        return Artifact(self.name, written, tuple(map(str, find_quantized(qdq).left_float)))
+        found = find_quantized(qdq)
+        written = self._write(qdq, found, files, float_bias=False)
+        return Artifact(self.name, written, tuple(map(str, found.left_float)))
 
     def convert_onnx(
         self,
@@ -122,7 +125,14 @@ class CannExporter:
             UnsupportedByTarget: Quantized parts have no form here; all are named.
             OSError: The files cannot be written.
         """
-        files = _paths(path_prefix, record_file)
+        with _collector_paused():
+            return self._converted(
+                model_file, _paths(path_prefix, record_file), float_bias=float_bias
+            )
+
+    def _converted(
+        self, model_file: Path, files: Mapping[str, Path], *, float_bias: bool
+    ) -> Conversion:
         source = read_onnx(model_file)
         if model_file.resolve() in {path.resolve() for path in files.values()}:
             raise ValueError(f"The files must not replace the model {str(model_file)!r} itself.")
@@ -136,7 +146,7 @@ class CannExporter:
                 f"Data and weight of a layer, or the inputs of a join, must be quantized; nothing "
                 f"in {str(model_file)!r} is:{reasons}"
             )
-        written = self._write(qdq, files, float_bias=float_bias)
+        written = self._write(qdq, found, files, float_bias=float_bias)
         names = [layer.name for layer in found.layers]
         shifts = {f"{n}{SHIFT}": n for n in names if f"{n}{SHIFT}" in names}
         return Conversion(
@@ -162,7 +172,7 @@ class CannExporter:
         return lint_deploy(path)
 
     def _write(
-        self, qdq: ir.Model, files: Mapping[str, Path], *, float_bias: bool
+        self, qdq: ir.Model, found: QuantizedGraph, files: Mapping[str, Path], *, float_bias: bool
     ) -> dict[str, Path]:
         """Write all files or none."""
         try:
@@ -180,7 +190,7 @@ class CannExporter:
                 _, *weights = write_onnx(model, temporary, files[role])
                 written.update({f"{role}_weights": path for path in weights})
             if "record" in files:
-                text = format_record(layer_records(find_quantized(qdq).layers))
+                text = format_record(layer_records(found.layers))
                 stack.enter_context(replacing(files["record"])).write_text(text, encoding="utf-8")
         return written
 
@@ -196,6 +206,18 @@ class CannExporter:
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the deploy model with the model's."""
         return deploy_differences(model, artifact.files["model"])
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's collector from walking all of torch's objects for every few hundred nodes."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _paths(prefix: Path, record: Path | None) -> dict[str, Path]:
