@@ -27,6 +27,7 @@ Array = NDArray[Any]
 
 _DOMAIN = "lightning_qat.reference"
 _INT32 = np.iinfo(np.int32)
+_EXACT_IN_FLOAT32 = 2**24
 _DTYPES: Mapping[str, np.dtype[np.signedinteger[Any]]] = {
     "INT8": np.dtype(np.int8),
     "INT16": np.dtype(np.int16),
@@ -45,10 +46,10 @@ _BLOCK_BYTES = 2**26
 class AscendExecutor:
     """A deploy model, ready to run on arrays.
 
-    Integer layers: ``acc = layer(q - offset_d, W, zero padding) + B``, exact in float64 BLAS, whose
-    integers are exact below 2**53. ``q = clip(rint(x * scale) + offset)``, as in AMCT's fake-quant
-    model; CANN's text rounds after adding, which differs on exact ties alone. ``y = float32(acc) *
-    scale`` with the low 32 bits of the dequant parameter as a float32.
+    Integer layers: ``acc = layer(q - offset_d, W, zero padding) + B``, exact in BLAS, in
+    floats that hold every integer that can occur. ``q = clip(rint(x * scale) + offset)``, as in
+    AMCT's fake-quant model; CANN's text rounds after adding, which differs on exact ties alone.
+    ``y = float32(acc) * scale`` with the low 32 bits of the dequant parameter as a float32.
 
     A weight with half as many input channels as its data is packed, two of 4 bits to a byte.
 
@@ -89,7 +90,8 @@ class AscendExecutor:
             raise ValueError(
                 f"The inputs must be {sorted(self.input_names)}; got {sorted(inputs)}."
             )
-        return [np.asarray(output) for output in self._evaluator.run(None, dict(inputs))]
+        outputs = self._evaluator.run(None, dict(inputs))
+        return [np.array(output, order="C") for output in outputs]
 
 
 def _resolved(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -250,11 +252,11 @@ class Conv(OpRun):
             )
         kernel = weight.shape[2:]
         strides, dilations = _filled(strides, kernel), _filled(dilations, kernel)
-        data, weight = _operands(x, weight, offset)
+        data, weight, added = _operands(x, weight, bias, offset, channel_axis=0)
         spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
         begin, end = _padding(auto_pad, pads, x.shape[2:], spans, strides)
         result = _correlate(_padded(data, begin, end), weight, strides, dilations, group)
-        return (_accumulated(result, bias, x.dtype, offset, label, axis=1),)
+        return (_accumulated(result, added, x.dtype, offset, label, axis=1),)
 
 
 class ConvTranspose(OpRun):
@@ -288,7 +290,7 @@ class ConvTranspose(OpRun):
         kernel = weight.shape[2:]
         rank = len(kernel)
         strides, dilations = _filled(strides, kernel), _filled(dilations, kernel)
-        data, weight = _operands(x, weight, offset)
+        data, weight, added = _operands(x, weight, bias, offset, channel_axis=1)
         spread = np.zeros(
             (
                 *data.shape[:2],
@@ -308,7 +310,7 @@ class ConvTranspose(OpRun):
         kernels = flipped.reshape(-1, *flipped.shape[2:])
         ones = [1] * rank
         result = _correlate(_padded(spread, begin, end), kernels, ones, dilations, group)
-        return (_accumulated(result, bias, x.dtype, offset, label, axis=1),)
+        return (_accumulated(result, added, x.dtype, offset, label, axis=1),)
 
 
 class Gemm(OpRun):
@@ -335,8 +337,8 @@ class Gemm(OpRun):
                 f"alpha {alpha}, beta {beta}, transA {transA}."
             )
         weight = unpacked(weight.T if transB else weight, 0, x.shape[-1])
-        data, weight = _operands(x, weight, offset)
-        return (_accumulated(data @ weight, bias, x.dtype, offset, label, axis=-1),)
+        data, weight, added = _operands(x, weight, bias, offset, channel_axis=1)
+        return (_accumulated(data @ weight, added, x.dtype, offset, label, axis=-1),)
 
 
 class MatMul(OpRun):
@@ -345,7 +347,8 @@ class MatMul(OpRun):
     op_domain = _DOMAIN
 
     def _run(self, x: Array, weight: Array, *, label: str, offset: float) -> tuple[Array]:
-        data, weight = _operands(x, unpacked(weight, 0, x.shape[-1]), offset)
+        weight = unpacked(weight, 0, x.shape[-1])
+        data, weight, _ = _operands(x, weight, None, offset, channel_axis=1)
         return (_accumulated(data @ weight, None, x.dtype, offset, label, axis=-1),)
 
 
@@ -508,11 +511,19 @@ def _padding(
 
 def _padded(x: Array, begin: Sequence[int], end: Sequence[int], fill: float = 0) -> Array:
     """Pad the spatial axes; a negative amount cuts."""
-    widths = [(max(b, 0), max(e, 0)) for b, e in zip(begin, end, strict=True)]
-    if any(b or e for b, e in widths):
-        x = np.pad(x, [(0, 0), (0, 0), *widths], constant_values=fill)
-    cuts = (slice(max(-b, 0), -e if e < 0 else None) for b, e in zip(begin, end, strict=True))
-    return x[(slice(None), slice(None), *cuts)]
+    ends = tuple(zip(begin, end, strict=True))
+    cuts = (slice(max(-b, 0), -e if e < 0 else None) for b, e in ends)
+    x = x[(slice(None), slice(None), *cuts)]
+    widths = [(max(b, 0), max(e, 0)) for b, e in ends]
+    if not any(b or e for b, e in widths):
+        return x
+    sizes = x.shape[2:]
+    around = [b + size + e for size, (b, e) in zip(sizes, widths, strict=True)]
+    # Images last in memory, as in ``_correlate``.
+    padded = np.moveaxis(np.full((x.shape[1], *around, x.shape[0]), fill, x.dtype), -1, 0)
+    inside = (slice(b, b + size) for size, (b, _) in zip(sizes, widths, strict=True))
+    padded[(slice(None), slice(None), *inside)] = x
+    return padded
 
 
 def _windows(
@@ -531,32 +542,57 @@ def _correlate(
     dilations: Sequence[int],
     group: int,
 ) -> Array:
-    """Correlate padded data with kernels ``[Cout, Cin/g, k...]``, a block of images at a time."""
-    spans = [d * (k - 1) + 1 for k, d in zip(kernels.shape[2:], dilations, strict=True)]
-    windows = _windows(x, spans, strides, dilations)
-    rank = len(spans)
-    out = windows.shape[2 : 2 + rank]
-    flat = kernels.reshape(group, kernels.shape[0] // group, -1).swapaxes(1, 2)
-    result = np.empty((x.shape[0], kernels.shape[0], *out), x.dtype)
-    size = math.prod(windows.shape[1:]) * x.itemsize
-    block = max(1, _BLOCK_BYTES // max(1, size))
-    for first in range(0, x.shape[0], block):
-        part = windows[first : first + block]
-        part = part.reshape(part.shape[0], group, -1, *part.shape[2:])
-        # [n, g, c, out..., k...] -> [g, n, out..., c, k...]
-        order = (1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
-        columns = part.transpose(order).reshape(group, -1, flat.shape[1])
-        product = (columns @ flat).reshape(group, part.shape[0], *out, flat.shape[2])
-        product = product.transpose(1, 0, 2 + rank, *range(2, 2 + rank))
-        result[first : first + block] = product.reshape(part.shape[0], -1, *out)
-    return result
+    """Correlate padded data with kernels ``[Cout, Cin/g, k...]``, a block of images at a time.
+
+    Images are the last axis in memory, of the data that is copied and of the result: runs are long
+    however small the images are, and the next layer finds its data in that order.
+    """
+    kernel = kernels.shape[2:]
+    out = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
+    ]
+    images = np.moveaxis(x, 0, -1)
+    flat = kernels.reshape(group, kernels.shape[0] // group, -1)
+    # Every position of the kernel sees the data shifted; [c, k..., out..., n] are all of them.
+    seen = (x.shape[1], *kernel, *out)
+    block = max(1, _BLOCK_BYTES // max(1, math.prod(seen) * x.itemsize))
+    parts = []
+    for first in range(0, max(1, x.shape[0]), block):
+        part = images[..., first : first + block]
+        columns = np.empty((*seen, part.shape[-1]), x.dtype)
+        for at in np.ndindex(*kernel):
+            shifted = (
+                slice(a * d, a * d + (n - 1) * s + 1, s)
+                for a, n, s, d in zip(at, out, strides, dilations, strict=True)
+            )
+            columns[(slice(None), *at)] = part[(slice(None), *shifted)]
+        product = flat @ columns.reshape(group, flat.shape[2], -1)
+        parts.append(product.reshape(-1, *out, part.shape[-1]))
+    result = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    return np.moveaxis(result, -1, 0)
 
 
-def _operands(x: Array, weight: Array, offset: float | None) -> tuple[Array, Array]:
-    """Data and weight to multiply: real values as they are, integers in float64 around zero."""
+def _operands(
+    x: Array, weight: Array, bias: Array | None, offset: float | None, *, channel_axis: int
+) -> tuple[Array, Array, Array | None]:
+    """Data, weight and bias in one type: real values as they are, integers around zero.
+
+    A sum of integers is exact in floats, in any order, while no partial sum can leave the range in
+    which the type holds every integer. That is 2**24 for float32, which is twice as fast, and 2**53
+    for float64, which no layer reaches: ``max|q - offset| * sum|w| + |bias|`` bounds them all.
+    """
     if offset is None:
-        return x, weight
-    return x.astype(np.float64) - offset, weight.astype(np.float64)
+        return x, weight, bias
+    limits = np.iinfo(x.dtype)
+    largest = max(abs(limits.min - offset), abs(limits.max - offset))
+    others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
+    bound = largest * np.abs(weight, dtype=np.float64).sum(others).max(initial=0)
+    if bias is not None:
+        bound += np.abs(bias, dtype=np.float64).max(initial=0)
+    kind = np.dtype(np.float32 if bound < _EXACT_IN_FLOAT32 else np.float64)
+    added = None if bias is None else bias.astype(kind)
+    return x.astype(kind) - kind.type(offset), weight.astype(kind), added
 
 
 def _accumulated(
@@ -575,12 +611,14 @@ def _accumulated(
     if bias is not None:
         shape = [1] * result.ndim
         shape[axis] = bias.size
-        result = result + bias.reshape(shape).astype(result.dtype)
+        result += bias.reshape(shape)
     if offset is None:
         return result
     if data_type == np.int16:
         return result.astype(np.int64)
-    if result.size and (result.min() < _INT32.min or result.max() > _INT32.max):
+    # In float32 it was bounded before.
+    wide = result.dtype == np.float64 and result.size
+    if wide and (result.min() < _INT32.min or result.max() > _INT32.max):
         raise ValueError(
             f"The accumulator of {label!r} must fit int32; it runs from {result.min():.0f} to "
             f"{result.max():.0f}."

@@ -292,6 +292,18 @@ def test_what_is_not_defined_is_refused() -> None:
         AscendExecutor(model_of([dequant], {"p": np.array([1], np.uint64)}))
 
 
+def test_sums_that_float32_cannot_hold_are_exact() -> None:
+    # 127 * (1040 * 127 + 25) = 16777335 = 2**24 + 119; the bias leaves 1 of it.
+    x, weight = np.full((1, 1041), 127, np.float32), np.full((1041, 1), 127, np.int8)
+    weight[-1] = 25
+    assert run_layer("Gemm", x, weight, i32([-16777334])).item() == 1.0
+    conv = run_layer("Conv", x[..., None], weight.reshape(1, -1, 1), i32([-16777334]))
+    assert conv.item() == 1.0
+    # The bias alone may be what float32 cannot hold: 16777217 - 1.
+    few = run_layer("Gemm", f32([[-1]]), i8([[1]]), i32([2**24 + 1]), param=one_bits(1))
+    assert few.item() == 2**24
+
+
 def test_accumulators_of_16_bit_data_may_leave_int32() -> None:
     x, weight = np.full((1, 600), 32767, np.float32), np.full((600, 1), 127, np.int8)
     y = run_layer("MatMul", x, weight, dst_type="INT16")

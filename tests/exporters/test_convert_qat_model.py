@@ -388,7 +388,9 @@ def test_external_data_is_read_and_written(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(write_onnx.__kwdefaults__, "external_above", 1000)
     done = agreeing(path, {"x": real(1, 40)})
     assert {"model_weights", "fake_quant_weights"} <= set(done.files)
-    assert all(file.is_file() for file in done.files.values())
+    assert set(done.files.values()) | {path, tmp_path / "w.bin"} == set(tmp_path.iterdir())
+    findings = CannExporter().lint(done.files["model"])
+    assert not [finding for finding in findings if finding.severity == "error"]
 
 
 def chain(*names: str) -> Qdq:
