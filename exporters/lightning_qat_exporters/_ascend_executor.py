@@ -2,8 +2,8 @@
 
 The integer layers are computed exactly and the scalings in float32, by the definitions of Ascend's
 operators. Every other operator is left to ``onnx.reference``, except the pools, which are slow
-there, and batch norm. No claim about the last bit on a device: many of its kernels round
-activations to float16.
+there, and batch norm. No claim about the last bit on a device: many of its kernels quantize in
+float16, which ``device_fp16`` simulates.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class AscendExecutor:
 
     Args:
         model: Path of a deploy model, or the model itself.
+        device_fp16: Quantize as AscendQuant's kernels without float32 do: data, scale and offset
+            become float16, and so do their product and their sum, which is rounded last.
 
     Raises:
         ValueError: An operator asks for what is not defined here: an unknown ``round_mode`` or
@@ -62,7 +64,12 @@ class AscendExecutor:
             no integer layer feeds.
     """
 
-    def __init__(self, model: str | PathLike[str] | onnx.ModelProto | ir.Model) -> None:
+    def __init__(
+        self,
+        model: str | PathLike[str] | onnx.ModelProto | ir.Model,
+        *,
+        device_fp16: bool = False,
+    ) -> None:
         if isinstance(model, ir.Model):
             proto = ir.to_proto(model)
         elif isinstance(model, onnx.ModelProto):
@@ -71,7 +78,7 @@ class AscendExecutor:
             proto = onnx.load(model)
         self.input_names = tuple(value.name for value in proto.graph.input)
         self.output_names = tuple(value.name for value in proto.graph.output)
-        self._evaluator = ReferenceEvaluator(_resolved(proto), new_ops=list(_OPS))
+        self._evaluator = ReferenceEvaluator(_resolved(proto, device_fp16), new_ops=list(_OPS))
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Compute the model's outputs.
@@ -94,7 +101,7 @@ class AscendExecutor:
         return [np.array(output, order="C") for output in outputs]
 
 
-def _resolved(model: onnx.ModelProto) -> onnx.ModelProto:
+def _resolved(model: onnx.ModelProto, device_fp16: bool) -> onnx.ModelProto:
     """A copy in which every operator computed here says all it needs to know by itself.
 
     A layer learns its input's offset from the AscendQuant before it, an AscendDequant its channel
@@ -116,6 +123,8 @@ def _resolved(model: onnx.ModelProto) -> onnx.ModelProto:
         if quantized and node.op_type in _LAYERS:
             assert before is not None
             extra["offset"] = _attributes(before).get("offset", 0.0)
+        if node.op_type == "AscendQuant":
+            extra["half"] = int(device_fp16)
         if node.op_type == "AscendDequant":
             if before is None or before.op_type not in _LAYERS:
                 raise ValueError(
@@ -133,7 +142,11 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 class AscendQuant(OpRun):
-    """``clip(round(x * scale) + offset)``; ``sqrt_mode`` multiplies by ``scale`` twice."""
+    """``clip(round(x * scale) + offset)``; ``sqrt_mode`` multiplies by ``scale`` twice.
+
+    With ``half``, ``clip(round(x * scale + offset))`` with float16 after every operation, as in
+    CANN's public kernels of this operator.
+    """
 
     op_domain = _DOMAIN
 
@@ -142,6 +155,7 @@ class AscendQuant(OpRun):
         x: Array,
         *,
         label: str,
+        half: int,
         scale: float,
         offset: float = 0.0,
         sqrt_mode: int = 0,
@@ -152,13 +166,20 @@ class AscendQuant(OpRun):
         _require(label, "round_mode", round_mode, _ROUND)
         if np.isnan(x).any():
             raise ValueError(f"{label!r} cannot quantize NaN; its input holds some.")
-        steps = x.astype(np.float32) * np.float32(scale)
-        if sqrt_mode:
-            steps = steps * np.float32(scale)
+        # A device's floats become infinite and saturate where they are too large.
+        with np.errstate(over="ignore"):
+            real = np.dtype(np.float16 if half else np.float32).type
+            if not np.isfinite(real(scale)):
+                raise ValueError(f"The scale of {label!r} must fit float16; got {scale:g}.")
+            steps = x.astype(real) * real(scale)
+            if sqrt_mode:
+                steps = steps * real(scale)
+            rounded = _ROUND[round_mode]
+            levels = rounded(steps + real(offset)) if half else rounded(steps) + real(offset)
         dtype = _DTYPES[dst_type]
         limits = np.iinfo(dtype)
-        levels = _ROUND[round_mode](steps) + np.float32(offset)
-        return (np.clip(levels, limits.min, limits.max).astype(dtype),)
+        # float16 has no 32767.
+        return (np.clip(levels.astype(np.float32), limits.min, limits.max).astype(dtype),)
 
 
 class AscendAntiQuant(OpRun):

@@ -37,6 +37,7 @@ from lightning_qat_exporters._wide_weights import SHIFT
 
 REFERENCE = "reference executor"
 SIMULATION = "onnxruntime, fake-quant model"
+HALF = "reference executor, float16"
 
 
 class CannExporter:
@@ -48,14 +49,16 @@ class CannExporter:
     ``<prefix>_record.txt``: AMCT's record of scales and offsets.
 
     No Ascend device or ATC was available to its authors: the format is compared with files that
-    AMCT wrote, the arithmetic with AMCT's own simulation. Many device kernels round activations to
-    float16 before they quantize, so the last bit of a device cannot be promised.
+    AMCT wrote, the arithmetic with AMCT's own simulation. Many device kernels quantize in float16,
+    so the last bit of a device cannot be promised; ``device_fp16`` shows what that may cost.
 
     Args:
         opset: 11 to 18. All CANN versions parse 11; use more only where an operator needs it.
         int4_weights: Pack weights of 4 bits two to a byte, as AMCT does, for the products that
             compute with them (Atlas inference products). Otherwise they are bytes, which every
             product takes. Layers with groups or an odd number of input channels stay bytes.
+        device_fp16: Let ``verify`` also run the deploy model as kernels do that quantize in
+            float16. Files are the same.
 
     Raises:
         ValueError: ``opset`` is outside 11 to 18.
@@ -63,18 +66,21 @@ class CannExporter:
 
     name = "cann"
 
-    def __init__(self, opset: int = 11, int4_weights: bool = False) -> None:
+    def __init__(
+        self, opset: int = 11, int4_weights: bool = False, device_fp16: bool = False
+    ) -> None:
         if not 11 <= opset <= 18:
             raise ValueError(
                 f"opset must be from 11 to 18, which is what CANN's parsers take; got {opset!r}."
             )
         self.opset = opset
         self.int4_weights = int4_weights
+        self.device_fp16 = device_fp16
 
     @property
     def runtimes(self) -> tuple[str, ...]:
         """Our NumPy executor on the deploy model, ONNX Runtime on the fake-quant model."""
-        return REFERENCE, SIMULATION
+        return (REFERENCE, SIMULATION, HALF) if self.device_fp16 else (REFERENCE, SIMULATION)
 
     def check_available(self) -> None:
         """Everything this exporter needs is a dependency of the package."""
@@ -200,7 +206,7 @@ class CannExporter:
         """Run the files on a batch; ``runtime`` is one of ``runtimes``."""
         if runtime == SIMULATION:
             return run_onnx(artifact.files["fake_quant"], inputs, optimize=False)
-        executor = AscendExecutor(artifact.files["model"])
+        executor = AscendExecutor(artifact.files["model"], device_fp16=runtime == HALF)
         return dict(zip(executor.output_names, executor.run(inputs), strict=True))
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from lightning_qat import export, verify
+from lightning_qat_exporters import CannExporter
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from tests.exporters.amct_goldens import CASES, load_case
+from tests.exporters.contract import converted
 
 Array = NDArray[Any]
 
@@ -137,6 +141,49 @@ def test_sqrt_mode_multiplies_twice() -> None:
         dequant={"dtype": 0, "sqrt_mode": 1},
     )
     assert real.tolist() == [[2.5]]
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "offset", "plain", "half"),
+    [
+        # The data, in steps of 2 from 2048: 2049 is halfway and becomes the even 2048.
+        (2049.0, 1.0, -2000.0, 49, 48),
+        # 985.1 is 985 (steps of 0.5) and 0.1 is 0.0999755859375; their product 98.476, in steps of
+        # 1/16, is 98.5, which goes to the even 98. In float32 it is 98.51.
+        (985.1, 0.1, 0.0, 99, 98),
+        # The sum is rounded, not the product: 0.5 + 1 = 1.5 goes to 2, 0.5 to 0.
+        (0.5, 1.0, 1.0, 1, 2),
+        # The sum, in steps of 1/16: 64.53125 is halfway and becomes 64.5, which goes to 64.
+        (0.53125, 1.0, 64.0, 65, 64),
+        # Above 65504 is infinity, which saturates.
+        (7e4, 0.001, 0.0, 70, 127),
+        (-7e4, 0.001, 0.0, -70, -128),
+    ],
+)
+def test_kernels_without_float32_have_float16_after_every_operation(
+    x: float, scale: float, offset: float, plain: int, half: int
+) -> None:
+    quant = helper.make_node(
+        "AscendQuant", ["x"], ["y"], name="q", scale=scale, offset=offset, dst_type="INT8"
+    )
+    model = model_of([quant], {})
+    assert AscendExecutor(model).run({"x": f32([x])})[0].tolist() == [plain]
+    assert AscendExecutor(model, device_fp16=True).run({"x": f32([x])})[0].tolist() == [half]
+
+
+def test_float16_data_of_16_bits_saturates_at_their_ends() -> None:
+    quant = helper.make_node(
+        "AscendQuant", ["x"], ["y"], name="q", scale=1.0, offset=0.0, dst_type="INT16"
+    )
+    executor = AscendExecutor(model_of([quant], {}), device_fp16=True)
+    assert executor.run({"x": f32([4e4, -4e4])})[0].tolist() == [32767, -32768]
+
+
+def test_a_scale_that_float16_does_not_hold_is_refused() -> None:
+    quant = helper.make_node("AscendQuant", ["x"], ["y"], name="q", scale=1e5, dst_type="INT8")
+    executor = AscendExecutor(model_of([quant], {}), device_fp16=True)
+    with pytest.raises(ValueError, match=r"scale of 'q' must fit float16; got 100000"):
+        executor.run({"x": f32([0.0])})
 
 
 def test_antiquant_subtracts_the_offset_and_scales() -> None:
@@ -308,3 +355,11 @@ def test_accumulators_of_16_bit_data_may_leave_int32() -> None:
     x, weight = np.full((1, 600), 32767, np.float32), np.full((600, 1), 127, np.int8)
     y = run_layer("MatMul", x, weight, dst_type="INT16")
     assert y.item() == np.float32(600 * 32767 * 127)
+
+
+def test_verify_shows_what_float16_kernels_may_cost(tmp_path: Path) -> None:
+    model, exporter = converted("residual_add", samples=64), CannExporter(device_fp16=True)
+    artifact = export(model, exporter, tmp_path / "net")
+    exact, simulated, half = verify(model, artifact, exporter=exporter).runtimes
+    assert half.runtime == "reference executor, float16"
+    assert exact.max_steps == simulated.max_steps < half.max_steps <= 4
