@@ -79,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", required=True, type=Path, metavar="PREFIX", help="beginning of the files' names"
     )
     convert.add_argument(
-        "--record", type=Path, metavar="FILE", help="also write AMCT's record of factors"
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="also write AMCT's record of factors, as text or as .pb",
     )
     convert.add_argument(
         "--float-bias",

@@ -82,7 +82,8 @@ def convert_qat_model(
         model_file: ONNX model with QuantizeLinear and DequantizeLinear, opset 10 or newer.
         save_path: Folder and beginning of the files' names: ``<save_path>_deploy_model.onnx`` and
             ``<save_path>_fake_quant_model.onnx``.
-        record_file: Where to write the scales and offsets in AMCT's form; not written by default.
+        record_file: Where to write the scales and offsets in AMCT's form, as text, or in protobuf's
+            binary form where the name ends in ``.pb``; not written by default.
         target: Name of the exporter, or one with options, such as ``CannExporter(opset=13)``.
         float_bias: Keep biases in float and add them after the layers.
 

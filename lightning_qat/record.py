@@ -1,11 +1,9 @@
-"""AMCT's record file: the quantization factors of every layer, as protobuf text.
-
-AMCT's binary form is not read or written: the field numbers of its schema are not known to us.
+"""AMCT's record file: the quantization factors of every layer, as protobuf text or binary.
 
 The message is AMCT's ``ScaleOffsetRecord``: ``record { key: "layer" value { ... } }``, one entry
-per layer in the model's order. The schema is built here at run time, so that protobuf's own text
-format reads and prints it; only names and types matter in text, field numbers merely order the
-fields.
+per layer in the model's order. The schema is built here at run time, so that protobuf itself reads
+and writes it. Names, types and numbers are those of ``scale_offset_record_pytorch.proto`` in AMCT's
+public sources (hicann/amct, 2026-08). AMCT writes text.
 """
 
 from __future__ import annotations
@@ -24,22 +22,28 @@ from google.protobuf import (  # type: ignore[import-untyped]
     message_factory,
     text_format,
 )
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
 _PACKAGE = "lightning_qat_record"
 _Field = descriptor_pb2.FieldDescriptorProto
-# In AMCT's printed order. offset_w comes once per scale_w and is always 0: weights are symmetric.
+# Name, number, type, repeated. offset_w comes once per scale_w and is always 0: weights are
+# symmetric. The schema's other fields belong to other tools of AMCT (balancing, pruning, shifts):
+# a record that has one is refused.
 _FIELDS = (
-    ("scale_d", _Field.TYPE_FLOAT, False),
-    ("offset_d", _Field.TYPE_INT32, False),
-    ("scale_w", _Field.TYPE_FLOAT, True),
-    ("offset_w", _Field.TYPE_INT32, True),
-    ("act_type", _Field.TYPE_STRING, False),
-    ("wts_type", _Field.TYPE_STRING, False),
-    ("scale_h", _Field.TYPE_FLOAT, False),
-    ("offset_h", _Field.TYPE_INT32, False),
-    ("scale_r", _Field.TYPE_FLOAT, True),
-    ("offset_r", _Field.TYPE_INT32, True),
+    ("scale_d", 1, _Field.TYPE_FLOAT, False),
+    ("offset_d", 2, _Field.TYPE_INT32, False),
+    ("scale_w", 3, _Field.TYPE_FLOAT, True),
+    ("offset_w", 4, _Field.TYPE_INT32, True),
+    ("act_type", 11, _Field.TYPE_STRING, False),
+    ("wts_type", 12, _Field.TYPE_STRING, False),
+    ("scale_h", 21, _Field.TYPE_FLOAT, False),
+    ("offset_h", 22, _Field.TYPE_INT32, False),
+    ("scale_r", 23, _Field.TYPE_FLOAT, True),
+    ("offset_r", 24, _Field.TYPE_INT32, True),
 )
+BINARY_SUFFIX = ".pb"
+"""A record file of such a name is written in binary."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,20 @@ def format_record(records: Iterable[LayerRecord]) -> str:
           }
         }
     """
+    return str(text_format.MessageToString(_message(records)))
+
+
+def encode_record(records: Iterable[LayerRecord]) -> bytes:
+    """The same message in protobuf's binary form.
+
+    Example:
+        >>> encode_record([LayerRecord("fc", 0.5, 1, (0.25,))]).hex(" ")[:47]
+        '0a 20 0a 02 66 63 12 1a 0d 00 00 00 3f 10 01 1d'
+    """
+    return bytes(_message(records).SerializeToString())
+
+
+def _message(records: Iterable[LayerRecord]) -> Any:
     message = _MESSAGE()
     for record in records:
         entry = message.record.add(key=record.name)
@@ -99,31 +117,41 @@ def format_record(records: Iterable[LayerRecord]) -> str:
             value.scale_h, value.offset_h = record.scale_h, record.offset_h or 0
         value.scale_r.extend(record.scale_r)
         value.offset_r.extend([0] * len(record.scale_r))
-    return str(text_format.MessageToString(message))
+    return message
 
 
 def read_record(path: str | Path) -> tuple[LayerRecord, ...]:
     """Read a record file.
 
     Args:
-        path: Protobuf text of ``ScaleOffsetRecord``, from our exporter or AMCT.
+        path: ``ScaleOffsetRecord`` as protobuf text or binary, from our exporter or AMCT.
 
     Returns:
         One record per entry, in the file's order.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is binary or no such message; see ``parse_record``.
+        ValueError: The file is no such message; see ``parse_record``.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There must be a record file at {str(path)!r}; no file is there.")
+    data = path.read_bytes()
+    message = _MESSAGE()
+    # The first byte of a binary record is that of its first field, which is also a line feed.
+    if data.startswith(b"\n"):
+        try:
+            message.ParseFromString(data)
+        except DecodeError:
+            pass
+        else:
+            return _records(message)
     try:
-        return parse_record(path.read_text(encoding="utf-8"))
+        return parse_record(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"A record file must be protobuf text; {str(path)!r} is binary, and the field numbers "
-            "of AMCT's binary form are not public. Write it as text."
+            f"A record file must be a ScaleOffsetRecord as protobuf text or binary; {str(path)!r} "
+            "is neither. Write it with the exporter or take AMCT's own."
         ) from error
 
 
@@ -147,9 +175,15 @@ def parse_record(text: str) -> tuple[LayerRecord, ...]:
             f"A record file must be a ScaleOffsetRecord in protobuf text; got {error}. "
             "Write it with the exporter or take AMCT's own."
         ) from error
+    return _records(message)
+
+
+def _records(message: Any) -> tuple[LayerRecord, ...]:
+    _require_known("the file", message)
     records: dict[str, LayerRecord] = {}
     for entry in message.record:
         name, value = entry.key, entry.value
+        _require_known(f"layer {name!r}", entry, value)
         if name in records:
             raise ValueError(f"A record file must name a layer once; {name!r} comes twice.")
         missing = [f for f in ("scale_d", "offset_d") if not value.HasField(f)]
@@ -181,6 +215,15 @@ def parse_record(text: str) -> tuple[LayerRecord, ...]:
     return tuple(records.values())
 
 
+def _require_known(what: str, *parts: Any) -> None:
+    unknown = [field.field_number for part in parts for field in UnknownFieldSet(part)]
+    if unknown:
+        raise ValueError(
+            "A record file must hold nothing but scales, offsets and types of layers; "
+            f"{what} has the fields number {unknown}, of AMCT's other tools. Write it without them."
+        )
+
+
 def _require_scales(name: str, field: str, scales: Sequence[float]) -> None:
     bad = [s for s in scales if not (np.isfinite(s) and s > 0)]
     if bad:
@@ -192,7 +235,7 @@ def _message_class() -> Any:
         name=f"{_PACKAGE}.proto", package=_PACKAGE, syntax="proto2"
     )
     value = file.message_type.add(name="Factors")
-    for number, (name, kind, repeated) in enumerate(_FIELDS, start=1):
+    for name, number, kind, repeated in _FIELDS:
         label = _Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL
         value.field.add(name=name, number=number, type=kind, label=label)
     entry = file.message_type.add(name="Entry")

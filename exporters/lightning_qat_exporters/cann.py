@@ -15,7 +15,7 @@ from lightning_qat.export import Array, Artifact, Unsupported, UnsupportedByTarg
 from lightning_qat.findings import Finding
 from lightning_qat.qat_model import Conversion
 from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.record import format_record
+from lightning_qat.record import BINARY_SUFFIX, encode_record, format_record
 from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
 from lightning_qat_exporters._ascend_executor import AscendExecutor
 from lightning_qat_exporters._canonical import canonical
@@ -196,8 +196,12 @@ class CannExporter:
                 _, *weights = write_onnx(model, temporary, files[role])
                 written.update({f"{role}_weights": path for path in weights})
             if "record" in files:
-                text = format_record(layer_records(found.layers))
-                stack.enter_context(replacing(files["record"])).write_text(text, encoding="utf-8")
+                records = layer_records(found.layers)
+                if files["record"].suffix == BINARY_SUFFIX:
+                    data = encode_record(records)
+                else:
+                    data = format_record(records).encode()
+                stack.enter_context(replacing(files["record"])).write_bytes(data)
         return written
 
     def run(

@@ -1,10 +1,11 @@
-"""What ONNX Runtime's own quantizer writes converts whole and computes the same."""
+"""What ONNX Runtime's own quantizer writes converts whole and computes the same, op by op."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import numpy_helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -21,10 +23,14 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from lightning_qat import convert_qat_model
+from lightning_qat import Conversion, convert_qat_model
 from lightning_qat_exporters._ascend_executor import AscendExecutor
+from lightning_qat_exporters._canonical import canonical
+from lightning_qat_exporters._onnx_source import read_onnx
+from lightning_qat_exporters._quantized_ops import find_quantized
 from tests.join_networks import NETWORKS, inputs_for, train_steps
 
+Array = NDArray[Any]
 Int8, UInt8 = QuantType.QInt8, QuantType.QUInt8
 # Activations, weights, one scale per channel, symmetric.
 FORMS = {
@@ -60,15 +66,27 @@ def float_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return path
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_quantized_operator_is_matched_and_outputs_are_one_step_apart(
-    float_file: Path, form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.ERROR)
-    network = float_file.stem
+@dataclass(frozen=True)
+class Case:
+    """One model of ONNX Runtime's quantizer, what became of it, and every tensor on a batch."""
+
+    source: Path
+    model: onnx.ModelProto
+    done: Conversion
+    x: dict[str, Array]
+    tensors: dict[str, Array]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def case(
+    request: pytest.FixtureRequest, float_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    network, folder = float_file.stem, tmp_path_factory.mktemp("qdq")
     name = onnx.load(float_file).graph.input[0].name
-    activation, weight, per_channel, symmetric = FORMS[form]
-    source = tmp_path / "qdq.onnx"
+    activation, weight, per_channel, symmetric = FORMS[request.param]
+    source = folder / "qdq.onnx"
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # it advises to prepare the model first
     quantize_static(
         float_file,
         source,
@@ -79,9 +97,32 @@ def test_every_quantized_operator_is_matched_and_outputs_are_one_step_apart(
         weight_type=weight,
         extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": symmetric},
     )
-    done = convert_qat_model(source, tmp_path / "net")
+    logging.root.setLevel(level)
+    model, x = onnx.load(source), {name: inputs_for(network).numpy()}
+    done = convert_qat_model(source, folder / "net")
+    return Case(source, model, done, x, every_tensor(model, x))
 
-    model = onnx.load(source)
+
+def every_tensor(model: onnx.ModelProto, x: dict[str, Array]) -> dict[str, Array]:
+    """All that ONNX Runtime computes, as the model is written."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    names = [name for node in model.graph.node for name in node.output if name]
+    shown.graph.output.extend(
+        helper.make_empty_tensor_value_info(name)
+        for name in {*names} - {value.name for value in model.graph.output}
+    )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return {**x, **dict(zip(names, map(np.asarray, session.run(names, x)), strict=True))}
+
+
+def test_every_quantized_operator_is_matched(case: Case) -> None:
+    model, done = case.model, case.done
     real = {out for n in model.graph.node if n.op_type == "DequantizeLinear" for out in n.output}
     wanted = {n.name for n in model.graph.node if n.op_type in TAKEN and real & set(n.input)}
     assert wanted <= {*done.layers, *done.joins}
@@ -93,14 +134,63 @@ def test_every_quantized_operator_is_matched_and_outputs_are_one_step_apart(
     }
     assert set(done.layers) == with_weight
 
-    x = {name: inputs_for(network).numpy()}
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    (expected,) = session.run(None, x)
-    (actual,) = AscendExecutor(done.files["model"]).run(x)
-    assert np.abs(actual - expected).max() <= 1.001 * output_step(model)
+
+def test_outputs_are_one_step_apart(case: Case) -> None:
+    (actual,) = AscendExecutor(case.done.files["model"]).run(case.x)
+    expected = case.tensors[case.model.graph.output[0].name]
+    assert np.abs(actual - expected).max() <= 1.001 * output_step(case.model)
+
+
+def test_every_operator_on_onnx_runtimes_own_inputs_is_one_step_apart(case: Case) -> None:
+    deploy = onnx.load(case.done.files["model"])
+    quants = {n.name: n for n in deploy.graph.node if n.op_type == "AscendQuant"}
+    # Which node of the source each of them is; what is quantized again on its way has none there.
+    found = find_quantized(canonical(read_onnx(case.source)))
+    of = {
+        f"{activation.name}.quant": activation.quantizes[0].outputs[0].name
+        for activation in found.activations
+        if activation.quantizes[0].outputs[0].name in case.tensors
+    }
+    assert of.keys() <= quants.keys()
+    feeds = {}
+    for name, integers in of.items():
+        (read,) = (n for n in dequantizes(case.model) if n.input[0] == integers)
+        feeds[quants[name].input[0]] = case.tensors[read.output[0]]
+    assert len(feeds) == len(of)
+    for name, integers in of.items():
+        part = operators_before(deploy, quants[name], feeds)
+        inputs = {v.name: feeds.get(v.name, case.x.get(v.name)) for v in part.graph.input}
+        (actual,) = AscendExecutor(part).run(inputs)
+        expected = case.tensors[integers]
+        shift = 128 if expected.dtype == np.uint8 else 0
+        distance = np.abs(actual.astype(int) - (expected.astype(int) - shift))
+        assert distance.max() <= 1, name
+
+
+def operators_before(
+    model: onnx.ModelProto, last: onnx.NodeProto, given: Collection[str]
+) -> onnx.ModelProto:
+    """What computes a quantized tensor from given tensors that are quantized before."""
+    maker = {output: node for node in model.graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken, inputs, used, waiting = {last.output[0]}, set(), set(), list(last.input)
+    while waiting:
+        name = waiting.pop()
+        if name in constants:
+            used.add(name)
+        elif name not in maker or (name in given and name != last.input[0]):
+            inputs.add(name)
+        elif maker[name].output[0] not in taken:
+            taken.add(maker[name].output[0])
+            waiting += [i for i in maker[name].input if i]
+    graph = helper.make_graph(
+        [node for node in model.graph.node if node.output[0] in taken],
+        "part",
+        [helper.make_empty_tensor_value_info(name) for name in inputs],
+        [helper.make_empty_tensor_value_info(last.output[0])],
+        [constants[name] for name in used],
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def dequantizes(model: onnx.ModelProto) -> list[onnx.NodeProto]:

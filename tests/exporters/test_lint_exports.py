@@ -1,0 +1,58 @@
+"""Every deploy file that the exporter writes passes the lint, for every test network and preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_qat import convert, prepare
+from lightning_qat.recipe import PRESETS
+from lightning_qat_exporters import CannExporter
+from tests import join_networks, models
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a head; takes (batch, 4, 3)."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    **models.NETWORKS,
+    **join_networks.NETWORKS,
+    "lstm": (lambda: Recurrent(nn.LSTM), (4, 3)),
+    "gru": (lambda: Recurrent(nn.GRU), (4, 3)),
+}
+
+
+# The two deep ones repeat what the others have.
+CASES = [
+    (network, preset)
+    for network in NETWORKS
+    for preset in PRESETS
+    if preset == "int8" or network not in ("resnet20", "mobilenet_v2")
+]
+
+
+@pytest.mark.parametrize(("network", "preset"), CASES)
+def test_what_the_exporter_writes_has_no_lint_errors(
+    network: str, preset: str, tmp_path: Path
+) -> None:
+    make, shape = NETWORKS[network]
+    torch.manual_seed(0)
+    net, x = make(), torch.randn(4, *shape)
+    prepare(net, preset, x)
+    net.train()(x)
+    exporter = CannExporter(int4_weights=preset == "w4a8")
+    artifact = exporter.export(convert(net, x), tmp_path / "net")
+    findings = exporter.lint(artifact.files["model"])
+    assert [str(finding) for finding in findings if finding.severity == "error"] == []
