@@ -507,7 +507,7 @@ class _GraphWriter:
 
     def constant(self, name: str, values: Array | np.generic | ir.LazyTensor) -> ir.Value:
         tensor = values if isinstance(values, ir.LazyTensor) else ir.Tensor(np.asarray(values))
-        shape = ir.Shape(tensor.shape)
+        shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(
             name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor
         )

@@ -22,7 +22,12 @@ LARGE = 5 * STREAMED_BYTES
 
 def model_with(*tensors: ir.TensorProtocol) -> ir.Model:
     values = [
-        ir.Value(name=f"w{i}", type=ir.TensorType(t.dtype), shape=ir.Shape(t.shape), const_value=t)
+        ir.Value(
+            name=f"w{i}",
+            type=ir.TensorType(t.dtype),
+            shape=ir.Shape(t.shape.numpy()),
+            const_value=t,
+        )
         for i, t in enumerate(tensors)
     ]
     nodes = [ir.node("Identity", [value]) for value in values]
@@ -49,7 +54,7 @@ def test_the_file_holds_the_message_that_protobuf_would_write(size: int, tmp_pat
         ir.Tensor(integers),
         ir.Tensor(integers.T),  # not contiguous
         lazy(integers.astype(np.float32)),
-        ir.Tensor(integers.astype(ml_dtypes.int4)),
+        ir.tensor(integers.astype(ml_dtypes.int4)),
         ir.StringTensor([b"a", b"b"], shape=ir.Shape([2])),
         ir.Tensor(np.array(3.0, np.float32)),
     )
