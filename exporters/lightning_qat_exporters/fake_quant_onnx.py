@@ -18,7 +18,7 @@ from lightning_qat.export import Array, Artifact
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._initializers import array_of, initializer
-from lightning_qat_exporters._qdq import FULL_GRIDS, KEY, ActivationType, build_qdq, layer_of
+from lightning_qat_exporters._qdq import FULL_GRIDS, ActivationType, build_qdq, keys_of, layer_of
 from lightning_qat_exporters._runtime import has_vnni, run_onnx
 
 _RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
@@ -108,9 +108,8 @@ class FakeQuantOnnxExporter:
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for node in proto.graph.node:
-            for prop in node.metadata_props:
-                if prop.key == KEY:
-                    nodes.setdefault(prop.value, []).append(node)
+            for key in keys_of({prop.key: prop.value for prop in node.metadata_props}):
+                nodes.setdefault(key, []).append(node)
         found: list[str] = []
         for key, tensor in model.tensors.items():
             of_key = nodes.get(key, [])
