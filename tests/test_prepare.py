@@ -269,7 +269,10 @@ def shared_weights() -> nn.Module:
         (lambda: nn.RNN(2, 2), "RNN has no QAT form"),
         (lambda: nn.Bilinear(2, 2, 2), "Bilinear has no QAT form"),
         (lambda: nn.Embedding(2, 2), "Embedding has no QAT form"),
-        (lambda: nn.MultiheadAttention(2, 1), "MultiheadAttention has no QAT form"),
+        (
+            lambda: nn.utils.spectral_norm(nn.MultiheadAttention(2, 1), "in_proj_weight"),
+            "its in_proj_weight is computed by a hook (weight_norm or spectral_norm)",
+        ),
         (lambda: LinearQAT(2, 2), "already quantized"),
     ],
 )

@@ -6,6 +6,7 @@ from lightning_qat.layers._layer import (
     quantizer_role,
     weight_quantizer_name,
 )
+from lightning_qat.layers.attention import MultiheadAttentionQAT, OutputProjectionQAT
 from lightning_qat.layers.conv import Conv1dQAT, Conv2dQAT, Conv3dQAT
 from lightning_qat.layers.conv_transpose import (
     ConvTranspose1dQAT,
@@ -24,6 +25,8 @@ __all__ = [
     "ConvTranspose2dQAT",
     "ConvTranspose3dQAT",
     "LinearQAT",
+    "MultiheadAttentionQAT",
+    "OutputProjectionQAT",
     "LSTMQAT",
     "GRUQAT",
     "QATLayer",

@@ -1,4 +1,4 @@
-"""Layers whose numbers happen to be equal are still two layers, and read one pair where they may."""
+"""Layers whose numbers happen to be equal are still two, and read one pair where they may."""
 
 from __future__ import annotations
 
