@@ -41,7 +41,7 @@ def is_json_config(values: Mapping[str, Any]) -> bool:
     )
 
 
-AMCT_FLOAT = ("type:MultiheadAttention",)
+AMCT_FLOAT = ("type:MultiheadAttention", "type:Embedding")
 """What AMCT leaves float although it has a QAT layer here, as patterns of a recipe."""
 
 

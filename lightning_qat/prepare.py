@@ -35,6 +35,7 @@ from lightning_qat.layers import (
     ConvTranspose1dQAT,
     ConvTranspose2dQAT,
     ConvTranspose3dQAT,
+    EmbeddingQAT,
     LinearQAT,
     MultiheadAttentionQAT,
     OutputProjectionQAT,
@@ -50,10 +51,12 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     for layer in (
         *(Conv1dQAT, Conv2dQAT, Conv3dQAT),
         *(ConvTranspose1dQAT, ConvTranspose2dQAT, ConvTranspose3dQAT),
-        *(LinearQAT, MultiheadAttentionQAT, LSTMQAT, GRUQAT),
+        *(LinearQAT, EmbeddingQAT, MultiheadAttentionQAT, LSTMQAT, GRUQAT),
     )
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
+
+_WEIGHT_ONLY = {k.__name__ for k, layer in LAYERS.items() if not layer.quantizes_input}
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,12 @@ class PrepareReport:
         for layer in self.swapped:
             weight, activation = layer.spec.weight, layer.spec.activation
             aliases = f" (also {', '.join(layer.aliases)})" if layer.aliases else ""
+            kind = "symmetric" if activation.symmetric else "affine"
+            reads = f", input {activation.bits} bits {kind}"
             lines.append(
                 f"  {layer.name:{width}}  {layer.kind}: weight {weight.bits} bits "
-                f"{weight.granularity} {weight.quantizer}, input {activation.bits} bits "
-                f"{'symmetric' if activation.symmetric else 'affine'}{aliases}"
+                f"{weight.granularity} {weight.quantizer}"
+                f"{'' if layer.kind in _WEIGHT_ONLY else reads}{aliases}"
             )
         for skipped in self.skipped:
             lines.append(

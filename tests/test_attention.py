@@ -390,4 +390,6 @@ def test_files_agree_with_torch(network: str, recipe: Any, target: str, tmp_path
     artifact = export(quantized, target, tmp_path / "net")
     agreement = verify(quantized, artifact)
     assert agreement.parameter_differences == ()
-    assert agreement.max_steps <= 1.01, agreement
+    # Softmax and all sums between two layers of an encoder are integer in LiteRT, and each rounds.
+    most = 2.01 if (target, network) == ("tflite", "encoder") else 1.01
+    assert agreement.max_steps <= most, agreement

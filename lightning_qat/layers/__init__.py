@@ -13,6 +13,7 @@ from lightning_qat.layers.conv_transpose import (
     ConvTranspose2dQAT,
     ConvTranspose3dQAT,
 )
+from lightning_qat.layers.embedding import EmbeddingQAT
 from lightning_qat.layers.linear import LinearQAT
 from lightning_qat.layers.recurrent import GRUQAT, LSTMQAT
 
@@ -25,6 +26,7 @@ __all__ = [
     "ConvTranspose2dQAT",
     "ConvTranspose3dQAT",
     "LinearQAT",
+    "EmbeddingQAT",
     "MultiheadAttentionQAT",
     "OutputProjectionQAT",
     "LSTMQAT",

@@ -26,6 +26,7 @@ WITH_WEIGHTS = (
     nn.Bilinear,
     nn.MultiheadAttention,
     nn.Embedding,
+    nn.EmbeddingBag,
 )
 """torch's layers with weights: each becomes a QAT layer or is reported as one that does not."""
 
@@ -46,6 +47,9 @@ class QATLayer(nn.Module):
 
     channel_axis: ClassVar[int] = 0
     """The output channel's axis of the weight."""
+
+    quantizes_input: ClassVar[bool] = True
+    """It has an ``input_quantizer``, itself or in its parts."""
 
     opaque: ClassVar[bool] = False
     """It quantizes inside what has to be: none of the functions it calls is a join."""
@@ -121,7 +125,7 @@ class QATLayer(nn.Module):
         twin = self._twin(self)
         for name in self.quantizer_names():
             delattr(twin, name)
-        twin.__class__ = self.float_class  # type: ignore[assignment]
+        twin.__class__ = self.float_class
         return twin
 
     @classmethod

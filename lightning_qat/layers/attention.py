@@ -16,7 +16,6 @@ from lightning_qat.layers.linear import LinearQAT
 from lightning_qat.recipe import LayerSpec, Recipe
 from lightning_qat.tape import unseen
 
-
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -83,11 +82,11 @@ class MultiheadAttentionQAT(nn.MultiheadAttention, QATLayer):
         y &= \hat W_o \widehat{\hat a \hat v} + b_o
 
     The projections are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each with an
-    ``input_quantizer`` and a ``weight_quantizer``; where query, key and value are one tensor, a plan
-    (``prepare``) quantizes it once. What is between the projections is quantized by the plan's
+    ``input_quantizer`` and a ``weight_quantizer``; where query, key and value are one tensor, a
+    plan (``prepare``) quantizes it once. What is between the projections is quantized by the plan's
     joins: the operands of both products and, without a mask, the softmax's input. With a mask the
-    softmax reads float, since :math:`-\infty` is on no grid. A query that may attend to nothing gets
-    zeros, where torch gives zeros or NaN.
+    softmax reads float, since :math:`-\infty` is on no grid. A query that may attend to nothing
+    gets zeros, where torch gives zeros or NaN.
 
     Parameters are those of the float layer, packed or not. Arguments of ``forward`` and results are
     too, and its gradients; only nested tensors are refused. ``is_causal`` is a hint without a
@@ -296,9 +295,8 @@ class MultiheadAttentionQAT(nn.MultiheadAttention, QATLayer):
     ) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError(
-                "MultiheadAttention must get padded tensors when it is quantized; got a nested one. "
-                "Pass enable_nested_tensor=False to nn.TransformerEncoder, or pad with a "
-                "key_padding_mask."
+                "A quantized MultiheadAttention must get padded tensors; got a nested one. Pad it, "
+                "and say where with key_padding_mask."
             )
         if is_causal and attn_mask is None:
             raise ValueError(
