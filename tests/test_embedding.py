@@ -153,7 +153,7 @@ def test_files_agree_with_torch(target: str, recipe: Any, tmp_path: Path) -> Non
     if target == "tflite":
         pytest.importorskip("litert_torch")
     quantized = convert(trained(Tokens(padding_idx=0), recipe), LOOKED_UP)
-    assert list(quantized.tensors)[0] == "table.weight"
+    assert next(iter(quantized.tensors)) == "table.weight"
     artifact = export(quantized, target, tmp_path / "net")
     agreement = verify(quantized, artifact)
     assert agreement.parameter_differences == ()

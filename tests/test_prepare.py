@@ -359,8 +359,8 @@ def test_a_model_without_layers_is_refused() -> None:
     refused(
         nn.Sequential(nn.ReLU()),
         "int8",
-        r"Nothing to quantize in Sequential: at least one layer of \['Conv1d'.*'Linear'.*\] must be "
-        r"selected by the recipe\. It has no layer with weights\.",
+        r"Nothing to quantize in Sequential: at least one layer of \['Conv1d'.*'Linear'.*\] must "
+        r"be selected by the recipe\. It has no layer with weights\.",
     )
 
 

@@ -91,7 +91,7 @@ class EmbeddingQAT(nn.Embedding, QATLayer):
         return None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the fake-quantized table: any shape of indices, and ``embedding_dim`` after it."""
+        """Rows of the fake-quantized table: the shape of ``input``, then ``embedding_dim``."""
         return functional.embedding(
             input,
             self.weight_quantizer(self.weight),

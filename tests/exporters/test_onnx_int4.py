@@ -108,5 +108,5 @@ def test_a_changed_integer_is_found(tmp_path: Path) -> None:
 
 
 def test_an_opset_without_int4_is_refused() -> None:
-    with pytest.raises(ValueError, match="int4_weights needs opset 21.*INT4; got 20"):
+    with pytest.raises(ValueError, match=r"int4_weights needs opset 21.*INT4; got 20"):
         FakeQuantOnnxExporter(int4_weights=True)
