@@ -240,6 +240,20 @@ class Block(nn.Module):
         return self.fc(x + self.attn(x, x, x, need_weights=False)[0])
 
 
+class Causal(nn.Module):
+    """Self-attention to what is earlier; takes (batch, 5, 8)."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = attention(batch_first=True)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x, attn_mask=self.mask, need_weights=False, is_causal=True)[0]
+
+
 class Cross(nn.Module):
     """Attention to a memory of other sizes, with padding; takes (batch, 5, 8) and (batch, 6, 5)."""
 
@@ -353,6 +367,7 @@ NETWORKS: dict[str, Any] = {
     "self-attention": (Block, (torch.randn(4, 5, 8),)),
     "self-attention, bias_kv": (lambda: Block(add_bias_kv=True), (torch.randn(4, 5, 8),)),
     "self-attention, zero_attn": (lambda: Block(add_zero_attn=True), (torch.randn(4, 5, 8),)),
+    "self-attention, causal": (Causal, (torch.randn(4, 5, 8),)),
     "cross-attention, padding": (
         Cross,
         (
@@ -374,8 +389,6 @@ NETWORKS: dict[str, Any] = {
 def test_files_agree_with_torch(network: str, recipe: Any, target: str, tmp_path: Path) -> None:
     if target == "tflite":
         pytest.importorskip("litert_torch")
-        if network.startswith("cross"):
-            pytest.skip("its mask is an input of booleans")
     make, x = NETWORKS[network]
     model = make()
     prepare(model, recipe, x)
@@ -387,6 +400,7 @@ def test_files_agree_with_torch(network: str, recipe: Any, target: str, tmp_path
     quantized = convert(model, x)
     projections = [name for name in (layer.name for layer in quantized.layers) if "_proj" in name]
     assert len(projections) == (8 if network == "encoder" else 4)
+    assert all(layer.bias is not None for layer in quantized.layers)
     artifact = export(quantized, target, tmp_path / "net")
     agreement = verify(quantized, artifact)
     assert agreement.parameter_differences == ()
