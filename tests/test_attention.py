@@ -316,12 +316,15 @@ def test_a_checkpoint_rebuilds_it() -> None:
     torch.testing.assert_close(twin.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("recipe", ["int8", Recipe(joins=False, outputs=False)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": "gelu"}], ids=str)
-def test_torch_s_encoder_takes_no_fast_path_around_the_quantizers(options: dict[str, Any]) -> None:
+def test_torch_s_encoder_takes_no_fast_path_around_the_quantizers(
+    options: dict[str, Any], recipe: Any
+) -> None:
     # In eval mode without gradient torch fuses its encoder, and makes nested tensors of padding.
     model, x = encoder(**options), torch.randn(4, 5, 8)
     padding = torch.arange(5)[None] >= torch.tensor([[5, 5, 3, 2]]).T
-    prepare(model, "int8", {"src": x, "src_key_padding_mask": padding})
+    prepare(model, recipe, {"src": x, "src_key_padding_mask": padding})
     for _ in range(3):
         model.train()(x, src_key_padding_mask=padding)
     slow = model.eval()(x, src_key_padding_mask=padding)
