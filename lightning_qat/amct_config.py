@@ -41,6 +41,10 @@ def is_json_config(values: Mapping[str, Any]) -> bool:
     )
 
 
+AMCT_FLOAT = ("type:MultiheadAttention", "type:Embedding")
+"""What AMCT leaves float although it has a QAT layer here, as patterns of a recipe."""
+
+
 def is_layer_config(values: object) -> bool:
     """Whether something is meant as the mapping that AMCT's layer constructors take."""
     return isinstance(values, Mapping) and bool({_DATA, _WEIGHT} & values.keys())
@@ -169,6 +173,7 @@ def cfg_recipe(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "activation": activation | {"calibration_batches": batches},
         "weight": weight,
         "exclude": [
+            *AMCT_FLOAT,
             *(glob.escape(name) for name in _united(cfg, "skip_layers", "quant_skip_layers")),
             *(f"type:{kind}" for kind in _united(cfg, "skip_layer_types", "quant_skip_types")),
         ],

@@ -34,7 +34,7 @@ from lightning_qat.tape import Key, key_of
 INPUT = "input"
 EMPTY = "empty tensors"
 
-_COUNTED = (*WITH_WEIGHTS, nn.modules.batchnorm._BatchNorm)
+_COUNTED = (*WITH_WEIGHTS, QATLayer, nn.modules.batchnorm._BatchNorm)
 """Layers whose own arithmetic is accounted for elsewhere: in the report, or folded."""
 _NO_VALUES = frozenset(
     "to float double half bfloat16 type type_as cpu cuda requires_grad_ __get__ __set__ "

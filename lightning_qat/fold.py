@@ -70,6 +70,7 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
             node.replace_all_uses_with(node.args[0][0])
             program.graph.erase_node(node)
     _drop_repeated(program)
+    _slice_constants(program)
     for node in list(program.graph.nodes):
         if node.target is not _ATEN.batch_norm.default:
             continue
@@ -107,6 +108,17 @@ def _groups_of_transposed(layer: fx.Node) -> int:
         return 1
     groups: Any = layer.args[6] if len(layer.args) > 6 else 1
     return int(groups)
+
+
+def _slice_constants(program: ExportedProgram) -> None:
+    """A slice of a constant becomes a constant: attention packs the biases of its projections."""
+    for node in list(program.graph.nodes):
+        value = constant(program, node.args[0]) if node.target is _ATEN.slice.Tensor else None
+        if value is not None and all(isinstance(arg, int) for arg in node.args[1:]):
+            name = _fresh(program, f"{module_path(node)}.{node.name}")
+            sliced = _ATEN.slice.Tensor(value, *node.args[1:]).contiguous()
+            node.replace_all_uses_with(add_constant(program, name, sliced))
+            program.graph.erase_node(node)
 
 
 def _drop_repeated(program: ExportedProgram) -> None:

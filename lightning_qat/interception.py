@@ -150,8 +150,9 @@ class Frame:
         self.tape: Tape | None = None
         self.outer_tape: Tape | None = None
         self._calls: Counter[str] = Counter()
-        # Code of torch's own modules is the same for everybody, and who calls them is not theirs.
-        self._torch = type(module).__module__.partition(".")[0] == "torch"
+        # Code of torch's own modules and of ours is the same for everybody, and who calls them is
+        # not theirs.
+        self._users = _is_users({"__name__": type(module).__module__})
 
     def close(self) -> None:
         """End what began with this forward."""
@@ -168,7 +169,7 @@ class Frame:
         line = _traced_line() if is_dynamo_compiling() else _line()
         if line is None:
             return ""
-        line = "" if self._torch else line
+        line = line if self._users else ""
         return f"{name}{line}:{self._calls[name + line]}"
 
     def count(self, place: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -34,7 +35,10 @@ from lightning_qat.layers import (
     ConvTranspose1dQAT,
     ConvTranspose2dQAT,
     ConvTranspose3dQAT,
+    EmbeddingQAT,
     LinearQAT,
+    MultiheadAttentionQAT,
+    OutputProjectionQAT,
     QATLayer,
     quantizer_role,
 )
@@ -47,10 +51,12 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     for layer in (
         *(Conv1dQAT, Conv2dQAT, Conv3dQAT),
         *(ConvTranspose1dQAT, ConvTranspose2dQAT, ConvTranspose3dQAT),
-        *(LinearQAT, LSTMQAT, GRUQAT),
+        *(LinearQAT, EmbeddingQAT, MultiheadAttentionQAT, LSTMQAT, GRUQAT),
     )
 }
 """Float layer to QAT layer. A new layer is one class and one entry here."""
+
+_WEIGHT_ONLY = {k.__name__ for k, layer in LAYERS.items() if not layer.quantizes_input}
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,12 @@ class PrepareReport:
         for layer in self.swapped:
             weight, activation = layer.spec.weight, layer.spec.activation
             aliases = f" (also {', '.join(layer.aliases)})" if layer.aliases else ""
+            kind = "symmetric" if activation.symmetric else "affine"
+            reads = f", input {activation.bits} bits {kind}"
             lines.append(
                 f"  {layer.name:{width}}  {layer.kind}: weight {weight.bits} bits "
-                f"{weight.granularity} {weight.quantizer}, input {activation.bits} bits "
-                f"{'symmetric' if activation.symmetric else 'affine'}{aliases}"
+                f"{weight.granularity} {weight.quantizer}"
+                f"{'' if layer.kind in _WEIGHT_ONLY else reads}{aliases}"
             )
         for skipped in self.skipped:
             lines.append(
@@ -232,7 +240,9 @@ def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> Pr
         if not is_layer(module):
             continue
         name, kind, aliases = all_names[0], float_class_name(module), tuple(all_names[1:])
-        reason = _why_skipped(module) or recipe.why_float(name, kind, aliases) or shared.get(module)
+        reason = _why_skipped(module) or recipe.why_float(name, kind, aliases)
+        parts = (module, *module.children())
+        reason = reason or next((shared[part] for part in parts if part in shared), None)
         spec = recipe.for_layer(name, kind, aliases)
         if reason is not None or spec is None:
             skipped.append(SkippedLayer(name, kind, reason or "not selected by the recipe"))
@@ -250,14 +260,21 @@ def swap(model: nn.Module, report: PrepareReport) -> None:
         LAYERS[type(module)].swap(module, layer.spec)
     for module in model.modules():
         # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
-        # kernel and call none of them; this attribute is what that kernel asks for.
+        # kernel and call none of them; this attribute is what that kernel asks for. The encoder
+        # would hand its layers nested tensors, which only that kernel takes.
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one that the report must account for: a layer with weights."""
-    return isinstance(module, WITH_WEIGHTS)
+    """Whether a module is one that the report must account for: a layer with weights.
+
+    The output projection of nn.MultiheadAttention is part of that layer.
+    """
+    part = (NonDynamicallyQuantizableLinear, OutputProjectionQAT)
+    return isinstance(module, WITH_WEIGHTS) and type(module) not in part
 
 
 def float_class_name(module: nn.Module) -> str:
@@ -305,7 +322,7 @@ def _refuse_other_dtypes(model: nn.Module, swapped: list[SwappedLayer]) -> None:
     wrong = [
         f"{layer.name}.{name} is {str(parameter.dtype).removeprefix('torch.')}"
         for layer in swapped
-        for name, parameter in modules[layer.name].named_parameters(recurse=False)
+        for name, parameter in modules[layer.name].named_parameters()
         if parameter.dtype != torch.float32
     ]
     if wrong:
@@ -340,6 +357,11 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
         )
     state_dict = {plain_path(key): value for key, value in state_dict.items()}
     layers = modules_by_path(model)
+    for name in [name for name in specs if type(layers.get(name)) not in LAYERS]:
+        # A projection has the spec of its attention.
+        owner = name.rpartition(".")[0]
+        if type(layers.get(owner)) is nn.MultiheadAttention:
+            specs[owner] = specs.pop(name)
     unknown = [name for name in specs if type(layers.get(name)) not in LAYERS]
     if unknown:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from lightning_qat.amct_config import cfg_recipe, is_json_config, json_recipe
+from lightning_qat.amct_config import AMCT_FLOAT, cfg_recipe, is_json_config, json_recipe
 from lightning_qat.recipe_keys import (
     ActivationQuantizerName,
     Calibration,
@@ -413,6 +413,7 @@ PRESETS: Mapping[str, Recipe] = {
         activation=ActivationSpec(quantizer="ulq", calibration="mse"),
         joins=False,
         outputs=False,
+        exclude=AMCT_FLOAT,
         overrides={"type:Linear": {"weight": {"granularity": "per_tensor"}}},
     ),
 }

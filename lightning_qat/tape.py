@@ -119,6 +119,16 @@ def hidden() -> AbstractContextManager[object]:
     return nullcontext() if current_tape() is None else torch._C.DisableTorchFunction()
 
 
+def unseen() -> AbstractContextManager[object]:
+    """Keep a layer's arithmetic from the function modes, from the one that makes the plan as well.
+
+    It is no join of the model's.
+    """
+    if is_dynamo_compiling():
+        return Hidden(_LOCAL.running)
+    return torch._C.DisableTorchFunction()
+
+
 class Hidden:
     """``hidden`` for ``torch.compile``, which does not heed ``DisableTorchFunction``."""
 

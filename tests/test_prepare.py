@@ -268,8 +268,11 @@ def shared_weights() -> nn.Module:
         ),
         (lambda: nn.RNN(2, 2), "RNN has no QAT form"),
         (lambda: nn.Bilinear(2, 2, 2), "Bilinear has no QAT form"),
-        (lambda: nn.Embedding(2, 2), "Embedding has no QAT form"),
-        (lambda: nn.MultiheadAttention(2, 1), "MultiheadAttention has no QAT form"),
+        (lambda: nn.EmbeddingBag(2, 2), "EmbeddingBag has no QAT form"),
+        (
+            lambda: nn.utils.spectral_norm(nn.MultiheadAttention(2, 1), "in_proj_weight"),
+            "its in_proj_weight is computed by a hook (weight_norm or spectral_norm)",
+        ),
         (lambda: LinearQAT(2, 2), "already quantized"),
     ],
 )
@@ -356,8 +359,8 @@ def test_a_model_without_layers_is_refused() -> None:
     refused(
         nn.Sequential(nn.ReLU()),
         "int8",
-        r"Nothing to quantize in Sequential: at least one layer of \['Conv1d'.*'Linear'\] must be "
-        r"selected by the recipe\. It has no layer with weights\.",
+        r"Nothing to quantize in Sequential: at least one layer of \['Conv1d'.*'Linear'.*\] must "
+        r"be selected by the recipe\. It has no layer with weights\.",
     )
 
 

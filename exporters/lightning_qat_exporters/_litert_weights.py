@@ -1,8 +1,9 @@
 """Store the integers of weights that litert-torch's converter has multiplied out.
 
 Where a layer is computed in float, the converter keeps the weight of a convolution as int8 behind
-DEQUANTIZE, but writes that of FULLY_CONNECTED and CONV_3D_TRANSPOSE as float32: four times the
-bytes for the same numbers. LiteRT dequantizes a constant once, when it prepares the file.
+DEQUANTIZE, but writes those of FULLY_CONNECTED and CONV_3D_TRANSPOSE and the tables of embeddings
+as float32: four times the bytes for the same numbers. LiteRT dequantizes a constant once, when it
+prepares the file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._tflite_file import code_of, pack, read, schema
 from lightning_qat_exporters._tflite_layers import matched
+from lightning_qat_exporters._tflite_tables import tables
 from lightning_qat_exporters._tflite_transposed import dense_scale
 
 _CHANNELS = {"FULLY_CONNECTED": 0, "CONV_3D_TRANSPOSE": 3}
@@ -39,6 +41,14 @@ def store_integers(file: Any, model: QuantizedModel) -> None:
         # Exact: the values are products of the integers and the scale.
         integers = np.rint(values.data / scale.reshape(shape)).astype(np.int8)
         _dequantized(file, stored.weight, integers, scale, axis)
+
+    for table, index in tables(plain, model):
+        if index is None or index in done or plain.tensors[index].quantized:
+            continue
+        done.add(index)
+        assert table.integers is not None
+        scale = table.qparams.scale.numpy().reshape(-1)
+        _dequantized(file, index, table.integers.numpy().astype(np.int8), scale, 0)
 
 
 def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) -> None:

@@ -11,7 +11,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from lightning_qat_exporters._pooling import global_average_pools
 ActivationType = Literal["int8", "uint8"]
 
 KEY = "lightning_qat.key"
-"""Metadata of a node: the key of the quantized tensor that it belongs to."""
+"""Metadata of a node: the keys, a line each, of the quantized tensors that it belongs to."""
 
 FULL_GRIDS = ((-128, 127), (-32768, 32767))
 """Grids that are all of their type, so that QuantizeLinear's own saturation is theirs."""
@@ -74,7 +74,7 @@ def build_qdq(
             (),
             dynamo=True,
             opset_version=opset,
-            optimize=True,
+            optimize=False,
             verbose=False,
             input_names=list(model.input_names),
             output_names=list(model.output_names),
@@ -83,8 +83,10 @@ def build_qdq(
                 torch.ops.lightning_qat.dequantize.default: _dequantize,
             },
         )
-    assert program is not None
+        assert program is not None
+        _optimize(program)
     onnx_model = program.model
+    _share_pairs(onnx_model.graph, model)
     _give_constants(onnx_model, model, activation_type, int4_weights)
     _transpose_integers(onnx_model.graph)
     global_average_pools(onnx_model.graph)
@@ -148,6 +150,46 @@ def _marked(value: Any, key: str) -> Any:
     return value
 
 
+def keys_of(props: Mapping[str, str]) -> list[str]:
+    """The keys of the quantized tensors that a node belongs to, by its metadata."""
+    return props[KEY].split("\n") if KEY in props else []
+
+
+def _optimize(program: torch.onnx.ONNXProgram) -> None:
+    """torch.onnx's own clean-up, which must not take one layer's quantization for another's.
+
+    It merges nodes with the same inputs and attributes, and so the weights of layers that hold the
+    same numbers, such as copies that were not trained apart. A key among the attributes tells
+    them apart.
+    """
+    for node in program.model.graph:
+        for key in keys_of(node.metadata_props):
+            node.attributes[KEY] = ir.AttrString(KEY, key)
+    program.optimize()
+    for node in program.model.graph:
+        node.attributes.pop(KEY, None)
+
+
+def _share_pairs(graph: ir.Graph, model: QuantizedModel) -> None:
+    """Readers of one tensor with the same scale, zero point and grid share one pair, in place."""
+    first: dict[tuple[ir.Value | None, bytes, bytes, Grid], ir.Node] = {}
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or KEY not in node.metadata_props:
+            continue
+        qparams = model.tensors[node.metadata_props[KEY]].qparams
+        numbers = qparams.scale.numpy().tobytes(), qparams.zero_point.numpy().tobytes()
+        shared = first.setdefault((node.inputs[0], *numbers, qparams.grid), node)
+        if shared is node:
+            continue
+        (real,), (shared_real,) = node.outputs[0].consumers(), shared.outputs[0].consumers()
+        if real.outputs[0].is_graph_output():
+            continue
+        for pair in (shared, shared_real):
+            pair.metadata_props[KEY] += f"\n{node.metadata_props[KEY]}"
+        ir.convenience.replace_all_uses_with(real.outputs[0], shared_real.outputs[0])
+        graph.remove((real, node), safe=True)
+
+
 def _give_constants(
     onnx_model: ir.Model,
     model: QuantizedModel,
@@ -157,9 +199,10 @@ def _give_constants(
     """Give every Q and DQ initializers of its own, named by key; insert Clip below 8 bits."""
     graph = onnx_model.graph
     for node in list(graph):
-        key = node.metadata_props.get(KEY)
-        if key is None:
+        keys = keys_of(node.metadata_props)
+        if not keys:
             continue
+        key = keys[0]
         tensor = model.tensors[key]
         scale = initializer(graph, f"{key}_scale", tensor.qparams.scale.numpy())
         if tensor.integers is not None:
@@ -200,7 +243,7 @@ def _clip(
     ]
     users = list(quantize.outputs[0].uses())
     clip = ir.Node("", "Clip", [quantize.outputs[0], *bounds], name=f"{key}.Clip")
-    clip.metadata_props[KEY] = key
+    clip.metadata_props[KEY] = quantize.metadata_props[KEY]
     # A recurrent layer quantizes by one key at every step; values are told apart by their names.
     clip.outputs[0].name = f"{quantize.outputs[0].name}.clipped"
     clip.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(dtype))
@@ -254,9 +297,9 @@ def _name_nodes(graph: ir.Graph) -> None:
     for node in graph:
         if layer_of(node) is not None:
             continue
-        key = node.metadata_props.get(KEY)
-        if key is not None:
-            node.name = fresh(f"{key}.{node.op_type}")
+        keys = keys_of(node.metadata_props)
+        if keys:
+            node.name = fresh(f"{keys[0]}.{node.op_type}")
         else:
             path = module_of(node)
             node.name = (

@@ -15,6 +15,7 @@ from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
 from lightning_qat_exporters._tflite_file import FileTensor, TFLiteFile
 from lightning_qat_exporters._tflite_layers import FileLayer, matched, same_grid
 from lightning_qat_exporters._tflite_sigmoids import TIMES
+from lightning_qat_exporters._tflite_tables import tables
 
 _PRESCRIBED = ((1 / 256, -128), (1 / 128, 0))
 """Output grids of LOGISTIC, SOFTMAX and TANH, which are requantized where the model has others."""
@@ -24,6 +25,7 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
     """Every integer, scale, zero point and bias in a file that is not the model's, in words.
 
     Of each layer: the integers and scales of its weight, the grid of its input and its bias. Of
+    each embedding: the integers and scales of its table. Of
     all other tensors: every grid of the model is in the file, and the file has no other but those
     that LiteRT prescribes.
     """
@@ -31,6 +33,11 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
     layers = matched(file, model)
     for layer, stored in layers:
         found += (f"{layer.name}: {text}" for text in _layer_differences(model, layer, stored))
+    found += (
+        f"{table.key}: no operator of the file has its integers and scales"
+        for table, index in tables(file, model)
+        if index is None
+    )
     computed = [t for t in file.tensors if t.quantized and t.data is None]
     activations = [t for t in model.tensors.values() if t.kind == "activation"]
     for tensor in activations:
@@ -60,7 +67,8 @@ def _layer_differences(
     if stored.source is None or not same_grid(stored.source, source):
         yield "its input has another scale or zero point in the file"
     if stored.bias is None:
-        if layer.bias is not None:
+        # Converters leave zeros out.
+        if layer.bias is not None and layer.bias.any():
             yield "the file has no bias for it"
         return
     yield from _bias_differences(stored.bias, layer, source.qparams.scale, weight.qparams.scale)

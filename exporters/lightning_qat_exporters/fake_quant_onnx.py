@@ -15,10 +15,18 @@ from onnx import numpy_helper
 
 from lightning_qat.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat.export import Array, Artifact
+from lightning_qat.qparams import Grid
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._initializers import array_of, initializer
-from lightning_qat_exporters._qdq import FULL_GRIDS, KEY, ActivationType, build_qdq, layer_of
+from lightning_qat_exporters._qdq import (
+    FULL_GRIDS,
+    INT4_GRID,
+    ActivationType,
+    build_qdq,
+    keys_of,
+    layer_of,
+)
 from lightning_qat_exporters._runtime import has_vnni, run_onnx
 
 _RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
@@ -29,7 +37,7 @@ class FakeQuantOnnxExporter:
 
     Nodes keep the names of their layers; batch norm is folded; the batch dimension is dynamic where
     the model allows it. Activations of fewer than 8 bits get a ``Clip`` between Q and DQ, weights
-    of fewer bits are stored as int8.
+    of fewer bits are stored as int8, or those of 4 bits as ONNX's INT4.
 
     Args:
         activation_type: Type of 8-bit activations. ``uint8`` is what ONNX Runtime's integer
@@ -38,6 +46,7 @@ class FakeQuantOnnxExporter:
             kernels add them on, instead of float.
         opset: 18 or newer. ONNX Runtime 1.31 mis-propagates ``output_dtype`` at 21, so 20 is the
             default; 16-bit activations need 21.
+        int4_weights: Store weights of 4 bits as INT4, two to a byte; needs opset 21.
 
     Raises:
         ValueError: An option is outside what is listed.
@@ -50,14 +59,18 @@ class FakeQuantOnnxExporter:
         activation_type: ActivationType = "uint8",
         quantize_bias: bool = False,
         opset: int = 20,
+        int4_weights: bool = False,
     ) -> None:
         if activation_type not in ("int8", "uint8"):
             raise ValueError(f"activation_type must be 'int8' or 'uint8'; got {activation_type!r}.")
         if opset < 18:
             raise ValueError(f"opset must be 18 or newer; got {opset!r}.")
+        if int4_weights and opset < 21:
+            raise ValueError(f"int4_weights needs opset 21, the first with INT4; got {opset!r}.")
         self.activation_type: ActivationType = activation_type
         self.quantize_bias = quantize_bias
         self.opset = opset
+        self.int4_weights = int4_weights
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -74,13 +87,18 @@ class FakeQuantOnnxExporter:
             UnsupportedByTarget: 16-bit activations below opset 21; all are named.
         """
         onnx_model = build_qdq(
-            model, target=self.name, opset=self.opset, activation_type=self.activation_type
+            model,
+            target=self.name,
+            opset=self.opset,
+            activation_type=self.activation_type,
+            int4_weights=self.int4_weights,
         )
         if self.quantize_bias:
             _quantize_biases(onnx_model.graph)
         path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
         files = save_onnx(onnx_model, path)
-        return Artifact(self.name, dict(zip(("model", "weights"), files, strict=False)))
+        notes = _int4_notes(model) if self.int4_weights else ()
+        return Artifact(self.name, dict(zip(("model", "weights"), files, strict=False)), notes)
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -108,9 +126,8 @@ class FakeQuantOnnxExporter:
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for node in proto.graph.node:
-            for prop in node.metadata_props:
-                if prop.key == KEY:
-                    nodes.setdefault(prop.value, []).append(node)
+            for key in keys_of({prop.key: prop.value for prop in node.metadata_props}):
+                nodes.setdefault(key, []).append(node)
         found: list[str] = []
         for key, tensor in model.tensors.items():
             of_key = nodes.get(key, [])
@@ -121,6 +138,24 @@ class FakeQuantOnnxExporter:
             found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
         found += _bias_differences(model, proto, stored)
         return tuple(dict.fromkeys(found))
+
+
+def _int4_notes(model: QuantizedModel) -> tuple[str, ...]:
+    """How much smaller weights have become, and which have not."""
+    weights = [t for t in model.tensors.values() if t.kind == "weight"]
+    narrow = [t.integers for t in weights if t.qparams.grid == INT4_GRID]
+    sizes = [integers.numel() for integers in narrow if integers is not None]
+    notes = []
+    if sizes:
+        small = sum((size + 1) // 2 for size in sizes)
+        notes.append(f"Weights of 4 bits as INT4: {len(sizes)}, {small} bytes for {sum(sizes)}.")
+    mirrored = [t.key for t in weights if t.qparams.grid == Grid(INT4_GRID.qmin, -INT4_GRID.qmin)]
+    if mirrored:
+        notes.append(
+            f"{', '.join(mirrored)}: stored as INT8, because a negative factor of the batch norm "
+            "folded into it makes 8 of -8."
+        )
+    return tuple(notes) or ("int4_weights: no weight has 4 bits, so none is stored as INT4.",)
 
 
 def _weight_differences(

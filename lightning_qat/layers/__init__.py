@@ -6,12 +6,14 @@ from lightning_qat.layers._layer import (
     quantizer_role,
     weight_quantizer_name,
 )
+from lightning_qat.layers.attention import MultiheadAttentionQAT, OutputProjectionQAT
 from lightning_qat.layers.conv import Conv1dQAT, Conv2dQAT, Conv3dQAT
 from lightning_qat.layers.conv_transpose import (
     ConvTranspose1dQAT,
     ConvTranspose2dQAT,
     ConvTranspose3dQAT,
 )
+from lightning_qat.layers.embedding import EmbeddingQAT
 from lightning_qat.layers.linear import LinearQAT
 from lightning_qat.layers.recurrent import GRUQAT, LSTMQAT
 
@@ -24,6 +26,9 @@ __all__ = [
     "ConvTranspose2dQAT",
     "ConvTranspose3dQAT",
     "LinearQAT",
+    "EmbeddingQAT",
+    "MultiheadAttentionQAT",
+    "OutputProjectionQAT",
     "LSTMQAT",
     "GRUQAT",
     "QATLayer",

@@ -26,6 +26,7 @@ WITH_WEIGHTS = (
     nn.Bilinear,
     nn.MultiheadAttention,
     nn.Embedding,
+    nn.EmbeddingBag,
 )
 """torch's layers with weights: each becomes a QAT layer or is reported as one that does not."""
 
@@ -46,6 +47,9 @@ class QATLayer(nn.Module):
 
     channel_axis: ClassVar[int] = 0
     """The output channel's axis of the weight."""
+
+    quantizes_input: ClassVar[bool] = True
+    """It has an ``input_quantizer``, itself or in its parts."""
 
     opaque: ClassVar[bool] = False
     """It quantizes inside what has to be: none of the functions it calls is a join."""
@@ -114,17 +118,21 @@ class QATLayer(nn.Module):
             ValueError: It cannot be quantized, ``config`` breaks a rule, or the recipe keeps such
                 layers float.
         """
-        twin = module.__class__.__new__(module.__class__)
-        twin.__dict__ = _copied(module.__dict__)
-        return cls.swap(twin, cls._spec(config))
+        return cls.swap(cls._twin(module), cls._spec(config))
 
     def to_float(self) -> nn.Module:
         """A new float layer with the very parameters of this one, which stays as it is."""
-        twin = self.__class__.__new__(self.__class__)
-        twin.__dict__ = _copied(self.__dict__)
+        twin = self._twin(self)
         for name in self.quantizer_names():
             delattr(twin, name)
-        twin.__class__ = self.float_class  # type: ignore[assignment]
+        twin.__class__ = self.float_class
+        return twin
+
+    @classmethod
+    def _twin(cls, module: nn.Module) -> nn.Module:
+        """A new module with the very parameters of another."""
+        twin = module.__class__.__new__(module.__class__)
+        twin.__dict__ = _copied(module.__dict__)
         return twin
 
     @classmethod

@@ -157,6 +157,19 @@ def test_every_number_that_is_not_the_model_s_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_bias_of_zeros_that_the_converter_leaves_out_is_no_difference(tmp_path: Path) -> None:
+    x = torch.randn(4, 6)
+    layer = nn.Linear(6, 5)
+    nn.init.zeros_(layer.bias)
+    model = convert(trained(nn.Sequential(layer), x, "int8"), x)
+    artifact = export(model, TFLiteExporter(backend="litert"), tmp_path / "net")
+    assert TFLiteExporter(backend="litert").differences(model, artifact) == ()
+    model.layers[0].bias[0] = 1.0  # type: ignore[index]
+    assert TFLiteExporter(backend="litert").differences(model, artifact) == (
+        "0: the file has no bias for it",
+    )
+
+
 def test_a_grid_that_is_not_the_model_s_is_told(tmp_path: Path) -> None:
     model, exporter = converted("linear"), TFLiteExporter(io="int8")
     artifact = export(model, exporter, tmp_path / "net")
