@@ -14,10 +14,10 @@ from lightning_qat.arithmetic import (
     affine_qparams,
     along_axis,
     arq_scale,
-    fake_quantize,
     quantize,
     symmetric_scale,
 )
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import SEARCHES, UPDATES, batch_range
