@@ -159,6 +159,7 @@ class Frame:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if self.tape is not None:
             swap_tape(self.outer_tape)
+            self.tape.close()
 
     def place(self, name: str) -> str:
         """How the next call of a function is known: ``add@forward+3:0``.
