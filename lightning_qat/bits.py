@@ -47,3 +47,8 @@ def unpack_bits(packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> T
     words = packed.to(torch.int64).mul_(_ONES).bitwise_and_(_SPREAD)
     flat = words.add_(_CARRY).bitwise_right_shift_(7).bitwise_and_(_ONES).view(torch.int8)
     return flat.as_strided(shape, stride)
+
+
+def masked(grad: Tensor, packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """A gradient where the flags of ``pack_bits`` are set, zero elsewhere."""
+    return unpack_bits(packed, shape, stride).to(grad.dtype).mul_(grad)

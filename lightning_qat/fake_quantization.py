@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.bits import pack_bits, unpack_bits
+from lightning_qat.bits import masked, pack_bits
 from lightning_qat.codes import Codes, carry_codes
 from lightning_qat.qparams import Grid
 
@@ -76,15 +76,15 @@ def fake_quantize(
         return result
     origin = _number(zero_point)
     low, high = grid.qmin - origin, grid.qmax - origin
-    masked = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
-    if not (carries_codes or masked):
+    partial = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
+    if not (carries_codes or partial):
         result = _Pass.apply(x, lambda: (_values(x, scale, low, high), None))  # type: ignore[no-untyped-call]
     elif carries_codes or not (
         saves_input and isinstance(origin, float) and x.dtype == torch.float32
     ):
         rounded = _Rounded(x, scale, origin, grid)
         result = _Pass.apply(
-            x, lambda: (rounded.values(x.dtype), rounded.bits() if masked else None)
+            x, lambda: (rounded.values(x.dtype), rounded.bits() if partial else None)
         )  # type: ignore[no-untyped-call]
         if carries_codes:
             carry_codes(result, rounded.codes)
@@ -189,17 +189,6 @@ def _edges(low: float, high: float, scale: float) -> tuple[float, float]:
     return below, above
 
 
-def compact_relu(x: Tensor, *, in_place: bool = False) -> Tensor:
-    """``relu`` that keeps one bit per element for backward, not its result.
-
-    Example:
-        >>> compact_relu(torch.tensor([-1.0, 2.0]))
-        tensor([0., 2.])
-    """
-    result: Tensor = _ReLU.apply(x, in_place)  # type: ignore[no-untyped-call]
-    return result
-
-
 class _Pass(torch.autograd.Function):
     """What a function computes, through which the gradient passes where its bits are set."""
 
@@ -213,24 +202,4 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (bits,) = ctx.saved_tensors
-        return grads[0] if bits is None else _masked(grads[0], bits, *ctx.layout), None
-
-
-class _ReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, in_place: bool) -> Tensor:
-        result = x.clamp_min_(0.0) if in_place else x.clamp_min(0.0)
-        if in_place:
-            ctx.mark_dirty(x)
-        # Converting a sign is vectorised; comparing floats is not.
-        ctx.save_for_backward(pack_bits(result.sign().to(torch.int8)))
-        ctx.layout = result.shape, result.stride()
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _masked(grads[0], *ctx.saved_tensors, *ctx.layout), None
-
-
-def _masked(grad: Tensor, packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    return unpack_bits(packed, shape, stride).to(grad.dtype).mul_(grad)
+        return grads[0] if bits is None else masked(grads[0], bits, *ctx.layout), None

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_qat.compact import compactly
 from lightning_qat.join_functions import (
     JOIN_FUNCTIONS,
     JoinFunction,
@@ -54,6 +56,8 @@ class Interception:
             if call.startswith(OUTPUT)
         }
         self.warned = False
+        self.compact = False
+        """Whether what backward keeps of the module's calls is small, not fast; see ``codes``."""
         self._handles: list[Any] = []
 
     def attach(self, module: nn.Module) -> None:
@@ -152,6 +156,15 @@ class Frame:
         self._calls: Counter[str] = Counter()
         # Code of torch's own modules is the same for everybody, and who calls them is not theirs.
         self._torch = type(module).__module__.partition(".")[0] == "torch"
+
+    @property
+    def keeps_little(self) -> bool:
+        """Whether backward shall keep little of what is called now."""
+        return (
+            self.interception is not None
+            and self.interception.compact
+            and not is_dynamo_compiling()
+        )
 
     def close(self) -> None:
         """End what began with this forward."""
@@ -258,9 +271,11 @@ class _JoinMode(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = JOIN_FUNCTIONS.get(func)
+        frame = _LOCAL.frames[-1] if _LOCAL.frames else None
+        if frame is not None and frame.keeps_little:
+            func = partial(compactly, func)
         if known is None:
             return _unknown(func, args, kwargs)
-        frame = _LOCAL.frames[-1] if _LOCAL.frames else None
         if frame is None or not frame.watched:
             return func(*args, **kwargs)
         interception, place = frame.interception, frame.place(known.name)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qat.interception import interception_of
 from lightning_qat.observers import UPDATES
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.schedule import Phase
@@ -55,6 +56,19 @@ def set_quantizing(model: nn.Module, quantizing: bool) -> None:
     for module in model.modules():
         if isinstance(module, ActivationQuantizer | WeightQuantizer):
             module.quantizing = quantizing
+
+
+def set_compact(model: nn.Module, compact: bool) -> None:
+    """Choose what backward keeps: little (integers and bits), or what makes it fast.
+
+    Values and gradients are the same. While ``torch.compile`` traces, the compiler chooses.
+    """
+    for module in model.modules():
+        interception = interception_of(module)
+        if interception is not None:
+            interception.compact = compact
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.compact = compact
 
 
 def drop_pending(quantizers: Iterable[ActivationQuantizer]) -> None:

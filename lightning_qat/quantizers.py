@@ -143,6 +143,7 @@ class ActivationQuantizer(Quantizer):
         self.observing = True
         self.quantizing = True
         self.deferred = False
+        self.compact = False
         # Not derived from `batches` in forward: that would wait for the device at every call.
         self.calibrated = spec.clip is not None
         # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
@@ -174,7 +175,14 @@ class ActivationQuantizer(Quantizer):
 
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         scale, zero_point = self._scale_and_zero_point()
-        return fake_quantize(x, scale, zero_point, self.grid, saves_input=saves_input)
+        return fake_quantize(
+            x,
+            scale,
+            zero_point,
+            self.grid,
+            saves_input=saves_input,
+            carries_codes=self.compact,
+        )
 
     @property
     def _waits(self) -> bool:
@@ -309,6 +317,7 @@ class WeightQuantizer(Quantizer):
 
     Attributes:
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
+        compact: What backward keeps is small, not fast; see ``codes``.
     """
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:
@@ -316,6 +325,7 @@ class WeightQuantizer(Quantizer):
         self.spec: WeightSpec = spec
         self.axis = axis
         self.quantizing = True
+        self.compact = False
         arq = spec.quantizer == "arq"
         self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
 
@@ -328,7 +338,14 @@ class WeightQuantizer(Quantizer):
         with hidden():
             scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
             zero_point = scale.new_zeros(())
-            return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
+            return fake_quantize(
+                weight,
+                scale,
+                zero_point,
+                self.grid,
+                gradient_everywhere=True,
+                carries_codes=self.compact,
+            )
 
     def _exported(self, weight: Tensor) -> Tensor:
         with hidden():

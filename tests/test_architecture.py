@@ -26,7 +26,7 @@ FLOORS = [
         "record",
     },  # 0 vocabulary
     {"arithmetic", "join_functions", "codes"},  # 1 what quantization is: pure functions
-    {"fake_quantization"},  # 1a the hot path, with its gradient
+    {"fake_quantization", "compact"},  # 1a the hot path; what backward keeps of other functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
     {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
