@@ -74,7 +74,7 @@ def fake_quantize(
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
-    origin = _number(zero_point)
+    origin = number_of(zero_point)
     low, high = grid.qmin - origin, grid.qmax - origin
     partial = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
     if not (carries_codes or partial):
@@ -128,7 +128,7 @@ class _Rounded:
         return steps.mul_(self.codes.scale).to(dtype)
 
 
-def _number(value: Tensor) -> Any:
+def number_of(value: Tensor) -> Any:
     """A scalar tensor as a number, where that costs nothing; else the tensor.
 
     ATen's clamp with tensors is several times slower on CPUs than with numbers. Elsewhere a number
@@ -169,7 +169,7 @@ class _Reread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.edges = _edges(low, high, float(scale))
+        ctx.edges = edges_of(low, high, float(scale))
         return _values(x, scale, low, high)
 
     @staticmethod
@@ -178,7 +178,7 @@ class _Reread(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None
 
 
-def _edges(low: float, high: float, scale: float) -> tuple[float, float]:
+def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:
     """Between which real values, both excluded, rounding leads to the steps ``low`` to ``high``."""
     below, above = (low - 0.5) * scale, (high + 0.5) * scale
     # Ties go to the even step: they are inside where the last step is even.

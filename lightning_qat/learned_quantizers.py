@@ -115,7 +115,9 @@ class LearnedStepActivation(_LearnedActivation):
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
-        return learned_fake_quantize(x, _positive(self.scale), low, self.grid)
+        return learned_fake_quantize(
+            x, _positive(self.scale), low, self.grid, carries_codes=self.compact
+        )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         scale = _positive(self.scale).detach()
@@ -164,7 +166,9 @@ class LearnedClipActivation(_LearnedActivation):
 
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         low, scale = self._ends()
-        return learned_fake_quantize(x, scale, low, self.grid, normalized=False)
+        return learned_fake_quantize(
+            x, scale, low, self.grid, normalized=False, carries_codes=self.compact
+        )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -212,7 +216,14 @@ class LearnedWeightQuantizer(WeightQuantizer):
             if self.training and not self.ready:
                 self._start(weight)
             scale = _positive(self.scale) if self.ready else self._scale(weight)
-            return learned_fake_quantize(weight, scale, None, self.grid, axis=self._channel_axis)
+            return learned_fake_quantize(
+                weight,
+                scale,
+                None,
+                self.grid,
+                axis=self._channel_axis,
+                carries_codes=self.compact,
+            )
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
