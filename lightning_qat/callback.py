@@ -39,6 +39,7 @@ from lightning_qat.one_call import OneCall
 from lightning_qat.phases import (
     activation_quantizers,
     apply_phase,
+    check_memory,
     commit_pending,
     drop_pending,
     finish,
@@ -86,6 +87,8 @@ class QATCallback(Callback):
         on_export_error: ``raise`` after all other targets are written, or ``warn``.
         float_learning_rate: What the float training began with. When given, a learning rate far
             above a hundredth of it, with which fine-tuning should start, is warned of.
+        memory: ``compact`` lets training keep less for backward than float training does, at some
+            cost in time; see ``prepare``.
 
     Raises:
         ValueError: An unknown recipe, key or option.
@@ -107,6 +110,7 @@ class QATCallback(Callback):
         verify: bool = True,
         on_export_error: Literal["raise", "warn"] = "raise",
         float_learning_rate: float | None = None,
+        memory: Literal["fast", "compact"] = "fast",
     ) -> None:
         if isinstance(exporters, str):
             raise ValueError(
@@ -120,6 +124,7 @@ class QATCallback(Callback):
             raise ValueError(
                 f"float_learning_rate must be positive or None; got {float_learning_rate!r}."
             )
+        check_memory(memory)
         self.recipe = Recipe.load(recipe)
         self.schedule = schedule or Schedule()
         self.exporters = tuple(exporters)
@@ -129,6 +134,7 @@ class QATCallback(Callback):
         self.verify = verify
         self.on_export_error = on_export_error
         self.float_learning_rate = float_learning_rate
+        self.memory: Literal["fast", "compact"] = memory
         self.report: PrepareReport | None = None
         """What was quantized, once ``fit`` has started."""
         self.delivered: tuple[Delivered, ...] = ()
@@ -199,7 +205,8 @@ class QATCallback(Callback):
         ]
 
     def _prepare(self, pl_module: LightningModule, first: PrepareReport) -> None:
-        self.report = prepare(pl_module, self.recipe, self._inputs(pl_module)).after(first)
+        inputs = self._inputs(pl_module)
+        self.report = prepare(pl_module, self.recipe, inputs, self.memory).after(first)
         for quantizer in activation_quantizers(pl_module).values():
             quantizer.deferred, quantizer.observing = True, False
 

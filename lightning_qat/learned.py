@@ -22,6 +22,7 @@ def learned_fake_quantize(
     *,
     axis: int | None = None,
     normalized: bool = True,
+    saves_input: bool = False,
     carries_codes: bool = False,
 ) -> Tensor:
     r"""Round real values to a grid whose scale, and lower end, receive gradients.
@@ -49,8 +50,9 @@ def learned_fake_quantize(
         normalized: Divide the gradients of ``scale`` and ``low`` by ``sqrt(n * q)``, where ``n``
             values share a scale and ``q`` is the largest number of steps (``qmax``, or
             ``qmax - qmin`` with ``low``), so that one learning rate serves them and the weights.
-        carries_codes: See ``fake_quantize``. Backward keeps ``x`` itself in any case: the gradient
-            of the scale depends on what rounding took away.
+        saves_input: See ``fake_quantize``. The gradient of the scale depends on what rounding took
+            away, so backward keeps ``x`` itself with it and a copy without it.
+        carries_codes: See ``fake_quantize``.
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
@@ -77,7 +79,7 @@ def learned_fake_quantize(
     fake = _Rounding(wide, origin if is_compiling() else number_of(origin), grid, axis)
     fake.keeps_codes = carries_codes and not is_compiling()
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, low, fake, factor
+        x, scale, low, fake, factor, saves_input
     )
     if carries_codes and not is_compiling():
         carry_codes(result, fake.take_codes())
@@ -133,9 +135,15 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: Tensor | None, fake: _Rounding, factor: float
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        low: Tensor | None,
+        fake: _Rounding,
+        factor: float,
+        saves_input: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if saves_input else x.clone())
         ctx.fake, ctx.factor, ctx.shape, ctx.has_low = fake, factor, scale.shape, low is not None
         return fake.values(x)
 
@@ -151,7 +159,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         outer = (steps - fake.first if ctx.has_low else steps).mul_(beyond)
         of_scale = fake.total(slope.add_(outer)).reshape(ctx.shape) * ctx.factor
         of_low = beyond.sum() * ctx.factor if ctx.has_low else None
-        return of_x.to(grads[0].dtype), of_scale, of_low, None, None
+        return of_x.to(grads[0].dtype), of_scale, of_low, None, None, None
 
 
 def least_squares_scale(x: Tensor, scale: Tensor, grid: Grid, axis: int | None = None) -> Tensor:

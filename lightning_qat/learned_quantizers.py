@@ -116,7 +116,12 @@ class LearnedStepActivation(_LearnedActivation):
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
         return learned_fake_quantize(
-            x, _positive(self.scale), low, self.grid, carries_codes=self.compact
+            x,
+            _positive(self.scale),
+            low,
+            self.grid,
+            saves_input=saves_input,
+            carries_codes=self.compact,
         )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
@@ -167,7 +172,13 @@ class LearnedClipActivation(_LearnedActivation):
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         low, scale = self._ends()
         return learned_fake_quantize(
-            x, scale, low, self.grid, normalized=False, carries_codes=self.compact
+            x,
+            scale,
+            low,
+            self.grid,
+            normalized=False,
+            saves_input=saves_input,
+            carries_codes=self.compact,
         )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
@@ -222,6 +233,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
                 None,
                 self.grid,
                 axis=self._channel_axis,
+                saves_input=True,
                 carries_codes=self.compact,
             )
 

@@ -58,6 +58,16 @@ def set_quantizing(model: nn.Module, quantizing: bool) -> None:
             module.quantizing = quantizing
 
 
+def check_memory(memory: object) -> None:
+    """Refuse what is no choice of ``memory``.
+
+    Raises:
+        ValueError: It is neither ``fast`` nor ``compact``.
+    """
+    if memory not in ("fast", "compact"):
+        raise ValueError(f"memory must be 'fast' or 'compact'; got {memory!r}.")
+
+
 def set_compact(model: nn.Module, compact: bool) -> None:
     """Choose what backward keeps: little (integers and bits), or what makes it fast.
 
