@@ -42,6 +42,12 @@ def carry_codes(x: Tensor, codes: Codes) -> None:
     x._qat_codes = codes  # type: ignore[attr-defined]
 
 
+def codes_of(x: object) -> Codes | None:
+    """The integers that a tensor carries."""
+    codes: Codes | None = getattr(x, "_qat_codes", None)
+    return codes
+
+
 def keeping_codes(*operands: object) -> AbstractContextManager[object]:
     """What an operation keeps of its operands for backward: their integers, where they carry any.
 
@@ -52,7 +58,7 @@ def keeping_codes(*operands: object) -> AbstractContextManager[object]:
         return nullcontext()
     known = {}
     for operand in operands:
-        codes = getattr(operand, "_qat_codes", None)
+        codes = codes_of(operand)
         if codes is not None and isinstance(operand, Tensor):
             known[operand.untyped_storage().data_ptr()] = codes
     if not known:

@@ -93,6 +93,23 @@ def fake_quantize(
     return result
 
 
+def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
+    """A quantized weight that is known, with the gradient of ``gradient_everywhere``.
+
+    Args:
+        weight: The float weight, to which the gradient goes.
+        known: Its quantized values, or their integers.
+    """
+    result: Tensor
+    if isinstance(known, Codes):
+        result = _Pass.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
+        carry_codes(result, known)
+        return result
+    # Another tensor of the same memory: a graph of its own.
+    result = _Pass.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
+    return result
+
+
 def _values(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
     steps = torch.div(x.to(torch.float32), scale).round_()
     return steps.clamp_(low, high).mul_(scale).to(x.dtype)

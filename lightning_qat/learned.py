@@ -24,6 +24,7 @@ def learned_fake_quantize(
     normalized: bool = True,
     saves_input: bool = False,
     carries_codes: bool = False,
+    known: Tensor | Codes | None = None,
 ) -> Tensor:
     r"""Round real values to a grid whose scale, and lower end, receive gradients.
 
@@ -53,6 +54,7 @@ def learned_fake_quantize(
         saves_input: See ``fake_quantize``. The gradient of the scale depends on what rounding took
             away, so backward keeps ``x`` itself with it and a copy without it.
         carries_codes: See ``fake_quantize``.
+        known: The result's values or integers, where they are known.
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
@@ -77,11 +79,13 @@ def learned_fake_quantize(
     origin = along_axis(zero_point, x.dim(), axis)
     wide = along_axis(scale.detach(), x.dim(), axis)
     fake = _Rounding(wide, origin if is_compiling() else number_of(origin), grid, axis)
-    fake.keeps_codes = carries_codes and not is_compiling()
+    fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
         x, scale, low, fake, factor, saves_input
     )
-    if carries_codes and not is_compiling():
+    if isinstance(known, Codes):
+        carry_codes(result, known)
+    elif fake.keeps_codes:
         carry_codes(result, fake.take_codes())
     return result
 
@@ -93,6 +97,7 @@ class _Rounding:
         self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
         self.first, self.last = grid.qmin - origin, grid.qmax - origin
         self.keeps_codes = False
+        self.known: Tensor | Codes | None = None
         self._integers: Tensor | None = None
 
     def steps(self, x: Tensor) -> Tensor:
@@ -102,6 +107,9 @@ class _Rounding:
 
     def values(self, x: Tensor) -> Tensor:
         """Real values on the grid; their integers are kept aside where they are wanted."""
+        known, self.known = self.known, None
+        if known is not None:
+            return known.restore() if isinstance(known, Codes) else known.detach()
         steps = self.steps(x)
         if self.keeps_codes:
             self._integers = (steps + self.origin).to(self.grid.dtype)

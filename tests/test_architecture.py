@@ -28,7 +28,7 @@ FLOORS = [
     {"arithmetic", "join_functions", "codes"},  # 1 what quantization is: pure functions
     {"fake_quantization", "compact"},  # 1a the hot path; what backward keeps of other functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
-    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx"},
+    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx", "kept_weights"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan

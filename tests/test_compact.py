@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -74,6 +75,39 @@ def test_less_is_kept_than_in_float_training(relu: nn.Module) -> None:
     assert kept(model, x) < 0.68 * in_float
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(64, 1), (4000, 64)),
+        (nn.Conv1d(8, 1, 3), (10, 8, 800)),
+        (nn.ConvTranspose2d(8, 1, 1), (10, 8, 20, 40)),
+    ],
+)
+def test_layers_without_joins_keep_integers(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model, x = nn.Sequential(layer), torch.randn(shape)
+    prepare(model, {"joins": False, "outputs": False}, memory="compact")
+    model(x)
+    assert x.numel() <= kept(model, x) < 1.1 * x.numel()
+
+
+@pytest.mark.parametrize("join", [lambda x: F.avg_pool1d(x, 2), lambda x: x @ x.mT, F.silu])
+def test_joins_keep_integers(join: Any) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = join(self.scale.weight * x).sum((0, 1))
+            return result
+
+    model, x = Joined(), torch.randn(1000, 2, 64)
+    prepare(model, "int8", x, memory="compact")
+    model.train()(x)
+    # The integers of the product's operand and of the join's, and a bit for the gradient of this.
+    assert kept(model, x) < 1.1 * (2 + 1 / 8) * x.numel()
+
+
 def test_fast_keeps_more() -> None:
     """The tests above would not see it if both were the same."""
     model, x = Stack().train(), torch.randn(8, 16, 24, 24)
@@ -102,7 +136,6 @@ def test_a_tensor_with_two_readers_is_kept_once() -> None:
 
 def test_evaluation_keeps_nothing_for_readers_to_come() -> None:
     """What a forward without gradients has quantized dies with what it was made of."""
-    import weakref
 
     class Chain(nn.Module):
         def __init__(self) -> None:
