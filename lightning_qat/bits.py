@@ -32,7 +32,7 @@ def pack_bits(flags: Tensor) -> Tensor:
     if count % 8:
         flat = F.pad(flat, (0, -count % 8))
     # Words of eight bytes: an eighth of the work, vectorised, on every device.
-    return (flat.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+    return (flat.view(torch.int64) * _GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:

@@ -129,13 +129,12 @@ class _Rounded:
         wide = steps.clamp_(grid.qmin - 1, grid.qmax + 1).to(
             torch.int16 if grid.dtype is torch.int8 else torch.int32
         )
-        integers = wide.clamp(grid.qmin, grid.qmax).to(grid.dtype)
-        self._wide, self._steps, self._grid = wide, steps, grid
-        self.codes = Codes(integers, scale, origin)
+        self._wide, self._steps, self._grid = wide.to(grid.dtype), steps, grid
+        self.codes = Codes(wide.clamp_(grid.qmin, grid.qmax).to(grid.dtype), scale, origin)
 
     def bits(self) -> Tensor:
         """Where the gradient passes, packed."""
-        return pack_bits(self._wide.to(self._grid.dtype).eq(self.codes.integers))
+        return pack_bits(self._wide.eq(self.codes.integers))
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """To be called once. Not from the integers: NaN must come out as NaN."""

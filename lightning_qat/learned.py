@@ -130,12 +130,32 @@ class _Rounding:
         rounded = torch.round(x.to(torch.float32) / self.scale)
         return grad * rounded.ge(self.first).logical_and_(rounded.le(self.last))
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over what shares a scale."""
+    def less_exact(self, steps: Tensor, x: Tensor) -> Tensor:
+        """``steps - x / scale``, in the memory of ``steps``: what rounding added to each value."""
+        if isinstance(self.first, float) and x.dtype == torch.float32:
+            return steps.sub_(x, alpha=1.0 / float(self.scale))
+        return steps.sub_(x.to(torch.float32) / self.scale)
+
+    def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum over what shares a scale; of products, where weights are given."""
+        if self.axis is None and weights is not None and _alike(values, weights):
+            # One pass without a temporary: new memory costs more than arithmetic.
+            count = values.numel()
+            return torch.dot(*(t.as_strided((count,), (1,)) for t in (values, weights)))
+        if weights is not None:
+            values = values * weights
         others = [axis for axis in range(values.dim()) if axis != self.axis]
         if self.axis is None:
             return values.sum()
-        return values.sum(others) if others else values
+        return values.sum(others) if others else values.clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have their elements in the same order, without gaps."""
+    if is_compiling() or one.stride() != other.stride():
+        return False
+    last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
+    return last or one.is_contiguous()
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
@@ -158,15 +178,17 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
-        of_x = fake.inside(grad, x)
-        beyond = grad - of_x
-        # Inside a step of the scale moves a value by round(v) - v, for v = x / scale; beyond by
-        # the steps from what stays: from real zero, or from the lower end.
         steps = fake.steps(x)
-        slope = (steps - x.to(torch.float32) / fake.scale).mul_(of_x)
-        outer = (steps - fake.first if ctx.has_low else steps).mul_(beyond)
-        of_scale = fake.total(slope.add_(outer)).reshape(ctx.shape) * ctx.factor
+        of_x = fake.inside(grad, x)
+        # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
+        # the steps from what stays: from real zero, or from the lower end.
+        beyond = grad - of_x
+        of_scale = fake.total(beyond, steps)
+        if ctx.has_low:
+            of_scale -= fake.first * fake.total(beyond)
         of_low = beyond.sum() * ctx.factor if ctx.has_low else None
+        of_scale += fake.total(of_x, fake.less_exact(steps, x))
+        of_scale = of_scale.reshape(ctx.shape) * ctx.factor
         return of_x.to(grads[0].dtype), of_scale, of_low, None, None, None
 
 
