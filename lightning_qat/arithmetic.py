@@ -7,12 +7,8 @@ model and its files compute the same numbers.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from lightning_qat.qparams import Grid
 
@@ -136,113 +132,6 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Map integers back to real values, float32: ``scale * (integer - zero_point)``."""
     return (integers.to(torch.float32) - zero_point) * scale
-
-
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    grid: Grid,
-    *,
-    gradient_everywhere: bool = False,
-    saves_input: bool = False,
-) -> Tensor:
-    """Round real values to the grid and stay in real numbers.
-
-    ``scale * (clip(round(x / scale) + zero_point, qmin, qmax) - zero_point)``, in float32 whatever
-    the dtype of ``x`` or of autocast; the result has the dtype of ``x``.
-
-    Gradient: straight-through, ``dy/dx = 1`` where the integer lies in the grid before clipping and
-    0 elsewhere (Jacob et al., arXiv:1712.05877); 1 everywhere with ``gradient_everywhere``, which
-    is right for a range that follows the values themselves, as a weight's does. Scale and zero
-    point get none.
-
-    Args:
-        x: Real values, any shape and floating dtype.
-        scale: Real size of one integer step, float32, positive. Broadcasts against ``x``.
-        zero_point: Integer that stands for real zero. Broadcasts against ``x``.
-        grid: The integers in use.
-        gradient_everywhere: Pass the gradient of saturated values too.
-        saves_input: Backward may look at ``x`` again instead of keeping a mask, which is faster on
-            CPUs and free where the reader of the result keeps ``x`` anyway. ``x`` must not be
-            changed in place before backward.
-
-    Returns:
-        Real values on the grid, the shape and dtype of ``x``.
-
-    Example:
-        >>> x = torch.tensor([-9.0, 0.2, 0.625], requires_grad=True)
-        >>> y = fake_quantize(x, torch.tensor(0.25), torch.tensor(0.0), Grid(-8, 7))
-        >>> y.sum().backward()
-        >>> y.detach(), x.grad
-        (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
-    """
-    result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere, saves_input
-    )
-    return result
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """In-place passes over one temporary; backward needs one byte per element, or the input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        qmin: int,
-        qmax: int,
-        gradient_everywhere: bool,
-        saves_input: bool,
-    ) -> Tensor:
-        low, high = _ends(zero_point, qmin, qmax)
-        steps = torch.div(x.to(torch.float32), scale).round_()
-        wanted = not gradient_everywhere and ctx.needs_input_grad[0]
-        ctx.edges = None
-        inside: Tensor | None = None
-        if wanted and saves_input and isinstance(low, float) and x.dtype == torch.float32:
-            ctx.edges = _edges(low, high, float(scale))
-            inside = x
-        elif wanted:
-            inside = steps.ge(low).logical_and_(steps.le(high))
-        ctx.save_for_backward(inside)
-        return steps.clamp_(low, high).mul_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (inside,) = ctx.saved_tensors
-        grad = grads[0]
-        if ctx.edges is not None:
-            # One vectorised pass, which ATen has for hardtanh.
-            grad = torch.ops.aten.hardtanh_backward(grad, inside, *ctx.edges)
-        elif inside is not None:
-            grad = grad * inside
-        return grad, None, None, None, None, None, None
-
-
-def _ends(zero_point: Tensor, qmin: int, qmax: int) -> tuple[Any, Any]:
-    """First and last step of a grid around real zero.
-
-    As numbers where that costs nothing: ATen's clamp and comparisons with tensors are several times
-    slower on CPUs. Elsewhere a number would wait for the device, or break a graph.
-    """
-    low, high = qmin - zero_point, qmax - zero_point
-    if zero_point.numel() > 1 or zero_point.device.type != "cpu" or is_dynamo_compiling():
-        return low, high
-    return low.item(), high.item()
-
-
-def _edges(low: float, high: float, scale: float) -> tuple[float, float]:
-    """Between which real values, both excluded, rounding leads to the steps ``low`` to ``high``."""
-    below, above = (low - 0.5) * scale, (high + 0.5) * scale
-    # Ties go to the even step: they are inside where the last step is even.
-    if low % 2 == 0:
-        below = float(np.nextafter(np.float32(below), np.float32(-np.inf)))
-    if high % 2 == 0:
-        above = float(np.nextafter(np.float32(above), np.float32(np.inf)))
-    return below, above
 
 
 def accumulator_scale(scale_input: Tensor, scale_weight: Tensor, channels: int) -> Tensor:

@@ -34,14 +34,17 @@ from lightning_qat.export import Exporter
 from lightning_qat.input_recorder import InputRecorder
 from lightning_qat.interception import unwind
 from lightning_qat.join_plan import plan_of
+from lightning_qat.kept_weights import KeptWeights
 from lightning_qat.layers import QATLayer
 from lightning_qat.one_call import OneCall
 from lightning_qat.phases import (
     activation_quantizers,
     apply_phase,
+    check_memory,
     commit_pending,
     drop_pending,
     finish,
+    keep_weights,
     release_batchnorms,
     set_observing,
     set_quantizing,
@@ -86,6 +89,8 @@ class QATCallback(Callback):
         on_export_error: ``raise`` after all other targets are written, or ``warn``.
         float_learning_rate: What the float training began with. When given, a learning rate far
             above a hundredth of it, with which fine-tuning should start, is warned of.
+        memory: ``compact`` lets training keep less for backward than float training does, at some
+            cost in time; see ``prepare``.
 
     Raises:
         ValueError: An unknown recipe, key or option.
@@ -107,6 +112,7 @@ class QATCallback(Callback):
         verify: bool = True,
         on_export_error: Literal["raise", "warn"] = "raise",
         float_learning_rate: float | None = None,
+        memory: Literal["fast", "compact"] = "fast",
     ) -> None:
         if isinstance(exporters, str):
             raise ValueError(
@@ -120,6 +126,7 @@ class QATCallback(Callback):
             raise ValueError(
                 f"float_learning_rate must be positive or None; got {float_learning_rate!r}."
             )
+        check_memory(memory)
         self.recipe = Recipe.load(recipe)
         self.schedule = schedule or Schedule()
         self.exporters = tuple(exporters)
@@ -129,6 +136,7 @@ class QATCallback(Callback):
         self.verify = verify
         self.on_export_error = on_export_error
         self.float_learning_rate = float_learning_rate
+        self.memory: Literal["fast", "compact"] = memory
         self.report: PrepareReport | None = None
         """What was quantized, once ``fit`` has started."""
         self.delivered: tuple[Delivered, ...] = ()
@@ -137,6 +145,7 @@ class QATCallback(Callback):
         self._calls: list[OneCall] = []
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
+        self._weights = KeptWeights()
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -199,7 +208,8 @@ class QATCallback(Callback):
         ]
 
     def _prepare(self, pl_module: LightningModule, first: PrepareReport) -> None:
-        self.report = prepare(pl_module, self.recipe, self._inputs(pl_module)).after(first)
+        inputs = self._inputs(pl_module)
+        self.report = prepare(pl_module, self.recipe, inputs, self.memory).after(first)
         for quantizer in activation_quantizers(pl_module).values():
             quantizer.deferred, quantizer.observing = True, False
 
@@ -269,6 +279,8 @@ class QATCallback(Callback):
         self._quantizers = activation_quantizers(pl_module)
         # What a batch that raised in an earlier fit has observed is not part of this one.
         drop_pending(self._quantizers.values())
+        # In manual optimization steps may follow each other unseen.
+        keep_weights(pl_module, self._weights if pl_module.automatic_optimization else None)
         self._enter_phase(trainer, pl_module)
 
     @override
@@ -280,6 +292,13 @@ class QATCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._enter_phase(trainer, pl_module)
+        self._weights.open = True
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        self._weights.forget()
 
     @override
     def on_train_batch_end(
@@ -292,6 +311,7 @@ class QATCallback(Callback):
     ) -> None:
         phase = self._phase
         assert phase is not None
+        self._weights.open = False
         finish_plan(pl_module)
         if self.report is not None and self.report.joins is None:
             self._take_plan(trainer, pl_module)
@@ -372,8 +392,37 @@ class QATCallback(Callback):
             # Without ranges, as with a float checkpoint, the result is the float module's.
             set_quantizing(pl_module, has_ranges(pl_module))
 
+    # Each weight is quantized once for the batches of an evaluation. It is kept for these alone: in
+    # between other callbacks may exchange weights, such as an average's, in ways torch cannot see.
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self._weights.forget()
+        self._weights.open = True
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._weights.open = False
+
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._weights.forget()
         if _fitting(trainer) and not trainer.sanity_checking and self._phase is not None:
             set_observing(activation_quantizers(pl_module).values(), self._phase.observing)
 
@@ -414,6 +463,7 @@ class QATCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        keep_weights(pl_module, None)
         phase = self._phase
         if phase is not None and not phase.quantizing and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -468,6 +518,8 @@ class QATCallback(Callback):
             call.undo()
         self._calls = []
         self._quantizers = {}
+        self._weights = KeptWeights()
+        keep_weights(pl_module, None)
         release_batchnorms(pl_module)
         self._recorder.stop()
 

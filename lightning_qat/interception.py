@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_qat.compact import compactly
 from lightning_qat.join_functions import (
     JOIN_FUNCTIONS,
     JoinFunction,
@@ -54,6 +56,8 @@ class Interception:
             if call.startswith(OUTPUT)
         }
         self.warned = False
+        self.compact = False
+        """Whether what backward keeps of the module's calls is small, not fast; see ``codes``."""
         self._handles: list[Any] = []
 
     def attach(self, module: nn.Module) -> None:
@@ -154,12 +158,22 @@ class Frame:
         # not theirs.
         self._users = _is_users({"__name__": type(module).__module__})
 
+    @property
+    def keeps_little(self) -> bool:
+        """Whether backward shall keep little of what is called now."""
+        return (
+            self.interception is not None
+            and self.interception.compact
+            and not is_dynamo_compiling()
+        )
+
     def close(self) -> None:
         """End what began with this forward."""
         if self.mode is not None:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if self.tape is not None:
             swap_tape(self.outer_tape)
+            self.tape.close()
 
     def place(self, name: str) -> str:
         """How the next call of a function is known: ``add@forward+3:0``.
@@ -258,9 +272,11 @@ class _JoinMode(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = JOIN_FUNCTIONS.get(func)
+        frame = _LOCAL.frames[-1] if _LOCAL.frames else None
+        if frame is not None and frame.keeps_little:
+            func = partial(compactly, func)
         if known is None:
             return _unknown(func, args, kwargs)
-        frame = _LOCAL.frames[-1] if _LOCAL.frames else None
         if frame is None or not frame.watched:
             return func(*args, **kwargs)
         interception, place = frame.interception, frame.place(known.name)

@@ -137,7 +137,9 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
             call: {int(k): quantizers[q] for k, q in operands.items()}
             for call, operands in calls.items()
         }
-        Interception(path, sites).attach(modules[path])
+        interception = Interception(path, sites)
+        interception.compact = like is not None and like.compact
+        interception.attach(modules[path])
     trace_hooks(model)
     keep_plan(model, plan)
 
@@ -168,7 +170,7 @@ def _placed(
         quantizer.to(like.min_val.device)
         quantizer.train(like.training)
         quantizer.observing, quantizer.quantizing = like.observing, like.quantizing
-        quantizer.deferred = like.deferred
+        quantizer.deferred, quantizer.compact = like.deferred, like.compact
     if name == "input_quantizer":
         owner.input_quantizer = quantizer
     else:

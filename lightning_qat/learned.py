@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lightning_qat.arithmetic import MIN_SCALE, along_axis, zero_point_of
+from lightning_qat.codes import Codes, carry_codes
+from lightning_qat.fake_quantization import edges_of, number_of
 from lightning_qat.qparams import Grid
 
 
@@ -19,6 +22,9 @@ def learned_fake_quantize(
     *,
     axis: int | None = None,
     normalized: bool = True,
+    saves_input: bool = False,
+    carries_codes: bool = False,
+    known: Tensor | Codes | None = None,
 ) -> Tensor:
     r"""Round real values to a grid whose scale, and lower end, receive gradients.
 
@@ -45,6 +51,10 @@ def learned_fake_quantize(
         normalized: Divide the gradients of ``scale`` and ``low`` by ``sqrt(n * q)``, where ``n``
             values share a scale and ``q`` is the largest number of steps (``qmax``, or
             ``qmax - qmin`` with ``low``), so that one learning rate serves them and the weights.
+        saves_input: See ``fake_quantize``. The gradient of the scale depends on what rounding took
+            away, so backward keeps ``x`` itself with it and a copy without it.
+        carries_codes: See ``fake_quantize``.
+        known: The result's values or integers, where they are known.
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
@@ -66,52 +76,120 @@ def learned_fake_quantize(
     if normalized:
         highest = grid.qmax if low is None else grid.qmax - grid.qmin
         factor = (max(x.numel() // scale.numel(), 1) * highest) ** -0.5
+    origin = along_axis(zero_point, x.dim(), axis)
+    wide = along_axis(scale.detach(), x.dim(), axis)
+    fake = _Rounding(wide, origin if is_compiling() else number_of(origin), grid, axis)
+    fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, low, zero_point, grid.qmin, grid.qmax, axis, factor
+        x, scale, low, fake, factor, saves_input
     )
+    if isinstance(known, Codes):
+        carry_codes(result, known)
+    elif fake.keeps_codes:
+        carry_codes(result, fake.take_codes())
     return result
 
 
+class _Rounding:
+    """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
+
+    def __init__(self, scale: Tensor, origin: Any, grid: Grid, axis: int | None) -> None:
+        self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
+        self.first, self.last = grid.qmin - origin, grid.qmax - origin
+        self.keeps_codes = False
+        self.known: Tensor | Codes | None = None
+        self._integers: Tensor | None = None
+
+    def steps(self, x: Tensor) -> Tensor:
+        """The step of the grid, counted from real zero, that each value is rounded to."""
+        steps = torch.div(x.to(torch.float32), self.scale).round_()
+        return steps.clamp_(self.first, self.last)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Real values on the grid; their integers are kept aside where they are wanted."""
+        known, self.known = self.known, None
+        if known is not None:
+            return known.restore() if isinstance(known, Codes) else known.detach()
+        steps = self.steps(x)
+        if self.keeps_codes:
+            self._integers = (steps + self.origin).to(self.grid.dtype)
+        return steps.mul_(self.scale).to(x.dtype)
+
+    def take_codes(self) -> Codes:
+        """What ``values`` has kept; it is no longer kept here."""
+        assert self._integers is not None
+        integers, self._integers = self._integers, None
+        return Codes(integers, self.scale, self.origin)
+
+    def inside(self, grad: Tensor, x: Tensor) -> Tensor:
+        """A gradient where values were not saturated, zero elsewhere."""
+        if isinstance(self.first, float) and x.dtype == grad.dtype == torch.float32:
+            edges = edges_of(self.first, self.last, float(self.scale))
+            masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *edges)
+            return masked
+        rounded = torch.round(x.to(torch.float32) / self.scale)
+        return grad * rounded.ge(self.first).logical_and_(rounded.le(self.last))
+
+    def less_exact(self, steps: Tensor, x: Tensor) -> Tensor:
+        """``steps - x / scale``, in the memory of ``steps``: what rounding added to each value."""
+        if isinstance(self.first, float) and x.dtype == torch.float32:
+            return steps.sub_(x, alpha=1.0 / float(self.scale))
+        return steps.sub_(x.to(torch.float32) / self.scale)
+
+    def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum over what shares a scale; of products, where weights are given."""
+        if self.axis is None and weights is not None and _alike(values, weights):
+            # One pass without a temporary: new memory costs more than arithmetic.
+            count = values.numel()
+            return torch.dot(*(t.as_strided((count,), (1,)) for t in (values, weights)))
+        if weights is not None:
+            values = values * weights
+        others = [axis for axis in range(values.dim()) if axis != self.axis]
+        if self.axis is None:
+            return values.sum()
+        return values.sum(others) if others else values.clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have their elements in the same order, without gaps."""
+    if is_compiling() or one.stride() != other.stride():
+        return False
+    last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
+    return last or one.is_contiguous()
+
+
 class _LearnedFakeQuantize(torch.autograd.Function):
+    """Keeps the input alone: rounding again costs less than keeping what it took away."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         scale: Tensor,
         low: Tensor | None,
-        zero_point: Tensor,
-        qmin: int,
-        qmax: int,
-        axis: int | None,
+        fake: _Rounding,
         factor: float,
+        saves_input: bool,
     ) -> Tensor:
-        wide, origin = (along_axis(t, x.dim(), axis) for t in (scale, zero_point))
-        exact = x.to(torch.float32) / wide
-        rounded = torch.round(exact)
-        below, above = rounded < qmin - origin, rounded > qmax - origin
-        steps = torch.clamp(rounded, qmin - origin, qmax - origin)
-        inside = ~(below | above)
-        # What a step of the scale does to each value: what is saved is one float and one byte.
-        slope = torch.where(inside, steps - exact, steps)
-        if low is not None:
-            slope = torch.where(below, 0.0, torch.where(above, float(qmax - qmin), slope))
-        ctx.save_for_backward(inside, slope, scale)
-        ctx.axis, ctx.factor, ctx.has_low = axis, factor, low is not None
-        return (steps * wide).to(x.dtype)
+        ctx.save_for_backward(x if saves_input else x.clone())
+        ctx.fake, ctx.factor, ctx.shape, ctx.has_low = fake, factor, scale.shape, low is not None
+        return fake.values(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        inside, slope, scale = ctx.saved_tensors
-        grad = grads[0].to(torch.float32)
-        of_scale = grad * slope
-        if ctx.axis is None:
-            of_scale = of_scale.sum().reshape(scale.shape)
-        else:
-            others = [axis for axis in range(grad.dim()) if axis != ctx.axis]
-            of_scale = of_scale.sum(others) if others else of_scale
-        of_low = (grad * ~inside).sum() * ctx.factor if ctx.has_low else None
-        of_x = (grad * inside).to(grads[0].dtype)
-        return of_x, of_scale * ctx.factor, of_low, None, None, None, None, None
+        (x,), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
+        steps = fake.steps(x)
+        of_x = fake.inside(grad, x)
+        # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
+        # the steps from what stays: from real zero, or from the lower end.
+        beyond = grad - of_x
+        of_scale = fake.total(beyond, steps)
+        if ctx.has_low:
+            of_scale -= fake.first * fake.total(beyond)
+        of_low = beyond.sum() * ctx.factor if ctx.has_low else None
+        of_scale += fake.total(of_x, fake.less_exact(steps, x))
+        of_scale = of_scale.reshape(ctx.shape) * ctx.factor
+        return of_x.to(grads[0].dtype), of_scale, of_low, None, None, None
 
 
 def least_squares_scale(x: Tensor, scale: Tensor, grid: Grid, axis: int | None = None) -> Tensor:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale, zero_point_of
+from lightning_qat.codes import Codes
 from lightning_qat.learned import learned_fake_quantize, least_squares_scale
-from lightning_qat.live_onnx import is_exporting_onnx
 from lightning_qat.qparams import Grid
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.recipe import ActivationSpec, WeightSpec
-from lightning_qat.tape import hidden
 
 
 def activation_quantizer(spec: ActivationSpec) -> ActivationQuantizer:
@@ -115,7 +114,14 @@ class LearnedStepActivation(_LearnedActivation):
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
-        return learned_fake_quantize(x, _positive(self.scale), low, self.grid)
+        return learned_fake_quantize(
+            x,
+            _positive(self.scale),
+            low,
+            self.grid,
+            saves_input=saves_input,
+            carries_codes=self.compact,
+        )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         scale = _positive(self.scale).detach()
@@ -164,7 +170,15 @@ class LearnedClipActivation(_LearnedActivation):
 
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         low, scale = self._ends()
-        return learned_fake_quantize(x, scale, low, self.grid, normalized=False)
+        return learned_fake_quantize(
+            x,
+            scale,
+            low,
+            self.grid,
+            normalized=False,
+            saves_input=saves_input,
+            carries_codes=self.compact,
+        )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -202,17 +216,20 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.register_buffer("started", torch.tensor(0.0))
         self.ready = False
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The fake-quantized weight, same shape and dtype."""
-        if not self.quantizing:
-            return weight
-        if is_exporting_onnx():
-            return self._exported(weight)
-        with hidden():
-            if self.training and not self.ready:
-                self._start(weight)
-            scale = _positive(self.scale) if self.ready else self._scale(weight)
-            return learned_fake_quantize(weight, scale, None, self.grid, axis=self._channel_axis)
+    def _fake_quantize(self, weight: Tensor, known: Tensor | Codes | None) -> Tensor:
+        if self.training and not self.ready:
+            self._start(weight)
+        scale = _positive(self.scale) if self.ready else self._scale(weight)
+        return learned_fake_quantize(
+            weight,
+            scale,
+            None,
+            self.grid,
+            axis=self._channel_axis,
+            saves_input=True,
+            carries_codes=self.compact,
+            known=known,
+        )
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Final quantization as explicit nodes of an exported graph.
 
 Two operators carry everything an exporter needs: constants for scale and zero point, the grid, and
-the name of the tensor. They have no gradient; training uses ``arithmetic.fake_quantize``.
+the name of the tensor. They have no gradient; training uses ``fake_quantization.fake_quantize``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from lightning_qat.arithmetic import along_axis, fake_quantize
+from lightning_qat.arithmetic import along_axis
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.qparams import Grid
 
 

@@ -7,7 +7,8 @@ and quantizes from the first training batch on, each quantizer for itself.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qat.interception import interception_of
+from lightning_qat.kept_weights import KeptWeights
 from lightning_qat.observers import UPDATES
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.schedule import Phase
@@ -55,6 +58,59 @@ def set_quantizing(model: nn.Module, quantizing: bool) -> None:
     for module in model.modules():
         if isinstance(module, ActivationQuantizer | WeightQuantizer):
             module.quantizing = quantizing
+
+
+def check_memory(memory: object) -> None:
+    """Refuse what is no choice of ``memory``.
+
+    Raises:
+        ValueError: It is neither ``fast`` nor ``compact``.
+    """
+    if memory not in ("fast", "compact"):
+        raise ValueError(f"memory must be 'fast' or 'compact'; got {memory!r}.")
+
+
+def set_compact(model: nn.Module, compact: bool) -> None:
+    """Choose what backward keeps: little (integers and bits), or what makes it fast.
+
+    Values and gradients are the same. While ``torch.compile`` traces, the compiler chooses.
+    """
+    for module in model.modules():
+        interception = interception_of(module)
+        if interception is not None:
+            interception.compact = compact
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.compact = compact
+
+
+def keep_weights(model: nn.Module, kept: KeptWeights | None) -> None:
+    """Where the quantized weights of a model are kept for further forwards; ``None``: nowhere."""
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            module.kept = kept
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for all forwards inside, unless an operation changes it.
+
+    For gradient accumulation and evaluation in a loop of one's own; ``QATCallback`` does so by
+    itself. Weights must not be changed through ``.data`` inside.
+
+        >>> from lightning_qat import prepare
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = prepare(model, {"joins": False, "outputs": False})
+        >>> with weights_quantized_once(model):
+        ...     for x in torch.ones(3, 5, 4):
+        ...         model(x).sum().backward()
+    """
+    kept = KeptWeights()
+    kept.open = True
+    keep_weights(model, kept)
+    try:
+        yield
+    finally:
+        keep_weights(model, None)
 
 
 def drop_pending(quantizers: Iterable[ActivationQuantizer]) -> None:

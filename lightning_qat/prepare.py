@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from lightning_qat.layers import (
     quantizer_role,
 )
 from lightning_qat.learned_quantizers import learns
+from lightning_qat.phases import check_memory, set_compact
 from lightning_qat.quantized_model import Inputs, as_call
 from lightning_qat.recipe import LayerSpec, Recipe
 
@@ -135,6 +136,7 @@ def prepare(
     model: nn.Module,
     recipe: Recipe | Mapping[str, Any] | str | Path = "int8",
     example_inputs: Inputs | None = None,
+    memory: Literal["fast", "compact"] = "fast",
 ) -> PrepareReport:
     """Turn the layers that a recipe selects into QAT layers, in place, and plan the joins.
 
@@ -154,13 +156,18 @@ def prepare(
             a YAML or JSON file, or a mapping.
         example_inputs: What ``forward`` takes: a tensor, positional arguments as a tuple, or
             keyword arguments as a mapping.
+        memory: What training keeps for backward, with the same numbers and gradients. ``compact``
+            keeps tensors on a grid as their integers and of relu one bit per element, in all less
+            than float training does; ``fast`` keeps what makes backward fastest. Learned ranges
+            need their float input in both.
 
     Returns:
         What was swapped and what was skipped, with reasons, and the plan when it is made.
 
     Raises:
-        ValueError: An unknown preset or key, patterns that match no layer, parameters that are not
-            float32, or a model in which nothing can be quantized. The model is unchanged then.
+        ValueError: An unknown preset, key or ``memory``, patterns that match no layer, parameters
+            that are not float32, or a model in which nothing can be quantized. The model is
+            unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -169,6 +176,7 @@ def prepare(
           0  Linear: weight 8 bits per_channel minmax, input 8 bits affine
           2  Linear: left as it is, excluded by the recipe (exclude: '2')
     """
+    check_memory(memory)
     recipe = Recipe.load(recipe)
     model = unwrapped(model)
     report = plan(model, recipe)
@@ -180,7 +188,9 @@ def prepare(
             + (f" Skipped:{reasons}" if reasons else " It has no layer with weights.")
         )
     swap(model, report)
-    return replace(report, joins=plan_joins(model, recipe, example_inputs))
+    joins = plan_joins(model, recipe, example_inputs)
+    set_compact(model, memory == "compact")
+    return replace(report, joins=joins)
 
 
 def plan_joins(

@@ -9,15 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lightning_qat.arithmetic import (
     affine_qparams,
     along_axis,
     arq_scale,
-    fake_quantize,
     quantize,
     symmetric_scale,
 )
+from lightning_qat.codes import Codes
+from lightning_qat.fake_quantization import fake_quantize, quantized_again
+from lightning_qat.kept_weights import KeptWeights, state_of
 from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import SEARCHES, UPDATES, batch_range
@@ -143,6 +146,7 @@ class ActivationQuantizer(Quantizer):
         self.observing = True
         self.quantizing = True
         self.deferred = False
+        self.compact = False
         # Not derived from `batches` in forward: that would wait for the device at every call.
         self.calibrated = spec.clip is not None
         # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
@@ -174,7 +178,14 @@ class ActivationQuantizer(Quantizer):
 
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         scale, zero_point = self._scale_and_zero_point()
-        return fake_quantize(x, scale, zero_point, self.grid, saves_input=saves_input)
+        return fake_quantize(
+            x,
+            scale,
+            zero_point,
+            self.grid,
+            saves_input=saves_input,
+            carries_codes=self.compact,
+        )
 
     @property
     def _waits(self) -> bool:
@@ -309,13 +320,17 @@ class WeightQuantizer(Quantizer):
 
     Attributes:
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
+        compact: What backward keeps is small, not fast; see ``codes``.
+        kept: Where quantized weights are kept for further forwards; ``None``: nowhere.
     """
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:
         super().__init__()
+        self.kept: KeptWeights | None = None
         self.spec: WeightSpec = spec
         self.axis = axis
         self.quantizing = True
+        self.compact = False
         arq = spec.quantizer == "arq"
         self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
 
@@ -326,9 +341,29 @@ class WeightQuantizer(Quantizer):
         if is_exporting_onnx():
             return self._exported(weight)
         with hidden():
-            scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
-            zero_point = scale.new_zeros(())
-            return fake_quantize(weight, scale, zero_point, self.grid, gradient_everywhere=True)
+            if self.kept is None or is_compiling():
+                return self._fake_quantize(weight, None)
+            state = self.compact, state_of(weight, *self.parameters())
+            known = self.kept.get(self, state)
+            quantized = self._fake_quantize(weight, known)
+            if known is None:
+                self.kept.put(self, state, quantized)
+            return quantized
+
+    def _fake_quantize(self, weight: Tensor, known: Tensor | Codes | None) -> Tensor:
+        """Quantize the weight; ``known``: how that came out in an earlier forward."""
+        if known is not None:
+            return quantized_again(weight, known)
+        scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
+        zero_point = scale.new_zeros(())
+        return fake_quantize(
+            weight,
+            scale,
+            zero_point,
+            self.grid,
+            gradient_everywhere=True,
+            carries_codes=self.compact,
+        )
 
     def _exported(self, weight: Tensor) -> Tensor:
         with hidden():

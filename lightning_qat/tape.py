@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ class Tape:
     """The tensors of one forward that are on a grid, and their quantized forms.
 
     An in-place operation makes a new value of the same object: the version is part of the identity.
+    No tensor is kept alive: what is known of one is forgotten with it.
 
     Args:
         traced: It belongs to a graph that ``torch.compile`` makes.
@@ -26,14 +29,16 @@ class Tape:
 
     def __init__(self, *, traced: bool) -> None:
         self.traced = traced
-        self._quantized: dict[tuple[Key, int], Tensor] = {}
-        self._grid: dict[Key, int] = {}
+        # By identity of the tensor; then by version, and whose grid.
+        self._quantized: dict[int, dict[tuple[int, int], Tensor]] = {}
+        self._grid: dict[int, dict[int, int]] = {}
         self._changes: Counter[int] = Counter()
         self._viewed: set[int] = set()
         self.calls: Counter[int] = Counter()
         """How often each watched module has run, by identity."""
-        # Ids are only unique among living objects.
-        self._alive: list[object] = []
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
+        # A compiler's own tensors, which it does not let be watched, live as long as its graph.
+        self._traced_tensors: list[object] = []
 
     def quantize(
         self, x: Tensor, quantizer: object, compute: Callable[[Tensor], Tensor], *, skip: bool
@@ -46,37 +51,67 @@ class Tape:
             compute: Quantizes.
             skip: Give ``x`` back as it is when it lies on that grid already.
         """
-        key, owner = self._key(x), id(quantizer)
-        if skip and self._grid.get(key) == owner:
+        (number, version), owner = self._key(x), id(quantizer)
+        if skip and self._owner(x) == owner:
             return x
-        found = self._quantized.get((key, owner))
+        known = self._quantized.setdefault(number, {})
+        found = known.get((version, owner))
         if found is None:
-            found = compute(x)
-            self._alive += (x, quantizer, found)
-            self._quantized[key, owner] = found
-            self._grid[self._key(found)] = owner
+            found = known[version, owner] = compute(x)
+            self._watch(x)
+            self._put(found, owner)
         return found
 
     def passes(self, source: Tensor, result: Tensor) -> None:
         """Note that ``result`` holds values of ``source``: it lies on the same grid."""
         if versionless(source):
             self._viewed |= {id(source), id(result)}
-            self._alive += (source, result)
-        owner = self._grid.get(self._key(source))
+            self._watch(source, result)
+        owner = self._owner(source)
         if owner is not None:
-            self._alive.append(result)
-            self._grid[self._key(result)] = owner
+            self._put(result, owner)
 
     def changed(self, x: Tensor) -> None:
         """Note an in-place change, which only versionless tensors must be told of."""
         if not versionless(x):
             return
         self._changes[id(x)] += 1
-        self._alive.append(x)
+        self._watch(x)
         if id(x) in self._viewed:
             # What shares its memory has changed as well.
             self._quantized.clear()
             self._grid.clear()
+
+    def close(self) -> None:
+        """Forget everything; nothing shall outlive the forward."""
+        self._quantized.clear()
+        self._watched.clear()
+        self._traced_tensors.clear()
+
+    def _owner(self, x: Tensor) -> int | None:
+        number, version = self._key(x)
+        return self._grid.get(number, {}).get(version)
+
+    def _put(self, x: Tensor, owner: int) -> None:
+        number, version = self._key(x)
+        self._grid.setdefault(number, {})[version] = owner
+        self._watch(x)
+
+    def _watch(self, *tensors: Tensor) -> None:
+        """Forget a tensor when it dies: its id may then be another's."""
+        if self.traced:
+            self._traced_tensors += tensors
+            return
+        for x in tensors:
+            if id(x) not in self._watched:
+                self._watched[id(x)] = weakref.ref(x, partial(self._forget, id(x)))
+
+    def _forget(self, number: int, _: object) -> None:
+        self._quantized.pop(number, None)
+        self._grid.pop(number, None)
+        self._changes.pop(number, None)
+        self._viewed.discard(number)
+        self._watched.pop(number, None)
 
     def _key(self, x: Tensor) -> Key:
         return (id(x), self._changes[id(x)]) if versionless(x) else key_of(x)

@@ -14,6 +14,7 @@ FLOORS = [
     {"amct_config"},  # AMCT's configurations as recipes
     {
         "qparams",
+        "bits",
         "recipe",
         "schedule",
         "atomic",
@@ -24,9 +25,10 @@ FLOORS = [
         "findings",
         "record",
     },  # 0 vocabulary
-    {"arithmetic", "join_functions"},  # 1 what quantization is: pure functions
+    {"arithmetic", "join_functions", "codes"},  # 1 what quantization is: pure functions
+    {"fake_quantization", "compact"},  # 1a the hot path; what backward keeps of other functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
-    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx"},
+    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx", "kept_weights"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
@@ -41,7 +43,15 @@ FLOORS = [
     {"callback"},  # 9 the door to Lightning
 ]
 OPEN_TO_EXPORTERS = {
-    *{"qparams", "arithmetic", "quantized_model", "export", "verify", "atomic"},
+    *{
+        "qparams",
+        "arithmetic",
+        "fake_quantization",
+        "quantized_model",
+        "export",
+        "verify",
+        "atomic",
+    },
     *{"qat_model", "findings", "record"},  # what the doors beside training hand over
 }
 # The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.

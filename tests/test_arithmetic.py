@@ -13,11 +13,11 @@ from lightning_qat.arithmetic import (
     along_axis,
     arq_scale,
     dequantize,
-    fake_quantize,
     quantize,
     quantize_bias,
     symmetric_scale,
 )
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.qparams import Grid
 
 GRIDS = [Grid(-128, 127), Grid(-127, 127), Grid(-8, 7), Grid(-2, 1)]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.arithmetic import affine_qparams, fake_quantize
+from lightning_qat.arithmetic import affine_qparams
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
 from lightning_qat.qparams import Grid
 from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec

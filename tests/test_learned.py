@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import ActivationSpec, Recipe, WeightSpec, convert, export, prepare, verify
-from lightning_qat.arithmetic import affine_qparams, fake_quantize
+from lightning_qat.arithmetic import affine_qparams
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.learned import learned_fake_quantize, least_squares_scale
 from lightning_qat.learned_quantizers import (
     LearnedClipActivation,

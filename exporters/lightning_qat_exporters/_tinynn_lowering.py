@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from lightning_qat.arithmetic import fake_quantize
 from lightning_qat.export import Unsupported, UnsupportedByTarget
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._tinynn_ops import OPS

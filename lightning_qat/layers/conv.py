@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.codes import keeping_codes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.recipe import Recipe
 
@@ -59,11 +60,11 @@ class _ConvQAT(QATLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the fake-quantized input with the fake-quantized weight."""
-        weight: Tensor = self.weight_quantizer(self.weight)
         convolution: Any = self
-        output: Tensor = convolution._conv_forward(
-            self.input_quantizer(input, saves_input=True), weight, self.bias
-        )
+        x: Tensor = self.input_quantizer(input, saves_input=True)
+        weight: Tensor = self.weight_quantizer(self.weight)
+        with keeping_codes(x, weight):
+            output: Tensor = convolution._conv_forward(x, weight, self.bias)
         return output
 
 

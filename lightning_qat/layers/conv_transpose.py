@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_qat.codes import keeping_codes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.conv import Size
 from lightning_qat.recipe import Recipe
@@ -81,16 +82,19 @@ class _ConvTransposeQAT(QATLayer):
             len(layer.kernel_size),
             layer.dilation,
         )
-        output: Tensor = _FUNCTIONS[len(layer.kernel_size)](
-            self.input_quantizer(input, saves_input=True),
-            self.weight_quantizer(self.weight),
-            self.bias,
-            layer.stride,
-            layer.padding,
-            padding,
-            layer.groups,
-            layer.dilation,
-        )
+        x: Tensor = self.input_quantizer(input, saves_input=True)
+        weight: Tensor = self.weight_quantizer(self.weight)
+        with keeping_codes(x, weight):
+            output: Tensor = _FUNCTIONS[len(layer.kernel_size)](
+                x,
+                weight,
+                self.bias,
+                layer.stride,
+                layer.padding,
+                padding,
+                layer.groups,
+                layer.dilation,
+            )
         return output
 
 

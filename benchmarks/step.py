@@ -1,0 +1,289 @@
+"""Cost of a quantized training step over the float step: ours and every peer's, in one run.
+
+    python -m benchmarks.step                          # ResNet-18, MobileNetV2-style, encoder
+    python -m benchmarks.step --small                  # narrow nets, a minute or two
+    python -m benchmarks.step --nets resnet50 lstm     # others
+    python -m benchmarks.step --memory                 # bytes instead of seconds
+    python -m benchmarks.step --kernels                # one tensor: ours beside torch's kernels
+
+A step is forward, cross entropy, backward and SGD with momentum. The variants take turns, and each
+time is divided by the mean of the float steps right before and after it, so that the noise of the
+machine hits all alike. Printed are the median of these ratios and their quartiles.
+
+Two placements stand side by side. *layers*: inputs and weights of layers are quantized, as AMCT
+and ModelOpt do it. *joins*: every tensor between the layers too, which an integer target needs.
+Observing: ranges follow every batch; frozen: they stand; learned: scales are trained.
+
+--memory runs every variant in a process of its own. *kept*: bytes that the graph keeps for
+backward besides parameters and buffers, over float's. *peak*: the process's peak over float's;
+*peak, net*: both less what the process holds before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.nets import Encoder, Recurrent, mobilenet, resnet18, resnet50
+from benchmarks.peers import Peer, installed
+from benchmarks.saved import bytes_for_backward
+from lightning_qat import prepare
+from lightning_qat.phases import activation_quantizers, set_observing
+
+warnings.filterwarnings("ignore")
+
+NETS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], int]] = {
+    "resnet18": (resnet18, lambda: resnet18(16), 32),
+    "mobilenet": (mobilenet, lambda: mobilenet(8), 32),
+    "encoder": (Encoder, lambda: Encoder(64, 2), 32),
+    "resnet50": (resnet50, lambda: resnet50(8), 224),
+    "lstm": (Recurrent, lambda: Recurrent(32), 32),
+}
+"""Name to the net, a narrow one, and the size of its images."""
+
+_LAYERS = {"joins": False, "outputs": False}
+_LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
+
+OURS: Mapping[str, tuple[Mapping[str, Any], bool, str]] = {
+    "layers, frozen": (_LAYERS, False, "fast"),
+    "layers, learned": ({**_LAYERS, **_LEARNED}, False, "fast"),
+    "layers, observing": (_LAYERS, True, "fast"),
+    "joins, frozen": ({}, False, "fast"),
+    "joins, learned": (_LEARNED, False, "fast"),
+    "joins, observing": ({}, True, "fast"),
+    "joins, frozen, compact": ({}, False, "compact"),
+    "joins, observing, compact": ({}, True, "compact"),
+}
+"""Variant to recipe, whether ranges follow the data, and ``memory``."""
+
+
+def ours(net: nn.Module, x: Tensor, variant: str) -> nn.Module:
+    """A prepared twin that has seen one batch."""
+    recipe, observing, memory = OURS[variant]
+    twin = copy.deepcopy(net).train()
+    prepare(twin, recipe, x, memory)  # type: ignore[arg-type]
+    with torch.no_grad():
+        twin.train()(x)
+    set_observing(activation_quantizers(twin).values(), observing)
+    return twin
+
+
+def peers() -> dict[str, Peer]:
+    """The installed peers by the names that the table shows; frozen ones apart."""
+    return installed()[0]
+
+
+def variants(peered: bool) -> list[str]:
+    """Everything that is compared with float."""
+    others = [f"{name}{state}" for name in peers() for state in ("", ", frozen")]
+    return [*OURS, *(others if peered else ())]
+
+
+def build(net: nn.Module, x: Tensor, variant: str) -> nn.Module:
+    """The network of a variant."""
+    if variant == "float":
+        return copy.deepcopy(net).train()
+    if variant in OURS:
+        return ours(net, x, variant)
+    peer = peers()[variant.removesuffix(", frozen")]
+    model = peer.prepare(net, [x], 8, 8)
+    model.train()(x)
+    if variant.endswith(", frozen"):
+        peer.freeze(model)
+    return model
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What is minimised."""
+    return F.cross_entropy(model(x), y)
+
+
+def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
+    """One training step that returns its seconds."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+
+    def step() -> float:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss_of(model, x, y))
+        optimizer.step()
+        return time.perf_counter() - start
+
+    return step
+
+
+def data(size: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Images and classes."""
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
+
+
+def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Ratios to the float step by variant; ``float``: its milliseconds."""
+    full, narrow, size = NETS[name]
+    x, y = data(size, options.batch)
+    net = narrow() if options.small else full()
+    steps, failed = {"float": stepper(build(net, x, "float"), x, y)}, []
+    for variant in variants(not options.no_peers):
+        try:
+            steps[variant] = stepper(build(net, x, variant), x, y)
+            steps[variant]()
+        except Exception as error:
+            steps.pop(variant, None)
+            failed.append(f"  {variant:32} cannot: {str(error).splitlines()[0][:80]}")
+    found: dict[str, list[float]] = {variant: [] for variant in steps}
+    for _ in range(2):
+        before = steps["float"]()
+    for _ in range(options.rounds):
+        for variant in list(steps)[1:]:
+            seconds, after = steps[variant](), steps["float"]()
+            found[variant].append(seconds / ((before + after) / 2))
+            found["float"].append(after * 1e3)
+            before = after
+    print(f"{name}: float step {statistics.median(found['float']):.0f} ms")
+    for variant, ratios in list(found.items())[1:]:
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"  {variant:32} {middle:.2f}  ({low:.2f} .. {high:.2f})")
+    print(*failed, sep="\n", flush=True)
+    return found
+
+
+def _bytes(name: str, variant: str, small: bool, batch: int, threads: int, queue: Any) -> None:
+    torch.set_num_threads(threads)
+    full, narrow, size = NETS[name]
+    x, y = data(size, batch)
+    try:
+        model = build(narrow() if small else full(), x, variant)
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            start = int(file.read().split()[1]) * resource.getpagesize()
+        loss = loss_of(model, x, y)
+        kept = bytes_for_backward(loss, [*model.parameters(), *model.buffers()])
+        del loss
+        step = stepper(model, x, y)
+        for _ in range(3):
+            step()
+    except Exception as error:
+        queue.put(str(error).splitlines()[0][:80])
+        return
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    queue.put((kept, peak, peak - start))
+
+
+def memory(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Bytes kept, peak and net peak by variant; ``float``: in MiB, others over it."""
+    # Fresh processes: a peak is never given back, and no variant may profit from another's.
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, list[float]] = {}
+    for variant in ["float", *variants(not options.no_peers)]:
+        queue = context.Queue()
+        args = (name, variant, options.small, options.batch, options.threads, queue)
+        process = context.Process(target=_bytes, args=args)
+        process.start()
+        result = queue.get()
+        process.join()
+        if isinstance(result, str):
+            print(f"  {variant:32} cannot: {result}")
+        elif variant == "float":
+            float_bytes = result
+            found[variant] = [value / 2**20 for value in result]
+            kept, peak, net = found[variant]
+            print(f"{name}: float keeps {kept:.0f} MiB; peak {peak:.0f} MiB, net {net:.0f} MiB")
+            print(f"  {'':32} kept  peak  peak, net")
+        else:
+            found[variant] = [a / b for a, b in zip(result, float_bytes, strict=True)]
+            print(f"  {variant:32} " + "  ".join(f"{ratio:.2f}" for ratio in found[variant]))
+    return found
+
+
+def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds forward and backward of one tensor of 2.1 million elements."""
+    from lightning_qat.fake_quantization import fake_quantize
+    from lightning_qat.learned import learned_fake_quantize
+    from lightning_qat.qparams import Grid
+
+    x = torch.randn(32, 64, 32, 32, requires_grad=True)
+    upstream = torch.randn_like(x)
+    scale, zero_point, grid = torch.tensor(0.02), torch.tensor(3.0), Grid(-128, 127)
+    step = scale.clone().requires_grad_()
+    ao: Any = torch
+    calls: dict[str, Callable[[], Tensor]] = {
+        "x * 1 (one pass)": lambda: x * 1,
+        "ours, reads its input again": lambda: fake_quantize(
+            x, scale, zero_point, grid, saves_input=True
+        ),
+        "ours, keeps bits": lambda: fake_quantize(x, scale, zero_point, grid),
+        "ours, keeps bits and integers": lambda: fake_quantize(
+            x, scale, zero_point, grid, carries_codes=True
+        ),
+        "ours, learned scale": lambda: learned_fake_quantize(x, step, None, grid, saves_input=True),
+        "torch.fake_quantize": lambda: ao.fake_quantize_per_tensor_affine(x, 0.02, 3, -128, 127),
+        "torch's learnable": lambda: ao._fake_quantize_learnable_per_tensor_affine(
+            x, step.reshape(1), torch.zeros(1), -128, 127, 1.0
+        ),
+    }
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    forward: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(options.rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            y = call()
+            middle = time.perf_counter()
+            torch.autograd.backward(y, upstream)
+            found[name].append((time.perf_counter() - middle) * 1e3)
+            forward[name].append((middle - start) * 1e3)
+    print("2.1 million elements: best milliseconds, forward and backward")
+    for name in calls:
+        found[name] = [min(forward[name]), min(found[name])]
+        print(f"  {name:32} {found[name][0]:6.2f} {found[name][1]:6.2f}")
+    return found
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print the tables."""
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}")
+    results: dict[str, Any] = {}
+    if options.kernels:
+        results["kernels"] = kernels(options)
+    else:
+        absent = installed()[1]
+        if absent and not options.no_peers:
+            print("not installed:", ", ".join(absent))
+        measure = memory if options.memory else times
+        for name in options.nets:
+            results[name] = measure(name, options)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(results, file)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Cost of a quantized training step over the float step: ours and peers'."
+    )
+    parser.add_argument(
+        *("--nets",), nargs="+", choices=NETS, default=["resnet18", "mobilenet", "encoder"]
+    )
+    parser.add_argument("--small", action="store_true", help="narrow nets")
+    parser.add_argument("--memory", action="store_true", help="bytes instead of seconds")
+    parser.add_argument("--kernels", action="store_true", help="one tensor instead of nets")
+    parser.add_argument("--no-peers", action="store_true", help="ours and float alone")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds per net (default: 8)")
+    parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--json", help="also write the numbers to this file")
+    main(parser.parse_args())

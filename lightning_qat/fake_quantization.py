@@ -1,0 +1,221 @@
+"""Fake quantization, the hot path: what is rounded, where gradients pass, what backward keeps.
+
+One function chooses among the ways to do it, which give the same numbers:
+
+* a reader of the result keeps its input anyway (layers on CPUs): backward looks at the input again,
+  one vectorised pass (``hardtanh_backward``);
+* otherwise backward keeps one bit per element;
+* while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse.
+
+All passes are in place over one temporary. ATen's own fake-quantize kernels are not vectorised on
+CPUs and take about 25 times as long (``benchmarks/step.py --kernels`` prints it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from lightning_qat.bits import masked, pack_bits
+from lightning_qat.codes import Codes, carry_codes
+from lightning_qat.qparams import Grid
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    *,
+    gradient_everywhere: bool = False,
+    saves_input: bool = False,
+    carries_codes: bool = False,
+) -> Tensor:
+    """Round real values to the grid and stay in real numbers.
+
+    ``scale * (clip(round(x / scale) + zero_point, qmin, qmax) - zero_point)``, in float32 whatever
+    the dtype of ``x`` or of autocast; the result has the dtype of ``x``.
+
+    Gradient: straight-through, ``dy/dx = 1`` where the integer lies in the grid before clipping and
+    0 elsewhere (Jacob et al., arXiv:1712.05877); 1 everywhere with ``gradient_everywhere``, which
+    is right for a range that follows the values themselves, as a weight's does. Scale and zero
+    point get none.
+
+    Args:
+        x: Real values, any shape and floating dtype.
+        scale: Real size of one integer step, float32, positive. Broadcasts against ``x``.
+        zero_point: Integer that stands for real zero. Broadcasts against ``x``.
+        grid: The integers in use.
+        gradient_everywhere: Pass the gradient of saturated values too.
+        saves_input: Backward may look at ``x`` again instead of keeping a bit per element, which is
+            faster on CPUs and free where something else keeps ``x`` anyway. ``x`` must not be
+            changed in place before backward.
+        carries_codes: The result shall carry its integers, so that what reads it within
+            ``keeping_codes`` keeps those; overrides ``saves_input``.
+
+    Returns:
+        Real values on the grid, the shape and dtype of ``x``.
+
+    Example:
+        >>> x = torch.tensor([-9.0, 0.2, 0.625], requires_grad=True)
+        >>> y = fake_quantize(x, torch.tensor(0.25), torch.tensor(0.0), Grid(-8, 7))
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
+    """
+    result: Tensor
+    if is_compiling():
+        result = _Traced.apply(  # type: ignore[no-untyped-call]
+            x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
+        )
+        return result
+    origin = number_of(zero_point)
+    low, high = grid.qmin - origin, grid.qmax - origin
+    partial = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
+    if not (carries_codes or partial):
+        result = _Pass.apply(x, lambda: (_values(x, scale, low, high), None))  # type: ignore[no-untyped-call]
+    elif carries_codes or not (
+        saves_input and isinstance(origin, float) and x.dtype == torch.float32
+    ):
+        rounded = _Rounded(x, scale, origin, grid)
+        result = _Pass.apply(
+            x, lambda: (rounded.values(x.dtype), rounded.bits() if partial else None)
+        )  # type: ignore[no-untyped-call]
+        if carries_codes:
+            carry_codes(result, rounded.codes)
+    else:
+        result = _Reread.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
+    return result
+
+
+def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
+    """A quantized weight that is known, with the gradient of ``gradient_everywhere``.
+
+    Args:
+        weight: The float weight, to which the gradient goes.
+        known: Its quantized values, or their integers.
+    """
+    result: Tensor
+    if isinstance(known, Codes):
+        result = _Pass.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
+        carry_codes(result, known)
+        return result
+    # Another tensor of the same memory: a graph of its own.
+    result = _Pass.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
+    return result
+
+
+def _values(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+    steps = torch.div(x.to(torch.float32), scale).round_()
+    return steps.clamp_(low, high).mul_(scale).to(x.dtype)
+
+
+class _Rounded:
+    """A tensor on a grid: its integers, its values, and where the gradient passes."""
+
+    @torch.no_grad()
+    def __init__(self, x: Tensor, scale: Tensor, origin: Any, grid: Grid) -> None:
+        steps = torch.div(x.to(torch.float32), scale).round_()
+        self._shifted = not (isinstance(origin, float) and origin == 0)
+        if self._shifted:
+            steps.add_(origin)
+        # One step wider than the grid tells what lies outside. Bytes are compared many times
+        # faster than floats; one that wraps around still differs from its neighbour.
+        wide = steps.clamp_(grid.qmin - 1, grid.qmax + 1).to(
+            torch.int16 if grid.dtype is torch.int8 else torch.int32
+        )
+        self._wide, self._steps, self._grid = wide.to(grid.dtype), steps, grid
+        self.codes = Codes(wide.clamp_(grid.qmin, grid.qmax).to(grid.dtype), scale, origin)
+
+    def bits(self) -> Tensor:
+        """Where the gradient passes, packed."""
+        return pack_bits(self._wide.eq(self.codes.integers))
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """To be called once. Not from the integers: NaN must come out as NaN."""
+        steps = self._steps.clamp_(self._grid.qmin, self._grid.qmax)
+        if self._shifted:
+            steps.sub_(self.codes.zero_point)
+        return steps.mul_(self.codes.scale).to(dtype)
+
+
+def number_of(value: Tensor) -> Any:
+    """A scalar tensor as a number, where that costs nothing; else the tensor.
+
+    ATen's clamp with tensors is several times slower on CPUs than with numbers. Elsewhere a number
+    would wait for the device.
+    """
+    return value if value.numel() > 1 or value.device.type != "cpu" else value.item()
+
+
+class _Traced(torch.autograd.Function):
+    """Plain tensor operations, for a compiler to fuse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        gradient_everywhere: bool,
+    ) -> Tensor:
+        low, high = qmin - zero_point, qmax - zero_point
+        steps = torch.round(x.to(torch.float32) / scale)
+        inside = None if gradient_everywhere else steps.ge(low).logical_and_(steps.le(high))
+        ctx.save_for_backward(inside)
+        return (steps.clamp(low, high) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        grad = grads[0] if inside is None else grads[0] * inside
+        return grad, None, None, None, None, None
+
+
+class _Reread(torch.autograd.Function):
+    """Backward looks at the input again: one vectorised pass, which ATen has for hardtanh."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.edges = edges_of(low, high, float(scale))
+        return _values(x, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None
+
+
+def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:
+    """Between which real values, both excluded, rounding leads to the steps ``low`` to ``high``."""
+    below, above = (low - 0.5) * scale, (high + 0.5) * scale
+    # Ties go to the even step: they are inside where the last step is even.
+    if low % 2 == 0:
+        below = float(np.nextafter(np.float32(below), np.float32(-np.inf)))
+    if high % 2 == 0:
+        above = float(np.nextafter(np.float32(above), np.float32(np.inf)))
+    return below, above
+
+
+class _Pass(torch.autograd.Function):
+    """What a function computes, through which the gradient passes where its bits are set."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:
+        values, bits = compute()
+        ctx.save_for_backward(bits)
+        ctx.layout = values.shape, values.stride()
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (bits,) = ctx.saved_tensors
+        return grads[0] if bits is None else masked(grads[0], bits, *ctx.layout), None

@@ -1,0 +1,118 @@
+"""A weight is quantized once for several forwards, and anew whenever it has changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_qat import prepare
+from lightning_qat.phases import weights_quantized_once
+from lightning_qat.quantizers import WeightQuantizer
+
+RECIPES: dict[str, Any] = {
+    "follows the weight": {"joins": False, "outputs": False},
+    "learned": {
+        "weight": {"quantizer": "learned"},
+        "activation": {"quantizer": "learned", "clip": (-3.0, 3.0)},
+        "joins": False,
+        "outputs": False,
+    },
+}
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request: pytest.FixtureRequest) -> Any:
+    return RECIPES[request.param]
+
+
+@pytest.fixture(params=["fast", "compact"])
+def memory(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+class Counts:
+    """How often values were rounded to a weight's grid."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = 0
+        round_ = Tensor.round_
+
+        def counted(x: Tensor) -> Tensor:
+            self.times += x.shape == (5, 4)
+            return round_(x)
+
+        monkeypatch.setattr(Tensor, "round_", counted)
+
+
+def one_layer(recipe: Any, memory: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5))
+    prepare(model, recipe, memory=memory)
+    model(torch.randn(3, 4))  # learned scales start here
+    return model
+
+
+def accumulated(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(1)
+    for _ in range(4):
+        model(torch.randn(3, 4)).square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_accumulated_gradients_are_the_same_from_one_quantization(
+    recipe: Any, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = one_layer(recipe, memory)
+    twin = copy.deepcopy(model)
+    expected = accumulated(twin)
+    counts = Counts(monkeypatch)
+    with weights_quantized_once(model):
+        found = accumulated(model)
+    # The gradient of a learned scale needs what rounding took away, in each backward.
+    learned = recipe["weight"]["quantizer"] == "learned" if "weight" in recipe else False
+    assert counts.times == (1 + 4 if learned else 1)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def optimizer_step(model: Any) -> None:
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def loaded(model: Any) -> None:
+    state = {k: v * 2 if k.endswith("0.weight") else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+
+
+def other_memory(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data * 2
+
+
+@pytest.mark.parametrize("change", [optimizer_step, loaded, in_place, other_memory])
+def test_a_changed_weight_is_quantized_anew(recipe: Any, memory: Any, change: Any) -> None:
+    model, x = one_layer(recipe, memory), torch.randn(3, 4)
+    with weights_quantized_once(model):
+        model(x).sum().backward()
+        change(model)
+        found = model.eval()(x)
+    assert torch.equal(found, copy.deepcopy(model)(x))
+
+
+def test_outside_nothing_is_kept(recipe: Any, memory: Any) -> None:
+    model, x = one_layer(recipe, memory), torch.randn(3, 4)
+    with weights_quantized_once(model.eval()):
+        model(x)
+    # torch cannot see this one.
+    model[0].weight.data.mul_(2)  # type: ignore[index]
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
+    assert all(m.kept is None for m in model.modules() if isinstance(m, WeightQuantizer))
