@@ -7,6 +7,7 @@ model and its files compute the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -177,35 +178,59 @@ def fake_quantize(
         >>> y.detach(), x.grad
         (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
     """
-    result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere, saves_input
-    )
-    return result
+    return fake_quantizer(
+        scale, zero_point, grid, gradient_everywhere=gradient_everywhere, saves_input=saves_input
+    )(x)
+
+
+def fake_quantizer(
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    *,
+    gradient_everywhere: bool = False,
+    saves_input: bool = False,
+) -> Callable[[Tensor], Tensor]:
+    """``fake_quantize`` for many tensors on one grid, whose ends are looked up once.
+
+    Arguments and gradients as ``fake_quantize``.
+    """
+    low, high = _ends(zero_point, grid.qmin, grid.qmax)
+    edges = None
+    if saves_input and not gradient_everywhere and isinstance(low, float):
+        edges = _edges(low, high, float(scale))
+
+    def call(x: Tensor) -> Tensor:
+        if edges is not None and x.dtype == torch.float32:
+            # ATen's own node has the gradient, from x alone, without a call back into Python; its
+            # result is written over.
+            result: Tensor = torch.nn.functional.hardtanh(x, *edges)
+            steps = torch.div(x.detach(), scale, out=result.detach()).round_()
+            steps.clamp_(low, high).mul_(scale)
+            return result
+        result = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+            x, scale, low, high, gradient_everywhere
+        )
+        return result
+
+    return call
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """In-place passes over one temporary; backward needs one byte per element, or the input."""
+    """In-place passes over one temporary; backward needs one byte per element."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         scale: Tensor,
-        zero_point: Tensor,
-        qmin: int,
-        qmax: int,
+        low: Any,
+        high: Any,
         gradient_everywhere: bool,
-        saves_input: bool,
     ) -> Tensor:
-        low, high = _ends(zero_point, qmin, qmax)
         steps = torch.div(x.to(torch.float32), scale).round_()
-        wanted = not gradient_everywhere and ctx.needs_input_grad[0]
-        ctx.edges = None
         inside: Tensor | None = None
-        if wanted and saves_input and isinstance(low, float) and x.dtype == torch.float32:
-            ctx.edges = _edges(low, high, float(scale))
-            inside = x
-        elif wanted:
+        if ctx.needs_input_grad[0] and not gradient_everywhere:
             inside = steps.ge(low).logical_and_(steps.le(high))
         ctx.save_for_backward(inside)
         return steps.clamp_(low, high).mul_(scale).to(x.dtype)
@@ -213,13 +238,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (inside,) = ctx.saved_tensors
-        grad = grads[0]
-        if ctx.edges is not None:
-            # One vectorised pass, which ATen has for hardtanh.
-            grad = torch.ops.aten.hardtanh_backward(grad, inside, *ctx.edges)
-        elif inside is not None:
-            grad = grad * inside
-        return grad, None, None, None, None, None, None
+        grad = grads[0] if inside is None else grads[0] * inside
+        return grad, None, None, None, None
 
 
 def _ends(zero_point: Tensor, qmin: int, qmax: int) -> tuple[Any, Any]:
@@ -228,10 +248,10 @@ def _ends(zero_point: Tensor, qmin: int, qmax: int) -> tuple[Any, Any]:
     As numbers where that costs nothing: ATen's clamp and comparisons with tensors are several times
     slower on CPUs. Elsewhere a number would wait for the device, or break a graph.
     """
-    low, high = qmin - zero_point, qmax - zero_point
-    if zero_point.numel() > 1 or zero_point.device.type != "cpu" or is_dynamo_compiling():
-        return low, high
-    return low.item(), high.item()
+    origin: Any = zero_point
+    if zero_point.numel() == 1 and zero_point.device.type == "cpu" and not is_dynamo_compiling():
+        origin = zero_point.item()
+    return qmin - origin, qmax - origin
 
 
 def _edges(low: float, high: float, scale: float) -> tuple[float, float]:

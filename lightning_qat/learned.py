@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,19 +58,39 @@ def learned_fake_quantize(
         >>> y.detach(), scale.grad  # (1 - 0.6) + 7
         (tensor([0.5000, 3.5000]), tensor(7.4000))
     """
+    return learned_fake_quantizer(scale, low, grid, x.numel() if normalized else None, axis)(x)
+
+
+def learned_fake_quantizer(
+    scale: Tensor, low: Tensor | None, grid: Grid, values: int | None, axis: int | None = None
+) -> Callable[[Tensor], Tensor]:
+    """``learned_fake_quantize`` for many tensors on one grid, such as the steps of a sequence.
+
+    Args:
+        scale: As there.
+        low: As there.
+        grid: As there.
+        values: Of how many values all tensors together are: ``n`` times the number of scales, by
+            which gradients are normalized. ``None``: they are not.
+        axis: As there.
+    """
     with torch.no_grad():
         if low is None:
             zero_point = torch.zeros_like(scale)
         else:
             zero_point = zero_point_of(low, scale, grid)
     factor = 1.0
-    if normalized:
+    if values is not None:
         highest = grid.qmax if low is None else grid.qmax - grid.qmin
-        factor = (max(x.numel() // scale.numel(), 1) * highest) ** -0.5
-    result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, low, zero_point, grid.qmin, grid.qmax, axis, factor
-    )
-    return result
+        factor = (max(values // scale.numel(), 1) * highest) ** -0.5
+
+    def call(x: Tensor) -> Tensor:
+        result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
+            x, scale, low, zero_point, grid.qmin, grid.qmax, axis, factor
+        )
+        return result
+
+    return call
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):

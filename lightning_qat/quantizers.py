@@ -15,6 +15,7 @@ from lightning_qat.arithmetic import (
     along_axis,
     arq_scale,
     fake_quantize,
+    fake_quantizer,
     quantize,
     symmetric_scale,
 )
@@ -198,12 +199,19 @@ class ActivationQuantizer(Quantizer):
         finally:
             self.observing = observing
 
-    def for_many_calls(self) -> Callable[[Tensor], Tensor]:
-        """Fake quantization with the numbers of this moment, computed once; observes nothing."""
+    def for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
+        """Fake quantization with the numbers of this moment, computed once; observes nothing.
+
+        Args:
+            values: How many values all calls together will quantize.
+        """
         if not (self.quantizing and self.calibrated):
             return lambda x: x
+        return self._fake_quantizer(values)
+
+    def _fake_quantizer(self, values: int) -> Callable[[Tensor], Tensor]:
         scale, zero_point = self._scale_and_zero_point()
-        return lambda x: fake_quantize(x, scale, zero_point, self.grid, saves_input=True)
+        return fake_quantizer(scale, zero_point, self.grid, saves_input=True)
 
     @property
     def watches(self) -> bool:
