@@ -198,7 +198,8 @@ def _recurrent(node: ir.Node, grids: dict[ir.Node, Activation]) -> QuantizedRecu
             raise Mismatch("its bias, in steps of scale_d * scale_w, must fit int32")
         bias = rounded.astype(np.int32)
     shape = x.source.shape
-    length = None if shape is None or not isinstance(shape[0], int) else shape[0]
+    first = None if shape is None else shape[0]
+    length = first if isinstance(first, int) else None
     return QuantizedRecurrent(
         label(node), node, x, h, weight, recurrent, scale_w, scale_r, bias, length
     )
