@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,34 +68,81 @@ def learned_fake_quantize(
         >>> y.detach(), scale.grad  # (1 - 0.6) + 7
         (tensor([0.5000, 3.5000]), tensor(7.4000))
     """
+    quantize = learned_fake_quantizer(
+        scale,
+        low,
+        grid,
+        x.numel() if normalized else None,
+        axis,
+        saves_input=saves_input,
+        carries_codes=carries_codes,
+        known=known,
+    )
+    return quantize(x)
+
+
+def learned_fake_quantizer(
+    scale: Tensor,
+    low: Tensor | None,
+    grid: Grid,
+    values: int | None,
+    axis: int | None = None,
+    *,
+    saves_input: bool = False,
+    carries_codes: bool = False,
+    known: Tensor | Codes | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """``learned_fake_quantize`` for many tensors on one grid, such as the steps of a sequence.
+
+    Args:
+        scale: As there.
+        low: As there.
+        grid: As there.
+        values: Of how many values all tensors together are: ``n`` times the number of scales, by
+            which gradients are normalized. ``None``: they are not.
+        axis: As there.
+        saves_input: As there.
+        carries_codes: As there.
+        known: As there; for one tensor.
+    """
     with torch.no_grad():
         if low is None:
             zero_point = torch.zeros_like(scale)
         else:
             zero_point = zero_point_of(low, scale, grid)
     factor = 1.0
-    if normalized:
+    if values is not None:
         highest = grid.qmax if low is None else grid.qmax - grid.qmin
-        factor = (max(x.numel() // scale.numel(), 1) * highest) ** -0.5
-    origin = along_axis(zero_point, x.dim(), axis)
-    wide = along_axis(scale.detach(), x.dim(), axis)
-    fake = _Rounding(wide, origin if is_compiling() else number_of(origin), grid, axis)
-    fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
-    result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, low, fake, factor, saves_input
-    )
-    if isinstance(known, Codes):
-        carry_codes(result, known)
-    elif fake.keeps_codes:
-        carry_codes(result, fake.take_codes())
-    return result
+        factor = (max(values // scale.numel(), 1) * highest) ** -0.5
+    origin = zero_point if is_compiling() else number_of(zero_point)
+    step = None if isinstance(origin, Tensor) else float(scale)
+
+    def call(x: Tensor) -> Tensor:
+        wide = along_axis(scale.detach(), x.dim(), axis)
+        placed = along_axis(origin, x.dim(), axis) if isinstance(origin, Tensor) else origin
+        fake = _Rounding(wide, placed, grid, axis, step)
+        fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
+        result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
+            x, scale, low, fake, factor, saves_input
+        )
+        if isinstance(known, Codes):
+            carry_codes(result, known)
+        elif fake.keeps_codes:
+            carry_codes(result, fake.take_codes())
+        return result
+
+    return call
 
 
 class _Rounding:
     """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
 
-    def __init__(self, scale: Tensor, origin: Any, grid: Grid, axis: int | None) -> None:
+    def __init__(
+        self, scale: Tensor, origin: Any, grid: Grid, axis: int | None, step: float | None
+    ) -> None:
         self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
+        self.step = step
+        """The scale as a number, where the ends are numbers, too."""
         self.first, self.last = grid.qmin - origin, grid.qmax - origin
         self.keeps_codes = False
         self.known: Tensor | Codes | None = None
@@ -123,8 +171,8 @@ class _Rounding:
 
     def inside(self, grad: Tensor, x: Tensor) -> Tensor:
         """A gradient where values were not saturated, zero elsewhere."""
-        if isinstance(self.first, float) and x.dtype == grad.dtype == torch.float32:
-            edges = edges_of(self.first, self.last, float(self.scale))
+        if self.step is not None and x.dtype == grad.dtype == torch.float32:
+            edges = edges_of(self.first, self.last, self.step)
             masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *edges)
             return masked
         rounded = torch.round(x.to(torch.float32) / self.scale)
@@ -132,8 +180,8 @@ class _Rounding:
 
     def less_exact(self, steps: Tensor, x: Tensor) -> Tensor:
         """``steps - x / scale``, in the memory of ``steps``: what rounding added to each value."""
-        if isinstance(self.first, float) and x.dtype == torch.float32:
-            return steps.sub_(x, alpha=1.0 / float(self.scale))
+        if self.step is not None and x.dtype == torch.float32:
+            return steps.sub_(x, alpha=1.0 / self.step)
         return steps.sub_(x.to(torch.float32) / self.scale)
 
     def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:

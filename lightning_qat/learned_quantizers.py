@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale, zero_point_of
 from lightning_qat.codes import Codes
-from lightning_qat.learned import learned_fake_quantize, least_squares_scale
+from lightning_qat.learned import (
+    learned_fake_quantize,
+    learned_fake_quantizer,
+    least_squares_scale,
+)
 from lightning_qat.qparams import Grid
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.recipe import ActivationSpec, WeightSpec
@@ -47,11 +50,8 @@ class _LearnedActivation(ActivationQuantizer):
     def _waits(self) -> bool:
         return not (self.calibrated and self.quantizing)
 
-    def for_many_calls(self) -> Callable[[Tensor], Tensor]:
-        """What every call does: each has a part in the gradients."""
-        if not (self.quantizing and self.calibrated):
-            return lambda x: x
-        return partial(self._fake_quantize, saves_input=True)
+    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+        return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
 
     def range_changed(self) -> None:
         """Start learning from the range, once enough batches have given it."""
@@ -110,17 +110,19 @@ class LearnedStepActivation(_LearnedActivation):
         if self.low is not None:
             self.low.copy_(low)
 
-    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+    def _fake_quantizer(
+        self, values: int, saves_input: bool, carries_codes: bool
+    ) -> Callable[[Tensor], Tensor]:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
-        return learned_fake_quantize(
-            x,
+        return learned_fake_quantizer(
             _positive(self.scale),
             low,
             self.grid,
+            values,
             saves_input=saves_input,
-            carries_codes=self.compact,
+            carries_codes=carries_codes,
         )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
@@ -168,16 +170,12 @@ class LearnedClipActivation(_LearnedActivation):
         low = torch.zeros_like(high) if self.clip_min is None else self.clip_min.clamp(max=0.0)
         return low, affine_qparams(low, high, self.grid)[0]
 
-    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+    def _fake_quantizer(
+        self, values: int, saves_input: bool, carries_codes: bool
+    ) -> Callable[[Tensor], Tensor]:
         low, scale = self._ends()
-        return learned_fake_quantize(
-            x,
-            scale,
-            low,
-            self.grid,
-            normalized=False,
-            saves_input=saves_input,
-            carries_codes=self.compact,
+        return learned_fake_quantizer(
+            scale, low, self.grid, None, saves_input=saves_input, carries_codes=carries_codes
         )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:

@@ -70,12 +70,14 @@ class QuantizedLayer:
         input_key: Key of its quantized input.
         weight_key: Key of its quantized weight.
         bias: Its float bias with batch norm folded; ``None`` without one.
+        node: Name of its node in the program's graph.
     """
 
     name: str
     input_key: str
     weight_key: str
     bias: Tensor | None
+    node: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +139,7 @@ class QuantizedModel:
             if source is not None and weight is not None:
                 bias = constant(self.program, operands[2]) if len(operands) > 2 else None
                 path = module_path(node)
-                found.append(QuantizedLayer(path, source.key, weight.key, bias))
+                found.append(QuantizedLayer(path, source.key, weight.key, bias, node.name))
         return tuple(found)
 
     @cached_property

@@ -19,7 +19,7 @@ from lightning_qat.arithmetic import (
     symmetric_scale,
 )
 from lightning_qat.codes import Codes
-from lightning_qat.fake_quantization import fake_quantize, quantized_again
+from lightning_qat.fake_quantization import fake_quantize, fake_quantizer, quantized_again
 from lightning_qat.kept_weights import KeptWeights, state_of
 from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
@@ -209,12 +209,20 @@ class ActivationQuantizer(Quantizer):
         finally:
             self.observing = observing
 
-    def for_many_calls(self) -> Callable[[Tensor], Tensor]:
-        """Fake quantization with the numbers of this moment, computed once; observes nothing."""
+    def for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
+        """Fake quantization with the numbers of this moment, computed once; observes nothing.
+
+        Args:
+            values: How many values all calls together will quantize.
+        """
         if not (self.quantizing and self.calibrated):
             return lambda x: x
-        scale, zero_point = self._scale_and_zero_point()
-        return lambda x: fake_quantize(x, scale, zero_point, self.grid, saves_input=True)
+        return self._fake_quantizer(values, saves_input=True, carries_codes=False)
+
+    def _fake_quantizer(
+        self, values: int, saves_input: bool, carries_codes: bool
+    ) -> Callable[[Tensor], Tensor]:
+        return fake_quantizer(*self._scale_and_zero_point(), self.grid)
 
     @property
     def watches(self) -> bool:

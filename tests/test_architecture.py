@@ -52,6 +52,7 @@ OPEN_TO_EXPORTERS = {
         "verify",
         "atomic",
     },
+    *{"program", "nodes"},  # what a converted model's graph is made of
     *{"qat_model", "findings", "record"},  # what the doors beside training hand over
 }
 # The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.

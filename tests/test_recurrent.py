@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import (
     unpad_sequence,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, verify
 from lightning_qat.convert import CaptureError
@@ -716,6 +717,102 @@ def test_learned_grids_get_gradients_from_every_step(kind: str, quantizer: str) 
         assert parameter.grad is not None, name
     hidden = [p.grad for p in layer.hidden_quantizer_l0.parameters()]
     assert any(bool(grad.abs() > 0) for grad in hidden)
+
+
+def lsq(x: Tensor, scale: Tensor, values: int) -> Tensor:
+    """LSQ on -128..127 in the precision of ``x``; ``values`` share the scale (arXiv:1902.08153)."""
+    factor = (values * 127) ** -0.5
+    scale = scale * factor + (scale * (1 - factor)).detach()
+    exact = (x / scale).detach()
+    steps = exact.round()
+    inside = x + (steps - exact) * scale - (steps - exact) * scale.detach()
+    inside = inside + (steps * scale.detach() - x).detach()
+    return torch.where(steps < -128, -128 * scale, torch.where(steps > 127, 127 * scale, inside))
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 4]], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_learned_scale_s_gradient_is_divided_by_all_steps_that_share_it(
+    kind: str, lengths: list[int] | None
+) -> None:
+    recipe = {"activation": {"quantizer": "learned", "symmetric": True}}
+    layer, x = qat_layer(kind, config=recipe), sequence("padded")
+    layer(x)
+    for name, quantizer in layer.named_children():
+        if name.startswith("weight"):
+            setattr(layer, name, nn.Identity())
+        elif name == "input_quantizer":
+            quantizer.quantizing = quantizer.observing = False
+    scale = layer.hidden_quantizer_l0.scale
+    with torch.no_grad():
+        # Some states lie outside.
+        scale.mul_(0.7)
+    given = x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
+    output = layer(given)[0]
+    (output if lengths is None else output.data).square().sum().backward()
+
+    twin = layer.to_float().double()
+    wide = scale.detach().double().requires_grad_()
+    lengths = lengths or [STEPS] * BATCH
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        h, c = torch.zeros(2, HIDDEN, dtype=torch.float64)
+        for t in range(length):
+            read = lsq(h, wide, sum(lengths) * HIDDEN)
+            from_x = F.linear(x[t, row].double(), twin.weight_ih_l0, twin.bias_ih_l0)
+            from_h = F.linear(read, twin.weight_hh_l0, twin.bias_hh_l0)
+            if kind == "lstm":
+                i, f, g, o = (from_x + from_h).chunk(4)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            else:
+                (rx, zx, nx), (rh, zh, nh) = from_x.chunk(3), from_h.chunk(3)
+                n, z = torch.tanh(nx + torch.sigmoid(rx + rh) * nh), torch.sigmoid(zx + zh)
+                h = n + z * (h - n)
+            loss = loss + h.square().sum()
+    loss.backward()
+    assert wide.grad is not None
+    assert abs(float(wide.grad)) > 1e-3
+    torch.testing.assert_close(scale.grad, wide.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", ["learned", "ulq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_weights_leave_learned_grids_as_they_are(kind: str, quantizer: str) -> None:
+    recipe = {"weight": {"quantizer": quantizer}, "activation": {"quantizer": quantizer}}
+    layer = qat_layer(kind, config=recipe)
+    layer(sequence("padded"))
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("quantizer" in name), name
+    torch.manual_seed(3)
+    expected = float_layer(kind)
+    assert_same(layer.to_float().state_dict(), expected.state_dict(), 0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that are fetched from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quantizer", ["observed", "learned", "ulq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_a_number(kind: str, quantizer: str) -> None:
+    layer = qat_layer(kind, config={"activation": {"quantizer": quantizer}})
+    layer(sequence("padded"))
+    counts = []
+    for steps in (2, 7):
+        with HostReads() as reads:
+            layer(torch.randn(steps, BATCH, FEATURES))[0].sum().backward()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("calibration", ["mse", "percentile", "entropy"])

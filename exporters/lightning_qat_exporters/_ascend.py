@@ -32,6 +32,7 @@ from lightning_qat_exporters._quantized_ops import (
     real_constant,
     unique,
 )
+from lightning_qat_exporters._recurrent_nodes import RoundRecurrentBiases, ToDeviceNodes
 
 _INT32 = np.iinfo(np.int32)
 _CONV_OPS = ("Conv", "ConvTranspose")
@@ -39,13 +40,16 @@ _QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 _DTYPES = {ir.DataType.FLOAT: 0, ir.DataType.FLOAT16: 1}
 
 
-def to_deploy(model: ir.Model, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
+def to_deploy(
+    model: ir.Model, opset: int = 11, *, float_bias: bool = False, recurrent: bool = False
+) -> ir.Model:
     """Write a QDQ model with Ascend's operators; the given model stays as it is.
 
     Args:
         model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
         opset: Version of the default domain, 11 to 18. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
+        recurrent: Write quantized LSTM and GRU as device nodes.
 
     Returns:
         A model with AscendQuant, AscendDequant and AscendAntiQuant in the default domain.
@@ -54,10 +58,13 @@ def to_deploy(model: ir.Model, opset: int = 11, *, float_bias: bool = False) -> 
         NotExpressible: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    return _written(model, ToDeploy(float_bias), opset)
+    steps = (ToDeviceNodes(),) if recurrent else ()
+    return _written(model, (*steps, ToDeploy(float_bias)), opset)
 
 
-def to_fake_quant(model: ir.Model, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
+def to_fake_quant(
+    model: ir.Model, opset: int = 11, *, float_bias: bool = False, recurrent: bool = False
+) -> ir.Model:
     """Write a QDQ model as float operators on integer values, in AMCT's form.
 
     ``Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> layer on integer-valued float
@@ -67,6 +74,7 @@ def to_fake_quant(model: ir.Model, opset: int = 11, *, float_bias: bool = False)
         model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
         opset: Version of the default domain, 11 to 18. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
+        recurrent: Round the biases of quantized LSTM and GRU as device nodes have them.
 
     Returns:
         A model of standard operators that any ONNX runtime runs.
@@ -75,7 +83,8 @@ def to_fake_quant(model: ir.Model, opset: int = 11, *, float_bias: bool = False)
         NotExpressible: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    return _written(model, ToFakeQuant(float_bias), opset)
+    steps = (RoundRecurrentBiases(),) if recurrent else ()
+    return _written(model, (*steps, ToFakeQuant(float_bias)), opset)
 
 
 def integer_bias(layer: QuantizedLayer) -> NDArray[np.int32] | None:
@@ -118,7 +127,7 @@ def dequant_param(layer: QuantizedLayer) -> NDArray[np.uint64]:
     return layer.product_scale.view(np.uint32).astype(np.uint64)
 
 
-def _written(model: ir.Model, form: _QuantizedForm, opset: int) -> ir.Model:
+def _written(model: ir.Model, forms: Sequence[ir.passes.InPlacePass], opset: int) -> ir.Model:
     if opset not in OPSETS:
         raise ValueError(
             f"The opset must be from {OPSETS[0]} to {OPSETS[-1]}, which is what CANN's parsers "
@@ -130,7 +139,7 @@ def _written(model: ir.Model, form: _QuantizedForm, opset: int) -> ir.Model:
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         FoldFactors(),
-        form,
+        *forms,
         Downgrade(opset),
         common.RemoveUnusedNodesPass(),
         common.ClearMetadataAndDocStringPass(),
@@ -399,7 +408,9 @@ class ToFakeQuant(_QuantizedForm):
         """``Mul(scale_d * scale_w)``, the product in float32."""
         name = f"{layer.name}.fakedequant"
         trailing = layer.weight.ndim - 2 if layer.node.op_type in _CONV_OPS else 0
-        product = layer.product_scale.reshape(1, -1, *[1] * trailing)
+        # A vector stays one.
+        leading = [] if accumulator.shape is not None and len(accumulator.shape) == 1 else [1]
+        product = layer.product_scale.reshape(*leading, -1, *[1] * trailing)
         inputs = [accumulator, graph.constant(f"{name}.dqscale", product)]
         value = graph.insert(layer.node, "Mul", inputs, {}, f"{name}.mul", after=True)
         # Not .dtype: a clone shares the type object with the model it was made from.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from lightning_qat_exporters import _ascend_recurrent
 from lightning_qat_exporters._int4 import unpacked
 
 Array = NDArray[Any]
@@ -453,11 +454,34 @@ class AveragePool(OpRun):
         return ((total / counted.sum(axis=pool.axes)).astype(x.dtype),)
 
 
+class BasicLSTMInplaceFillWindowCache(OpRun):
+    """See ``_ascend_recurrent.lstm``."""
+
+    op_domain = _DOMAIN
+
+    def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
+        x, weight, recurrent, h, c, bias, _, _, param = inputs
+        given = (x, weight, recurrent, h, c, bias, param)
+        return _ascend_recurrent.lstm(*given, **attributes)  # type: ignore[arg-type]
+
+
+class BasicGRUInplaceFillWindowCache(OpRun):
+    """See ``_ascend_recurrent.gru``."""
+
+    op_domain = _DOMAIN
+
+    def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
+        x, weight, recurrent, h, bias, _, _, param = inputs
+        given = (x, weight, recurrent, h, bias, param)
+        return _ascend_recurrent.gru(*given, **attributes)  # type: ignore[arg-type]
+
+
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _OPS = (
     *(AscendQuant, AscendDequant, AscendAntiQuant),
     *(Conv, ConvTranspose, Gemm, MatMul),
     *(BatchNormalization, MaxPool, AveragePool),
+    *(BasicLSTMInplaceFillWindowCache, BasicGRUInplaceFillWindowCache),
 )
 
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
 
 from lightning_qat.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
+from lightning_qat_exporters._deploy_file import RNN_OPS
 from lightning_qat_exporters._int4 import INPUT_AXIS, unpacked
+from lightning_qat_exporters._recurrent import Recurrence, in_onnx_order, recurrences
 
 
 def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
@@ -20,7 +23,8 @@ def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
 
     Expected are ``float32(1) / scale`` and the zero point in AscendQuant, the integers of the
     weight (transposed for Gemm and MatMul), the bits of ``float32(scale_in * scale_w)`` in the
-    dequant parameter, and ``round(bias / (scale_in * scale_w))`` in the bias.
+    dequant parameter, and ``round(bias / (scale_in * scale_w))`` in the bias; the same in the nodes
+    of recurrent layers.
 
     Args:
         model: What the file was made of.
@@ -33,7 +37,13 @@ def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
     nodes = {node.name: node for node in proto.graph.node}
     found: list[str] = []
     seen: dict[str, int] = {}
+    fused = {node.name: node for node in proto.graph.node if node.op_type in RNN_OPS}
+    for call in recurrences(model.program):
+        if call.name in fused:
+            found += _recurrent_differences(model, call, fused[call.name], arrays)
     for layer in model.layers:
+        if layer.name in fused:
+            continue
         repeated = seen.setdefault(layer.name, 0)
         seen[layer.name] += 1
         name = f"{layer.name}_{repeated}" if repeated else layer.name
@@ -79,6 +89,42 @@ def _layer_differences(
     if layer.bias is not None and len(node.input) > 2:
         bias = quantize_bias(layer.bias, scale, weight.qparams.scale)
         pairs["bias"] = (arrays[node.input[2]], bias.numpy())
+    return _told(name, pairs)
+
+
+def _recurrent_differences(
+    model: QuantizedModel, call: Recurrence, node: onnx.NodeProto, arrays: dict[str, Array]
+) -> list[str]:
+    """As above for a device node: rows in ONNX's order of gates, input before hidden state."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    params, biases = [], []
+    layers = {layer.weight_key: layer for layer in model.layers if layer.name == call.name}
+    for index, (part, letter) in enumerate((("ih", "x"), ("hh", "h")), start=1):
+        layer = layers[call.key(f"weight_{part}_l0")]
+        source, weight = model.tensors[layer.input_key], model.tensors[layer.weight_key]
+        integers, scale = weight.integers, source.qparams.scale
+        assert integers is not None
+        rows = in_onnx_order(call.kind, integers)
+        pairs[f"weight_{part}"] = arrays[node.input[index]], rows[None].numpy()
+        step = np.float32(attributes[f"quant_scale_{letter}"])
+        pairs[f"quant_scale_{letter}"] = step, np.float32(1) / scale.numpy()
+        offset = attributes[f"quant_offset_{letter}"]
+        pairs[f"quant_offset_{letter}"] = offset, source.qparams.zero_point.numpy()
+        products = accumulator_scale(scale, weight.qparams.scale, len(rows))
+        params.append(in_onnx_order(call.kind, products))
+        if layer.bias is not None:
+            bias = quantize_bias(layer.bias, scale, weight.qparams.scale)
+            biases.append(in_onnx_order(call.kind, bias))
+    bits = torch.cat(params).numpy().view(np.uint32).astype(np.uint64)
+    written = arrays[node.input[-1]]
+    pairs["dequant parameter"] = np.repeat(written, bits.size // written.size), bits
+    if biases:
+        pairs["bias"] = arrays[node.input[-4]], torch.cat(biases)[None].numpy()
+    return _told(call.name, pairs)
+
+
+def _told(name: str, pairs: dict[str, tuple[Any, Any]]) -> list[str]:
     return [
         f"{name}: {what} must be {_shown(wanted)}; the file has {_shown(found)}"
         for what, (found, wanted) in pairs.items()

@@ -66,7 +66,7 @@ def _lowered(model: ir.Model, source: int, target: int) -> dict[int, Remark]:
     problems = {}
     for position, node in enumerate(tuple(model.graph.all_nodes())):
         before = [v.producer() for v in node.inputs[:1] if v is not None]
-        if node.domain or node.op_type.startswith("Ascend"):
+        if node.domain or node.op_type.startswith(("Ascend", "Basic")):
             continue
         if any(n is not None and n.op_type == "AscendQuant" for n in before):
             continue

@@ -11,7 +11,8 @@ decomposed to a selection, came out 38 steps off, a bilinear resize 13. These ru
 3. An operator with a fixed output grid (sigmoid, softmax, tanh) is requantized from that.
 4. A layer that is read in float is kept apart, else the converter multiplies constants that come
    later into its weight.
-5. An operator that is none of those known to be safe is computed in float.
+5. An operator that is none of those known to be safe, or reads a float tensor, is computed in
+   float; else a float reader of its output may get values that were never rounded.
 
 To keep apart means to put a mark between two operators: one that the converter knows in float only.
 ``remove_marks`` takes the marks out of the finished file.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from lightning_qat_exporters import _litert_transposed as _litert_transposed  # its operator
+from lightning_qat_exporters._fixed_nodes import fixed_nodes
 from lightning_qat_exporters._tflite_file import kind_of
 
 _ATEN = torch.ops.aten
@@ -96,6 +98,8 @@ class Annotated:
         self.graph, self.grids = graph, grids
         taken = {kind(node) for node in graph.nodes}
         self.mark = next(mark for mark in MARKS if mark not in taken)
+        # The converter computes these, a mark among them as what it is, before it can be removed.
+        self._fixed = fixed_nodes(graph, set())
 
     def make_explicit(self) -> None:
         """Apply the rules, in place."""
@@ -131,7 +135,9 @@ class Annotated:
                 self.requantize(node, fixed)
         elif kind(node) in _AVERAGES and not is_mean(node) and source and written:
             self.requantize(node, source)
-        elif kind(node) not in (*_COMPUTES, *_FIXED) and not is_mean(node):
+        elif None in self.read(node) or (
+            kind(node) not in (*_COMPUTES, *_FIXED) and not is_mean(node)
+        ):
             self.compute_in_float(node)
 
     def read(self, node: fx.Node) -> set[Quantization | None]:
@@ -182,7 +188,7 @@ class Annotated:
 
     def part(self, node: fx.Node, users: list[fx.Node]) -> None:
         """Put a mark between a tensor and some of the operators that read it."""
-        if not isinstance(node.meta["val"], Tensor):
+        if not isinstance(node.meta["val"], Tensor) or node in self._fixed:
             return
         with self.graph.inserting_after(node):
             mark = self.graph.call_function(self.mark.default, (node,))

@@ -26,6 +26,7 @@ from lightning_qat.qparams import Grid
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._initializers import array_of, initializer
 from lightning_qat_exporters._pooling import global_average_pools
+from lightning_qat_exporters._recurrent import GATES
 
 ActivationType = Literal["int8", "uint8"]
 
@@ -38,6 +39,9 @@ FULL_GRIDS = ((-128, 127), (-32768, 32767))
 INT4_GRID = Grid(-8, 7)
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+RECURRENT_OPS = tuple(GATES)
+"""What ``with_recurrent_nodes`` makes."""
 
 
 def build_qdq(
@@ -81,6 +85,8 @@ def build_qdq(
             custom_translation_table={
                 torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
                 torch.ops.lightning_qat.dequantize.default: _dequantize,
+                torch.ops.lightning_qat_exporters.lstm.default: _lstm,
+                torch.ops.lightning_qat_exporters.gru.default: _gru,
             },
         )
         assert program is not None
@@ -143,6 +149,15 @@ def _dequantize(integers: Any, scale: Any, qmin: int, qmax: int, axis: int | Non
         else op.DequantizeLinear(integers, scale, axis=axis)
     )
     return _marked(real, key)
+
+
+def _lstm(x: Any, w: Any, r: Any, b: Any, h: Any, c: Any) -> Any:
+    return op.LSTM(x, w, r, b, None, h, c, hidden_size=h.shape[-1])
+
+
+def _gru(x: Any, w: Any, r: Any, b: Any, h: Any) -> Any:
+    # torch applies the reset gate behind the product.
+    return op.GRU(x, w, r, b, None, h, hidden_size=h.shape[-1], linear_before_reset=1)
 
 
 def _marked(value: Any, key: str) -> Any:
@@ -309,7 +324,7 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 def layer_of(node: ir.Node) -> str | None:
     """The layer that a compute node belongs to, from the key of its weight."""
-    if node.op_type not in COMPUTE_OPS or len(node.inputs) < 2:
+    if node.op_type not in (*COMPUTE_OPS, *RECURRENT_OPS) or len(node.inputs) < 2:
         return None
     for value in node.inputs[:2]:
         producer = value.producer() if value is not None else None
@@ -330,7 +345,7 @@ def module_of(node: ir.Node) -> str:
 def _name_biases(graph: ir.Graph) -> None:
     for node in list(graph):
         layer = layer_of(node)
-        if layer is None:
+        if layer is None or node.op_type in RECURRENT_OPS:
             continue
         holder, index = node, 2
         if node.op_type == "MatMul":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,11 @@ WtsType = Literal["INT8", "INT4"]
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators that run on integers; every other operator keeps real values."""
+
+RECURRENT_OPS = ("LSTM", "GRU")
+"""Those that a device may have one integer operator for."""
+
+DEVICE_REMEDY = "CannExporter(rnn='device') writes the device's own node for it"
 
 _INT8 = np.iinfo(np.int8)
 _INT4 = ir.DataType.INT4.numpy()
@@ -229,7 +234,9 @@ def find_quantized(model: ir.Model) -> QuantizedGraph:
         if node.op_type not in COMPUTE_OPS or node.domain:
             passes_on = node.op_type in (*_PASS_ON, "DequantizeLinear")
             if not passes_on and any(weight_dequantize(v) is not None for v in node.inputs):
-                left_float.append(Remark(_label(node), f"{node.op_type} keeps real weights"))
+                remedy = DEVICE_REMEDY if node.op_type in RECURRENT_OPS else ""
+                reason = f"{node.op_type} keeps real weights"
+                left_float.append(Remark(label(node), reason, remedy))
             continue
         try:
             layer_grid, real = _layer_grid(node, of_node)
@@ -237,11 +244,11 @@ def find_quantized(model: ir.Model) -> QuantizedGraph:
             _require_usable(weight, layer_grid)
             bias = _layer_bias(node, weight)
         except _Unfit as unfit:
-            problems.append(Remark(_label(node), *unfit.args))
+            problems.append(Remark(label(node), *unfit.args))
         except Mismatch as mismatch:
-            left_float.append(Remark(_label(node), *mismatch.args))
+            left_float.append(Remark(label(node), *mismatch.args))
         else:
-            name = unique(_label(node), names)
+            name = unique(label(node), names)
             layer_grid.reader = layer_grid.reader or name
             found.append((name, node, layer_grid, real, weight, bias))
 
@@ -270,7 +277,7 @@ def joins(found: QuantizedGraph) -> tuple[str, ...]:
     layers = {layer.node for layer in found.layers}
     return tuple(
         dict.fromkeys(
-            _label(reader)
+            label(reader)
             for activation in found.activations
             for node in activation.dequantizes
             for reader in _readers(node.outputs[0])
@@ -440,10 +447,10 @@ class _Bias:
 def _of_tensor(node: ir.Node, mismatch: Mismatch) -> Remark:
     """A remark on a node of a Q/DQ pair that names the tensor it reads, too."""
     reason, *remedy = mismatch.args
-    return Remark(_label(node), f"{reason} (tensor {node.inputs[0].name!r})", *remedy)  # type: ignore[union-attr]
+    return Remark(label(node), f"{reason} (tensor {node.inputs[0].name!r})", *remedy)  # type: ignore[union-attr]
 
 
-def _label(node: ir.Node) -> str:
+def label(node: ir.Node) -> str:
     return node.name or node.outputs[0].name or node.op_type
 
 
@@ -453,7 +460,7 @@ def _first_reader(quantizes: Iterable[ir.Node], dequantizes: Iterable[ir.Node]) 
     readers = [usage.node for value in outputs for usage in value.uses()]
     outside = [n for n in readers if n.op_type not in ("Clip", "DequantizeLinear")]
     if outside:
-        return _label(outside[0])
+        return label(outside[0])
     named = [value.name for value in outputs if value.is_graph_output() and value.name]
     return named[0] if named else "activation"
 
@@ -533,12 +540,12 @@ def _activation_pair(quantize: ir.Node) -> _Grid:
     dequantizes = list(integers.consumers())
     for node in dequantizes:
         if node.op_type != "DequantizeLinear":
-            raise Mismatch(f"its integers are read by {_label(node)!r} ({node.op_type})")
+            raise Mismatch(f"its integers are read by {label(node)!r} ({node.op_type})")
         other = _factors(node)
         if not _same_factors((scale, zero_point, dtype), other, typed=len(node.inputs) > 2):
             raise Mismatch(
                 f"QuantizeLinear and DequantizeLinear of a pair must share scale and zero point; "
-                f"{_label(node)!r} has others"
+                f"{label(node)!r} has others"
             )
     return _Grid(
         source=source,
@@ -665,7 +672,7 @@ def _check_constant(dequantize: ir.Node) -> None:
             if not _same_factors((scale, zero_point, dtype), other, typed=typed):
                 raise Mismatch(
                     "QuantizeLinear and DequantizeLinear of a constant must share scale and zero "
-                    f"point; {_label(node)!r} has others"
+                    f"point; {label(node)!r} has others"
                 )
         source = node.inputs[0]
     scale, zero_point, _ = _factors(dequantize)
@@ -722,10 +729,24 @@ def _integers(dequantize: ir.Node) -> tuple[Array, Array]:
     return levels.astype(np.int64).astype(dtype), zero_point
 
 
-def layer_weight(node: ir.Node) -> LayerWeight:
-    """Integers and scale of a layer's weight, in the layout that ``QuantizedLayer`` promises."""
-    dequantize = weight_dequantize(node.inputs[1])
-    assert dequantize is not None  # _layer_grid looked
+class Stored(NamedTuple):
+    """Integers around zero of a quantized constant, their scale or scales, and the scales' axis."""
+
+    integers: Array
+    scale: NDArray[np.float32]
+    axis: int
+    dtype: np.dtype[Any]
+
+
+def stored_integers(value: ir.Value | None) -> Stored:
+    """The integers of a quantized constant, also transposed, its zero point taken off.
+
+    Raises:
+        Mismatch: Its scales are of blocks, or it is no constant.
+    """
+    dequantize = weight_dequantize(value)
+    if dequantize is None:
+        raise Mismatch("its weight is no quantized constant")
     stored, zero_point = _integers(dequantize)
     scale = _array(dequantize.inputs[1], "scale").astype(np.float32)
     if scale.ndim > 1 or dequantize.attributes.get_int("block_size", 0) > 0:
@@ -735,8 +756,14 @@ def layer_weight(node: ir.Node) -> LayerWeight:
     if zero_point.any():
         wide = np.int16 if stored.dtype.itemsize == 1 else np.int64
         integers = stored.astype(wide) - _along(zero_point, stored.ndim, axis).astype(wide)
-    for perm in _permutations(node.inputs[1], integers.ndim):
+    for perm in _permutations(value, integers.ndim):
         integers, axis = integers.transpose(perm), perm.index(axis)
+    return Stored(integers, scale.reshape(-1), axis, stored.dtype)
+
+
+def layer_weight(node: ir.Node) -> LayerWeight:
+    """Integers and scale of a layer's weight, in the layout that ``QuantizedLayer`` promises."""
+    integers, scale, axis, dtype = stored_integers(node.inputs[1])
     attributes = node.attributes
     if node.op_type in ("Gemm", "MatMul"):
         if integers.ndim != 2:
@@ -750,7 +777,6 @@ def layer_weight(node: ir.Node) -> LayerWeight:
     channel_axis = 0 if node.op_type == "Conv" else 1
     groups = attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
     channels = integers.shape[channel_axis] * groups
-    scale = scale.reshape(-1)
     if scale.size > 1:
         if axis != channel_axis:
             raise Mismatch(
@@ -760,7 +786,7 @@ def layer_weight(node: ir.Node) -> LayerWeight:
         # ConvTranspose stores Cout/g channels: every group uses the same scales.
         scale = np.tile(scale, groups)
     groups = attributes.get_int("group", 1)
-    packed = stored.dtype == _INT4 and can_pack(integers.shape[INPUT_AXIS[node.op_type]], groups)
+    packed = dtype == _INT4 and can_pack(integers.shape[INPUT_AXIS[node.op_type]], groups)
     return LayerWeight(integers, scale, channel_axis, channels, "INT4" if packed else "INT8")
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_qat.arithmetic import quantize_bias
 from lightning_qat.export import Array
+from lightning_qat.nodes import as_fake_quantize
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
+from lightning_qat_exporters._fixed_nodes import fixed_in
 from lightning_qat_exporters._tflite_file import FileTensor, TFLiteFile
 from lightning_qat_exporters._tflite_layers import FileLayer, matched, same_grid
 from lightning_qat_exporters._tflite_sigmoids import TIMES
@@ -40,7 +42,10 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
     )
     computed = [t for t in file.tensors if t.quantized and t.data is None]
     activations = [t for t in model.tensors.values() if t.kind == "activation"]
-    for tensor in activations:
+    fixed = fixed_in(model)
+    calls = {n.name: as_fake_quantize(n) for n in model.program.graph.nodes}
+    run = {call.key for name, call in calls.items() if call is not None and name not in fixed}
+    for tensor in (t for t in activations if t.key in run):
         if not any(same_grid(other, tensor) for other in computed):
             found.append(f"{tensor.key}: no tensor of the file has its scale and zero point")
     for other in computed:

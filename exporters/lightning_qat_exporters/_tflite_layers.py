@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_qat.arithmetic import along_axis, dequantize
 from lightning_qat.export import Array
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel, QuantizedTensor
+from lightning_qat_exporters._fixed_nodes import fixed_in
 from lightning_qat_exporters._tflite_file import FileOperator, FileTensor, TFLiteFile
 from lightning_qat_exporters._tflite_transposed import dense_like, dense_scale
 
@@ -63,11 +64,15 @@ def matched(
     """The model's layers, each with the operator that has its integers, scales and input grid.
 
     Layers that are equal in all of these are taken in order. One whose input has another grid in
-    the file is still found by its weight, so that the difference can be told.
+    the file is still found by its weight, so that the difference can be told. A call that reads no
+    input of the model, as a recurrent layer's first step from zero, is no operator of the file.
     """
     free = list(file_layers(file))
     found = []
+    fixed = fixed_in(model)
     for layer in model.layers:
+        if layer.node in fixed:
+            continue
         weight, source = model.tensors[layer.weight_key], model.tensors[layer.input_key]
         candidates = [one for one in free if same_weight(file, one, weight)]
         exact = [one for one in candidates if one.source and same_grid(one.source, source)]

@@ -95,7 +95,7 @@ def _dynamic_shapes(model: QuantizedModel) -> Iterator[Unsupported]:
                 yield Unsupported(
                     node.name,
                     f"only the batch may be dynamic; axis {axis} of this input is too",
-                    "Convert with inputs of the size that the device gets",
+                    "Convert with dynamic_batch=False and inputs of the size that the device gets",
                 )
 
 

@@ -23,6 +23,7 @@ from lightning_qat.export import Unsupported, UnsupportedByTarget
 from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
+from lightning_qat_exporters._recurrent import recurrences
 from lightning_qat_exporters._tinynn_ops import OPS
 
 _FAKE_QUANTIZE = torch.ops.lightning_qat.fake_quantize.default
@@ -59,6 +60,10 @@ class Value:
 
 
 Form = Callable[["Lowering", fx.Node], Value]
+
+_FLOAT_GATES = (
+    "LSTM and GRU compute their gates in float; an int8 kernel needs the scale of every product"
+)
 
 
 class Lowering:
@@ -99,6 +104,9 @@ class Lowering:
             UnsupportedByTarget: With everything that has no form.
         """
         samples = []
+        recurrent = recurrences(self.program)
+        inside = {node for call in recurrent for node in call.nodes}
+        self.problems += [Unsupported(c.name or c.kind, _FLOAT_GATES, LITERT) for c in recurrent]
         for name, sample in self.inputs.items():
             source = next(n for n in self.program.graph.nodes if n.name == name)
             placeholder = self.graph.placeholder(name)
@@ -107,7 +115,8 @@ class Lowering:
             samples.append(sample if qparams is None else _as_quint8(sample, qparams))
         for node in self.program.graph.nodes:
             if node.op == "call_function" and self._is_tensor(node):
-                value = self._checked(self.where(node), self._lower, node)
+                told = node in inside
+                value = None if told else self._checked(self.where(node), self._lower, node)
                 # What was refused is taken as float, so that the rest is looked at too.
                 self.values[node] = value or Value(self.graph.placeholder(node.name), None)
         outputs = tuple(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -25,6 +27,7 @@ from lightning_qat_exporters._lint import lint_deploy
 from lightning_qat_exporters._onnx_source import read_onnx, require_quantized
 from lightning_qat_exporters._qdq import build_qdq
 from lightning_qat_exporters._quantized_ops import (
+    DEVICE_REMEDY,
     NotExpressible,
     QuantizedGraph,
     find_quantized,
@@ -32,6 +35,8 @@ from lightning_qat_exporters._quantized_ops import (
     joins,
 )
 from lightning_qat_exporters._record import layer_records
+from lightning_qat_exporters._recurrent import recurrences, with_recurrent_nodes
+from lightning_qat_exporters._recurrent_nodes import QuantizedRecurrent, find_recurrent
 from lightning_qat_exporters._runtime import run_onnx
 from lightning_qat_exporters._wide_weights import SHIFT
 
@@ -59,23 +64,36 @@ class CannExporter:
             product takes. Layers with groups or an odd number of input channels stay bytes.
         device_fp16: Let ``verify`` also run the deploy model as kernels do that quantize in
             float16. Files are the same.
+        rnn: ``unrolled``: LSTM and GRU are integer matrix products and float gates, step by step.
+            ``device``: one node ``BasicLSTMInplaceFillWindowCache`` or
+            ``BasicGRUInplaceFillWindowCache`` where one fits, as AMCT writes them. Best effort: no
+            current product supports them by Huawei's documents, and kernels require a sequence
+            length of 1; notes and a warning say so for each layer. Layers with several directions,
+            layers or a projection stay unrolled.
 
     Raises:
-        ValueError: ``opset`` is outside 11 to 18.
+        ValueError: ``opset`` is outside 11 to 18, or ``rnn`` is another word.
     """
 
     name = "cann"
 
     def __init__(
-        self, opset: int = 11, int4_weights: bool = False, device_fp16: bool = False
+        self,
+        opset: int = 11,
+        int4_weights: bool = False,
+        device_fp16: bool = False,
+        rnn: Literal["unrolled", "device"] = "unrolled",
     ) -> None:
         if not 11 <= opset <= 18:
             raise ValueError(
                 f"opset must be from 11 to 18, which is what CANN's parsers take; got {opset!r}."
             )
+        if rnn not in ("unrolled", "device"):
+            raise ValueError(f"rnn must be 'unrolled' or 'device'; got {rnn!r}.")
         self.opset = opset
         self.int4_weights = int4_weights
         self.device_fp16 = device_fp16
+        self.rnn = rnn
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -95,19 +113,37 @@ class CannExporter:
             UnsupportedByTarget: A quantized tensor, a bias or an operator has no form at this
                 opset; all are named.
         """
+        unrolled = self._qdq(model)
+        notes = [f"{call.name!r}: {_UNROLLED}." for call in recurrences(model.program)]
+        folded = unrolled
+        if self.rnn == "device" and notes:
+            fused, left = with_recurrent_nodes(model)
+            if len(left) < len(notes):
+                folded = self._qdq(fused)
+            notes = [f"{layer.layer!r}: {layer.reason}. {layer.remedy}." for layer in left]
+            notes += _device_notes(find_recurrent(folded)[0])
+        files = _paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
+        # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
+        found = find_quantized(unrolled)
+        written = self._write(
+            folded,
+            unrolled,
+            found if folded is unrolled else find_quantized(folded),
+            files,
+            float_bias=False,
+        )
+        return Artifact(self.name, written, (*map(str, found.left_float), *notes))
+
+    def _qdq(self, model: QuantizedModel) -> ir.Model:
         wide = any(t.qparams.grid.dtype is torch.int16 for t in model.tensors.values())
         # ONNX has 16-bit QuantizeLinear and INT4 from opset 21; none of it is left in the files.
-        qdq = build_qdq(
+        return build_qdq(
             model,
             target=self.name,
             opset=21 if wide or self.int4_weights else 18,
             activation_type="int8",
             int4_weights=self.int4_weights,
         )
-        files = _paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
-        found = find_quantized(qdq)
-        written = self._write(qdq, found, files, float_bias=False)
-        return Artifact(self.name, written, tuple(map(str, found.left_float)))
 
     def convert_onnx(
         self,
@@ -146,25 +182,34 @@ class CannExporter:
         require_quantized(source, model_file)
         qdq = canonical(source)
         found = find_quantized(qdq)
+        left_float = found.left_float
+        recurrent: tuple[QuantizedRecurrent, ...] = ()
+        if self._writes_recurrent(float_bias):
+            recurrent, left = find_recurrent(qdq, found)
+            told = {layer.name for layer in recurrent} | {remark.name for remark in left}
+            left_float = (*(r for r in left_float if r.name not in told), *left)
         if not found.problems and not found.layers and not found.activations:
-            reasons = "".join(f"\n  {remark}" for remark in found.left_float)
+            reasons = "".join(f"\n  {remark}" for remark in left_float)
             raise ValueError(
                 f"Data and weight of a layer, or the inputs of a join, must be quantized; nothing "
                 f"in {str(model_file)!r} is:{reasons}"
             )
-        written = self._write(qdq, found, files, float_bias=float_bias)
-        names = [layer.name for layer in found.layers]
+        written = self._write(qdq, qdq, found, files, float_bias=float_bias)
+        names = [layer.name for layer in found.layers] + [layer.name for layer in recurrent]
         shifts = {f"{n}{SHIFT}": n for n in names if f"{n}{SHIFT}" in names}
         return Conversion(
             files=written,
             layers=tuple(name for name in names if name not in shifts),
-            joins=joins(found),
+            joins=tuple(name for name in joins(found) if name not in names),
             outputs=integer_outputs(found),
-            left_float=tuple(map(str, found.left_float)),
-            notes=tuple(
-                f"{name!r}: its weight's zero point takes it out of int8; the layer {shift!r} adds "
-                "the rest, exactly."
-                for shift, name in shifts.items()
+            left_float=tuple(map(str, left_float)),
+            notes=(
+                *(
+                    f"{name!r}: its weight's zero point takes it out of int8; the layer {shift!r} "
+                    "adds the rest, exactly."
+                    for shift, name in shifts.items()
+                ),
+                *_device_notes(recurrent),
             ),
         )
 
@@ -177,14 +222,26 @@ class CannExporter:
         """
         return lint_deploy(path)
 
+    def _writes_recurrent(self, float_bias: bool) -> bool:
+        # A device node has its biases in integers.
+        return self.rnn == "device" and not float_bias
+
     def _write(
-        self, qdq: ir.Model, found: QuantizedGraph, files: Mapping[str, Path], *, float_bias: bool
+        self,
+        deploy: ir.Model,
+        simulated: ir.Model,
+        found: QuantizedGraph,
+        files: Mapping[str, Path],
+        *,
+        float_bias: bool,
     ) -> dict[str, Path]:
         """Write all files or none."""
+        recurrent = self._writes_recurrent(float_bias)
+        options = {"float_bias": float_bias, "recurrent": recurrent}
         try:
             models = {
-                "model": to_deploy(qdq, self.opset, float_bias=float_bias),
-                "fake_quant": to_fake_quant(qdq, self.opset, float_bias=float_bias),
+                "model": to_deploy(deploy, self.opset, **options),
+                "fake_quant": to_fake_quant(simulated, self.opset, **options),
             }
         except NotExpressible as error:
             problems = (Unsupported(p.name, p.reason, p.remedy) for p in error.problems)
@@ -196,7 +253,8 @@ class CannExporter:
                 _, *weights = write_onnx(model, temporary, files[role])
                 written.update({f"{role}_weights": path for path in weights})
             if "record" in files:
-                records = layer_records(found.layers)
+                nodes, _ = find_recurrent(deploy, found) if recurrent else ((), ())
+                records = layer_records(found.layers, nodes)
                 if files["record"].suffix == BINARY_SUFFIX:
                     data = encode_record(records)
                 else:
@@ -228,6 +286,20 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
+
+
+_UNROLLED = (
+    "its steps are unrolled into integer matrix products with float gates between them; "
+    f"{DEVICE_REMEDY}"
+)
+
+
+def _device_notes(layers: Iterable[QuantizedRecurrent]) -> tuple[str, ...]:
+    """What must be known of device nodes; a warning as well, for it is easily overlooked."""
+    notes = tuple(layer.note for layer in layers)
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
+    return notes
 
 
 def _paths(prefix: Path, record: Path | None) -> dict[str, Path]:

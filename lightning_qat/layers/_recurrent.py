@@ -50,6 +50,12 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         directions = ("", "_reverse") if self.bidirectional else ("",)
         return [f"_l{layer}{d}" for layer in range(self.num_layers) for d in directions]
 
+    def reset_parameters(self) -> None:
+        """Draw new weights and biases as the float layer does; learned grids stay as they are."""
+        bound = self.hidden_size**-0.5
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
+
     @abstractmethod
     def _state_sizes(self) -> tuple[int, ...]:
         """Features of each tensor of the state."""
@@ -169,7 +175,12 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
             x, self._weight(f"weight_ih{ending}"), self._bias(f"bias_ih{ending}")
         )
         names = ("hidden", "projection") if self.proj_size else ("hidden",)
-        quantize = [EveryStep(self._modules[f"{name}_quantizer{ending}"]) for name in names]
+        # Every element of the batch at every step has a state.
+        rows = x.numel() // x.shape[-1]
+        quantize = [
+            EveryStep(self._modules[f"{name}_quantizer{ending}"], rows * size)
+            for name, size in zip(names, self._state_sizes(), strict=False)
+        ]
         cell = self._cell(ending, quantize)
         if sizes is None:
             outputs, final = _scan(cell, projected.unbind(time), state, reverse)
@@ -193,12 +204,17 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
 
 
 class EveryStep:
-    """One quantizer in one forward: its numbers once, and one observation of all steps."""
+    """One quantizer in one forward: its numbers once, and one observation of all steps.
 
-    def __init__(self, quantizer: Any) -> None:
+    Args:
+        quantizer: Of a hidden state or of what a projection reads.
+        values: How many values it quantizes at all steps together.
+    """
+
+    def __init__(self, quantizer: Any, values: int) -> None:
         self._quantizer = quantizer
         trains = isinstance(quantizer, ActivationQuantizer)
-        self._quantize = quantizer.for_many_calls() if trains else quantizer
+        self._quantize = quantizer.for_many_calls(values) if trains else quantizer
         self._seen: list[Tensor] | None = [] if trains and quantizer.watches else None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -120,16 +120,16 @@ def quantized_layers(model: onnx.ModelProto) -> list[LayerView]:
             LayerView(
                 name=node.name,
                 op_type=node.op_type,
-                attributes=_attributes(node),
+                attributes=attributes_of(node),
                 quant_name=quant.name,
-                quant_attributes=_attributes(quant),
+                quant_attributes=attributes_of(quant),
                 quant_output=quant.output[0],
                 weight_dtype=str(weight.dtype),
                 weight=weight.tolist(),
                 bias_dtype=None if bias is None else str(bias.dtype),
                 bias=None if bias is None else bias.tolist(),
                 dequant_name=dequant.name,
-                dequant_attributes=_attributes(dequant),
+                dequant_attributes=attributes_of(dequant),
                 dequant_output="<output>" if result in outputs else result,
                 param_name=dequant.input[1],
                 param_dtype=str(param.dtype),
@@ -148,7 +148,7 @@ def quantized_order(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {
         a.name: (onnx.AttributeProto.AttributeType.Name(a.type), _plain(a)) for a in node.attribute
     }

@@ -813,6 +813,38 @@ def test_recipes_that_int8_kernels_cannot_express_are_refused(
     assert caught.value.problems[0].layer == layer
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"rnn": nn.GRU(8, 4, 2, batch_first=True)})
+        self.last = nn.LSTM(4, 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder["rnn"](x)[0]
+        return torch.erf(self.head(self.last(y)[0]))
+
+
+@needs_tinynn
+def test_recurrent_layers_are_refused_once_each_with_everything_else() -> None:
+    (x,) = samples(((5, 8),), 4)
+    with pytest.raises(UnsupportedByTarget) as caught:
+        _tinynn.convert(quantized_model(Recurrent(), x), io="float", layout="nhwc")
+    reason = (
+        "LSTM and GRU compute their gates in float; an int8 kernel needs the scale of every product"
+    )
+    assert [(p.layer, p.reason) for p in caught.value.problems] == [
+        ("encoder.rnn", reason),
+        ("last", reason),
+        (
+            "head (linear)",
+            "an int8 kernel needs the scale of its output, which is not quantized",
+        ),
+        ("erf", "aten.erf.default has no form in TinyNeuralNetwork's backend"),
+    ]
+    assert all('backend="litert"' in problem.remedy for problem in caught.value.problems)
+
+
 class Divided(nn.Module):
     """No integer target knows a division, so what is divided stays float."""
 
