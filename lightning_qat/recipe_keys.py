@@ -52,3 +52,4 @@ class RecipeKeys(TypedDict, total=False):
     include: list[str]
     exclude: list[str]
     overrides: dict[str, LayerKeys | None]
+    first_last: int | None

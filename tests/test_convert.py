@@ -21,6 +21,7 @@ from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor, as_call
 from lightning_qat.recipe import Recipe
 from tests.models import (
+    EVERY_LAYER,
     INPUTS_ONLY,
     NETWORKS,
     Nested,
@@ -76,7 +77,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 @pytest.mark.filterwarnings("ignore:.*integers of the folded weight saturate:UserWarning")
 def test_the_converted_model_computes_what_the_trained_one_does(network: str, recipe: str) -> None:
     x = inputs_for(network)
-    model = trained(NETWORKS[network][0](), x, recipe)
+    model = trained(NETWORKS[network][0](), x, EVERY_LAYER.get(recipe, recipe))
     quantized = convert(model, x)
     with torch.no_grad():
         expected = model(x)
