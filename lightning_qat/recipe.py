@@ -172,8 +172,8 @@ class Recipe:
         include: Patterns; when given, only what they select is quantized.
         exclude: Patterns of layers that stay float.
         overrides: Pattern to ``{"weight": {...}, "activation": {...}}`` (only the keys that
-            differ), or ``None`` to keep the layer float. A name wins over a type; of two names, and of
-            two types, the later wins and must be the narrower one (see ``check_patterns``).
+            differ), or ``None`` to keep the layer float. A name wins over a type; of two names, and
+            of two types, the later wins and must be the narrower one (see ``check_patterns``).
         first_last: How many bits the weight and the input of the model's first and last layer, and
             the model's outputs, have at least: they cost little and their errors weigh most. What
             ``overrides`` says of a name wins. First and last are by a run with the example inputs,
