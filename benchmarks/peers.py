@@ -5,6 +5,8 @@ layers read inputs and weights of so many bits. ``installed()`` says which of th
 torch.ao comes with torch.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import copy
@@ -82,8 +84,8 @@ def _freeze_torch_ao(model: nn.Module) -> None:
 
 def brevitas(net: nn.Module, batches: Sequence[Tensor], weight: int, activation: int) -> nn.Module:
     """Brevitas: learned activation scales from statistics, weights by their largest value."""
-    import brevitas.nn as qnn  # pyright: ignore[reportMissingImports]
-    from brevitas.quant import (  # pyright: ignore[reportMissingImports]
+    import brevitas.nn as qnn
+    from brevitas.quant import (
         Int8WeightPerChannelFloat,
         Uint8ActPerTensorFloat,
     )
@@ -122,7 +124,7 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
 
 def modelopt(net: nn.Module, batches: Sequence[Tensor], weight: int, activation: int) -> nn.Module:
     """NVIDIA ModelOpt: ranges of the calibration, static from there on."""
-    import modelopt.torch.quantization as mtq  # pyright: ignore[reportMissingImports]
+    import modelopt.torch.quantization as mtq
 
     config = {
         "quant_cfg": [
@@ -140,7 +142,7 @@ def modelopt(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
 
 def nncf(net: nn.Module, batches: Sequence[Tensor], weight: int, activation: int) -> nn.Module:
     """OpenVINO NNCF: post-training quantization, whose ranges then learn."""
-    from nncf import Dataset, quantize  # pyright: ignore[reportMissingImports]
+    from nncf import Dataset, quantize
 
     # It adds a submodule to the root, which a Sequential would call.
     root = _Called(copy.deepcopy(net)).eval()

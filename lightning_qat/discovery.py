@@ -27,7 +27,7 @@ from lightning_qat.join_functions import (
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
 from lightning_qat.layers import WITH_WEIGHTS, QATLayer
 from lightning_qat.learned_quantizers import learns
-from lightning_qat.observers import SEARCHES, batch_range
+from lightning_qat.observers import BY_RANGE, batch_range
 from lightning_qat.quantized_model import Inputs
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
 from lightning_qat.recipe import ActivationSpec, Recipe
@@ -351,7 +351,7 @@ class Discovery:
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
             fresh = not quantizer.calibrated and quantizer.pending is None
-            searched = quantizer.spec.calibration in SEARCHES
+            searched = quantizer.spec.calibration not in BY_RANGE
             if fresh and seen and quantizer.observing and not searched:
                 quantizer.observe(torch.stack(seen).amax(0))
 

@@ -20,7 +20,15 @@ from lightning_qat.arithmetic import (
 )
 from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
-from lightning_qat.observers import SEARCHES, UPDATES, batch_range
+from lightning_qat.observers import (
+    HISTOGRAM_BINS,
+    SEARCHES,
+    SMALLEST_REACH,
+    UPDATES,
+    add_to_histogram,
+    batch_range,
+    histogram_range,
+)
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.recipe import ActivationSpec, WeightSpec
 from lightning_qat.tape import current_tape, hidden
@@ -121,6 +129,10 @@ class ActivationQuantizer(Quantizer):
         min_val: Lower end of the range, float32 scalar buffer.
         max_val: Upper end, float32 scalar buffer.
         batches: How many batches the range stands for, float32 scalar buffer; 0: no range yet.
+        histogram: With ``calibration="histogram"``: counts of all batches, int64 buffer. In a
+            distributed run each process adds its batch to the first one's, and the widest range of
+            all counts.
+        reach: The histogram's ends, float32 scalar buffer.
         observing: The range follows the data, in training mode only.
         quantizing: Fake quantization is on.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
@@ -130,6 +142,8 @@ class ActivationQuantizer(Quantizer):
     min_val: Tensor
     max_val: Tensor
     batches: Tensor
+    histogram: Tensor
+    reach: Tensor
 
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__()
@@ -140,6 +154,9 @@ class ActivationQuantizer(Quantizer):
         self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
         self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
+        if spec.calibration == "histogram":
+            self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS, dtype=torch.int64))
+            self.register_buffer("reach", torch.tensor(SMALLEST_REACH, dtype=torch.float32))
         self.observing = True
         self.quantizing = True
         self.deferred = False
@@ -182,8 +199,20 @@ class ActivationQuantizer(Quantizer):
         return True
 
     def _range_of(self, x: Tensor) -> Tensor:
+        if self.spec.calibration == "histogram":
+            return self._range_of_all(x)
         search = SEARCHES.get(self.spec.calibration)
         return batch_range(x) if search is None else search(x, self.grid, self.spec.symmetric)
+
+    @torch.no_grad()
+    def _range_of_all(self, x: Tensor) -> Tensor:
+        """The best range for all batches so far and this one."""
+        if not _in_backward():
+            add_to_histogram(self.histogram, self.reach, x)
+        found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
+        whole = batch_range(x)
+        # Not finite: for the commit to refuse.
+        return torch.where(torch.isfinite(whole).all(), found, whole)
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""

@@ -98,7 +98,8 @@ class ActivationSpec:
         calibration: ``moving_average`` of each batch's minimum and maximum (a plain mean over the
             first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches;
             or the moving average of each batch's ``percentile`` (99.99 %), of its range with the
-            least squared error (``mse``) or with most of its information (``entropy``).
+            least squared error (``mse``) or with most of its information (``entropy``); or
+            ``histogram``, the range with the least squared error over all batches together.
         fixed_min: ``True`` pins the lower end at 0, for inputs that are never negative; otherwise
             the data decide.
         clip: A given range ``(low, high)``, used from the start and never observed; learned

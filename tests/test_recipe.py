@@ -414,7 +414,7 @@ def test_activation_bits_are_an_int_from_2_to_8_or_16(bits: Any) -> None:
         (
             ActivationSpec,
             {"calibration": "max"},
-            "['moving_average', 'minmax', 'percentile', 'mse', 'entropy']; got 'max'",
+            "['moving_average', 'minmax', 'percentile', 'mse', 'entropy', 'histogram']; got 'max'",
         ),
         (ActivationSpec, {"quantizer": "x"}, "ActivationSpec.quantizer must be one of"),
         (
