@@ -226,8 +226,6 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: Grid, symmetric: bool) 
         found = errors.argmin()
         return lows[found], highs[found]
 
-    if symmetric:
-        return torch.stack(best(low * shares, high * shares)).abs()
     lowest, highest = low, high
     for _ in range(2):
         low, high = best(low.expand(100), highest * shares)

@@ -222,7 +222,7 @@ def test_the_outputs_of_presets_of_few_bits_have_8(network: str) -> None:
 
 
 def test_the_last_of_a_transformer_s_own_layers_is_found() -> None:
-    # In eval mode without gradient its layers are not called but for this.
+    # In eval mode without gradient torch calls none of its layers, unless they have hooks.
     model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
     report = prepare(model, "w4a4", torch.ones(1, 2, 4))
     bits = {s.name: s.spec.weight.bits for s in report.swapped}
