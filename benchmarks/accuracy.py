@@ -1,10 +1,10 @@
 """Accuracy of quantization-aware training on scikit-learn's digits, at several bit widths.
 
 Every recipe starts from the same float checkpoint of each seed and trains 10 more epochs with the
-same batches and learning rates; our learned scales of weights take a tenth of the rate. Given are
-the mean over seeds of the test accuracy with its standard error, the mean difference to the float
-network trained as long, and the lowest. ``PTQ`` only calibrates. ``--peers`` measures other tools,
-as far as they are installed, on the same checkpoints (see ``benchmarks/peers.py``).
+same batches and learning rates. Given are the mean over seeds of the test accuracy with its standard
+error, the mean difference to the float network trained as long, and the lowest. ``PTQ`` only
+calibrates. ``--peers`` measures other tools, as far as they are installed, on the same checkpoints
+(see ``benchmarks/peers.py``).
 
     python -m benchmarks.accuracy --seeds 5
     python -m benchmarks.accuracy --seeds 5 --peers
@@ -117,12 +117,16 @@ def train(
     rate: float,
     seed: int,
     freeze: Callable[[nn.Module], None] = lambda model: None,
+    scale_rate: float = 1.0,
 ) -> None:
-    """Adam with a cosine schedule per step; ``freeze`` is called when 60 % is done."""
+    """Adam with a cosine schedule per step; ``freeze`` is called when 60 % is done.
+
+    Learned scales of weights have ``scale_rate`` times the learning rate.
+    """
     generator = torch.Generator().manual_seed(seed)
     scales = quantizer_parameters(model, "weights")
     others = [p for p in model.parameters() if all(p is not q for q in scales)]
-    groups: list[dict[str, Any]] = [{"params": others}, {"params": scales, "lr": rate / 10}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": scales, "lr": rate * scale_rate}]
     optimizer = torch.optim.Adam(groups, lr=rate)
     steps = epochs * (len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -174,6 +178,12 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many checkpoints (default: 5)")
     parser.add_argument("--only", default="", help="recipes whose name holds this")
+    parser.add_argument(
+        "--scale-rate",
+        type=float,
+        default=1.0,
+        help="learning rate of the learned scales of weights over that of the weights (default: 1)",
+    )
     parser.add_argument("--peers", action="store_true", help="other tools as well")
     options = parser.parse_args()
     peers, absent = installed() if options.peers else ({}, [])
@@ -196,7 +206,7 @@ def main() -> None:
             calibrate(model, x, seed)
             apply_phase(model, Phase("quantize", "learned" not in name, True, False))
             found.setdefault(f"{name}, PTQ", []).append(accuracy(model, x_test, y_test))
-            train(model, x, y, EPOCHS, RATE, seed)
+            train(model, x, y, EPOCHS, RATE, seed, scale_rate=options.scale_rate)
             found.setdefault(name, []).append(accuracy(model, x_test, y_test))
         for title, peer in peers.items():
             for weight, activation in PEER_BITS:

@@ -240,9 +240,9 @@ def quantizer_parameters(
 ) -> list[nn.Parameter]:
     """The learned scales and range ends of a model, in the order of registration.
 
-    They want groups of their own in the optimizer. Weight decay would pull them to zero. And Adam's
-    steps are as long as the learning rate whatever it is that learns, but a weight's scale is a
-    fraction of the weights: a tenth of their learning rate suits it.
+    Weight decay would pull them to zero; give them a group of their own in the optimizer. The
+    scales of weights may have another learning rate, too: Adam's steps are as long as the rate
+    whatever it is that learns, and a scale is a fraction of the weights.
 
         >>> from lightning_qat import prepare
         >>> model = nn.Sequential(nn.Linear(4, 2))

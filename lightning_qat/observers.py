@@ -65,9 +65,12 @@ def minmax(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
 
 
 def replaced(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
-    """Take the newest range, which stands for all batches, in place; arguments as above."""
-    low.copy_(-batch[0])
-    high.copy_(batch[1])
+    """Take the newest range, which stands for all batches, in place; arguments as above.
+
+    A range that is not finite stays, for the conversion to refuse.
+    """
+    low.copy_(torch.where(low.isinf(), low, -batch[0]))
+    high.copy_(torch.where(high.isinf(), high, batch[1]))
 
 
 UPDATES = {
@@ -230,7 +233,8 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: Grid, symmetric: bool) 
     for _ in range(2):
         low, high = best(low.expand(100), highest * shares)
         low, high = best(lowest * shares, high.expand(100))
-    return torch.stack((-low, high))
+    # Of nothing but zeros no range is known.
+    return torch.stack((-low, high)) * (reach > SMALLEST_REACH)
 
 
 def _centres(reach: Tensor) -> Tensor:

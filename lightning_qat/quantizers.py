@@ -277,11 +277,23 @@ class ActivationQuantizer(Quantizer):
         """What is missing for a range, where there is none."""
         return "no training batch has passed through it"
 
+    @property
+    def why_not_final(self) -> str | None:
+        """Why there are no numbers to be made final, ``None`` where there are.
+
+        Waits for the device. A loop that never calls ``commit_ranges`` learns here that a batch was not finite.
+        """
+        if not self.calibrated:
+            return self.why_unknown
+        if bool(torch.isfinite(self._scale_and_zero_point()[0])):
+            return None
+        return "its range is not finite: NaN or infinity came in, or training has diverged"
+
     def qparams(self) -> QParams:
         """The final numbers, on the CPU.
 
         Raises:
-            ValueError: No range was ever observed.
+            ValueError: No range was ever observed, or it is not finite.
         """
         if not self.calibrated:
             raise ValueError(f"{self.why_unknown}, so its range is unknown")
@@ -370,6 +382,10 @@ class WeightQuantizer(Quantizer):
         scale = self._scale(weight).cpu()
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
         return QParams(scale, zero_point, self.grid, self._channel_axis)
+
+    def has_finite_scale(self, weight: Tensor) -> bool:
+        """Whether there are numbers to be made final; waits for the device."""
+        return bool(torch.isfinite(self._scale(weight)).all())
 
     @property
     def _channel_axis(self) -> int | None:

@@ -371,6 +371,16 @@ def test_layers_that_share_a_weight_stay_and_name_each_other() -> None:
     assert model[2].weight is model[0].weight
 
 
+def test_layers_that_share_a_bias_stay_and_name_each_other() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].bias = model[0].bias
+    reasons = {s.name: s.reason for s in prepare(model).skipped}
+    assert reasons == {
+        "0": "its bias is shared with 2.bias",
+        "2": "its bias is shared with 0.bias",
+    }
+
+
 def test_a_linear_layer_tied_to_an_embedding_stays() -> None:
     model = nn.ModuleDict(
         {"embed": nn.Embedding(5, 3), "out": nn.Linear(3, 5), "fc": nn.Linear(3, 3)}
