@@ -1,10 +1,10 @@
 """Accuracy of quantization-aware training on scikit-learn's digits, at several bit widths.
 
 Every recipe starts from the same float checkpoint of each seed and trains 10 more epochs with the
-same batches and learning rates. Given are the mean over seeds of the test accuracy with its standard
-error, the mean difference to the float network trained as long, and the lowest. ``PTQ`` only
-calibrates. ``--peers`` measures other tools, as far as they are installed, on the same checkpoints
-(see ``benchmarks/peers.py``).
+same batches and learning rates. Given are the mean over seeds of the test accuracy with its
+standard error, the mean difference to the float network trained as long, and the lowest. ``PTQ``
+only calibrates. ``--peers`` measures other tools, as far as they are installed, on the same
+checkpoints (see ``benchmarks/peers.py``).
 
     python -m benchmarks.accuracy --seeds 5
     python -m benchmarks.accuracy --seeds 5 --peers

@@ -281,7 +281,8 @@ class ActivationQuantizer(Quantizer):
     def why_not_final(self) -> str | None:
         """Why there are no numbers to be made final, ``None`` where there are.
 
-        Waits for the device. A loop that never calls ``commit_ranges`` learns here that a batch was not finite.
+        Waits for the device. A loop that never calls ``commit_ranges`` learns here that a batch was
+        not finite.
         """
         if not self.calibrated:
             return self.why_unknown
