@@ -211,7 +211,7 @@ def main() -> None:
         for title, peer in peers.items():
             for weight, activation in PEER_BITS:
                 name = f"W{weight}A{activation} {title}"
-                if options.only not in name or (peer.only_8_bits and weight != 8):
+                if options.only not in name:
                     continue
                 model = peer.prepare(checkpoint, calibration(x, seed), weight, activation)
                 trial = copy.deepcopy(model)

@@ -1,11 +1,12 @@
-"""Cost of a quantized training step over the float step, beside torch.ao's, in one run.
+"""Cost of a quantized training step over the float step, beside other tools', in one run.
 
-    python benchmarks/train_step.py             # ResNet-18 (32x32) and a MobileNetV2-style net
-    python benchmarks/train_step.py --small     # narrow nets, under a minute
+    python -m benchmarks.train_step             # ResNet-18 (32x32) and a MobileNetV2-style net
+    python -m benchmarks.train_step --small     # narrow nets, under a minute
 
-Forward, cross entropy, backward and SGD with momentum; float, ours and torch.ao FX take turns, so
-that noise of the machine hits all alike. Printed: medians of each step over the mean of the two
-float steps around it, and the process's memory is left out (one process runs all).
+Forward, cross entropy, backward and SGD with momentum; float, ours and every installed tool of
+``benchmarks/peers.py`` take turns, so that noise of the machine hits all alike. Printed: medians of
+each step over the mean of the two float steps around it, and the process's memory is left out (one
+process runs all).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import argparse
 import copy
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.peers import installed
 from lightning_qat import prepare
 
 
@@ -81,15 +82,6 @@ def mobilenet(width: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 10))
 
 
-def torch_ao(net: nn.Module, x: Tensor) -> nn.Module:
-    """torch.ao's FX quantization-aware training."""
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
-    mapping = get_default_qat_qconfig_mapping("x86")
-    return prepare_qat_fx(copy.deepcopy(net).train(), mapping, (x,))
-
-
 def ours(net: nn.Module) -> nn.Module:
     """Our int8 recipe."""
     twin = copy.deepcopy(net)
@@ -113,32 +105,32 @@ def stepper(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
 
 def main(small: bool = False, rounds: int = 8, threads: int = 2) -> None:
     """Print the table."""
-    warnings.filterwarnings("ignore", "(.|\n)*torch.ao|.*reduce_range")  # torch.ao's own
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
     width = 16 if small else 64
     nets = {"ResNet-18": resnet18(width), "MobileNetV2-style": mobilenet(width // 4 * 2)}
     print(f"batch 32, 3x32x32, {threads} threads, median of {rounds} rounds")
+    peers, absent = installed()
+    print(f"not installed: {', '.join(absent) or 'none'}")
     for name, net in nets.items():
-        steps = {
-            "float": stepper(net, x, y),
-            "lightning-qat int8": stepper(ours(net), x, y),
-            "torch.ao FX": stepper(torch_ao(net, x), x, y),
-        }
+        steps = {"float": stepper(net, x, y), "lightning-qat int8": stepper(ours(net), x, y)}
+        for title, peer in peers.items():
+            steps[title] = stepper(peer.prepare(net, [x], 8, 8), x, y)
+        variants = [title for title in steps if title != "float"]
         for step in steps.values():
             step()
             step()
         times: dict[str, list[float]] = {variant: [] for variant in steps}
         before = steps["float"]()
         for _ in range(rounds):
-            for variant in ("lightning-qat int8", "torch.ao FX"):
+            for variant in variants:
                 seconds, after = steps[variant](), steps["float"]()
                 times[variant].append(seconds / ((before + after) / 2))
                 times["float"].append(after)
                 before = after
         print(f"{name}: float step {statistics.median(times['float']) * 1e3:.0f} ms")
-        for variant in ("lightning-qat int8", "torch.ao FX"):
+        for variant in variants:
             print(f"  {variant:20} {statistics.median(times[variant]):.2f} of float")
 
 
