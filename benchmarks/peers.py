@@ -32,13 +32,11 @@ class Peer:
         package: The distribution that it comes in.
         prepare: Float network, batches to calibrate with (inputs, the first one is the example),
             bits of weights and of activations; the network is left as it is.
-        only_8_bits: It can do no others.
         freeze: Hold ranges; to be called at 60 % of the training and before evaluation.
     """
 
     package: str
     prepare: Callable[[nn.Module, Sequence[Tensor], int, int], nn.Module]
-    only_8_bits: bool = False
     freeze: Callable[[nn.Module], None] = _nothing
 
 
@@ -140,25 +138,6 @@ def modelopt(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
     return model.train()
 
 
-def nncf(net: nn.Module, batches: Sequence[Tensor], weight: int, activation: int) -> nn.Module:
-    """OpenVINO NNCF: post-training quantization, whose ranges then learn."""
-    from nncf import Dataset, quantize
-
-    # It adds a submodule to the root, which a Sequential would call.
-    root = _Called(copy.deepcopy(net)).eval()
-    model: nn.Module = quantize(root, Dataset(list(batches)), subset_size=len(batches))
-    return model.train()
-
-
-class _Called(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Any:
-        return self.net(x)
-
-
 def _batchnorms_held(model: nn.Module) -> nn.Module:
     """In training mode, as statistics are only collected there, but for batch norm."""
     for module in model.train().modules():
@@ -171,7 +150,6 @@ PEERS: Mapping[str, Peer] = {
     "torch.ao FX": Peer("torch", torch_ao, freeze=_freeze_torch_ao),
     "Brevitas": Peer("brevitas", brevitas),
     "ModelOpt": Peer("nvidia-modelopt", modelopt),
-    "NNCF": Peer("nncf", nncf, only_8_bits=True),
 }
 
 

@@ -191,7 +191,10 @@ class QATCallback(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._start_anew()
         # Layers that __init__ and earlier hooks made; LM.setup and configure_model may make more.
-        first = plan(pl_module, self.recipe, check_patterns=False)
+        first = PrepareReport((), ())
+        if self.recipe.first_last is None:
+            first = plan(pl_module, self.recipe, check_patterns=False)
+        # Otherwise the last layer is known when all are there.
         swap(pl_module, first)
 
         def second_pass() -> None:

@@ -120,20 +120,23 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             "prepare(model, recipe) and train first."
         )
     problems = [
-        f"{key.removesuffix('.input')}: {quantizer.why_unknown}"
+        f"{key.removesuffix('.input')}: {why}"
         for quantizer, key in _keys(model).items()
-        if not quantizer.calibrated
+        if (why := quantizer.why_not_final) is not None
     ]
-    problems += [
-        f"{name}: its {weight} is not finite"
-        for name, layer in layers.items()
-        for weight in layer.weight_names(layer)
-        if isinstance(getattr(layer, weight_quantizer_name(weight)), WeightQuantizer)
-        and not bool(torch.isfinite(getattr(layer, weight)).all())
-    ]
+    for name, layer in layers.items():
+        for weight in layer.weight_names(layer):
+            quantizer = getattr(layer, weight_quantizer_name(weight))
+            if not isinstance(quantizer, WeightQuantizer):
+                continue
+            if not bool(torch.isfinite(getattr(layer, weight)).all()):
+                problems.append(f"{name}: its {weight} is not finite")
+            elif not quantizer.has_finite_scale(getattr(layer, weight)):
+                problems.append(f"{name}: the learned scale of its {weight} is not finite")
     if problems:
         raise ValueError(
-            "Every quantized tensor needs an observed range, and weights must be finite. "
+            "Every quantized tensor needs an observed range, and ranges and weights must be "
+            "finite. "
             + "; ".join(problems)
             + ". Train for at least one batch in which it runs, or exclude its module."
         )

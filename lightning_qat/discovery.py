@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_qat.compiled import is_compiled, modules_by_path
+from lightning_qat.dry_run import call_of, without_trace
 from lightning_qat.interception import OUTPUT, Frame, interception_of, is_real_forward
 from lightning_qat.join_functions import (
     JOIN_FUNCTIONS,
@@ -26,7 +27,8 @@ from lightning_qat.join_functions import (
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
 from lightning_qat.layers import WITH_WEIGHTS, QATLayer
 from lightning_qat.learned_quantizers import learns
-from lightning_qat.observers import SEARCHES, batch_range
+from lightning_qat.observers import BY_RANGE, batch_range
+from lightning_qat.quantized_model import Inputs
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
 from lightning_qat.recipe import ActivationSpec, Recipe
 from lightning_qat.tape import Key, key_of
@@ -349,7 +351,7 @@ class Discovery:
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
             fresh = not quantizer.calibrated and quantizer.pending is None
-            searched = quantizer.spec.calibration in SEARCHES
+            searched = quantizer.spec.calibration not in BY_RANGE
             if fresh and seen and quantizer.observing and not searched:
                 quantizer.observe(torch.stack(seen).amax(0))
 
@@ -394,8 +396,9 @@ class Discovery:
         if owner.function == INPUT:
             spec: ActivationSpec = self._modules[_path(owner)].spec  # type: ignore[assignment]
         else:
-            module = self._modules[owner.module]
-            layer = self.recipe.for_layer(owner.module, type(module).__name__)
+            kind = type(self._modules[owner.module]).__name__
+            least = self.recipe.first_last if owner.place.startswith(OUTPUT) else None
+            layer = self.recipe.for_layer(owner.module, kind, at_least=least or 0)
             spec = layer.activation if layer is not None else self.recipe.activation
         if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
             return spec
@@ -552,23 +555,17 @@ def finish_plan(model: nn.Module) -> None:
         waiting.finish(model)
 
 
-def discover(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: Any) -> JoinPlan:
+def discover(model: nn.Module, recipe: Recipe, example_inputs: Inputs) -> JoinPlan:
     """Run a model once in eval mode, without gradient and without leaving a trace, and plan it.
 
     Args:
         model: A model with its QAT layers.
         recipe: As for ``Discovery``.
-        args: Positional arguments of ``forward``.
-        kwargs: Keyword arguments of ``forward``.
+        example_inputs: What ``forward`` takes.
     """
     discovery = Discovery(model, recipe)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), discovery.watching():
-            output = model(*args, **kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    args, kwargs = call_of(model, example_inputs)
+    with without_trace(model), discovery.watching():
+        output = model(*args, **kwargs)
     discovery.outputs(output)
     return discovery.plan()

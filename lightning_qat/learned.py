@@ -115,7 +115,7 @@ def learned_fake_quantizer(
         highest = grid.qmax if low is None else grid.qmax - grid.qmin
         factor = (max(values // scale.numel(), 1) * highest) ** -0.5
     origin = zero_point if is_compiling() else number_of(zero_point)
-    step = None if isinstance(origin, Tensor) else float(scale)
+    step = None if isinstance(origin, Tensor) else float(scale.detach())
 
     def call(x: Tensor) -> Tensor:
         wide = along_axis(scale.detach(), x.dim(), axis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -249,23 +250,43 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.ready = bool(self.started > 0)
 
 
-def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+def quantizer_parameters(
+    model: nn.Module, of: Literal["weights", "activations"] | None = None
+) -> list[nn.Parameter]:
     """The learned scales and range ends of a model, in the order of registration.
 
-    Weight decay would pull them to zero; give them a group of their own:
+    Weight decay would pull them to zero; give them a group of their own in the optimizer. The
+    scales of weights may have another learning rate, too: Adam's steps are as long as the rate
+    whatever it is that learns, and a scale is a fraction of the weights.
 
         >>> from lightning_qat import prepare
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> recipe = {"weight": {"quantizer": "learned"}, "joins": False, "outputs": False}
         >>> _ = prepare(model, recipe)
-        >>> learned = quantizer_parameters(model)
-        >>> others = [p for p in model.parameters() if all(p is not q for q in learned)]
-        >>> optimizer = torch.optim.AdamW(
-        ...     [{"params": others}, {"params": learned, "weight_decay": 0.0}], weight_decay=0.01
-        ... )
+        >>> scales = quantizer_parameters(model, "weights")
+        >>> ranges = quantizer_parameters(model, "activations")
+        >>> learned = {*scales, *ranges}
+        >>> groups = [
+        ...     {"params": [p for p in model.parameters() if p not in learned]},
+        ...     {"params": scales, "lr": 1e-4, "weight_decay": 0.0},
+        ...     {"params": ranges, "weight_decay": 0.0},
+        ... ]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01)
+
+    Args:
+        model: A prepared model.
+        of: Only those of weights, or of activations.
+
+    Raises:
+        ValueError: ``of`` is something else.
     """
-    kinds = (_LearnedActivation, LearnedWeightQuantizer)
-    return [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
+    kinds = {"weights": (LearnedWeightQuantizer,), "activations": (_LearnedActivation,)}
+    if of is not None and of not in kinds:
+        raise ValueError(f"of must be 'weights', 'activations' or None; got {of!r}.")
+    wanted = kinds[of] if of is not None else (_LearnedActivation, LearnedWeightQuantizer)
+    return [
+        p for m in model.modules() if isinstance(m, wanted) for p in m.parameters(recurse=False)
+    ]
 
 
 def learns(spec: ActivationSpec | WeightSpec) -> bool:

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from lightning_qat.compiled import modules_by_path, plain_path, unwrapped
 from lightning_qat.discovery import FirstForward, discover
+from lightning_qat.dry_run import order_of_calls
 from lightning_qat.join_plan import (
     STATE_KEY,
     JoinPlan,
     apply_plan,
-    device_of,
     keep_plan,
     plan_of,
 )
@@ -44,7 +43,7 @@ from lightning_qat.layers import (
 )
 from lightning_qat.learned_quantizers import learns
 from lightning_qat.phases import check_memory, set_compact
-from lightning_qat.quantized_model import Inputs, as_call
+from lightning_qat.quantized_model import Inputs
 from lightning_qat.recipe import LayerSpec, Recipe
 
 LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
@@ -165,9 +164,9 @@ def prepare(
         What was swapped and what was skipped, with reasons, and the plan when it is made.
 
     Raises:
-        ValueError: An unknown preset, key or ``memory``, patterns that match no layer, parameters
-            that are not float32, or a model in which nothing can be quantized. The model is
-            unchanged then.
+        ValueError: An unknown preset, key or ``memory``, patterns that match no layer or contradict
+            each other, parameters that are not float32, or a model in which nothing can be
+            quantized. The model is unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -180,6 +179,9 @@ def prepare(
     recipe = Recipe.load(recipe)
     model = unwrapped(model)
     report = plan(model, recipe)
+    if recipe.first_last is not None:
+        recipe = recipe.with_ends(_ends(model, example_inputs))
+        report = plan(model, recipe, check_patterns=False)
     if not report.swapped and not any(isinstance(m, QATLayer) for m in model.modules()):
         reasons = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in report.skipped)
         raise ValueError(
@@ -213,11 +215,25 @@ def plan_joins(
         waiting: FirstForward | None = vars(model).get("_qat_first_forward")
         if waiting is not None:
             waiting.stop(model)
-        args, kwargs = as_call(example_inputs)
-        device = device_of(model)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
-        apply_plan(model, discover(model, recipe, args, kwargs))
+        apply_plan(model, discover(model, recipe, example_inputs))
     return plan_of(model)
+
+
+def _ends(
+    model: nn.Module, example_inputs: Inputs | None
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    """The first and the last layer, as ``Recipe.with_ends`` wants them."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in modules_by_path(model).items():
+        if type(module) in LAYERS or isinstance(module, QATLayer):
+            names[module].append(name)
+    layers = list(names)
+    if example_inputs is not None:
+        layers = order_of_calls(model, layers, example_inputs)
+    return [
+        (names[layer][0], float_class_name(layer), tuple(names[layer][1:]))
+        for layer in (*layers[:1], *layers[-1:])
+    ]
 
 
 def _refuse_late_parameters(model: nn.Module, recipe: Recipe) -> None:

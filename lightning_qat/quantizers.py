@@ -23,7 +23,15 @@ from lightning_qat.fake_quantization import fake_quantize, fake_quantizer, quant
 from lightning_qat.kept_weights import KeptWeights, state_of
 from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
-from lightning_qat.observers import SEARCHES, UPDATES, batch_range
+from lightning_qat.observers import (
+    HISTOGRAM_BINS,
+    SEARCHES,
+    SMALLEST_REACH,
+    UPDATES,
+    add_to_histogram,
+    batch_range,
+    histogram_range,
+)
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.recipe import ActivationSpec, WeightSpec
 from lightning_qat.tape import current_tape, hidden
@@ -124,6 +132,10 @@ class ActivationQuantizer(Quantizer):
         min_val: Lower end of the range, float32 scalar buffer.
         max_val: Upper end, float32 scalar buffer.
         batches: How many batches the range stands for, float32 scalar buffer; 0: no range yet.
+        histogram: With ``calibration="histogram"``: counts of all batches, int64 buffer. In a
+            distributed run each process adds its batch to the first one's, and the widest range of
+            all counts.
+        reach: The histogram's ends, float32 scalar buffer.
         observing: The range follows the data, in training mode only.
         quantizing: Fake quantization is on.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
@@ -133,6 +145,8 @@ class ActivationQuantizer(Quantizer):
     min_val: Tensor
     max_val: Tensor
     batches: Tensor
+    histogram: Tensor
+    reach: Tensor
 
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__()
@@ -143,6 +157,9 @@ class ActivationQuantizer(Quantizer):
         self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
         self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
+        if spec.calibration == "histogram":
+            self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS, dtype=torch.int64))
+            self.register_buffer("reach", torch.tensor(SMALLEST_REACH, dtype=torch.float32))
         self.observing = True
         self.quantizing = True
         self.deferred = False
@@ -193,8 +210,20 @@ class ActivationQuantizer(Quantizer):
         return True
 
     def _range_of(self, x: Tensor) -> Tensor:
+        if self.spec.calibration == "histogram":
+            return self._range_of_all(x)
         search = SEARCHES.get(self.spec.calibration)
         return batch_range(x) if search is None else search(x, self.grid, self.spec.symmetric)
+
+    @torch.no_grad()
+    def _range_of_all(self, x: Tensor) -> Tensor:
+        """The best range for all batches so far and this one."""
+        if not _in_backward():
+            add_to_histogram(self.histogram, self.reach, x)
+        found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
+        whole = batch_range(x)
+        # Not finite: for the commit to refuse.
+        return torch.where(torch.isfinite(whole).all(), found, whole)
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
@@ -267,11 +296,24 @@ class ActivationQuantizer(Quantizer):
         """What is missing for a range, where there is none."""
         return "no training batch has passed through it"
 
+    @property
+    def why_not_final(self) -> str | None:
+        """Why there are no numbers to be made final, ``None`` where there are.
+
+        Waits for the device. A loop that never calls ``commit_ranges`` learns here that a batch was
+        not finite.
+        """
+        if not self.calibrated:
+            return self.why_unknown
+        if bool(torch.isfinite(self._scale_and_zero_point()[0])):
+            return None
+        return "its range is not finite: NaN or infinity came in, or training has diverged"
+
     def qparams(self) -> QParams:
         """The final numbers, on the CPU.
 
         Raises:
-            ValueError: No range was ever observed.
+            ValueError: No range was ever observed, or it is not finite.
         """
         if not self.calibrated:
             raise ValueError(f"{self.why_unknown}, so its range is unknown")
@@ -384,6 +426,10 @@ class WeightQuantizer(Quantizer):
         scale = self._scale(weight).cpu()
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
         return QParams(scale, zero_point, self.grid, self._channel_axis)
+
+    def has_finite_scale(self, weight: Tensor) -> bool:
+        """Whether there are numbers to be made final; waits for the device."""
+        return bool(torch.isfinite(self._scale(weight)).all())
 
     @property
     def _channel_axis(self) -> int | None:

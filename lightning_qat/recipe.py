@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import glob
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +13,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 
 from lightning_qat.amct_config import AMCT_FLOAT, cfg_recipe, is_json_config, json_recipe
+from lightning_qat.patterns import contradictions, is_type
+from lightning_qat.patterns import selects as selects
 from lightning_qat.recipe_keys import (
     ActivationQuantizerName,
     Calibration,
@@ -96,7 +98,8 @@ class ActivationSpec:
         calibration: ``moving_average`` of each batch's minimum and maximum (a plain mean over the
             first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches;
             or the moving average of each batch's ``percentile`` (99.99 %), of its range with the
-            least squared error (``mse``) or with most of its information (``entropy``).
+            least squared error (``mse``) or with most of its information (``entropy``); or
+            ``histogram``, the range with the least squared error over all batches together.
         fixed_min: ``True`` pins the lower end at 0, for inputs that are never negative; otherwise
             the data decide.
         clip: A given range ``(low, high)``, used from the start and never observed; learned
@@ -170,8 +173,12 @@ class Recipe:
         include: Patterns; when given, only what they select is quantized.
         exclude: Patterns of layers that stay float.
         overrides: Pattern to ``{"weight": {...}, "activation": {...}}`` (only the keys that
-            differ), or ``None`` to keep the layer float. Later entries win over earlier ones, and a
-            name wins over a type.
+            differ), or ``None`` to keep the layer float. A name wins over a type; of two names, and
+            of two types, the later wins and must be the narrower one (see ``check_patterns``).
+        first_last: How many bits the weight and the input of the model's first and last layer, and
+            the model's outputs, have at least: they cost little and their errors weigh most. What
+            ``overrides`` says of a name wins. First and last are by a run with the example inputs,
+            else by registration. ``None``: they are layers like all others.
 
     Raises:
         ValueError: Unknown keys (with the closest known ones) or values out of range.
@@ -189,6 +196,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, LayerKeys | None] = field(default_factory=dict)
+    first_last: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -213,28 +221,61 @@ class Recipe:
             raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
         for pattern, change in self.overrides.items():
             self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
+        least: object = self.first_last
+        if least is not None and not (_is_int(least) and least in range(2, 9)):
+            raise ValueError(
+                f"Recipe.first_last must be an int from 2 to 8, or null; got {least!r}."
+            )
 
-    def for_layer(self, name: str, kind: str, aliases: tuple[str, ...] = ()) -> LayerSpec | None:
+    def for_layer(
+        self, name: str, kind: str, aliases: tuple[str, ...] = (), at_least: int = 0
+    ) -> LayerSpec | None:
         """The specs of one layer, ``None`` when it stays float.
+
+        A layer on its own does not know whether it is the first or the last: see ``with_ends``.
 
         Args:
             name: Dotted module name.
             kind: Name of the float class, such as ``Conv2d``.
             aliases: Further names of the same module; a pattern may match any of them.
+            at_least: Bits that it has unless an override by name gives it others.
         """
         names = (name, *aliases)
         if self.include and not any(_selects_any(p, names, kind) for p in self.include):
             return None
         if any(_selects_any(p, names, kind) for p in self.exclude):
             return None
-        spec: LayerSpec | None = LayerSpec(self.weight, self.activation)
-        # Stable: types first, then names, each in the order given.
-        for pattern in sorted(self.overrides, key=lambda p: not p.startswith("type:")):
-            if _selects_any(pattern, names, kind):
-                change = self.overrides[pattern]
-                base = spec or LayerSpec(self.weight, self.activation)
-                spec = None if change is None else self._overridden(base, pattern, change)
+        default = LayerSpec(self.weight, self.activation)
+        spec: LayerSpec | None = default
+        # A name wins over a type, and over `first_last`.
+        for by_type in (True, False):
+            if not by_type:
+                default = _with_bits(default, at_least)
+                spec = None if spec is None else _with_bits(spec, at_least)
+            for pattern, change in self.overrides.items():
+                if is_type(pattern) is by_type and _selects_any(pattern, names, kind):
+                    base = spec or default
+                    spec = None if change is None else self._overridden(base, pattern, change)
         return spec
+
+    def with_ends(self, ends: Iterable[tuple[str, str, tuple[str, ...]]]) -> Recipe:
+        """This recipe with ``first_last`` spelled out as overrides of the layers that it is about.
+
+        Args:
+            ends: What ``for_layer`` takes, of the first and the last layer.
+
+        Example:
+            >>> recipe = Recipe(weight=WeightSpec(bits=4), first_last=8)
+            >>> recipe.with_ends([("head", "Linear", ())]).for_layer("head", "Linear").weight.bits
+            8
+        """
+        specs: dict[str, Any] = {}
+        for name, kind, aliases in ends:
+            spec = self.for_layer(name, kind, aliases, self.first_last or 0)
+            if spec is not None:
+                specs[glob.escape(name)] = asdict(spec)
+        others = {p: c for p, c in self.overrides.items() if p not in specs}
+        return replace(self, overrides=others | specs)
 
     def why_float(self, name: str, kind: str, aliases: tuple[str, ...] = ()) -> str | None:
         """The reason why a layer stays float, ``None`` when it is quantized."""
@@ -250,7 +291,11 @@ class Recipe:
         return "not selected by the recipe's include"
 
     def check_patterns(self, layers: Mapping[str, str], kinds: Iterable[str] = ()) -> None:
-        """Refuse patterns that select nothing.
+        """Refuse patterns that select nothing, and overrides that contradict each other.
+
+        Two overrides contradict when both are of names (or both of types), give a layer different
+        values, and the later one does not narrow the earlier: it selects other layers too, or the
+        same ones. An override also contradicts ``exclude`` when that keeps all of its layers float.
 
         Args:
             layers: Dotted name to float class name of every layer of the model.
@@ -258,7 +303,8 @@ class Recipe:
                 so that one recipe serves models with and without them.
 
         Raises:
-            ValueError: Names every such pattern and the closest layer names.
+            ValueError: Names every such pattern with the closest layer names, and every
+                contradiction with both patterns and a layer.
         """
         problems = []
         candidates = [*layers.items(), *(("", kind) for kind in kinds)]
@@ -270,11 +316,12 @@ class Recipe:
             for pattern in patterns:
                 if not any(selects(pattern, name, kind) for name, kind in candidates):
                     types = {f"type:{kind}" for _, kind in candidates}
-                    known = types if pattern.startswith("type:") else layers
+                    known = types if is_type(pattern) else layers
                     problems.append(
                         f"Pattern {pattern!r} in Recipe.{where} matches no layer; "
                         f"{closest(pattern, known)}."
                     )
+        problems += contradictions(self.overrides, self.exclude, layers)
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -335,13 +382,12 @@ class Recipe:
         )
 
 
-def selects(pattern: str, name: str, kind: str) -> bool:
-    """Whether a pattern selects the layer ``name`` of float class ``kind``."""
-    if pattern.startswith("type:"):
-        return fnmatch.fnmatchcase(kind, pattern.removeprefix("type:"))
-    parts = name.split(".")
-    prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+def _with_bits(spec: LayerSpec, at_least: int) -> LayerSpec:
+    weight, activation = spec.weight, spec.activation
+    return LayerSpec(
+        replace(weight, bits=max(weight.bits, at_least)),
+        replace(activation, bits=max(activation.bits, at_least)),
+    )
 
 
 def _selects_any(pattern: str, names: tuple[str, ...], kind: str) -> bool:
@@ -405,8 +451,8 @@ _READERS: Mapping[str, Callable[[str], object]] = {
 
 PRESETS: Mapping[str, Recipe] = {
     "int8": Recipe(),
-    "w4a8": Recipe(weight=WeightSpec(bits=4)),
-    "w4a4": Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=4)),
+    "w4a8": Recipe(weight=WeightSpec(bits=4), first_last=8),
+    "w4a4": Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=4), first_last=8),
     "a16w8": Recipe(activation=ActivationSpec(bits=16, symmetric=True)),
     "amct": Recipe(
         weight=WeightSpec(quantizer="arq"),
@@ -417,8 +463,9 @@ PRESETS: Mapping[str, Recipe] = {
         overrides={"type:Linear": {"weight": {"granularity": "per_tensor"}}},
     ),
 }
-"""Recipes by name: ``int8`` is what most targets want; ``amct`` is Huawei AMCT's choice
-(inputs of layers only)."""
+"""Recipes by name: ``int8`` is what most targets want; those of 4 bits keep the first and the
+last layer at 8, as LSQ does (arXiv:1902.08153); ``amct`` is Huawei AMCT's choice (inputs of layers
+only)."""
 
 
 def preset(name: str) -> Recipe:

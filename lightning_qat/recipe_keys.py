@@ -7,7 +7,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 Granularity = Literal["per_channel", "per_tensor"]
-Calibration = Literal["moving_average", "minmax", "percentile", "mse", "entropy"]
+Calibration = Literal["moving_average", "minmax", "percentile", "mse", "entropy", "histogram"]
 WeightQuantizerName = Literal["minmax", "arq", "learned", "ulq"]
 ActivationQuantizerName = Literal["observed", "learned", "ulq"]
 Initial = Literal["mse", "minmax"]
@@ -52,3 +52,4 @@ class RecipeKeys(TypedDict, total=False):
     include: list[str]
     exclude: list[str]
     overrides: dict[str, LayerKeys | None]
+    first_last: int | None

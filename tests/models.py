@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.prepare import prepare
-from lightning_qat.recipe import Recipe
+from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
 
 
 def linear() -> nn.Module:
@@ -96,6 +96,13 @@ def shake_batchnorms(model: nn.Module) -> None:
                 module.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr, operator]
                 module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
 
+
+EVERY_LAYER = {
+    "w4a8": Recipe(weight=WeightSpec(bits=4)),
+    "w4a4": Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=4)),
+}
+"""Presets of few bits without their exception for the first and the last layer: tiny networks have
+few others."""
 
 INPUTS_ONLY = Recipe(joins=False, outputs=False)
 """Quantizes the inputs of layers and nothing else."""

@@ -11,7 +11,7 @@ import pytest
 FLOORS = [
     # the words that recipes are spelled with, for command lines; AMCT's text as plain data
     {"recipe_keys", "spelling", "amct_cfg"},
-    {"amct_config"},  # AMCT's configurations as recipes
+    {"amct_config", "patterns"},  # AMCT's configurations as recipes; what patterns select
     {
         "qparams",
         "bits",
@@ -32,6 +32,7 @@ FLOORS = [
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
     {"learned_quantizers"},  # 3a those that are parameters
     {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
+    {"dry_run"},  # 4a what one run of a model tells
     # 5 agreement; models of other tools; the plan is found by running; what a checkpoint says;
     # a Trainer's surroundings
     {"verify", "qat_model", "discovery", "checkpoint_checks", "callback_checks", "run_length"},

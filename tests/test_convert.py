@@ -19,8 +19,9 @@ from lightning_qat.prepare import prepare
 from lightning_qat.program import add_constant, constant
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor, as_call
-from lightning_qat.recipe import Recipe
+from lightning_qat.recipe import ActivationSpec, Recipe
 from tests.models import (
+    EVERY_LAYER,
     INPUTS_ONLY,
     NETWORKS,
     Nested,
@@ -76,7 +77,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 @pytest.mark.filterwarnings("ignore:.*integers of the folded weight saturate:UserWarning")
 def test_the_converted_model_computes_what_the_trained_one_does(network: str, recipe: str) -> None:
     x = inputs_for(network)
-    model = trained(NETWORKS[network][0](), x, recipe)
+    model = trained(NETWORKS[network][0](), x, EVERY_LAYER.get(recipe, recipe))
     quantized = convert(model, x)
     with torch.no_grad():
         expected = model(x)
@@ -568,6 +569,47 @@ def test_layers_without_a_range_and_broken_weights_are_all_named() -> None:
         r"through it; conv1: its weight is not finite\. Train for at least one batch",
     ):
         convert(model, inputs_for("residual_add"))
+
+
+@pytest.mark.parametrize(
+    "calibration", ["moving_average", "minmax", "percentile", "mse", "entropy", "histogram"]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_layer_that_saw_a_value_that_is_not_finite_is_named(calibration: Any, bad: float) -> None:
+    # In a loop that never calls commit_ranges, so that nothing waits for the device in training.
+    model = ResidualAdd()
+    activation = ActivationSpec(calibration=calibration)
+    prepare(model, Recipe(activation=activation, joins=False, outputs=False))
+    x = inputs_for("residual_add")
+    model(x)
+    broken = torch.randn(2, 4)
+    broken[0, 1] = bad
+    model.head(broken)
+    model(x)
+    with pytest.raises(
+        ValueError,
+        match=r"finite\. head: its range is not finite: NaN or infinity came in, or training has",
+    ):
+        convert(model, x)
+
+
+def test_learned_numbers_that_diverged_are_named() -> None:
+    model, x = ResidualAdd(), inputs_for("residual_add")
+    recipe = {
+        "weight": {"quantizer": "learned"},
+        "activation": {"quantizer": "learned"},
+        "joins": False,
+        "outputs": False,
+    }
+    prepare(model, recipe)
+    model(x)
+    with torch.no_grad():
+        model.conv1.weight_quantizer.scale[0] = float("nan")
+        model.head.input_quantizer.scale.fill_(float("inf"))
+    with pytest.raises(
+        ValueError, match=r"head: its range is not finite.*conv1: the learned scale"
+    ):
+        convert(model, x)
 
 
 class Branching(nn.Module):

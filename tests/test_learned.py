@@ -293,6 +293,20 @@ def test_every_quantizer_parameter_gets_a_gradient_and_is_listed() -> None:
     assert all(p.grad is not None and bool(torch.isfinite(p.grad)) for p in listed if not p.dim())
 
 
+def test_scales_of_weights_and_ranges_of_activations_are_listed_apart() -> None:
+    model, _ = trained(learned_recipe(), steps=1)
+    scales, ranges = (quantizer_parameters(model, of) for of in ("weights", "activations"))
+    names = {p: name for name, p in model.named_parameters()}
+    assert [names[p] for p in scales] == [
+        f"{layer}.weight_quantizer.scale" for layer in ("conv", "deep", "head")
+    ]
+    assert not any("weight_quantizer" in names[p] for p in ranges)
+    assert {*scales, *ranges} == {*quantizer_parameters(model)}
+    wrong: Any = "weight"
+    with pytest.raises(ValueError, match="of must be 'weights', 'activations' or None; got 'wei"):
+        quantizer_parameters(model, wrong)
+
+
 def test_learned_scales_stay_float32_in_a_half_precision_model() -> None:
     model, _ = trained(learned_recipe(), steps=1)
     before = [p.detach().clone() for p in quantizer_parameters(model)]

@@ -1,10 +1,23 @@
 """How the ranges of batches become one range."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat.observers import UPDATES, batch_range
+from lightning_qat.observers import (
+    HISTOGRAM_BINS,
+    SMALLEST_REACH,
+    UPDATES,
+    add_to_histogram,
+    batch_range,
+    histogram_range,
+)
+from lightning_qat.qparams import Grid
+from lightning_qat.quantizers import ActivationQuantizer
+from lightning_qat.recipe import ActivationSpec
 
 
 def follow(update: str, batches: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
@@ -98,3 +111,119 @@ def test_minmax_never_narrows() -> None:
 
 def test_minmax_follows_a_range_above_zero() -> None:
     assert [float(end) for end in follow("minmax", [(2.0, 3.0), (1.0, 2.0)])] == [1.0, 3.0]
+
+
+# Histograms
+
+
+def histogram_of(*batches: Tensor) -> tuple[Tensor, Tensor]:
+    counts, reach = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64), torch.tensor(SMALLEST_REACH)
+    for batch in batches:
+        add_to_histogram(counts, reach, batch)
+    return counts, reach
+
+
+def test_a_histogram_counts_every_value_in_its_bin() -> None:
+    counts, reach = histogram_of(torch.tensor([-1.0, 0.0, 0.3, 0.3]), torch.tensor([-0.001]))
+    assert float(reach) == 1.0
+    step = 2 / HISTOGRAM_BINS
+    expected = {0: 1, 4096: 1, 4096 + int(0.3 / step): 2, 4096 - 5: 1}
+    assert {int(i): int(counts[i]) for i in counts.nonzero()} == expected
+
+
+@pytest.mark.parametrize("order", [(0.01, 1.0, 37.0), (37.0, 0.01, 1.0)])
+def test_a_wider_batch_merges_bins_without_splitting_a_count(order: tuple[float, ...]) -> None:
+    batches = {size: torch.randn(2000) * size for size in (0.01, 1.0, 37.0)}
+    counts, reach = histogram_of(*(batches[size] for size in order))
+    whole = torch.cat([batches[size] for size in order]).double()
+    assert 2 * whole.abs().max() > float(reach) >= whole.abs().max()
+    edges = torch.linspace(-float(reach), float(reach), HISTOGRAM_BINS + 1, dtype=torch.float64)
+    assert torch.equal(counts.double(), torch.histogram(whole, edges).hist)
+
+
+def test_a_batch_that_is_not_finite_is_not_counted() -> None:
+    one = histogram_of(torch.tensor([1.0, 2.0]))
+    other = histogram_of(torch.tensor([1.0, 2.0]), torch.tensor([5.0, torch.nan, torch.inf]))
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+
+
+def squared_error(x: Tensor, low: float, high: float, grid: Grid) -> float:
+    """In double precision."""
+    scale = (high - low) / (grid.qmax - grid.qmin)
+    origin = round(grid.qmin - low / scale)
+    integers = ((x.double() / scale).round() + origin).clamp(grid.qmin, grid.qmax)
+    return float(((integers - origin) * scale - x.double()).square().sum())
+
+
+BATCHES = {
+    "normal": lambda: [torch.randn(1000) * (1 + i) for i in range(4)],
+    "from zero": lambda: [torch.randn(1000).relu() * (1 + i) for i in range(4)],
+    "long tail": lambda: [torch.randn(1000).exp() - 0.5 for _ in range(4)],
+    "outlier": lambda: [torch.randn(1000), torch.cat((torch.randn(999), torch.tensor([60.0])))],
+}
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_histogram_s_range_is_nearly_the_best_and_no_worse_than_torch_ao_s(
+    kind: str, bits: int
+) -> None:
+    batches, grid = BATCHES[kind](), Grid.activation(bits)
+    x = torch.cat(batches)
+    low, high = (
+        histogram_range(*histogram_of(*batches), grid, False) * torch.tensor([-1, 1])
+    ).tolist()
+    own = squared_error(x, low, high, grid)
+    smallest, largest = min(float(x.min()), 0.0), float(x.max())
+    brute = min(
+        squared_error(x, smallest * i / 40, largest * j / 40, grid)
+        for i in (range(1, 41) if smallest < 0 else (0,))
+        for j in range(1, 41)
+    )
+    # Of 8 bits the bins are an eighth of a step at worst; of others the coarser search differs.
+    assert own <= brute * 1.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import HistogramObserver
+
+        theirs = HistogramObserver(quant_min=0, quant_max=2**bits - 1)
+        for batch in batches:
+            theirs(batch)
+        scale, zero_point = theirs.calculate_qparams()
+    their_low = float(-zero_point * scale)
+    their_high = their_low + float(scale) * (2**bits - 1)
+    assert own <= squared_error(x, their_low, their_high, grid) * 1.05
+
+
+def test_a_symmetric_range_has_the_least_squared_error_of_all_reaches() -> None:
+    x, grid = torch.randn(4000), Grid(-8, 7)
+    found = histogram_range(*histogram_of(x), grid, True)
+    reach = float(found.max())
+
+    def error(largest: float) -> float:
+        scale = largest / 7
+        return float(((x.double() / scale).round().clamp(-8, 7) * scale - x).square().sum())
+
+    best = min(error(float(x.abs().max()) * i / 500) for i in range(1, 501))
+    assert error(reach) <= best * 1.02
+
+
+def test_a_histogram_is_resumed_and_never_changed_in_eval_mode() -> None:
+    batches = [torch.randn(500) * (1 + i) for i in range(4)]
+    spec = ActivationSpec(bits=4, calibration="histogram")
+    whole, first = ActivationQuantizer(spec), ActivationQuantizer(spec)
+    for batch in batches:
+        whole(batch)
+    for batch in batches[:2]:
+        first(batch)
+    resumed = ActivationQuantizer(spec)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    before = {name: value.clone() for name, value in resumed.named_buffers()}
+    resumed.eval()(batches[3] * 100)
+    assert all(torch.equal(value, before[name]) for name, value in resumed.named_buffers())
+    resumed.train()
+    for batch in batches[2:]:
+        resumed(batch)
+    assert resumed.qparams().equal(whole.qparams())
+    assert torch.equal(resumed.histogram, whole.histogram)

@@ -171,6 +171,75 @@ def test_every_layer_gets_the_specs_of_the_recipe() -> None:
     assert model.head.input_quantizer.spec == ActivationSpec(bits=6)
 
 
+class CalledInAnotherOrder(nn.Module):
+    """The last layer is registered first, and one layer is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.middle, self.stem = (nn.Linear(3, 3) for _ in range(3))
+        self.encoder = nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0, batch_first=True)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.middle(self.stem(x))))
+
+
+def bits_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        layer.name: (layer.spec.weight.bits, layer.spec.activation.bits)
+        for layer in prepare_like(copy.deepcopy(FLOAT[type(model)]), model.state_dict()).swapped
+    }
+
+
+FLOAT = {CalledInAnotherOrder: CalledInAnotherOrder()}
+
+
+@pytest.mark.parametrize(
+    ("example", "ends"),
+    [(torch.ones(1, 2, 3), {"stem", "head"}), (None, {"head", "unused"})],
+    ids=["run", "registration"],
+)
+def test_the_first_and_the_last_layer_have_8_bits_in_presets_of_few(
+    example: Tensor | None, ends: set[str]
+) -> None:
+    model = CalledInAnotherOrder()
+    before = [module.training for module in model.modules()]
+    report = prepare(model, "w4a4", example)
+    bits = {s.name: (s.spec.weight.bits, s.spec.activation.bits) for s in report.swapped}
+    assert {name for name, pair in bits.items() if pair == (8, 8)} == ends
+    assert set(bits.values()) == {(8, 8), (4, 4)}
+    assert bits_of(model) == bits
+    assert [m.training for m in model.modules() if not isinstance(m, Quantizer)][: len(before)]
+
+
+@pytest.mark.parametrize("network", ["linear", "conv_bn_relu", "residual_add"])
+def test_the_outputs_of_presets_of_few_bits_have_8(network: str) -> None:
+    model = NETWORKS[network][0]()
+    plan = prepare(model, "w4a4", inputs_for(network)).joins
+    assert plan is not None
+    outputs = {t.spec.bits for t in plan.tensors if any("output" in c for c in t.consumers)}
+    assert outputs == {8}
+
+
+def test_the_last_of_a_transformer_s_own_layers_is_found() -> None:
+    # In eval mode without gradient torch calls none of its layers, unless they have hooks.
+    model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    report = prepare(model, "w4a4", torch.ones(1, 2, 4))
+    bits = {s.name: s.spec.weight.bits for s in report.swapped}
+    assert bits["1.linear2"] == 8
+    assert bits["1.linear1"] == 4
+
+
+def test_contradicting_overrides_are_refused_before_anything_changes() -> None:
+    model = linear()
+    recipe = Recipe(overrides={"[0]": {"weight": {"bits": 4}}, "0*": {"weight": {"bits": 2}}})
+    with pytest.raises(
+        ValueError, match=r"overrides\['\[0\]'\] and Recipe.overrides\['0\*'\] contra"
+    ):
+        prepare(model, recipe)
+    assert not any(isinstance(m, QATLayer) for m in model.modules())
+
+
 def test_prepare_again_leaves_qat_layers_alone_and_may_add_others() -> None:
     model = linear()
     first = prepare(model, Recipe(include=("0",)))
@@ -303,6 +372,16 @@ def test_layers_that_share_a_weight_stay_and_name_each_other() -> None:
         "2": "its weight is shared with 0.weight",
     }
     assert model[2].weight is model[0].weight
+
+
+def test_layers_that_share_a_bias_stay_and_name_each_other() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].bias = model[0].bias
+    reasons = {s.name: s.reason for s in prepare(model).skipped}
+    assert reasons == {
+        "0": "its bias is shared with 2.bias",
+        "2": "its bias is shared with 0.bias",
+    }
 
 
 def test_a_linear_layer_tied_to_an_embedding_stays() -> None:
@@ -443,7 +522,7 @@ def test_prepare_like_takes_a_model_with_aliases() -> None:
 
 def test_prepare_like_takes_a_root_layer() -> None:
     source, model = nn.Linear(2, 2), nn.Linear(2, 2)
-    prepare(source, "w4a8")
+    prepare(source, {"weight": {"bits": 4}})
     prepare_like(model, source.state_dict())
     assert type(model) is LinearQAT
     assert model.weight_quantizer.spec.bits == 4

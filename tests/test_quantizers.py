@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_qat.learned_quantizers import activation_quantizer
 from lightning_qat.quantizers import (
     ActivationQuantizer,
     FinalActivation,
@@ -84,6 +85,31 @@ def test_observes_without_quantizing_when_told_to() -> None:
     quantizer.quantizing = False
     assert quantizer(x) is x
     assert quantizer.batches == 2
+
+
+@pytest.mark.parametrize(
+    "calibration", ["moving_average", "minmax", "percentile", "mse", "entropy", "histogram"]
+)
+@pytest.mark.parametrize("kind", ["observed", "learned", "ulq"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
+def test_a_constant_activation_is_kept_to_half_a_step(
+    value: float, symmetric: bool, kind: Any, calibration: Any
+) -> None:
+    spec = ActivationSpec(symmetric=symmetric, quantizer=kind, calibration=calibration)
+    quantizer = activation_quantizer(spec)
+    x = torch.full((2, 5), value, requires_grad=True)
+    y = quantizer(x)
+    y.sum().backward()
+    difference = float((y - x).detach().abs().max())
+    scale = float(quantizer.qparams().scale)
+    # A histogram's ends are those of its bins: reach 4, of which 3 is a bin's lower edge.
+    expected = {0.0: 1.0}.get(value, abs(value) / (127 if symmetric else 255))
+    assert scale == pytest.approx(expected, rel=1 / 1024)
+    assert difference <= scale / 2
+    assert x.grad is not None
+    assert bool(torch.isfinite(x.grad).all())
+    assert all(bool(torch.isfinite(p.grad)) for p in quantizer.parameters() if p.grad is not None)
 
 
 def test_an_empty_batch_changes_no_range() -> None:

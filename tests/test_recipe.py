@@ -37,6 +37,13 @@ def test_presets(name: str, weight_bits: int, activation_bits: int, symmetric: b
     assert recipe.activation.symmetric is symmetric
 
 
+@pytest.mark.parametrize(("name", "bits"), [("w4a8", 8), ("w4a4", 8), ("int8", None)])
+def test_presets_of_few_bits_keep_the_first_and_the_last_layer_at_8(
+    name: str, bits: int | None
+) -> None:
+    assert Recipe.load(name).first_last == bits
+
+
 def test_int8_is_the_default_recipe() -> None:
     assert Recipe.load("int8") == Recipe()
 
@@ -151,6 +158,114 @@ def test_patterns_that_match_nothing_are_all_named_with_the_closest_layers() -> 
         "Pattern 'encodr.0.fc' in Recipe.overrides matches no layer; closest names: "
         "'encoder.0.fc', 'encoder.0.conv'.",
     ]
+
+
+CONTRADICTING = Recipe(
+    exclude=("stem",),
+    overrides={
+        "stem": {"weight": {"bits": 4}},
+        "head": {"weight": {"bits": 8}},
+        "hea?": {"weight": {"bits": 4}, "activation": {"bits": 4}},
+        "*.fc": {"activation": {"bits": 6}},
+        "encoder.*": {"activation": {"bits": 4}},
+        "type:Linear": None,
+        "type:Li*": {"weight": {"bits": 2}},
+    },
+)
+
+
+def test_overrides_that_contradict_each_other_are_all_told_with_both_patterns() -> None:
+    with pytest.raises(ValueError, match="contradict") as caught:
+        CONTRADICTING.check_patterns(LAYERS)
+    narrower = (
+        "the later of two must be the narrower one. Put the narrower one last, or name the layer "
+        "itself after both: overrides["
+    )
+    assert str(caught.value).splitlines() == [
+        "Recipe.exclude keeps float what Recipe.overrides['stem'] changes: 'stem' in exclude "
+        "selects 'stem'. Drop one of the two.",
+        "Recipe.overrides['type:Linear'] and Recipe.overrides['type:Li*'] contradict each other in "
+        f"quantization of 'encoder.0.fc'; {narrower}'encoder.0.fc'].",
+        "Recipe.overrides['*.fc'] and Recipe.overrides['encoder.*'] contradict each other in "
+        f"activation.bits of 'encoder.0.fc'; {narrower}'encoder.0.fc'].",
+        "Recipe.overrides['head'] and Recipe.overrides['hea?'] contradict each other in "
+        f"weight.bits of 'head'; {narrower}'head'].",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"*": {"weight": {"bits": 4}}, "encoder": {"weight": {"bits": 8}}, "encoder.0.fc": None},
+        {"encoder.0.fc": {"weight": {"bits": 4}}, "type:Linear": {"weight": {"bits": 8}}},
+        {"*.fc": {"weight": {"bits": 4}}, "encoder": {"activation": {"bits": 4}}},
+        {"*.fc": {"weight": {"bits": 4}}, "encoder": {"weight": {"bits": 4}}},
+        {
+            "*.fc": {"weight": {"bits": 4}},
+            "encoder": {"weight": {"bits": 2}},
+            "encoder.0.fc": {"weight": {"bits": 8}},
+        },
+    ],
+    ids=["narrower", "name and type", "other keys", "same value", "settled by name"],
+)
+def test_overrides_that_narrow_each_other_pass(overrides: Any) -> None:
+    Recipe(overrides=overrides).check_patterns(LAYERS)
+
+
+def test_an_override_wider_than_what_is_excluded_passes() -> None:
+    Recipe(exclude=("head",), overrides={"type:Linear": {"weight": {"bits": 4}}}).check_patterns(
+        LAYERS
+    )
+
+
+# The first and the last layer
+
+ENDS = [("stem", "Conv2d", ()), ("head", "Linear", ("classifier",))]
+
+
+def bits_of(recipe: Recipe) -> dict[str, tuple[int, int] | None]:
+    specs = {name: recipe.for_layer(name, kind) for name, kind in LAYERS.items()}
+    return {n: s and (s.weight.bits, s.activation.bits) for n, s in specs.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, {"stem": (8, 8), "head": (8, 8)}),
+        ({"type:Linear": {"weight": {"bits": 2}}}, {"head": (8, 8), "encoder.0.fc": (2, 4)}),
+        ({"classifier": {"weight": {"bits": 3}}}, {"head": (3, 8)}),
+        ({"*": {"activation": {"bits": 6}}}, {"stem": (8, 6), "encoder.0.fc": (4, 6)}),
+        ({"head": {"activation": {"bits": 16, "symmetric": True}}}, {"head": (8, 16)}),
+        (
+            {"type:Linear": None, "head": {"weight": {"granularity": "per_tensor"}}},
+            {"head": (8, 8)},
+        ),
+        ({"stem": None}, {"stem": None, "head": (8, 8)}),
+    ],
+)
+def test_the_ends_have_more_bits_unless_their_name_says_otherwise(
+    overrides: Any, expected: dict[str, Any]
+) -> None:
+    recipe = Recipe(
+        weight=WeightSpec(bits=4),
+        activation=ActivationSpec(bits=4),
+        overrides=overrides,
+        first_last=8,
+    ).with_ends(ENDS)
+    found = bits_of(recipe)
+    assert {name: found[name] for name in expected} == expected
+    assert found["encoder.0.conv"] in ((4, 4), (4, 6))
+
+
+def test_the_ends_never_have_fewer_bits_than_the_others() -> None:
+    recipe = Recipe(activation=ActivationSpec(bits=16, symmetric=True), first_last=4)
+    assert set(bits_of(recipe.with_ends(ENDS)).values()) == {(8, 16)}
+
+
+@pytest.mark.parametrize("bits", [1, 9, 16, True, "8", 8.0])
+def test_the_ends_have_2_to_8_bits(bits: Any) -> None:
+    with pytest.raises(ValueError, match=r"Recipe.first_last must be an int from 2 to 8, or null"):
+        Recipe(first_last=bits)
 
 
 def test_patterns_that_all_match_pass() -> None:
@@ -299,7 +414,7 @@ def test_activation_bits_are_an_int_from_2_to_8_or_16(bits: Any) -> None:
         (
             ActivationSpec,
             {"calibration": "max"},
-            "['moving_average', 'minmax', 'percentile', 'mse', 'entropy']; got 'max'",
+            "['moving_average', 'minmax', 'percentile', 'mse', 'entropy', 'histogram']; got 'max'",
         ),
         (ActivationSpec, {"quantizer": "x"}, "ActivationSpec.quantizer must be one of"),
         (

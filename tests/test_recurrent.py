@@ -27,6 +27,7 @@ from lightning_qat.phases import commit_ranges
 from lightning_qat.prepare import prepare_like
 from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from lightning_qat.recipe import WeightSpec
+from tests.models import EVERY_LAYER
 
 # torch's own remark on its float LSTM.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -493,7 +494,7 @@ def test_recipes_reach_recurrent_layers() -> None:
 def test_a_checkpoint_tells_what_to_prepare(recipe: str) -> None:
     x = torch.randn(2, STEPS, FEATURES)
     options = {"num_layers": 2, "bidirectional": True}
-    model = trained(Tagger("lstm projected", **options), x, recipe=recipe)
+    model = trained(Tagger("lstm projected", **options), x, recipe=EVERY_LAYER.get(recipe, recipe))
     other = Tagger("lstm projected", **options)
     prepare_like(other, model.state_dict())
     other.load_state_dict(model.state_dict())
@@ -684,7 +685,7 @@ def test_files_compute_what_torch_does_at_every_step(
 @pytest.mark.parametrize("recipe", ["w4a8", "w4a4", "amct"])
 def test_other_recipes_are_exported_too(recipe: str, tmp_path: Path) -> None:
     x = torch.randn(4, STEPS, FEATURES)
-    quantized = convert(trained(Encoder("lstm"), x, recipe=recipe), x)
+    quantized = convert(trained(Encoder("lstm"), x, recipe=EVERY_LAYER.get(recipe, recipe)), x)
     for target in ("fake_quant_onnx", "cann"):
         agreement = verify(quantized, export(quantized, target, tmp_path / target))
         assert agreement.parameters_equal, agreement

@@ -16,7 +16,7 @@ from lightning_qat.export import Array, Artifact, export
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.verify import Agreement, OutputAgreement, RuntimeAgreement, compare, verify
 from lightning_qat_exporters import FakeQuantOnnxExporter
-from tests.models import Nested, inputs_for, linear, trained
+from tests.models import EVERY_LAYER, Nested, inputs_for, linear, trained
 
 # Comparing one output
 
@@ -209,7 +209,7 @@ def test_a_removed_dequantization_is_reported(converted: QuantizedModel, tmp_pat
 
 def test_clip_bounds_are_numbers_of_the_model_too(tmp_path: Path) -> None:
     x = inputs_for("linear")
-    model = convert(trained(linear(), x, "w4a4"), x)
+    model = convert(trained(linear(), x, EVERY_LAYER["w4a4"]), x)
     exporter, artifact = exported(model, tmp_path)
     assert exporter.differences(model, artifact) == ()
     proto = onnx.load(artifact.files["model"])

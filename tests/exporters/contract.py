@@ -13,7 +13,7 @@ from lightning_qat.convert import convert
 from lightning_qat.export import Artifact, Exporter, Readable, export, load_exporter
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.verify import verify
-from tests.models import NETWORKS, inputs_for, trained
+from tests.models import EVERY_LAYER, NETWORKS, inputs_for, trained
 
 KINDS = [*NETWORKS]
 
@@ -24,7 +24,7 @@ def converted(network: str, recipe: str = "int8", samples: int = 4) -> Quantized
     with torch.random.fork_rng():
         torch.manual_seed(0)
         x = inputs_for(network, samples)
-        return convert(trained(NETWORKS[network][0](), x, recipe), x)
+        return convert(trained(NETWORKS[network][0](), x, EVERY_LAYER.get(recipe, recipe)), x)
 
 
 def numbers(model: QuantizedModel) -> dict[str, Tensor]:

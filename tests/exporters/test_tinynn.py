@@ -561,7 +561,9 @@ PER_TENSOR = Recipe(weight=WeightSpec(granularity="per_tensor"))
 @needs_litert
 # torch copies the input of such a layer, and says so.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("recipe", ["int8", "w4a8", PER_TENSOR], ids=["int8", "w4a8", "tensor"])
+@pytest.mark.parametrize(
+    "recipe", ["int8", models.EVERY_LAYER["w4a8"], PER_TENSOR], ids=["int8", "w4a8", "tensor"]
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_one_step_from_torch(name: str, recipe: str | Recipe) -> None:
     make, shape, operator = LAYERS[name]
@@ -798,7 +800,7 @@ def test_everything_that_has_no_form_is_named_at_once() -> None:
             "needs the scale of its output, which is not quantized",
         ),
         ("amct", "0 (conv2d)", "needs the scale of its output"),
-        ("w4a4", "0.input", "activations must have 8 bits"),
+        (models.EVERY_LAYER["w4a4"], "0.input", "activations must have 8 bits"),
         ("a16w8", "0.input", "activations must have 8 bits"),
     ],
     ids=["inputs only", "amct", "w4a4", "a16w8"],

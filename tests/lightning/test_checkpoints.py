@@ -33,7 +33,7 @@ def test_validating_a_fresh_module_with_a_checkpoint_equals_validating_live(
 def test_a_checkpoint_loads_without_the_callback(
     trainer: Callable[..., L.Trainer], tmp_path: Path, weights_only: bool
 ) -> None:
-    run = trainer(qat("w4a8"))
+    run = trainer(qat({"weight": {"bits": 4}}))
     net = Net()
     run.fit(net, loader())
     run.save_checkpoint(tmp_path / "qat.ckpt", weights_only=weights_only)
@@ -56,7 +56,9 @@ def test_another_recipe_than_the_checkpoints_is_named_key_by_key(
         MisconfigurationException,
         match=r"differs in weight.bits: checkpoint 8, callback 4. Use the recipe the checkpoint",
     ):
-        trainer(qat("w4a8")).validate(Net(), loader(), ckpt_path=tmp_path / "qat.ckpt")
+        trainer(qat({"weight": {"bits": 4}})).validate(
+            Net(), loader(), ckpt_path=tmp_path / "qat.ckpt"
+        )
 
 
 def saved(trainer: Callable[..., L.Trainer], path: Path, recipe: Any = "int8") -> Net:
@@ -188,7 +190,7 @@ def test_every_difference_between_recipes_is_named(
 def test_another_recipe_than_a_weights_only_checkpoints_is_named_too(
     trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
-    run = trainer(qat("w4a8"))
+    run = trainer(qat({"weight": {"bits": 4}}))
     run.fit(Net(), loader())
     run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     with pytest.raises(RuntimeError, match=r"conv.weight_quantizer: .*bits: checkpoint 4, model 8"):
