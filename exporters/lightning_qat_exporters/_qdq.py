@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +39,11 @@ FULL_GRIDS = ((-128, 127), (-32768, 32767))
 INT4_GRID = Grid(-8, 7)
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+OPSET = 20
+"""What exporters translate to unless they need another one, so that they share the translation."""
+
+_TRANSLATED: WeakKeyDictionary[QuantizedModel, dict[int, ir.Model]] = WeakKeyDictionary()
 
 
 def build_qdq(
@@ -68,23 +74,7 @@ def build_qdq(
         UnsupportedByTarget: 16-bit activations below opset 21; all of them are named.
     """
     _refuse_wide_activations(model, target, opset)
-    with _quiet():
-        program = torch.onnx.export(
-            model.program,
-            (),
-            dynamo=True,
-            opset_version=opset,
-            optimize=True,
-            verbose=False,
-            input_names=list(model.input_names),
-            output_names=list(model.output_names),
-            custom_translation_table={
-                torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
-                torch.ops.lightning_qat.dequantize.default: _dequantize,
-            },
-        )
-    assert program is not None
-    onnx_model = program.model
+    onnx_model = _translated(model, opset).clone()
     _give_constants(onnx_model, model, activation_type, int4_weights)
     _transpose_integers(onnx_model.graph)
     global_average_pools(onnx_model.graph)
@@ -94,6 +84,30 @@ def build_qdq(
     _drop_unused_initializers(onnx_model.graph)
     _describe(onnx_model)
     return onnx_model
+
+
+def _translated(model: QuantizedModel, opset: int) -> ir.Model:
+    """What ``torch.onnx`` makes of the program; made once for all exporters, not to be changed."""
+    by_opset = _TRANSLATED.setdefault(model, {})
+    if opset not in by_opset:
+        with _quiet():
+            program = torch.onnx.export(
+                model.program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                optimize=True,
+                verbose=False,
+                input_names=list(model.input_names),
+                output_names=list(model.output_names),
+                custom_translation_table={
+                    torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
+                    torch.ops.lightning_qat.dequantize.default: _dequantize,
+                },
+            )
+        assert program is not None
+        by_opset[opset] = program.model
+    return by_opset[opset]
 
 
 def _refuse_wide_activations(model: QuantizedModel, target: str, opset: int) -> None:

@@ -22,7 +22,7 @@ from lightning_qat_exporters._deploy_differences import deploy_differences
 from lightning_qat_exporters._files import require_writable, write_onnx
 from lightning_qat_exporters._lint import lint_deploy
 from lightning_qat_exporters._onnx_source import read_onnx, require_quantized
-from lightning_qat_exporters._qdq import build_qdq
+from lightning_qat_exporters._qdq import OPSET, build_qdq
 from lightning_qat_exporters._quantized_ops import (
     NotExpressible,
     find_quantized,
@@ -92,7 +92,7 @@ class CannExporter:
         qdq = build_qdq(
             model,
             target=self.name,
-            opset=21 if wide or self.int4_weights else 18,
+            opset=21 if wide or self.int4_weights else OPSET,
             activation_type="int8",
             int4_weights=self.int4_weights,
         )

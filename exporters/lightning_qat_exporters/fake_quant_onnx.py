@@ -18,7 +18,14 @@ from lightning_qat.export import Array, Artifact
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat_exporters._files import save_onnx
 from lightning_qat_exporters._initializers import array_of, initializer
-from lightning_qat_exporters._qdq import FULL_GRIDS, KEY, ActivationType, build_qdq, layer_of
+from lightning_qat_exporters._qdq import (
+    FULL_GRIDS,
+    KEY,
+    OPSET,
+    ActivationType,
+    build_qdq,
+    layer_of,
+)
 from lightning_qat_exporters._runtime import has_vnni, run_onnx
 
 _RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
@@ -49,7 +56,7 @@ class FakeQuantOnnxExporter:
         self,
         activation_type: ActivationType = "uint8",
         quantize_bias: bool = False,
-        opset: int = 20,
+        opset: int = OPSET,
     ) -> None:
         if activation_type not in ("int8", "uint8"):
             raise ValueError(f"activation_type must be 'int8' or 'uint8'; got {activation_type!r}.")
