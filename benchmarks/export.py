@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
-import io
+import logging
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -38,6 +40,10 @@ from benchmarks.train_step import resnet18
 from lightning_qat import QuantizedModel, Recipe, convert, export, prepare
 from lightning_qat.phases import apply_phase, commit_ranges
 from lightning_qat.schedule import Phase
+
+# Here, because the processes that measure memory import this module and run one function of it.
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 TARGETS = ("fake_quant_onnx", "cann", *(("tflite",) if find_spec("litert_torch") else ()))
 
@@ -115,9 +121,8 @@ def layers(sizes: tuple[int, ...]) -> None:
 
 
 def float_onnx(net: nn.Module, x: Tensor, path: Path) -> None:
-    """torch's own export of the float model."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(net.eval(), (x,), path, dynamo=True, external_data=False)
+    """Torch's own export of the float model."""
+    torch.onnx.export(net.eval(), (x,), path, dynamo=True, external_data=False, verbose=False)
 
 
 def float_tflite(net: nn.Module, x: Tensor, path: Path) -> None:
@@ -184,6 +189,7 @@ def forget_peak() -> None:
 
 def grown(work: Callable[[], object]) -> int:
     """By how many bytes the process was larger at its largest than before."""
+    gc.collect()
     forget_peak()
     before = resident()
     work()
@@ -198,7 +204,6 @@ def stack(megabytes: int) -> nn.Module:
 
 def memory_of(step: str, megabytes: int, queue: Any) -> None:
     """One process: growth of one step over the bytes of the float weights, and of its files."""
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     x = torch.randn(2, 2048)
     recipe = Recipe(joins=False, outputs=False)
@@ -231,6 +236,9 @@ def memory_of(step: str, megabytes: int, queue: Any) -> None:
 def memory(megabytes: int) -> None:
     """Print the growth of every step, each in a process of its own."""
     print(f"{megabytes} MB of float weights: growth at the peak, and files, over their size")
+    # Every large array is the system's own and goes back to it when freed, else what was freed
+    # before would be used again and not be seen.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
     context = multiprocessing.get_context("spawn")
     for step in ("float ONNX", "convert", *TARGETS):
         queue = context.SimpleQueue()
@@ -257,7 +265,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="exports of it (default: 3)")
     parser.add_argument("--megabytes", type=int, default=256, help="of weights (default: 256)")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for part in parts:

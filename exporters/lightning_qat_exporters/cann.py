@@ -165,23 +165,25 @@ class CannExporter:
         self, qdq: ir.Model, files: Mapping[str, Path], *, float_bias: bool
     ) -> dict[str, Path]:
         """Write all files or none."""
+        written = dict(files)
+        forms = {"model": to_deploy, "fake_quant": to_fake_quant}
         try:
-            models = {
-                "model": to_deploy(qdq, self.opset, float_bias=float_bias),
-                "fake_quant": to_fake_quant(qdq, self.opset, float_bias=float_bias),
-            }
+            with ExitStack() as stack:
+                # One after the other: only one of the models is in memory, and no file takes its
+                # place before all are written.
+                for role, form in forms.items():
+                    temporary = stack.enter_context(replacing(files[role]))
+                    model = form(qdq, self.opset, float_bias=float_bias)
+                    _, *weights = write_onnx(model, temporary, files[role])
+                    written.update({f"{role}_weights": path for path in weights})
+                    del model
+                if "record" in files:
+                    text = format_record(layer_records(find_quantized(qdq).layers))
+                    record = stack.enter_context(replacing(files["record"]))
+                    record.write_text(text, encoding="utf-8")
         except NotExpressible as error:
             problems = (Unsupported(p.name, p.reason, p.remedy) for p in error.problems)
             raise UnsupportedByTarget(self.name, tuple(problems)) from error
-        written = dict(files)
-        with ExitStack() as stack:
-            for role, model in models.items():
-                temporary = stack.enter_context(replacing(files[role]))
-                _, *weights = write_onnx(model, temporary, files[role])
-                written.update({f"{role}_weights": path for path in weights})
-            if "record" in files:
-                text = format_record(layer_records(find_quantized(qdq).layers))
-                stack.enter_context(replacing(files["record"])).write_text(text, encoding="utf-8")
         return written
 
     def run(
