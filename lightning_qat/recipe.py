@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -22,6 +23,8 @@ from lightning_qat.recipe_keys import (
     WeightQuantizerName,
 )
 from lightning_qat.spelling import closest as closest
+
+_WILDCARDS = frozenset("*?[")
 
 _Spec = TypeVar("_Spec", bound="WeightSpec | ActivationSpec | Recipe")
 
@@ -43,8 +46,13 @@ def _clip(clip: Any) -> tuple[float, float]:
     return low, high
 
 
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
-    for name, hint in get_type_hints(type(spec)).items():
+    for name, hint in _hints(type(spec)).items():
         choices, value = get_args(hint), getattr(spec, name)
         if hint is bool and not isinstance(value, bool):
             raise ValueError(f"{type(spec).__name__}.{name} must be true or false; got {value!r}.")
@@ -223,17 +231,17 @@ class Recipe:
             aliases: Further names of the same module; a pattern may match any of them.
         """
         names = (name, *aliases)
-        if self.include and not any(_selects_any(p, names, kind) for p in self.include):
+        if self.include and not _patterns(self.include).selecting(names, kind):
             return None
-        if any(_selects_any(p, names, kind) for p in self.exclude):
+        if _patterns(self.exclude).selecting(names, kind):
             return None
         spec: LayerSpec | None = LayerSpec(self.weight, self.activation)
         # Stable: types first, then names, each in the order given.
-        for pattern in sorted(self.overrides, key=lambda p: not p.startswith("type:")):
-            if _selects_any(pattern, names, kind):
-                change = self.overrides[pattern]
-                base = spec or LayerSpec(self.weight, self.activation)
-                spec = None if change is None else self._overridden(base, pattern, change)
+        found = _patterns(tuple(self.overrides)).selecting(names, kind)
+        for pattern in sorted(found, key=lambda p: not p.startswith("type:")):
+            change = self.overrides[pattern]
+            base = spec or LayerSpec(self.weight, self.activation)
+            spec = None if change is None else self._overridden(base, pattern, change)
         return spec
 
     def why_float(self, name: str, kind: str, aliases: tuple[str, ...] = ()) -> str | None:
@@ -241,11 +249,10 @@ class Recipe:
         names = (name, *aliases)
         if self.for_layer(name, kind, aliases) is not None:
             return None
-        for pattern in self.exclude:
-            if _selects_any(pattern, names, kind):
-                return f"excluded by the recipe (exclude: {pattern!r})"
-        for pattern, change in self.overrides.items():
-            if change is None and _selects_any(pattern, names, kind):
+        for pattern in _patterns(self.exclude).selecting(names, kind):
+            return f"excluded by the recipe (exclude: {pattern!r})"
+        for pattern in _patterns(tuple(self.overrides)).selecting(names, kind):
+            if self.overrides[pattern] is None:
                 return f"kept float by the recipe (overrides: {pattern!r}: None)"
         return "not selected by the recipe's include"
 
@@ -262,12 +269,16 @@ class Recipe:
         """
         problems = []
         candidates = [*layers.items(), *(("", kind) for kind in kinds)]
+        selected = {prefix for name in layers for prefix in _prefixes(name)}
         for where, patterns in (
             ("include", self.include),
             ("exclude", self.exclude),
             ("overrides", tuple(self.overrides)),
         ):
+            plain = _patterns(patterns).names & selected
             for pattern in patterns:
+                if pattern in plain:
+                    continue
                 if not any(selects(pattern, name, kind) for name, kind in candidates):
                     types = {f"type:{kind}" for _, kind in candidates}
                     known = types if pattern.startswith("type:") else layers
@@ -339,13 +350,32 @@ def selects(pattern: str, name: str, kind: str) -> bool:
     """Whether a pattern selects the layer ``name`` of float class ``kind``."""
     if pattern.startswith("type:"):
         return fnmatch.fnmatchcase(kind, pattern.removeprefix("type:"))
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(name))
+
+
+def _prefixes(name: str) -> list[str]:
+    """The name and those of the modules around it."""
     parts = name.split(".")
-    prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _selects_any(pattern: str, names: tuple[str, ...], kind: str) -> bool:
-    return any(selects(pattern, name, kind) for name in names)
+class _Patterns:
+    """Patterns in the order given; a set of plain names is looked up, however many there are."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self._order = {pattern: number for number, pattern in enumerate(patterns)}
+        self.names = {p for p in patterns if not (p.startswith("type:") or set(p) & _WILDCARDS)}
+        self._others = [p for p in patterns if p not in self.names]
+
+    def selecting(self, names: tuple[str, ...], kind: str) -> list[str]:
+        """Those that select a layer with these names."""
+        prefixes = {prefix for name in names for prefix in _prefixes(name)}
+        found = self.names & prefixes
+        found |= {p for p in self._others if any(selects(p, name, kind) for name in names)}
+        return sorted(found, key=self._order.__getitem__)
+
+
+_patterns = lru_cache(maxsize=16)(_Patterns)
 
 
 def _article(kind: type) -> str:
