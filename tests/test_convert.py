@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportGraphSignature
 from torch.nn.utils import weight_norm
 
 from lightning_qat.convert import CaptureError, check_capture, convert, finalized_copy
@@ -702,3 +703,23 @@ def test_a_constant_s_name_is_used_once() -> None:
     first, second = (constants.add(name, torch.tensor(value)) for value in (1.0, 2.0))
     assert (constants.name(first), constants.name(second)) == (f"{name}_1", f"{name}_2")
     assert (constants.value(first), constants.value(second)) == (1.0, 2.0)
+
+
+def test_the_constants_of_a_program_are_listed_equally_often_for_all_depths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = []
+    real = ExportGraphSignature.inputs_to_buffers.fget
+
+    def counted(signature: ExportGraphSignature) -> Any:
+        listed[-1] += 1
+        return real(signature)
+
+    monkeypatch.setattr(ExportGraphSignature, "inputs_to_buffers", property(counted))
+    for depth in (1, 4):
+        x = torch.randn(2, 2, 4, 4)
+        pairs = [(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(depth)]
+        model = trained(nn.Sequential(*(layer for pair in pairs for layer in pair)), x)
+        listed.append(0)
+        assert len(convert(model, x).layers) == depth
+    assert listed[0] == listed[1]
