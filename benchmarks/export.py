@@ -59,7 +59,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
         y = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(y)) + x).relu()
+        joined: Tensor = self.norm2(self.conv2(y)) + x
+        return joined.relu()
 
 
 def seconds(work: Callable[[], object]) -> float:

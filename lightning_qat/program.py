@@ -37,8 +37,9 @@ class Constants:
 
     def name(self, node: object) -> str | None:
         """The name under which a node's value is stored; ``None``: it is no constant."""
-        is_input = isinstance(node, fx.Node) and node.op == "placeholder"
-        return self._names.get(node.name) if is_input else None
+        if not isinstance(node, fx.Node) or node.op != "placeholder":
+            return None
+        return self._names.get(node.name)
 
     def value(self, node: object) -> Tensor | None:
         """The value of a constant node; ``None`` when the node is computed at run time."""

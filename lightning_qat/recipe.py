@@ -52,7 +52,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
-    for name, hint in _hints(type(spec)).items():
+    kind: Any = type(spec)
+    for name, hint in _hints(kind).items():
         choices, value = get_args(hint), getattr(spec, name)
         if hint is bool and not isinstance(value, bool):
             raise ValueError(f"{type(spec).__name__}.{name} must be true or false; got {value!r}.")
