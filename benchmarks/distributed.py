@@ -85,12 +85,12 @@ class Collectives(L.Callback):
 
         return call
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Begin to count."""
         self.inside = True
         self.batches.append([])
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop counting; the callback's own hook was called before."""
         self.inside = False
 
