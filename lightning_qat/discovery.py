@@ -326,13 +326,14 @@ class Discovery:
             return grid[key]
 
         for event in self._events:
-            if not event.quantizes and event.tensors[0] not in grid | dict.fromkeys(needed):
+            first = event.tensors[0]
+            if not (event.quantizes or first in grid or first in needed):
                 continue
             numbers = [group_of(key) for key in event.tensors]
             for number in numbers[1:]:
                 groups.join(numbers[0], number)
             # A passing function needs no quantizer for what is on a grid by inheritance.
-            if event.quantizes or event.tensors[0] not in inherited:
+            if event.quantizes or first not in inherited:
                 for place, number in zip(event.where, numbers, strict=True):
                     groups.join(used.setdefault(place, number), number)
             for key in event.passes:

@@ -16,7 +16,7 @@ from lightning_qat.nodes import (
     as_fake_quantize,
     new_dequantize,
 )
-from lightning_qat.program import add_constant, constant, module_path
+from lightning_qat.program import Constants, module_path
 from lightning_qat.qparams import QParams
 
 _ATEN = torch.ops.aten
@@ -58,6 +58,7 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         ``Grid.weight``.
     """
     saturated: dict[str, int] = {}
+    constants = Constants(program)
     calls = [as_dequantize(node) for node in program.graph.nodes]
     uses = Counter(call.key for call in calls if call is not None)
     for node in list(program.graph.nodes):
@@ -83,20 +84,20 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         if _groups_of_transposed(layer) != 1:
             # One scale serves a channel of every group, and their factors differ.
             continue
-        statistics = _statistics(program, node)
+        statistics = _statistics(constants, node)
         weight = layer.args[1]
         if statistics is None or not isinstance(weight, fx.Node):
             continue
         arguments: list[Any] = list(layer.args)
         bias_node = arguments[2] if len(arguments) > 2 else None
-        bias = constant(program, bias_node)
+        bias = constants.value(bias_node)
         if bias is None and bias_node is not None:
             continue
-        new_weight = _fold_weight(program, layer, weight, statistics, uses, saturated)
+        new_weight = _fold_weight(constants, layer, weight, statistics, uses, saturated)
         if new_weight is None:
             continue
-        name = _fresh(program, f"{module_path(layer)}.folded_bias")
-        new_bias = add_constant(program, name, statistics.fold_bias(bias))
+        name = f"{module_path(layer)}.folded_bias".lstrip(".")
+        new_bias = constants.add(name, statistics.fold_bias(bias))
         layer.args = (arguments[0], new_weight, new_bias, *arguments[3:])
         node.replace_all_uses_with(layer)
         program.graph.erase_node(node)
@@ -112,12 +113,13 @@ def _groups_of_transposed(layer: fx.Node) -> int:
 
 def _slice_constants(program: ExportedProgram) -> None:
     """A slice of a constant becomes a constant: attention packs the biases of its projections."""
+    constants = Constants(program)
     for node in list(program.graph.nodes):
-        value = constant(program, node.args[0]) if node.target is _ATEN.slice.Tensor else None
+        value = constants.value(node.args[0]) if node.target is _ATEN.slice.Tensor else None
         if value is not None and all(isinstance(arg, int) for arg in node.args[1:]):
-            name = _fresh(program, f"{module_path(node)}.{node.name}")
             sliced = _ATEN.slice.Tensor(value, *node.args[1:]).contiguous()
-            node.replace_all_uses_with(add_constant(program, name, sliced))
+            name = f"{module_path(node)}.{node.name}".lstrip(".")
+            node.replace_all_uses_with(constants.add(name, sliced))
             program.graph.erase_node(node)
 
 
@@ -137,7 +139,7 @@ def _drop_repeated(program: ExportedProgram) -> None:
 
 
 def _fold_weight(
-    program: ExportedProgram,
+    constants: Constants,
     layer: fx.Node,
     weight: fx.Node,
     statistics: BatchNormStatistics,
@@ -146,15 +148,14 @@ def _fold_weight(
 ) -> fx.Node | None:
     axis = _LAYERS[layer.target]  # type: ignore[index]
     path = module_path(layer)
-    value = constant(program, weight)
+    value = constants.value(weight)
     if value is not None:
-        return add_constant(
-            program, _fresh(program, f"{path}.folded_weight"), statistics.fold_weight(value, axis)
-        )
+        name = f"{path}.folded_weight".lstrip(".")
+        return constants.add(name, statistics.fold_weight(value, axis))
     call = as_dequantize(weight)
     if call is None:
         return None
-    integers, scale = constant(program, call.integers), constant(program, call.scale)
+    integers, scale = constants.value(call.integers), constants.value(call.scale)
     if integers is None or scale is None:
         return None
     qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), call.grid, call.axis)
@@ -166,35 +167,25 @@ def _fold_weight(
         key = f"{key}_{uses[key]}"
     if lost:
         saturated[key] = lost
-    constants = [
-        add_constant(program, _fresh(program, f"{path}.{name}"), tensor)
+    nodes = [
+        constants.add(f"{path}.{name}".lstrip("."), tensor)
         for name, tensor in (("folded_integers", integers), ("folded_scale", folded.scale))
     ]
-    with program.graph.inserting_before(layer):
+    with layer.graph.inserting_before(layer):
         node = new_dequantize(
-            program.graph,
-            DequantizeCall(constants[0], constants[1], folded.grid, folded.axis, key),
+            layer.graph, DequantizeCall(nodes[0], nodes[1], folded.grid, folded.axis, key)
         )
     node.meta.update(weight.meta)
     return node
 
 
-def _statistics(program: ExportedProgram, node: fx.Node) -> BatchNormStatistics | None:
+def _statistics(constants: Constants, node: fx.Node) -> BatchNormStatistics | None:
     args: Any = node.args
     _, gamma, beta, mean, var, training, _, eps = args[:8]
-    values = {n: constant(program, n) for n in (gamma, beta, mean, var) if n is not None}
+    values = {n: constants.value(n) for n in (gamma, beta, mean, var) if n is not None}
     if training or mean is None or any(value is None for value in values.values()):
         return None
     found: Any = values
     return BatchNormStatistics(
         found.get(gamma), found.get(beta), found[mean], found[var], float(eps)
     )
-
-
-def _fresh(program: ExportedProgram, name: str) -> str:
-    taken = {*program.state_dict, *program.constants}
-    candidate, number = name.lstrip("."), 0
-    while candidate in taken:
-        number += 1
-        candidate = f"{name.lstrip('.')}_{number}"
-    return candidate

@@ -5,8 +5,11 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from lightning_qat.recipe_keys import LayerKeys
+
+_WILDCARDS = frozenset("*?[")
 
 
 def is_type(pattern: str) -> bool:
@@ -18,9 +21,37 @@ def selects(pattern: str, name: str, kind: str) -> bool:
     """Whether a pattern selects the layer ``name`` of float class ``kind``."""
     if is_type(pattern):
         return fnmatch.fnmatchcase(kind, pattern.removeprefix("type:"))
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes(name))
+
+
+def prefixes(name: str) -> list[str]:
+    """The name and those of the modules around it.
+
+    Example:
+        >>> prefixes("net.0.conv")
+        ['net', 'net.0', 'net.0.conv']
+    """
     parts = name.split(".")
-    prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+class Patterns:
+    """Patterns in the order given; plain names are looked up, however many there are."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self._order = {pattern: number for number, pattern in enumerate(patterns)}
+        self.names = {p for p in patterns if not (is_type(p) or set(p) & _WILDCARDS)}
+        self._others = [p for p in patterns if p not in self.names]
+
+    def selecting(self, names: tuple[str, ...], kind: str) -> list[str]:
+        """Those that select a layer with these names."""
+        found = self.names & {prefix for name in names for prefix in prefixes(name)}
+        found |= {p for p in self._others if any(selects(p, name, kind) for name in names)}
+        return sorted(found, key=self._order.__getitem__)
+
+
+indexed = lru_cache(maxsize=16)(Patterns)
+"""``Patterns``, made once."""
 
 
 def contradictions(
@@ -36,10 +67,12 @@ def contradictions(
     Returns:
         One sentence for every contradiction.
     """
-    selected = {
-        pattern: {name for name, kind in layers.items() if selects(pattern, name, kind)}
-        for pattern in (*overrides, *exclude)
-    }
+    index = indexed((*overrides, *exclude))
+    selecting = {name: index.selecting((name,), kind) for name, kind in layers.items()}
+    selected: dict[str, set[str]] = {pattern: set() for pattern in (*overrides, *exclude)}
+    for name, patterns in selecting.items():
+        for pattern in patterns:
+            selected[pattern].add(name)
     excluded: set[str] = set().union(*(selected[pattern] for pattern in exclude))
     problems = []
     for pattern, change in overrides.items():
@@ -54,10 +87,10 @@ def contradictions(
     found: dict[tuple[str, str, str], str] = {}
     for name in layers:
         decided: dict[tuple[bool, str], tuple[str, object]] = {}
-        for pattern, change in reversed(list(overrides.items())):
-            if name not in selected[pattern] or name in excluded:
-                continue
-            for key, value in _settings(change).items():
+        if name in excluded:
+            continue
+        for pattern in reversed([p for p in selecting[name] if p in overrides]):
+            for key, value in _settings(overrides[pattern]).items():
                 later, wins = decided.setdefault((is_type(pattern), key), (pattern, value))
                 narrower = later in (name, glob.escape(name)) or selected[later] < selected[pattern]
                 if value != wins and not narrower:

@@ -6,64 +6,78 @@ it; these functions keep the graph, its signature and the values in step.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-
-def constant_name(program: ExportedProgram, node: object) -> str | None:
-    """The name under which a node's constant value is stored; ``None``: it is no constant."""
-    if not isinstance(node, fx.Node) or node.op != "placeholder":
-        return None
-    signature = program.graph_signature
-    for names in (
-        signature.inputs_to_parameters,
-        signature.inputs_to_buffers,
-        signature.inputs_to_lifted_tensor_constants,
-    ):
-        if node.name in names:
-            return str(names[node.name])
-    return None
+_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def constant(program: ExportedProgram, node: object) -> Tensor | None:
-    """The value of a constant node; ``None`` when the node is computed at run time."""
-    name = constant_name(program, node)
-    if name is None:
-        return None
-    value = program.state_dict.get(name, program.constants.get(name))
-    return value.detach() if isinstance(value, Tensor) else None
+class Constants:
+    """The constants of a program by the nodes that stand for them.
 
-
-def add_constant(program: ExportedProgram, name: str, value: Tensor) -> fx.Node:
-    """Add a constant to a program.
+    torch finds the name of one constant by a walk over all of them; here one walk finds all.
 
     Args:
-        program: Changed in place.
-        name: Dotted name, not in use yet.
-        value: Its value.
-
-    Returns:
-        The graph's node of the constant.
-
-    Raises:
-        ValueError: The name is in use.
+        program: The program; nothing else may change its constants meanwhile.
     """
-    if name in program.state_dict or name in program.constants:
-        raise ValueError(f"The program already holds a constant named {name!r}.")
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    with program.graph.inserting_before(placeholders[0]):
-        node: fx.Node = program.graph.placeholder("b_" + name.replace(".", "_"))
-    fake_mode = next(
-        n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")
-    )
-    node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
-    spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
-    program.graph_signature.input_specs.insert(0, spec)
-    program.state_dict[name] = value
-    return node
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+        self._names = {
+            spec.arg.name: str(spec.target)
+            for spec in program.graph_signature.input_specs
+            if spec.kind in _KINDS
+        }
+        self._first = next(iter(program.graph.nodes))
+        self._added = 0
+
+    def name(self, node: object) -> str | None:
+        """The name under which a node's value is stored; ``None``: it is no constant."""
+        if not isinstance(node, fx.Node) or node.op != "placeholder":
+            return None
+        return self._names.get(node.name)
+
+    def value(self, node: object) -> Tensor | None:
+        """The value of a constant node; ``None`` when the node is computed at run time."""
+        name = self.name(node)
+        if name is None:
+            return None
+        value = self._program.state_dict.get(name, self._program.constants.get(name))
+        return value.detach() if isinstance(value, Tensor) else None
+
+    def add(self, name: str, value: Tensor) -> fx.Node:
+        """Add a constant to the program.
+
+        Args:
+            name: Dotted name; ``_1`` and so on is appended to one that is in use.
+            value: Its value.
+
+        Returns:
+            The graph's node of the constant.
+        """
+        program, wanted, number = self._program, name, 0
+        while name in program.state_dict or name in program.constants:
+            number += 1
+            name = f"{wanted}_{number}"
+        with program.graph.inserting_before(self._first):
+            node: fx.Node = program.graph.placeholder("b_" + name.replace(".", "_"))
+        node.meta["val"] = self._fake_mode.from_tensor(value, static_shapes=True)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
+        # The signature lists inputs in the order of their nodes.
+        program.graph_signature.input_specs.insert(self._added, spec)
+        self._added += 1
+        program.state_dict[name] = value
+        self._names[node.name] = name
+        return node
+
+    @cached_property
+    def _fake_mode(self) -> Any:
+        values = (node.meta.get("val") for node in self._program.graph.nodes)
+        return next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
 
 
 def settle(program: ExportedProgram) -> None:
@@ -73,12 +87,11 @@ def settle(program: ExportedProgram) -> None:
     for output, value in zip(program.graph_signature.output_specs, outputs, strict=True):
         if isinstance(value, fx.Node):
             output.arg = TensorArgument(value.name)
-    unused = {}
+    constants, unused = Constants(program), {}
     for node in program.graph.nodes:
-        if node.op == "placeholder" and not node.users:
-            name = constant_name(program, node)
-            if name is not None:
-                unused[node] = name
+        name = None if node.users else constants.name(node)
+        if name is not None:
+            unused[node] = name
     gone = {node.name for node in unused}
     for node in unused:
         program.graph.erase_node(node)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic import replacing
 from lightning_qat.nodes import as_dequantize, as_fake_quantize
-from lightning_qat.program import constant, module_path
+from lightning_qat.program import Constants, module_path
 from lightning_qat.qparams import QParams
 
 FORMAT_VERSION = 1
@@ -110,20 +110,21 @@ class QuantizedModel:
     def tensors(self) -> Mapping[str, QuantizedTensor]:
         """Every quantized tensor by its key, in the order of the graph."""
         found: dict[str, QuantizedTensor] = {}
+        constants = Constants(self.program)
         for node in self.program.graph.nodes:
             activation, weight = as_fake_quantize(node), as_dequantize(node)
             if activation is not None and activation.key not in found:
                 key = activation.key
-                scale = self._constant(activation.scale, key)
-                zero_point = self._constant(activation.zero_point, key)
+                scale = _constant(constants, activation.scale, key)
+                zero_point = _constant(constants, activation.zero_point, key)
                 qparams = QParams(scale, zero_point, activation.grid)
                 found[key] = QuantizedTensor(key, "activation", qparams)
             elif weight is not None and weight.key not in found:
                 key = weight.key
-                scale = self._constant(weight.scale, key)
+                scale = _constant(constants, weight.scale, key)
                 zero_point = torch.zeros_like(scale, dtype=torch.int32)
                 qparams = QParams(scale, zero_point, weight.grid, weight.axis)
-                integers = self._constant(weight.integers, key)
+                integers = _constant(constants, weight.integers, key)
                 found[key] = QuantizedTensor(key, "weight", qparams, integers)
         return found
 
@@ -131,13 +132,14 @@ class QuantizedModel:
     def layers(self) -> tuple[QuantizedLayer, ...]:
         """Every call of a layer whose input and weight are quantized, in the order of the graph."""
         found = []
+        constants = Constants(self.program)
         for node in self.program.graph.nodes:
             operands = [arg for arg in node.args[:3] if isinstance(arg, fx.Node)]
             if node.op != "call_function" or len(operands) < 2:
                 continue
             source, weight = as_fake_quantize(operands[0]), as_dequantize(operands[1])
             if source is not None and weight is not None:
-                bias = constant(self.program, operands[2]) if len(operands) > 2 else None
+                bias = constants.value(operands[2]) if len(operands) > 2 else None
                 path = module_path(node)
                 found.append(QuantizedLayer(path, source.key, weight.key, bias, node.name))
         return tuple(found)
@@ -153,12 +155,6 @@ class QuantizedModel:
             for name, call in calls.items()
             if call is not None
         }
-
-    def _constant(self, node: object, key: str) -> Tensor:
-        value = constant(self.program, node)
-        if value is None:
-            raise ValueError(f"{key!r}: scale, zero point and integers must be constants.")
-        return value
 
     @property
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -239,6 +235,13 @@ class QuantizedModel:
         return cls(
             program, tuple(facts["input_names"]), tuple(facts["output_names"]), facts["recipe"]
         )
+
+
+def _constant(constants: Constants, node: object, key: str) -> Tensor:
+    value = constants.value(node)
+    if value is None:
+        raise ValueError(f"{key!r}: scale, zero point and integers must be constants.")
+    return value
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
 from lightning_qat.amct_config import AMCT_FLOAT, cfg_recipe, is_json_config, json_recipe
-from lightning_qat.patterns import contradictions, is_type
+from lightning_qat.patterns import contradictions, indexed, is_type, prefixes
 from lightning_qat.patterns import selects as selects
 from lightning_qat.recipe_keys import (
     ActivationQuantizerName,
@@ -45,8 +46,14 @@ def _clip(clip: Any) -> tuple[float, float]:
     return low, high
 
 
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
-    for name, hint in get_type_hints(type(spec)).items():
+    kind: Any = type(spec)
+    for name, hint in _hints(kind).items():
         choices, value = get_args(hint), getattr(spec, name)
         if hint is bool and not isinstance(value, bool):
             raise ValueError(f"{type(spec).__name__}.{name} must be true or false; got {value!r}.")
@@ -241,19 +248,21 @@ class Recipe:
             at_least: Bits that it has unless an override by name gives it others.
         """
         names = (name, *aliases)
-        if self.include and not any(_selects_any(p, names, kind) for p in self.include):
+        if self.include and not indexed(self.include).selecting(names, kind):
             return None
-        if any(_selects_any(p, names, kind) for p in self.exclude):
+        if indexed(self.exclude).selecting(names, kind):
             return None
         default = LayerSpec(self.weight, self.activation)
         spec: LayerSpec | None = default
+        selecting = indexed(tuple(self.overrides)).selecting(names, kind)
         # A name wins over a type, and over `first_last`.
         for by_type in (True, False):
             if not by_type:
                 default = _with_bits(default, at_least)
                 spec = None if spec is None else _with_bits(spec, at_least)
-            for pattern, change in self.overrides.items():
-                if is_type(pattern) is by_type and _selects_any(pattern, names, kind):
+            for pattern in selecting:
+                if is_type(pattern) is by_type:
+                    change = self.overrides[pattern]
                     base = spec or default
                     spec = None if change is None else self._overridden(base, pattern, change)
         return spec
@@ -282,11 +291,10 @@ class Recipe:
         names = (name, *aliases)
         if self.for_layer(name, kind, aliases) is not None:
             return None
-        for pattern in self.exclude:
-            if _selects_any(pattern, names, kind):
-                return f"excluded by the recipe (exclude: {pattern!r})"
-        for pattern, change in self.overrides.items():
-            if change is None and _selects_any(pattern, names, kind):
+        for pattern in indexed(self.exclude).selecting(names, kind):
+            return f"excluded by the recipe (exclude: {pattern!r})"
+        for pattern in indexed(tuple(self.overrides)).selecting(names, kind):
+            if self.overrides[pattern] is None:
                 return f"kept float by the recipe (overrides: {pattern!r}: None)"
         return "not selected by the recipe's include"
 
@@ -308,12 +316,16 @@ class Recipe:
         """
         problems = []
         candidates = [*layers.items(), *(("", kind) for kind in kinds)]
+        selected = {prefix for name in layers for prefix in prefixes(name)}
         for where, patterns in (
             ("include", self.include),
             ("exclude", self.exclude),
             ("overrides", tuple(self.overrides)),
         ):
+            plain = indexed(patterns).names & selected
             for pattern in patterns:
+                if pattern in plain:
+                    continue
                 if not any(selects(pattern, name, kind) for name, kind in candidates):
                     types = {f"type:{kind}" for _, kind in candidates}
                     known = types if is_type(pattern) else layers
@@ -388,10 +400,6 @@ def _with_bits(spec: LayerSpec, at_least: int) -> LayerSpec:
         replace(weight, bits=max(weight.bits, at_least)),
         replace(activation, bits=max(activation.bits, at_least)),
     )
-
-
-def _selects_any(pattern: str, names: tuple[str, ...], kind: str) -> bool:
-    return any(selects(pattern, name, kind) for name in names)
 
 
 def _article(kind: type) -> str:

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportGraphSignature
 from torch.nn.utils import weight_norm
 
 from lightning_qat.convert import CaptureError, check_capture, convert, finalized_copy
 from lightning_qat.layers import QATLayer
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.prepare import prepare
-from lightning_qat.program import add_constant, constant
+from lightning_qat.program import Constants
 from lightning_qat.qparams import Grid, QParams
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor, as_call
 from lightning_qat.recipe import ActivationSpec, Recipe
@@ -125,11 +126,12 @@ def test_every_quantized_tensor_is_one_explicit_node_with_constants() -> None:
     assert found.count("dequantize") == 2
     assert found.count("conv2d") == 2
     assert "batch_norm" not in found
+    constants = Constants(quantized.program)
     for node in quantized.program.graph.nodes:
         if node.target is fake_quantize_node._opoverload:
-            assert constant(quantized.program, node.args[1]) is not None
+            assert constants.value(node.args[1]) is not None
         if node.target is dequantize_node._opoverload:
-            integers = constant(quantized.program, node.args[0])
+            integers = constants.value(node.args[0])
             assert integers is not None
             assert integers.dtype is torch.int8
 
@@ -739,6 +741,27 @@ def test_scales_that_do_not_fit_the_axis_are_no_tensor() -> None:
 def test_a_constant_s_name_is_used_once() -> None:
     x = inputs_for("linear")
     program = convert(trained(linear(), x), x).program
-    name = next(iter(program.state_dict))
-    with pytest.raises(ValueError, match=f"already holds a constant named '{name}'"):
-        add_constant(program, name, torch.ones(1))
+    name, constants = next(iter(program.state_dict)), Constants(program)
+    first, second = (constants.add(name, torch.tensor(value)) for value in (1.0, 2.0))
+    assert (constants.name(first), constants.name(second)) == (f"{name}_1", f"{name}_2")
+    assert (constants.value(first), constants.value(second)) == (1.0, 2.0)
+
+
+def test_the_constants_of_a_program_are_listed_equally_often_for_all_depths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = []
+    real = ExportGraphSignature.inputs_to_buffers.fget
+
+    def counted(signature: ExportGraphSignature) -> Any:
+        listed[-1] += 1
+        return real(signature)
+
+    monkeypatch.setattr(ExportGraphSignature, "inputs_to_buffers", property(counted))
+    for depth in (1, 4):
+        x = torch.randn(2, 2, 4, 4)
+        pairs = [(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(depth)]
+        model = trained(nn.Sequential(*(layer for pair in pairs for layer in pair)), x)
+        listed.append(0)
+        assert len(convert(model, x).layers) == depth
+    assert listed[0] == listed[1]

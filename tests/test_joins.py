@@ -25,7 +25,7 @@ from lightning_qat.interception import interception_of
 from lightning_qat.join_plan import JoinPlan, plan_of
 from lightning_qat.nodes import as_fake_quantize
 from lightning_qat.prepare import prepare
-from lightning_qat.program import constant
+from lightning_qat.program import Constants
 from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.recipe import Recipe
@@ -167,7 +167,7 @@ def quantized_sources(node: fx.Node) -> set[fx.Node]:
 def numbers(model: QuantizedModel, node: fx.Node) -> tuple[float, int]:
     call = as_fake_quantize(node)
     assert call is not None
-    scale, zero_point = (constant(model.program, n) for n in (call.scale, call.zero_point))
+    scale, zero_point = map(Constants(model.program).value, (call.scale, call.zero_point))
     assert scale is not None
     assert zero_point is not None
     return float(scale), int(zero_point)

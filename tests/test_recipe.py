@@ -457,3 +457,23 @@ def test_a_clip_may_touch_zero_and_comes_from_a_list() -> None:
 
 def test_fixed_min_false_is_compatible_with_symmetric() -> None:
     assert ActivationSpec(fixed_min=False, symmetric=True).symmetric
+
+
+def test_plain_names_are_looked_up_however_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [f"block{n}.conv" for n in range(1000)]
+    recipe = Recipe(overrides={name: {"weight": {"bits": 4}} for name in names[::2]})
+    matched: list[str] = []
+    monkeypatch.setattr("lightning_qat.recipe.selects", lambda *args: matched.append(args[0]))
+    specs = [recipe.for_layer(name, "Conv2d") for name in names]
+    assert [spec.weight.bits for spec in specs if spec] == [4, 8] * 500
+    assert matched == []
+
+
+def test_a_name_with_brackets_is_a_pattern() -> None:
+    recipe = Recipe(exclude=("head[0]",))
+    assert recipe.for_layer("head0", "Linear") is None
+    assert recipe.for_layer("head[0]", "Linear") is not None
+    with pytest.raises(ValueError, match="matches no layer"):
+        recipe.check_patterns({"head[0]": "Linear"})

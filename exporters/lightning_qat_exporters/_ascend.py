@@ -485,7 +485,9 @@ def _fold_real_constants(graph: _GraphWriter) -> bool:
     """
     folded = False
     for node in graph.graph:
-        if node.op_type == "DequantizeLinear":
+        read = node.outputs[0].uses() or node.outputs[0].is_graph_output()
+        # What integer layers took has no readers left, and may be most of the model.
+        if node.op_type == "DequantizeLinear" and read:
             real = real_constant(node.outputs[0])
             if real is not None:
                 old = node.outputs[0]

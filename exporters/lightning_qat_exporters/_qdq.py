@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_ir as ir
@@ -42,6 +43,11 @@ COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 RECURRENT_OPS = tuple(GATES)
 """What ``with_recurrent_nodes`` makes."""
+
+OPSET = 20
+"""What exporters translate to unless they need another one, so that they share the translation."""
+
+_TRANSLATED: WeakKeyDictionary[QuantizedModel, dict[int, ir.Model]] = WeakKeyDictionary()
 
 
 def build_qdq(
@@ -72,27 +78,7 @@ def build_qdq(
         UnsupportedByTarget: 16-bit activations below opset 21; all of them are named.
     """
     _refuse_wide_activations(model, target, opset)
-    with _quiet():
-        program = torch.onnx.export(
-            model.program,
-            (),
-            dynamo=True,
-            opset_version=opset,
-            optimize=False,
-            verbose=False,
-            input_names=list(model.input_names),
-            output_names=list(model.output_names),
-            custom_translation_table={
-                torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
-                torch.ops.lightning_qat.dequantize.default: _dequantize,
-                torch.ops.lightning_qat_exporters.lstm.default: _lstm,
-                torch.ops.lightning_qat_exporters.gru.default: _gru,
-            },
-        )
-        assert program is not None
-        _optimize(program)
-    onnx_model = program.model
-    _share_pairs(onnx_model.graph, model)
+    onnx_model = _translated(model, opset).clone()
     _give_constants(onnx_model, model, activation_type, int4_weights)
     _transpose_integers(onnx_model.graph)
     global_average_pools(onnx_model.graph)
@@ -102,6 +88,34 @@ def build_qdq(
     _drop_unused_initializers(onnx_model.graph)
     _describe(onnx_model)
     return onnx_model
+
+
+def _translated(model: QuantizedModel, opset: int) -> ir.Model:
+    """What ``torch.onnx`` makes of the program; made once for all exporters, not to be changed."""
+    by_opset = _TRANSLATED.setdefault(model, {})
+    if opset not in by_opset:
+        with _quiet():
+            program = torch.onnx.export(
+                model.program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=list(model.input_names),
+                output_names=list(model.output_names),
+                custom_translation_table={
+                    torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
+                    torch.ops.lightning_qat.dequantize.default: _dequantize,
+                    torch.ops.lightning_qat_exporters.lstm.default: _lstm,
+                    torch.ops.lightning_qat_exporters.gru.default: _gru,
+                },
+            )
+            assert program is not None
+            _optimize(program)
+        _share_pairs(program.model.graph, model)
+        by_opset[opset] = program.model
+    return by_opset[opset]
 
 
 def _refuse_wide_activations(model: QuantizedModel, target: str, opset: int) -> None:

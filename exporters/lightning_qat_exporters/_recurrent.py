@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from lightning_qat.export import Unsupported
 from lightning_qat.nodes import FakeQuantizeCall, as_dequantize, as_fake_quantize
-from lightning_qat.program import add_constant, constant, module_path, settle
+from lightning_qat.program import Constants, module_path, settle
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 
 GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
@@ -145,11 +145,12 @@ def _fuse(
     (from_x,), from_h = call.products("weight_ih_l0"), call.products("weight_hh_l0")
     source, hidden = _quantized(from_x), _quantized(from_h[0])
     stacks = [node for node in call.nodes if node.target is _aten.stack.default]
+    constants = Constants(program)
     weights = [
-        _add_weight(program, call, tensors[call.key(name)])
+        _add_weight(program.graph, constants, call, tensors[call.key(name)])
         for name in ("weight_ih_l0", "weight_hh_l0")
     ]
-    bias = _add_bias(program, call, from_x, from_h[0])
+    bias = _add_bias(constants, call, from_x, from_h[0])
     batched = _value(source.x).dim() == 3
     # Of `projected.unbind(time)`.
     (unbind,) = (node for node in from_x.users if node.target is _aten.unbind.int)
@@ -249,30 +250,32 @@ def _initial_cell(product: fx.Node) -> fx.Node:
     return cell
 
 
-def _add_weight(program: ExportedProgram, call: Recurrence, tensor: QuantizedTensor) -> fx.Node:
+def _add_weight(
+    graph: fx.Graph, constants: Constants, call: Recurrence, tensor: QuantizedTensor
+) -> fx.Node:
     """The ``dequantize`` node of a weight ``[1, gates * hidden, features]``."""
     assert tensor.integers is not None
     grid, scale, axis = tensor.qparams.grid, tensor.qparams.scale, tensor.qparams.axis
     rows = in_onnx_order(call.kind, tensor.integers)
-    integers = add_constant(program, f"{tensor.key}.gates", rows[None])
+    integers = constants.add(f"{tensor.key}.gates", rows[None])
     scales = in_onnx_order(call.kind, scale) if axis is not None else scale
-    written = add_constant(program, f"{tensor.key}.gates_scale", scales)
-    with program.graph.inserting_before(call.nodes[0]):
+    written = constants.add(f"{tensor.key}.gates_scale", scales)
+    with graph.inserting_before(call.nodes[0]):
         target: Any = torch.ops.lightning_qat.dequantize.default
         arguments = (integers, written, grid.qmin, grid.qmax, None if axis is None else 1)
-        node: fx.Node = program.graph.call_function(target, (*arguments, tensor.key))
+        node: fx.Node = graph.call_function(target, (*arguments, tensor.key))
     return node
 
 
 def _add_bias(
-    program: ExportedProgram, call: Recurrence, from_x: fx.Node, from_h: fx.Node
+    constants: Constants, call: Recurrence, from_x: fx.Node, from_h: fx.Node
 ) -> fx.Node | None:
     """The biases of input and hidden state in one constant, ``[1, 2 * gates * hidden]``."""
-    values = [constant(program, p.args[2]) for p in (from_x, from_h) if len(p.args) > 2]
+    values = [constants.value(p.args[2]) for p in (from_x, from_h) if len(p.args) > 2]
     parts = [in_onnx_order(call.kind, value) for value in values if value is not None]
     if not parts:
         return None
-    return add_constant(program, f"{call.key('bias')}.gates", torch.cat(parts)[None])
+    return constants.add(f"{call.key('bias')}.gates", torch.cat(parts)[None])
 
 
 def in_onnx_order(kind: str, rows: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from lightning_qat_exporters._deploy_differences import deploy_differences
 from lightning_qat_exporters._files import require_writable, write_onnx
 from lightning_qat_exporters._lint import lint_deploy
 from lightning_qat_exporters._onnx_source import read_onnx, require_quantized
-from lightning_qat_exporters._qdq import build_qdq
+from lightning_qat_exporters._qdq import OPSET, build_qdq
 from lightning_qat_exporters._quantized_ops import (
     DEVICE_REMEDY,
     NotExpressible,
@@ -140,7 +140,7 @@ class CannExporter:
         return build_qdq(
             model,
             target=self.name,
-            opset=21 if wide or self.int4_weights else 18,
+            opset=21 if wide or self.int4_weights else OPSET,
             activation_type="int8",
             int4_weights=self.int4_weights,
         )
@@ -237,29 +237,29 @@ class CannExporter:
     ) -> dict[str, Path]:
         """Write all files or none."""
         recurrent = self._writes_recurrent(float_bias)
-        options = {"float_bias": float_bias, "recurrent": recurrent}
+        forms = {"model": (to_deploy, deploy), "fake_quant": (to_fake_quant, simulated)}
+        written = dict(files)
         try:
-            models = {
-                "model": to_deploy(deploy, self.opset, **options),
-                "fake_quant": to_fake_quant(simulated, self.opset, **options),
-            }
+            with ExitStack() as stack:
+                # One after the other: only one of the models is in memory, and no file takes its
+                # place before all are written.
+                for role, (form, source) in forms.items():
+                    temporary = stack.enter_context(replacing(files[role]))
+                    model = form(source, self.opset, float_bias=float_bias, recurrent=recurrent)
+                    _, *weights = write_onnx(model, temporary, files[role])
+                    written.update({f"{role}_weights": path for path in weights})
+                    del model
+                if "record" in files:
+                    nodes, _ = find_recurrent(deploy, found) if recurrent else ((), ())
+                    records = layer_records(found.layers, nodes)
+                    if files["record"].suffix == BINARY_SUFFIX:
+                        data = encode_record(records)
+                    else:
+                        data = format_record(records).encode()
+                    stack.enter_context(replacing(files["record"])).write_bytes(data)
         except NotExpressible as error:
             problems = (Unsupported(p.name, p.reason, p.remedy) for p in error.problems)
             raise UnsupportedByTarget(self.name, tuple(problems)) from error
-        written = dict(files)
-        with ExitStack() as stack:
-            for role, model in models.items():
-                temporary = stack.enter_context(replacing(files[role]))
-                _, *weights = write_onnx(model, temporary, files[role])
-                written.update({f"{role}_weights": path for path in weights})
-            if "record" in files:
-                nodes, _ = find_recurrent(deploy, found) if recurrent else ((), ())
-                records = layer_records(found.layers, nodes)
-                if files["record"].suffix == BINARY_SUFFIX:
-                    data = encode_record(records)
-                else:
-                    data = format_record(records).encode()
-                stack.enter_context(replacing(files["record"])).write_bytes(data)
         return written
 
     def run(

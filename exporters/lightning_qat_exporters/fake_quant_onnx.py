@@ -22,6 +22,7 @@ from lightning_qat_exporters._initializers import array_of, initializer
 from lightning_qat_exporters._qdq import (
     FULL_GRIDS,
     INT4_GRID,
+    OPSET,
     ActivationType,
     build_qdq,
     keys_of,
@@ -58,7 +59,7 @@ class FakeQuantOnnxExporter:
         self,
         activation_type: ActivationType = "uint8",
         quantize_bias: bool = False,
-        opset: int = 20,
+        opset: int = OPSET,
         int4_weights: bool = False,
     ) -> None:
         if activation_type not in ("int8", "uint8"):

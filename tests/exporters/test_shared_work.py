@@ -1,0 +1,94 @@
+"""What is done once for all targets: one capture, one translation, whoever asks first."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from lightning_qat import QuantizedModel, convert
+from lightning_qat.delivery import deliver
+from lightning_qat.export import load_exporter
+from lightning_qat_exporters.cann import CannExporter
+from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
+from tests.models import conv_bn_relu, inputs_for, trained
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The class of every module that torch.export captures from now on."""
+    classes: list[str] = []
+    real = torch.export.export
+
+    def counted(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        classes.append(type(module).__name__)
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    return classes
+
+
+@pytest.fixture
+def translated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The opset of every call of torch.onnx.export from now on."""
+    opsets: list[int] = []
+    real = torch.onnx.export
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        opsets.append(kwargs["opset_version"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", counted)
+    return opsets
+
+
+def model() -> QuantizedModel:
+    x = inputs_for("conv_bn_relu")
+    return convert(trained(conv_bn_relu(), x), x)
+
+
+def test_one_capture_and_one_translation_serve_all_exports_and_verification(
+    captured: list[str], translated: list[int], tmp_path: Path
+) -> None:
+    exporters = [load_exporter(name) for name in ("fake_quant_onnx", "cann")]
+    delivered = deliver(model(), exporters, tmp_path, "net")
+    assert [result.error for result in delivered] == [None, None]
+    assert all(result.agreement is not None for result in delivered)
+    assert captured == ["Sequential"]
+    assert translated == [20]
+
+
+@pytest.mark.xdist_group("tflite")
+def test_tflite_captures_nothing_of_ours_again(captured: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch")
+    quantized = model()
+    (delivered,) = deliver(quantized, [load_exporter("tflite")], tmp_path, "net")
+    assert delivered.error is None
+    # litert-torch takes modules only, so it captures the one that it is handed.
+    assert captured in (["Sequential"], ["Sequential", "Lowered"])
+
+
+def test_who_exports_first_does_not_show_in_the_files(tmp_path: Path) -> None:
+    quantized = model()
+    other = QuantizedModel(quantized.program, quantized.input_names, quantized.output_names)
+    for order, exported in (("ab", quantized), ("ba", other)):
+        targets = {"a": FakeQuantOnnxExporter(activation_type="uint8"), "b": CannExporter()}
+        for letter in order:
+            targets[letter].export(exported, tmp_path / order)
+    for name in ("qdq", "deploy_model", "fake_quant_model"):
+        first, second = (onnx.load(tmp_path / f"{o}_{name}.onnx") for o in ("ab", "ba"))
+        assert first == second
+
+
+def test_each_model_has_its_own_translation(tmp_path: Path, translated: list[int]) -> None:
+    for _ in range(2):
+        FakeQuantOnnxExporter().export(model(), tmp_path / "net")
+    assert translated == [20, 20]
+
+
+def test_another_opset_is_another_translation(tmp_path: Path, translated: list[int]) -> None:
+    quantized = model()
+    for opset in (18, 20, 18):
+        FakeQuantOnnxExporter(opset=opset).export(quantized, tmp_path / "net")
+    assert translated == [18, 20]
