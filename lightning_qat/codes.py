@@ -19,7 +19,7 @@ class Codes:
     """A tensor on a grid as its integers.
 
     Args:
-        integers: In the grid's dtype.
+        integers: Of any type.
         scale: Broadcasts against them.
         zero_point: Likewise, or a number.
     """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qat.bits import masked, pack_bits
+from lightning_qat.bits import between, masked, pack_bits
 from lightning_qat.codes import keeping_codes
 
 
@@ -57,10 +57,7 @@ class _Clamp(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(x)
         result = x.clamp_(low, high) if in_place else x.clamp(low, high)
-        # Above 0 where the gradient passes. Converting a sign is vectorised, comparing is not.
-        inside = result - low if low else result
-        inside = inside * (high - result) if high is not None else inside
-        ctx.save_for_backward(pack_bits(inside.sign().to(torch.int8)))
+        ctx.save_for_backward(pack_bits(between(result, low, high)))
         ctx.layout = result.shape, result.stride()
         return result
 

@@ -144,27 +144,50 @@ class _Rounded:
     @torch.no_grad()
     def __init__(self, x: Tensor, scale: Tensor, origin: Any, grid: Grid) -> None:
         steps = torch.div(x.to(torch.float32), scale).round_()
-        self._shifted = not (isinstance(origin, float) and origin == 0)
-        if self._shifted:
+        low, high = grid.qmin, grid.qmax
+        counted = _counted_from_zero(origin, grid)
+        # Integers are those of the grid, or steps from real zero where these fit in as many bits.
+        self._shift: Any = None if counted is not None else origin
+        if counted is None:
+            counted = grid.dtype
             steps.add_(origin)
+        else:
+            low, high = low - int(origin), high - int(origin)
         # One step wider than the grid tells what lies outside. Bytes are compared many times
         # faster than floats; one that wraps around still differs from its neighbour.
-        wide = steps.clamp_(grid.qmin - 1, grid.qmax + 1).to(
+        wide = steps.clamp_(low - 1, high + 1).to(
             torch.int16 if grid.dtype is torch.int8 else torch.int32
         )
-        self._wide, self._steps, self._grid = wide.to(grid.dtype), steps, grid
-        self.codes = Codes(wide.clamp_(grid.qmin, grid.qmax).to(grid.dtype), scale, origin)
+        self._wide, self._steps, self._ends = wide.to(grid.dtype), steps, (low, high)
+        self._integers = wide.clamp_(low, high).to(grid.dtype)
+        self.codes = Codes(
+            self._integers.view(counted), scale, 0.0 if self._shift is None else origin
+        )
 
     def bits(self) -> Tensor:
         """Where the gradient passes, packed."""
-        return pack_bits(self._wide.eq(self.codes.integers))
+        return pack_bits(self._wide.eq(self._integers))
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """To be called once. Not from the integers: NaN must come out as NaN."""
-        steps = self._steps.clamp_(self._grid.qmin, self._grid.qmax)
-        if self._shifted:
-            steps.sub_(self.codes.zero_point)
+        steps = self._steps.clamp_(*self._ends)
+        if self._shift is not None:
+            steps.sub_(self._shift)
         return steps.mul_(self.codes.scale).to(dtype)
+
+
+def _counted_from_zero(origin: Any, grid: Grid) -> torch.dtype | None:
+    """The type of steps from real zero that takes no more bits than the grid's; if there is one.
+
+    It saves two passes: for a symmetric range, and for one that begins or ends at zero.
+    """
+    if not isinstance(origin, float):
+        return None
+    low, high = grid.qmin - int(origin), grid.qmax - int(origin)
+    if grid.dtype is torch.int8 and 0 <= low and high <= 255:
+        return torch.uint8
+    limits = torch.iinfo(grid.dtype)
+    return grid.dtype if limits.min <= low and high <= limits.max else None
 
 
 def number_of(value: Tensor) -> Any:

@@ -178,12 +178,6 @@ class _Rounding:
         rounded = torch.round(x.to(torch.float32) / self.scale)
         return grad * rounded.ge(self.first).logical_and_(rounded.le(self.last))
 
-    def less_exact(self, steps: Tensor, x: Tensor) -> Tensor:
-        """``steps - x / scale``, in the memory of ``steps``: what rounding added to each value."""
-        if self.step is not None and x.dtype == torch.float32:
-            return steps.sub_(x, alpha=1.0 / self.step)
-        return steps.sub_(x.to(torch.float32) / self.scale)
-
     def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The sum over what shares a scale; of products, where weights are given."""
         if self.axis is None and weights is not None and _alike(values, weights):
@@ -207,7 +201,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """Keeps the input alone: rounding again costs less than keeping what it took away."""
+    """Keeps the input, and the result where a reader keeps that anyway."""
 
     @staticmethod
     def forward(
@@ -219,23 +213,30 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         factor: float,
         saves_input: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x if saves_input else x.clone())
+        result = fake.values(x)
+        saves_result = saves_input and not fake.keeps_codes and result.dtype == torch.float32
+        ctx.save_for_backward(x if saves_input else x.clone(), result if saves_result else None)
         ctx.fake, ctx.factor, ctx.shape, ctx.has_low = fake, factor, scale.shape, low is not None
-        return fake.values(x)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
-        steps = fake.steps(x)
+        (x, result), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
+        if result is None:
+            result = fake.steps(x).mul_(fake.scale)
         of_x = fake.inside(grad, x)
         # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
         # the steps from what stays: from real zero, or from the lower end.
-        beyond = grad - of_x
-        of_scale = fake.total(beyond, steps)
+        spare = result - x
+        of_scale = fake.total(of_x, spare)
+        # In its memory, unless a second derivative is to go through here.
+        beyond = torch.sub(grad, of_x, out=None if torch.is_grad_enabled() else spare)
+        of_scale = (of_scale + fake.total(beyond, result)) / fake.scale.reshape(ctx.shape)
+        of_low = None
         if ctx.has_low:
-            of_scale -= fake.first * fake.total(beyond)
-        of_low = beyond.sum() * ctx.factor if ctx.has_low else None
-        of_scale += fake.total(of_x, fake.less_exact(steps, x))
+            of_low = beyond.sum()
+            of_scale = of_scale - fake.first * of_low
+            of_low = of_low * ctx.factor
         of_scale = of_scale.reshape(ctx.shape) * ctx.factor
         return of_x.to(grads[0].dtype), of_scale, of_low, None, None, None
 

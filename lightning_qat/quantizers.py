@@ -168,6 +168,7 @@ class ActivationQuantizer(Quantizer):
         self.calibrated = spec.clip is not None
         # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
         self.pending: Tensor | None = None
+        self._numbers: tuple[tuple[float, float], tuple[Tensor, Tensor]] | None = None
         self.identity = object()
 
     def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
@@ -194,7 +195,7 @@ class ActivationQuantizer(Quantizer):
         return self._fake_quantize(x, saves_input)
 
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
-        scale, zero_point = self._scale_and_zero_point()
+        scale, zero_point = self._kept_numbers()
         return fake_quantize(
             x,
             scale,
@@ -251,7 +252,7 @@ class ActivationQuantizer(Quantizer):
     def _fake_quantizer(
         self, values: int, saves_input: bool, carries_codes: bool
     ) -> Callable[[Tensor], Tensor]:
-        return fake_quantizer(*self._scale_and_zero_point(), self.grid)
+        return fake_quantizer(*self._kept_numbers(), self.grid)
 
     @property
     def watches(self) -> bool:
@@ -319,6 +320,20 @@ class ActivationQuantizer(Quantizer):
             raise ValueError(f"{self.why_unknown}, so its range is unknown")
         scale, zero_point = self._scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
+
+    def _kept_numbers(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, computed once for as long as the range stays what it is.
+
+        By its values: an average may exchange them in ways that torch cannot see. On other devices
+        than CPUs looking at them would wait.
+        """
+        if is_compiling() or self.min_val.device.type != "cpu":
+            return self._scale_and_zero_point()
+        ends = self.min_val.item(), self.max_val.item()
+        if self._numbers is None or self._numbers[0] != ends:
+            with torch.inference_mode(False):
+                self._numbers = ends, self._scale_and_zero_point()
+        return self._numbers[1]
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         low, high = self.min_val, self.max_val

@@ -382,3 +382,12 @@ def test_a_final_activation_has_numbers_of_its_own() -> None:
 def test_an_activation_takes_all_the_values_that_its_bits_allow_and_no_more(bits: int) -> None:
     y = ActivationQuantizer(ActivationSpec(bits))(torch.linspace(-1, 1.5, 5000))
     assert len(y.unique()) == 2**bits
+
+
+def test_a_range_that_is_exchanged_through_data_counts_at_once() -> None:
+    """As averages of weights and buffers do it, between two forwards."""
+    quantizer = ActivationQuantizer(ActivationSpec())
+    quantizer(torch.tensor([-1.0, 1.0]))
+    quantizer.eval()(torch.tensor([5.0]))
+    quantizer.max_val.data.copy_(torch.tensor(9.0))
+    assert float(quantizer(torch.tensor([5.0]))) == pytest.approx(5.0, abs=0.03)
