@@ -14,6 +14,12 @@ Two placements stand side by side. *layers*: inputs and weights of layers are qu
 and ModelOpt do it. *joins*: every tensor between the layers too, which an integer target needs.
 Observing: ranges follow every batch; frozen: they stand; learned: scales are trained.
 
+glibc gives freed memory back to the system and takes it anew, page by page, as soon as a step needs
+a little more than before: hundreds of milliseconds that depend on sizes by chance and hit some
+variants and not others. Here it is told to keep memory, for all variants alike, which is what
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment, or jemalloc, do in
+a training of one's own. --malloc default leaves it as it is.
+
 --memory runs every variant in a process of its own. *kept*: bytes that the graph keeps for
 backward besides parameters and buffers, over float's. *peak*: the process's peak over float's;
 *peak, net*: both less what the process holds before its first step.
@@ -23,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -123,6 +130,15 @@ def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return step
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator not to give memory back; elsewhere do nothing."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h.
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
 
 
 def data(size: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -255,6 +271,8 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
 def main(options: argparse.Namespace) -> None:
     """Print the tables."""
     torch.set_num_threads(options.threads)
+    if options.malloc == "keep" and not options.memory:
+        keep_freed_memory()
     print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}")
     results: dict[str, Any] = {}
     if options.kernels:
@@ -273,7 +291,7 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description="Cost of a quantized training step over the float step: ours and peers'."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         *("--nets",), nargs="+", choices=NETS, default=["resnet18", "mobilenet", "encoder"]
@@ -285,5 +303,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=8, help="rounds per net (default: 8)")
     parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument(
+        "--malloc", choices=("keep", "default"), default="keep", help="see above (default: keep)"
+    )
     parser.add_argument("--json", help="also write the numbers to this file")
     main(parser.parse_args())

@@ -43,11 +43,11 @@ class TestContract(ExporterContract):
     make = FakeQuantOnnxExporter
 
     def break_write(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def half(model: ir.Model, path: Path, **_: Any) -> None:
+        def half(model: ir.Model, path: Path) -> None:
             path.write_bytes(b"half a mod")
             raise OSError("disk full")
 
-        monkeypatch.setattr(ir, "save", half)
+        monkeypatch.setattr("lightning_qat_exporters._files.write_streamed", half)
 
     def names_in(self, artifact: Artifact) -> set[str]:
         proto = onnx.load(artifact.files["model"])
