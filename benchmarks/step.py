@@ -6,9 +6,10 @@
     python -m benchmarks.step --memory                 # bytes instead of seconds
     python -m benchmarks.step --kernels                # one tensor: ours beside torch's kernels
 
-A step is forward, cross entropy, backward and SGD with momentum. The variants take turns, and each
-time is divided by the mean of the float steps right before and after it, so that the noise of the
-machine hits all alike. Printed are the median of these ratios and their quartiles.
+A step is forward, cross entropy, backward and SGD with momentum. Every variant has a process of its
+own, with a heap of its own. They take turns, and each time is divided by the mean of the float steps
+right before and after it, so that the noise of the machine hits all alike. Printed are the median of
+these ratios and their quartiles.
 
 Two placements stand side by side. *layers*: inputs and weights of layers are quantized, as AMCT
 and ModelOpt do it. *joins*: every tensor between the layers too, which an integer target needs.
@@ -38,6 +39,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,28 +149,60 @@ def data(size: int, batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
 
 
-def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Ratios to the float step by variant; ``float``: its milliseconds."""
+def _steps(name: str, variant: str, options: argparse.Namespace, connection: Any) -> None:
+    """A process that takes a step whenever it is asked to, and answers with the seconds."""
+    torch.set_num_threads(options.threads)
+    if options.malloc == "keep":
+        keep_freed_memory()
     full, narrow, size = NETS[name]
     x, y = data(size, options.batch)
-    net = narrow() if options.small else full()
-    steps, failed = {"float": stepper(build(net, x, "float"), x, y)}, []
-    for variant in variants(not options.no_peers):
-        try:
-            steps[variant] = stepper(build(net, x, variant), x, y)
-            steps[variant]()
-        except Exception as error:
-            steps.pop(variant, None)
-            failed.append(f"  {variant:32} cannot: {str(error).splitlines()[0][:80]}")
+    try:
+        step = stepper(build(narrow() if options.small else full(), x, variant), x, y)
+        # Until memory is laid out.
+        for _ in range(6):
+            step()
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}".splitlines()[0][:80])
+        return
+    connection.send(0.0)
+    while connection.recv():
+        connection.send(step())
+
+
+def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Ratios to the float step by variant; ``float``: its milliseconds."""
+    context = multiprocessing.get_context("spawn")
+    steps: dict[str, Callable[[], float]] = {}
+    connections, processes, failed = [], [], []
+    for variant in ["float", *variants(not options.no_peers)]:
+        mine, other = context.Pipe()
+        process = context.Process(target=_steps, args=(name, variant, options, other))
+        process.start()
+        processes.append(process)
+        answer = mine.recv()
+        if isinstance(answer, str):
+            failed.append(f"  {variant:32} cannot: {answer}")
+            continue
+        connections.append(mine)
+
+        def step(mine: Any = mine) -> float:
+            mine.send(True)
+            seconds: float = mine.recv()
+            return seconds
+
+        steps[variant] = step
     found: dict[str, list[float]] = {variant: [] for variant in steps}
-    for _ in range(2):
-        before = steps["float"]()
+    before = steps["float"]()
     for _ in range(options.rounds):
         for variant in list(steps)[1:]:
             seconds, after = steps[variant](), steps["float"]()
             found[variant].append(seconds / ((before + after) / 2))
             found["float"].append(after * 1e3)
             before = after
+    for connection in connections:
+        connection.send(False)
+    for process in processes:
+        process.join()
     print(f"{name}: float step {statistics.median(found['float']):.0f} ms")
     for variant, ratios in list(found.items())[1:]:
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -195,7 +229,9 @@ def _bytes(name: str, variant: str, small: bool, batch: int, threads: int, queue
     except Exception as error:
         queue.put(str(error).splitlines()[0][:80])
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a process inherits.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     queue.put((kept, peak, peak - start))
 
 
@@ -271,7 +307,7 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
 def main(options: argparse.Namespace) -> None:
     """Print the tables."""
     torch.set_num_threads(options.threads)
-    if options.malloc == "keep" and not options.memory:
+    if options.malloc == "keep" and options.kernels:
         keep_freed_memory()
     print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}")
     results: dict[str, Any] = {}
