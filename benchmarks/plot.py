@@ -44,7 +44,7 @@ if __name__ == "__main__":
     parser.add_argument("results", type=Path, help="what --json wrote")
     parser.add_argument("file", type=Path, help="the drawing to write")
     parser.add_argument("label", help="what the numbers are")
-    parser.add_argument("--value", type=int, help="which of several numbers (--memory has three)")
+    parser.add_argument("--value", type=int, help="which of several numbers (--memory has two)")
     options = parser.parse_args()
     numbers = json.loads(options.results.read_text())
     if options.value is not None:

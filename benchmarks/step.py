@@ -6,10 +6,10 @@
     python -m benchmarks.step --memory                 # bytes instead of seconds
     python -m benchmarks.step --kernels                # one tensor: ours beside torch's kernels
 
-A step is forward, cross entropy, backward and SGD with momentum. Every variant has a process of its
-own, with a heap of its own. They take turns, and each time is divided by the mean of the float steps
-right before and after it, so that the noise of the machine hits all alike. Printed are the median of
-these ratios and their quartiles.
+A step is forward, cross entropy, backward and SGD with momentum. Every variant has a process of
+its own, with a heap of its own. They take turns, and each time is divided by the mean of the float
+steps right before and after it, so that the noise of the machine hits all alike. Printed are the
+median of these ratios and their quartiles.
 
 Two placements stand side by side. *layers*: inputs and weights of layers are quantized, as AMCT
 and ModelOpt do it. *joins*: every tensor between the layers too, which an integer target needs.
@@ -21,9 +21,8 @@ variants and not others. Here it is told to keep memory, for all variants alike,
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment, or jemalloc, do in
 a training of one's own. --malloc default leaves it as it is.
 
---memory runs every variant in a process of its own. *kept*: bytes that the graph keeps for
-backward besides parameters and buffers, over float's. *peak*: the process's peak over float's;
-*peak, net*: both less what the process holds before its first step.
+--memory: *kept*, the bytes that the graph keeps for backward besides parameters and buffers, over
+float's; *peak*, the most memory that the process ever held, over float's.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 import warnings
@@ -83,7 +81,8 @@ def ours(net: nn.Module, x: Tensor, variant: str) -> nn.Module:
     """A prepared twin that has seen one batch."""
     recipe, observing, memory = OURS[variant]
     twin = copy.deepcopy(net).train()
-    prepare(twin, recipe, x, memory)  # type: ignore[arg-type]
+    # Two images: the run that plans keeps all its tensors.
+    prepare(twin, recipe, x[:2], memory)  # type: ignore[arg-type]
     with torch.no_grad():
         twin.train()(x)
     set_observing(activation_quantizers(twin).values(), observing)
@@ -218,8 +217,6 @@ def _bytes(name: str, variant: str, small: bool, batch: int, threads: int, queue
     try:
         model = build(narrow() if small else full(), x, variant)
         gc.collect()
-        with open("/proc/self/statm") as file:
-            start = int(file.read().split()[1]) * resource.getpagesize()
         loss = loss_of(model, x, y)
         kept = bytes_for_backward(loss, [*model.parameters(), *model.buffers()])
         del loss
@@ -232,11 +229,11 @@ def _bytes(name: str, variant: str, small: bool, batch: int, threads: int, queue
     # Not ru_maxrss, which a process inherits.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    queue.put((kept, peak, peak - start))
+    queue.put((kept, peak))
 
 
 def memory(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Bytes kept, peak and net peak by variant; ``float``: in MiB, others over it."""
+    """Bytes kept and peak by variant; ``float``: in MiB, others over it."""
     # Fresh processes: a peak is never given back, and no variant may profit from another's.
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[float]] = {}
@@ -252,9 +249,9 @@ def memory(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
         elif variant == "float":
             float_bytes = result
             found[variant] = [value / 2**20 for value in result]
-            kept, peak, net = found[variant]
-            print(f"{name}: float keeps {kept:.0f} MiB; peak {peak:.0f} MiB, net {net:.0f} MiB")
-            print(f"  {'':32} kept  peak  peak, net")
+            kept, peak = found[variant]
+            print(f"{name}: float keeps {kept:.0f} MiB; peak {peak:.0f} MiB")
+            print(f"  {'':32} kept  peak")
         else:
             found[variant] = [a / b for a, b in zip(result, float_bytes, strict=True)]
             print(f"  {variant:32} " + "  ".join(f"{ratio:.2f}" for ratio in found[variant]))

@@ -105,22 +105,23 @@ def learned_fake_quantizer(
         carries_codes: As there.
         known: As there; for one tensor.
     """
-    with torch.no_grad():
-        if low is None:
-            zero_point = torch.zeros_like(scale)
-        else:
-            zero_point = zero_point_of(low, scale, grid)
     factor = 1.0
     if values is not None:
         highest = grid.qmax if low is None else grid.qmax - grid.qmin
         factor = (max(values // scale.numel(), 1) * highest) ** -0.5
-    origin = zero_point if is_compiling() else number_of(zero_point)
-    step = None if isinstance(origin, Tensor) else float(scale.detach())
+    # Without a lower end it is 0 on every device.
+    origin: Any = 0.0
+    if low is not None:
+        with torch.no_grad():
+            origin = zero_point_of(low, scale, grid)
+        origin = origin if is_compiling() else number_of(origin)
+    step = None
+    if scale.numel() == 1 and scale.device.type == "cpu" and not is_compiling():
+        step = float(scale.detach())
 
     def call(x: Tensor) -> Tensor:
         wide = along_axis(scale.detach(), x.dim(), axis)
-        placed = along_axis(origin, x.dim(), axis) if isinstance(origin, Tensor) else origin
-        fake = _Rounding(wide, placed, grid, axis, step)
+        fake = _Rounding(wide, origin, grid, axis, step)
         fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
         result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
             x, scale, low, fake, factor, saves_input
@@ -142,7 +143,7 @@ class _Rounding:
     ) -> None:
         self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
         self.step = step
-        """The scale as a number, where the ends are numbers, too."""
+        """The scale as a number, where there is one and looking at it costs nothing."""
         self.first, self.last = grid.qmin - origin, grid.qmax - origin
         self.keeps_codes = False
         self.known: Tensor | Codes | None = None
@@ -169,13 +170,21 @@ class _Rounding:
         integers, self._integers = self._integers, None
         return Codes(integers, self.scale, self.origin)
 
-    def inside(self, grad: Tensor, x: Tensor) -> Tensor:
+    def placed(self, x: Tensor, result: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """Values, the points of the grid that they are rounded to, and how long a step is."""
+        if self.step is not None and x.dtype == torch.float32:
+            points = self.steps(x).mul_(self.scale) if result is None else result
+            return x, points, self.step
+        values = x.to(torch.float32) / self.scale
+        return values, torch.round(values).clamp(self.first, self.last), 1.0
+
+    def inside(self, grad: Tensor, values: Tensor, step: float) -> Tensor:
         """A gradient where values were not saturated, zero elsewhere."""
-        if self.step is not None and x.dtype == grad.dtype == torch.float32:
-            edges = edges_of(self.first, self.last, self.step)
-            masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *edges)
+        if isinstance(self.first, float) and not is_compiling():
+            edges = edges_of(self.first, self.last, step)
+            masked: Tensor = torch.ops.aten.hardtanh_backward(grad, values, *edges)
             return masked
-        rounded = torch.round(x.to(torch.float32) / self.scale)
+        rounded = torch.round(values / step)
         return grad * rounded.ge(self.first).logical_and_(rounded.le(self.last))
 
     def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -214,7 +223,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         saves_input: bool,
     ) -> Tensor:
         result = fake.values(x)
-        saves_result = saves_input and not fake.keeps_codes and result.dtype == torch.float32
+        saves_result = saves_input and fake.step is not None and not fake.keeps_codes
         ctx.save_for_backward(x if saves_input else x.clone(), result if saves_result else None)
         ctx.fake, ctx.factor, ctx.shape, ctx.has_low = fake, factor, scale.shape, low is not None
         return result
@@ -222,16 +231,15 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x, result), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
-        if result is None:
-            result = fake.steps(x).mul_(fake.scale)
-        of_x = fake.inside(grad, x)
+        values, points, step = fake.placed(x, result)
+        of_x = fake.inside(grad, values, step)
         # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
         # the steps from what stays: from real zero, or from the lower end.
-        spare = result - x
+        spare = points - values
         of_scale = fake.total(of_x, spare)
         # In its memory, unless a second derivative is to go through here.
         beyond = torch.sub(grad, of_x, out=None if torch.is_grad_enabled() else spare)
-        of_scale = (of_scale + fake.total(beyond, result)) / fake.scale.reshape(ctx.shape)
+        of_scale = (of_scale + fake.total(beyond, points)) / step
         of_low = None
         if ctx.has_low:
             of_low = beyond.sum()
