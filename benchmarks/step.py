@@ -19,10 +19,11 @@ glibc gives freed memory back to the system and takes it anew, page by page, as 
 a little more than before: hundreds of milliseconds that depend on sizes by chance and hit some
 variants and not others. Here it is told to keep memory, for all variants alike, which is what
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment, or jemalloc, do in
-a training of one's own. --malloc default leaves it as it is.
+a training of one's own. --malloc default leaves the allocator as it is.
 
 --memory: *kept*, the bytes that the graph keeps for backward besides parameters and buffers, over
-float's; *peak*, the most memory that the process ever held, over float's.
+float's; *peak*, the most memory that the process ever held, over float's. Here glibc is told to
+give every larger block back at once, so that holes in the heap do not count.
 """
 
 from __future__ import annotations
@@ -142,6 +143,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Tell glibc's allocator to give every larger block back at once; elsewhere do nothing."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+
+
 def data(size: int, batch: int) -> tuple[Tensor, Tensor]:
     """Images and classes."""
     torch.manual_seed(0)
@@ -151,7 +159,7 @@ def data(size: int, batch: int) -> tuple[Tensor, Tensor]:
 def _steps(name: str, variant: str, options: argparse.Namespace, connection: Any) -> None:
     """A process that takes a step whenever it is asked to, and answers with the seconds."""
     torch.set_num_threads(options.threads)
-    if options.malloc == "keep":
+    if options.malloc == "tuned":
         keep_freed_memory()
     full, narrow, size = NETS[name]
     x, y = data(size, options.batch)
@@ -210,12 +218,14 @@ def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
-def _bytes(name: str, variant: str, small: bool, batch: int, threads: int, queue: Any) -> None:
-    torch.set_num_threads(threads)
+def _bytes(name: str, variant: str, options: argparse.Namespace, queue: Any) -> None:
+    torch.set_num_threads(options.threads)
+    if options.malloc == "tuned":
+        give_back_freed_memory()
     full, narrow, size = NETS[name]
-    x, y = data(size, batch)
+    x, y = data(size, options.batch)
     try:
-        model = build(narrow() if small else full(), x, variant)
+        model = build(narrow() if options.small else full(), x, variant)
         gc.collect()
         loss = loss_of(model, x, y)
         kept = bytes_for_backward(loss, [*model.parameters(), *model.buffers()])
@@ -239,8 +249,7 @@ def memory(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for variant in ["float", *variants(not options.no_peers)]:
         queue = context.Queue()
-        args = (name, variant, options.small, options.batch, options.threads, queue)
-        process = context.Process(target=_bytes, args=args)
+        process = context.Process(target=_bytes, args=(name, variant, options, queue))
         process.start()
         result = queue.get()
         process.join()
@@ -304,7 +313,7 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
 def main(options: argparse.Namespace) -> None:
     """Print the tables."""
     torch.set_num_threads(options.threads)
-    if options.malloc == "keep" and options.kernels:
+    if options.malloc == "tuned" and options.kernels:
         keep_freed_memory()
     print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}")
     results: dict[str, Any] = {}
@@ -337,7 +346,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
-        "--malloc", choices=("keep", "default"), default="keep", help="see above (default: keep)"
+        "--malloc", choices=("tuned", "default"), default="tuned", help="see above (default: tuned)"
     )
     parser.add_argument("--json", help="also write the numbers to this file")
     main(parser.parse_args())
