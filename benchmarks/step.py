@@ -156,15 +156,22 @@ def data(size: int, batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
 
 
-def _steps(name: str, variant: str, options: argparse.Namespace, connection: Any) -> None:
-    """A process that takes a step whenever it is asked to, and answers with the seconds."""
+def _built(
+    name: str, variant: str, options: argparse.Namespace
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network of a variant, its images and their classes, in a process of its own."""
     torch.set_num_threads(options.threads)
-    if options.malloc == "tuned":
-        keep_freed_memory()
     full, narrow, size = NETS[name]
     x, y = data(size, options.batch)
+    return build(narrow() if options.small else full(), x, variant), x, y
+
+
+def _steps(name: str, variant: str, options: argparse.Namespace, connection: Any) -> None:
+    """A process that takes a step whenever it is asked to, and answers with the seconds."""
+    if options.malloc == "tuned":
+        keep_freed_memory()
     try:
-        step = stepper(build(narrow() if options.small else full(), x, variant), x, y)
+        step = stepper(*_built(name, variant, options))
         # Until memory is laid out.
         for _ in range(6):
             step()
@@ -219,13 +226,10 @@ def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def _bytes(name: str, variant: str, options: argparse.Namespace, queue: Any) -> None:
-    torch.set_num_threads(options.threads)
     if options.malloc == "tuned":
         give_back_freed_memory()
-    full, narrow, size = NETS[name]
-    x, y = data(size, options.batch)
     try:
-        model = build(narrow() if options.small else full(), x, variant)
+        model, x, y = _built(name, variant, options)
         gc.collect()
         loss = loss_of(model, x, y)
         kept = bytes_for_backward(loss, [*model.parameters(), *model.buffers()])

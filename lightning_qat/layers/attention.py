@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_qat.codes import keeping_codes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.linear import LinearQAT
 from lightning_qat.recipe import LayerSpec, Recipe
@@ -56,11 +57,10 @@ class ProjectionQAT(QATLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the fake-quantized input with the fake-quantized weight."""
-        return functional.linear(
-            self.input_quantizer(input, saves_input=True),
-            self.weight_quantizer(self.weight),
-            self.bias,
-        )
+        x: Tensor = self.input_quantizer(input, saves_input=True)
+        weight: Tensor = self.weight_quantizer(self.weight)
+        with keeping_codes(x, weight):
+            return functional.linear(x, weight, self.bias)
 
 
 class OutputProjectionQAT(LinearQAT):
