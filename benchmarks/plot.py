@@ -6,6 +6,8 @@
 Needs matplotlib: pip install "lightning-qat[bench]".
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse

@@ -251,6 +251,7 @@ def memory(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     # Fresh processes: a peak is never given back, and no variant may profit from another's.
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[float]] = {}
+    float_bytes: tuple[int, int] = (1, 1)
     for variant in ["float", *variants(not options.no_peers)]:
         queue = context.Queue()
         process = context.Process(target=_bytes, args=(name, variant, options, queue))
