@@ -76,15 +76,15 @@ def fake_quantize(
         return result
     origin = number_of(zero_point)
     low, high = grid.qmin - origin, grid.qmax - origin
-    partial = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
-    if not (carries_codes or partial):
+    keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
+    if not (carries_codes or keeps_bits):
         result = _Pass.apply(x, lambda: (_values(x, scale, low, high), None))  # type: ignore[no-untyped-call]
     elif carries_codes or not (
         saves_input and isinstance(origin, float) and x.dtype == torch.float32
     ):
         rounded = _Rounded(x, scale, origin, grid)
         result = _Pass.apply(
-            x, lambda: (rounded.values(x.dtype), rounded.bits() if partial else None)
+            x, lambda: (rounded.values(x.dtype), rounded.bits() if keeps_bits else None)
         )  # type: ignore[no-untyped-call]
         if carries_codes:
             carry_codes(result, rounded.codes)
@@ -109,8 +109,7 @@ def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[T
             return fake_quantize(x, scale, zero_point, grid, saves_input=True)
         # ATen's own node has the gradient, from x alone; its result is written over.
         result: Tensor = torch.nn.functional.hardtanh(x, *edges)
-        steps = torch.div(x.detach(), scale, out=result.detach()).round_()
-        steps.clamp_(low, high).mul_(scale)
+        _values(x.detach(), scale, low, high, out=result.detach())
         return result
 
     return call
@@ -133,8 +132,8 @@ def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
     return result
 
 
-def _values(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
-    steps = torch.div(x.to(torch.float32), scale).round_()
+def _values(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
+    steps = torch.div(x.to(torch.float32), scale, out=out).round_()
     return steps.clamp_(low, high).mul_(scale).to(x.dtype)
 
 

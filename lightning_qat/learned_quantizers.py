@@ -54,6 +54,14 @@ class _LearnedActivation(ActivationQuantizer):
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
 
+    def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
+        return self._fake_quantizer(values, saves_input=True, carries_codes=False)
+
+    def _fake_quantizer(
+        self, values: int, saves_input: bool, carries_codes: bool
+    ) -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError
+
     def range_changed(self) -> None:
         """Start learning from the range, once enough batches have given it."""
         self.seen += 1

@@ -140,6 +140,7 @@ class ActivationQuantizer(Quantizer):
         quantizing: Fake quantization is on.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
             and all processes can agree on it first; otherwise each forward commits its own.
+        compact: What backward keeps is small, not fast; see ``codes``.
     """
 
     min_val: Tensor
@@ -247,11 +248,9 @@ class ActivationQuantizer(Quantizer):
         """
         if not (self.quantizing and self.calibrated):
             return lambda x: x
-        return self._fake_quantizer(values, saves_input=True, carries_codes=False)
+        return self._for_many_calls(values)
 
-    def _fake_quantizer(
-        self, values: int, saves_input: bool, carries_codes: bool
-    ) -> Callable[[Tensor], Tensor]:
+    def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
         return fake_quantizer(*self._kept_numbers(), self.grid)
 
     @property
