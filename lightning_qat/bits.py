@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,28 +26,29 @@ def _by_numpy(x: Tensor) -> bool:
     return x.device.type == "cpu" and not is_compiling() and torch.get_num_threads() <= _FEW_THREADS
 
 
-def between(x: Tensor, low: float, high: float | None) -> Tensor:
-    """Flags of the elements strictly between two ends; the upper one may be open.
+def between(x: Tensor, low: float, high: float) -> Tensor:
+    """Flags of the elements strictly between two ends.
 
     Args:
-        x: float32, within ``[low, high]``, any shape, without gaps or overlap in memory.
+        x: float32, any shape, without gaps or overlap in memory.
         low: Lower end.
-        high: Upper end.
+        high: Upper end; infinity: none.
 
     Example:
-        >>> between(torch.tensor([0.0, 1.0, 6.0]), 0.0, 6.0)
-        tensor([0, 1, 0], dtype=torch.int8)
+        >>> between(torch.tensor([-1.0, 0.0, 1.0, 6.0]), 0.0, 6.0)
+        tensor([0, 0, 1, 0], dtype=torch.int8)
     """
+    bounded = high < math.inf
     if _by_numpy(x) and x.dtype == torch.float32:
         values = _flat(x).numpy()
         flags = np.greater(values, low)
-        if high is not None:
+        if bounded:
             flags &= np.less(values, high)
         return torch.from_numpy(flags).view(torch.int8).as_strided(x.shape, x.stride())
     # torch converts signs many times faster than it compares floats.
     inside = x - low if low else x
-    inside = inside * (high - x) if high is not None else inside
-    return inside.sign().to(torch.int8)
+    inside = inside * (high - x) if bounded else inside
+    return inside.sign().clamp_(min=0).to(torch.int8)
 
 
 def pack_bits(flags: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qat.bits import between, masked, pack_bits
 from lightning_qat.codes import keeping_codes
+from lightning_qat.relus import RELUS
 
 
 def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -19,30 +19,16 @@ def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Relu, relu6 and hardtanh keep one bit per element instead of a float tensor. Of every other
     function's operands those that carry integers are kept as these.
     """
-    form = _FORMS.get(function)
-    if form is not None:
-        return form(*args, **kwargs)
+    relu = RELUS.get(function)
+    if relu is not None:
+        return _clamp(*relu(*args, **kwargs))
     first = args[0] if args else None
     operands = (*first, *args[1:]) if isinstance(first, list | tuple) else args
     with keeping_codes(*operands, *kwargs.values()):
         return function(*args, **kwargs)
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return _clamp(input, 0.0, None, inplace)
-
-
-def _relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    return _clamp(input, 0.0, 6.0, inplace)
-
-
-def _hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
-    return _clamp(input, min_val, max_val, inplace)
-
-
-def _clamp(x: Tensor, low: float, high: float | None, in_place: bool) -> Tensor:
+def _clamp(x: Tensor, low: float, high: float, in_place: bool) -> Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.clamp_(low, high) if in_place else x.clamp(low, high)
     result: Tensor = _Clamp.apply(x, low, high, in_place)  # type: ignore[no-untyped-call]
@@ -53,7 +39,7 @@ class _Clamp(torch.autograd.Function):
     """The gradient passes strictly between the ends, as torch has it for relu and hardtanh."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float | None, in_place: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: float, high: float, in_place: bool) -> Tensor:
         if in_place:
             ctx.mark_dirty(x)
         result = x.clamp_(low, high) if in_place else x.clamp(low, high)
@@ -64,11 +50,3 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return masked(grads[0], *ctx.saved_tensors, *ctx.layout), None, None, None
-
-
-_FORMS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), lambda x: _relu(x, inplace=True)),
-    F.relu6: _relu6,
-    F.hardtanh: _hardtanh,
-}

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.bits import masked, pack_bits
+from lightning_qat.bits import between, masked, pack_bits
 from lightning_qat.codes import Codes, carry_codes
+from lightning_qat.pieces import pieces
 from lightning_qat.qparams import Grid
 
 
@@ -89,8 +90,65 @@ def fake_quantize(
         if carries_codes:
             carry_codes(result, rounded.codes)
     else:
-        result = _Reread.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
+        edges = edges_of(low, high, float(scale))
+        result = _Reread.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]
     return result
+
+
+def clamp_and_quantize(
+    x: Tensor,
+    ends: tuple[float, float],
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    *,
+    carries_codes: bool = False,
+) -> Tensor:
+    """``fake_quantize`` of relu, relu6 or hardtanh of ``x``, in one pass with one gradient.
+
+    To round never changes the order of two values, so the grid is clamped instead of the tensor.
+
+    Args:
+        x: Real values, float32, on a device where looking at a number costs nothing; see
+            ``clamps``. It must not be changed in place before backward.
+        ends: Of the clamp, the upper one infinity for relu. The gradient passes strictly between.
+        scale: As there, a scalar.
+        zero_point: As there, a scalar.
+        grid: As there.
+        carries_codes: As there.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.1, 3.0, 7.0], requires_grad=True)
+        >>> y = clamp_and_quantize(
+        ...     x, (0.0, 6.0), torch.tensor(0.5), torch.tensor(0.0), Grid(-128, 127)
+        ... )
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
+    """
+    origin, step = number_of(zero_point), np.float32(scale.item())
+    first, last = grid.qmin - origin, grid.qmax - origin
+    below, above = edges_of(first, last, float(step))
+    edges = max(below, ends[0]), min(above, ends[1])
+    steps = (np.rint(np.float32(end) / step) for end in ends)
+    low, high = (float(min(max(end, first), last)) for end in steps)
+    result: Tensor
+    if not carries_codes:
+        result = _Reread.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]
+        return result
+    keeps_bits = x.requires_grad and torch.is_grad_enabled()
+    reached = int(low + origin), int(high + origin)
+    rounded = _Rounded(x, scale, origin, grid, reached)
+    bits = pack_bits(between(x, *edges)) if keeps_bits else None
+    result = _Pass.apply(x, lambda: (rounded.values(x.dtype), bits))  # type: ignore[no-untyped-call]
+    carry_codes(result, rounded.codes)
+    return result
+
+
+def clamps(x: Tensor, zero_point: Tensor) -> bool:
+    """Whether ``clamp_and_quantize`` can be given these."""
+    single = zero_point.numel() == 1 and zero_point.device.type == "cpu"
+    return single and x.dtype == torch.float32 and not is_compiling()
 
 
 def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[Tensor], Tensor]:
@@ -137,13 +195,46 @@ def _values(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = 
     return steps.clamp_(low, high).mul_(scale).to(x.dtype)
 
 
+def on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """Values rounded to the steps ``low`` to ``high`` from real zero, without a gradient.
+
+    Args:
+        x: float32.
+        scale: Size of a step, a scalar.
+        low: Lowest step.
+        high: Highest step.
+    """
+    parts = list(pieces(x))
+    if len(parts) == 1:
+        return _values(x, scale, low, high)
+    result = torch.empty_like(x)
+    for (part,), (out,) in zip(parts, pieces(result), strict=True):
+        _values(part, scale, low, high, out)
+    return result
+
+
 class _Rounded:
-    """A tensor on a grid: its integers, its values, and where the gradient passes."""
+    """A tensor on a grid: its integers, its values, and where the gradient passes.
+
+    Args:
+        x: Real values.
+        scale: As for ``fake_quantize``.
+        origin: The zero point, a number or a tensor.
+        grid: The integers in use.
+        reached: Those of them that a clamp before lets through; ``bits`` does not know of it.
+    """
 
     @torch.no_grad()
-    def __init__(self, x: Tensor, scale: Tensor, origin: Any, grid: Grid) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        origin: Any,
+        grid: Grid,
+        reached: tuple[int, int] | None = None,
+    ) -> None:
         steps = torch.div(x.to(torch.float32), scale).round_()
-        low, high = grid.qmin, grid.qmax
+        low, high = reached or (grid.qmin, grid.qmax)
         counted = _counted_from_zero(origin, grid)
         # Integers are those of the grid, or steps from real zero where these fit in as many bits.
         self._shift: Any = None if counted is not None else origin
@@ -154,11 +245,15 @@ class _Rounded:
             low, high = low - int(origin), high - int(origin)
         # One step wider than the grid tells what lies outside. Bytes are compared many times
         # faster than floats; one that wraps around still differs from its neighbour.
-        wide = steps.clamp_(low - 1, high + 1).to(
+        wider = 0 if reached else 1
+        wide = steps.clamp_(low - wider, high + wider).to(
             torch.int16 if grid.dtype is torch.int8 else torch.int32
         )
-        self._wide, self._steps, self._ends = wide.to(grid.dtype), steps, (low, high)
-        self._integers = wide.clamp_(low, high).to(grid.dtype)
+        self._steps, self._ends = steps, (low, high)
+        if wider:
+            self._wide = wide.to(grid.dtype)
+            wide.clamp_(low, high)
+        self._integers = wide.to(grid.dtype)
         self.codes = Codes(
             self._integers.view(counted), scale, 0.0 if self._shift is None else origin
         )
@@ -228,15 +323,17 @@ class _Reread(torch.autograd.Function):
     """Backward looks at the input again: one vectorised pass, which ATen has for hardtanh."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, edges: tuple[float, float]
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.edges = edges_of(low, high, float(scale))
-        return _values(x, scale, low, high)
+        ctx.edges = edges
+        return on_grid(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
 
 
 def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:

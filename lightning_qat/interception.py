@@ -30,6 +30,7 @@ from lightning_qat.join_functions import (
     leads_with_real,
     operands_of,
 )
+from lightning_qat.relus import RELUS, Relus, ReluSite
 from lightning_qat.tape import Tape, current_tape, hidden, is_hidden, swap_tape
 
 OUTPUT = "output:"
@@ -58,6 +59,8 @@ class Interception:
         self.warned = False
         self.compact = False
         """Whether what backward keeps of the module's calls is small, not fast; see ``codes``."""
+        self.relus: dict[str, ReluSite] = {}
+        """Who reads what relu gives, by the place of its call."""
         self._handles: list[Any] = []
 
     def attach(self, module: nn.Module) -> None:
@@ -109,6 +112,12 @@ class Interception:
         try:
             if output is not None and self._outputs:
                 replaced = self._quantize_outputs(output, frame.number)
+            if frame.tape is not None and output is not None:
+                given = output if replaced is None else replaced
+                with hidden():
+                    leaves = frame.tape.relus.read_all(given)
+                    frame.tape.relus.learn()
+                replaced = replaced if leaves is given else leaves
         finally:
             frame.close()
         return replaced
@@ -271,8 +280,55 @@ class _JoinMode(TorchFunctionMode):
             return self._call(func, args, kwargs)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = JOIN_FUNCTIONS.get(func)
         frame = _LOCAL.frames[-1] if _LOCAL.frames else None
+        tape = current_tape()
+        if tape is None or tape.traced:
+            return self._quantized(func, args, kwargs, frame)
+        if func not in _TELL_NO_VALUE and tape.relus.any_of(args, kwargs):
+            args, kwargs = _in_float(tape.relus, func, args, kwargs, frame)
+        if frame is not None and frame.watched and func in RELUS:
+            return self._relu(func, args, kwargs, frame, tape)
+        result = self._quantized(func, args, kwargs, frame)
+        if args:
+            tape.relus.may_have_changed(args[0])
+        return result
+
+    def _relu(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: Frame,
+        tape: Tape,
+    ) -> Any:
+        """Call relu, together with the only reader of its result where that is a quantizer."""
+        counted = func in JOIN_FUNCTIONS
+        place = frame.place("relu" if counted else "clamp")
+        relu = RELUS[func](*args, **kwargs)
+        if not place or tape.is_on_grid(relu.input):
+            return self._quantized(func, args, kwargs, frame)
+        assert frame.interception is not None
+        # A module may run several times in one forward.
+        site = frame.interception.relus.setdefault(f"{place}:{frame.number}", ReluSite())
+        result = tape.relu_and_quantizer(site, relu)
+        if result is not None:
+            frame.count(place)
+            return result
+        if not counted:
+            frame.count(place)
+        result = self._quantized(func, args, kwargs, frame)
+        tape.relus.gave(site, relu, result)
+        return result
+
+    def _quantized(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: Frame | None,
+    ) -> Any:
+        """Call a function, its planned operands quantized."""
+        known = JOIN_FUNCTIONS.get(func)
         if frame is not None and frame.keeps_little:
             func = partial(compactly, func)
         if known is None:
@@ -302,6 +358,40 @@ class _JoinMode(TorchFunctionMode):
             _warn_once(interception, place, str(reason))
             return func(*args, **kwargs)
         return _passed_on(known, func, *changed, original=args)
+
+
+_GETTERS = (
+    "shape ndim dtype device layout requires_grad is_leaf is_cuda is_sparse is_quantized is_nested"
+)
+_TELL_NO_VALUE = frozenset(
+    [getattr(Tensor, name).__get__ for name in _GETTERS.split()]
+    + [Tensor.size, Tensor.stride, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement]
+    + [Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__]
+)
+"""What tells of a tensor nothing that quantization changes."""
+
+
+def _in_float(
+    relus: Relus,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    frame: Frame | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with float values for all but planned operands."""
+    known = JOIN_FUNCTIONS.get(func)
+    operands: Mapping[int, nn.Module] = {}
+    if known is not None and frame is not None and frame.watched:
+        assert frame.interception is not None
+        operands = frame.interception.sites.get(frame.place(known.name), {})
+    changes = known is not None and (known.in_place or bool(kwargs.get("inplace")))
+    if known is None or known.kind == "tie" or changes:
+        # Values that are tied are observed together, and the user's own tensor must change.
+        operands = {}
+    if any(index >= len(args) for index in operands):
+        return args, kwargs
+    given = tuple(x if i in operands else relus.read_all(x) for i, x in enumerate(args))
+    return given, relus.read_all(kwargs)
 
 
 def _unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

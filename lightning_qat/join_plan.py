@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_qat.compiled import modules_by_path, trace_hooks
-from lightning_qat.interception import Interception
+from lightning_qat.interception import Interception, interception_of
 from lightning_qat.learned_quantizers import activation_quantizer
 from lightning_qat.quantizers import ActivationQuantizer
 from lightning_qat.recipe import ActivationSpec
@@ -140,8 +140,23 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
         interception = Interception(path, sites)
         interception.compact = like is not None and like.compact
         interception.attach(modules[path])
-    trace_hooks(model)
+    watch_layers(model)
     keep_plan(model, plan)
+
+
+def watch_layers(model: nn.Module) -> None:
+    """Watch over what is around the layers, where nothing need be quantized; see ``relus``."""
+    paths = modules_by_path(model)
+    owners = {path.rpartition(".")[0] for path, module in paths.items() if _quantizes(module)}
+    around = {owner[:end] for owner in owners for end, c in enumerate(f"{owner}.") if c == "."}
+    for path in sorted({"", *around} if owners else ()):
+        if interception_of(paths[path]) is None and not _quantizes(paths[path]):
+            Interception(path, {}).attach(paths[path])
+    trace_hooks(model)
+
+
+def _quantizes(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
 
 
 def _owner(quantizer: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.arithmetic import MIN_SCALE, along_axis, zero_point_of
 from lightning_qat.codes import Codes, carry_codes
-from lightning_qat.fake_quantization import edges_of, number_of
+from lightning_qat.fake_quantization import edges_of, number_of, on_grid
+from lightning_qat.pieces import alike, in_order, pieces
 from lightning_qat.qparams import Grid
 
 
@@ -91,6 +93,7 @@ def learned_fake_quantizer(
     saves_input: bool = False,
     carries_codes: bool = False,
     known: Tensor | Codes | None = None,
+    clamped: tuple[float, float] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """``learned_fake_quantize`` for many tensors on one grid, such as the steps of a sequence.
 
@@ -104,6 +107,9 @@ def learned_fake_quantizer(
         saves_input: As there.
         carries_codes: As there.
         known: As there; for one tensor.
+        clamped: Clamp each tensor to these ends first, as relu does, in the same pass; the lower
+            one is 0, the upper one is at least a step and may be infinity. For one scale, float32
+            tensors on a CPU, and a grid that starts at real zero.
     """
     factor = 1.0
     if values is not None:
@@ -122,6 +128,8 @@ def learned_fake_quantizer(
     def call(x: Tensor) -> Tensor:
         wide = along_axis(scale.detach(), x.dim(), axis)
         fake = _Rounding(wide, origin, grid, axis, step)
+        if clamped is not None:
+            fake.clamp(clamped[1])
         fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
         result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
             x, scale, low, fake, factor, saves_input
@@ -148,17 +156,35 @@ class _Rounding:
         self.keeps_codes = False
         self.known: Tensor | Codes | None = None
         self._integers: Tensor | None = None
+        self._highest = self.last
+        self._edges: tuple[float, float] | None = None
+        self.beyond = 1.0
+        """How much of a value beyond the edges the scale moves."""
+
+    def clamp(self, high: float) -> None:
+        """Let values be clamped to 0 and ``high`` before they are rounded."""
+        assert self.step is not None
+        above = edges_of(self.first, self.last, self.step)[1]
+        self._edges = 0.0, min(above, high)
+        if high < above:
+            self._highest = min(float(np.rint(np.float32(high) / np.float32(self.step))), self.last)
+            # All of them are ``high``, and that is what rounding took from.
+            point = self._highest * self.step
+            self.beyond = (point - high) / point
 
     def steps(self, x: Tensor) -> Tensor:
         """The step of the grid, counted from real zero, that each value is rounded to."""
         steps = torch.div(x.to(torch.float32), self.scale).round_()
-        return steps.clamp_(self.first, self.last)
+        return steps.clamp_(self.first, self._highest)
 
     def values(self, x: Tensor) -> Tensor:
         """Real values on the grid; their integers are kept aside where they are wanted."""
         known, self.known = self.known, None
         if known is not None:
             return known.restore() if isinstance(known, Codes) else known.detach()
+        plain = self.step is not None and isinstance(self.first, float)
+        if plain and x.dtype == torch.float32 and not self.keeps_codes:
+            return on_grid(x, self.scale, self.first, self._highest)
         steps = self.steps(x)
         if self.keeps_codes:
             self._integers = (steps + self.origin).to(self.grid.dtype)
@@ -178,35 +204,33 @@ class _Rounding:
         values = x.to(torch.float32) / self.scale
         return values, torch.round(values).clamp(self.first, self.last), 1.0
 
-    def inside(self, grad: Tensor, values: Tensor, step: float) -> Tensor:
+    def inside(
+        self, grad: Tensor, values: Tensor, step: float, out: Tensor | None = None
+    ) -> Tensor:
         """A gradient where values were not saturated, zero elsewhere."""
         if isinstance(self.first, float) and not is_compiling():
-            edges = edges_of(self.first, self.last, step)
-            masked: Tensor = torch.ops.aten.hardtanh_backward(grad, values, *edges)
+            edges = self._edges or edges_of(self.first, self.last, step)
+            masked: Tensor
+            if out is None:
+                masked = torch.ops.aten.hardtanh_backward(grad, values, *edges)
+            else:
+                masked = torch.ops.aten.hardtanh_backward(grad, values, *edges, grad_input=out)
             return masked
         rounded = torch.round(values / step)
-        return grad * rounded.ge(self.first).logical_and_(rounded.le(self.last))
+        inside = rounded.ge(self.first).logical_and_(rounded.le(self.last))
+        return torch.mul(grad, inside, out=out)
 
     def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The sum over what shares a scale; of products, where weights are given."""
-        if self.axis is None and weights is not None and _alike(values, weights):
+        if self.axis is None and weights is not None and alike(values, weights):
             # One pass without a temporary: new memory costs more than arithmetic.
-            count = values.numel()
-            return torch.dot(*(t.as_strided((count,), (1,)) for t in (values, weights)))
+            return torch.dot(in_order(values), in_order(weights))
         if weights is not None:
             values = values * weights
         others = [axis for axis in range(values.dim()) if axis != self.axis]
         if self.axis is None:
             return values.sum()
         return values.sum(others) if others else values.clone()
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have their elements in the same order, without gaps."""
-    if is_compiling() or one.stride() != other.stride():
-        return False
-    last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
-    return last or one.is_contiguous()
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
@@ -225,24 +249,35 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         result = fake.values(x)
         saves_result = saves_input and fake.step is not None and not fake.keeps_codes
         ctx.save_for_backward(x if saves_input else x.clone(), result if saves_result else None)
-        ctx.fake, ctx.factor, ctx.shape, ctx.has_low = fake, factor, scale.shape, low is not None
+        ctx.fake, ctx.factor, ctx.shape = fake, factor, scale.shape
+        # A lower end that is no parameter is real zero, where the grid then starts.
+        ctx.has_low = low is not None and low.requires_grad
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x, result), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
         values, points, step = fake.placed(x, result)
-        of_x = fake.inside(grad, values, step)
-        # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
-        # the steps from what stays: from real zero, or from the lower end.
-        spare = points - values
-        of_scale = fake.total(of_x, spare)
-        # In its memory, unless a second derivative is to go through here.
-        beyond = torch.sub(grad, of_x, out=None if torch.is_grad_enabled() else spare)
-        of_scale = (of_scale + fake.total(beyond, points)) / step
-        of_low = None
+        # A second derivative goes through new tensors only.
+        whole = fake.axis is not None or torch.is_grad_enabled()
+        of_x = None if whole else torch.empty_like(grad)
+        of_scale: Any = 0.0
+        of_low: Any = 0.0 if ctx.has_low else None
+        for g, v, p, out in (
+            [(grad, values, points, None)] if of_x is None else pieces(grad, values, points, of_x)
+        ):
+            inner = fake.inside(g, v, step, out)
+            # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond,
+            # by the steps from what stays: from real zero, or from the lower end.
+            spare = p - v
+            of_scale = of_scale + fake.total(inner, spare)
+            beyond = torch.sub(g, inner, out=None if torch.is_grad_enabled() else spare)
+            of_scale = of_scale + fake.total(beyond, p) * fake.beyond
+            if ctx.has_low:
+                of_low = of_low + beyond.sum()
+        of_x = inner if of_x is None else of_x
+        of_scale = of_scale / step
         if ctx.has_low:
-            of_low = beyond.sum()
             of_scale = of_scale - fake.first * of_low
             of_low = of_low * ctx.factor
         of_scale = of_scale.reshape(ctx.shape) * ctx.factor

@@ -54,11 +54,21 @@ class _LearnedActivation(ActivationQuantizer):
     def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
 
+    def _clamp_and_quantize(self, x: Tensor, ends: tuple[float, float]) -> Tensor | None:
+        from_zero = ends[0] == 0.0 and not _has_low(self.spec) and not self.spec.symmetric
+        if not from_zero or ends[1] < float(self._scale_and_zero_point()[0]):
+            return None
+        return self._fake_quantizer(x.numel(), True, self.compact, clamped=ends)(x)
+
     def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
         return self._fake_quantizer(values, saves_input=True, carries_codes=False)
 
     def _fake_quantizer(
-        self, values: int, saves_input: bool, carries_codes: bool
+        self,
+        values: int,
+        saves_input: bool,
+        carries_codes: bool,
+        clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         raise NotImplementedError
 
@@ -120,7 +130,11 @@ class LearnedStepActivation(_LearnedActivation):
             self.low.copy_(low)
 
     def _fake_quantizer(
-        self, values: int, saves_input: bool, carries_codes: bool
+        self,
+        values: int,
+        saves_input: bool,
+        carries_codes: bool,
+        clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
@@ -132,6 +146,7 @@ class LearnedStepActivation(_LearnedActivation):
             values,
             saves_input=saves_input,
             carries_codes=carries_codes,
+            clamped=clamped,
         )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
@@ -180,11 +195,21 @@ class LearnedClipActivation(_LearnedActivation):
         return low, affine_qparams(low, high, self.grid)[0]
 
     def _fake_quantizer(
-        self, values: int, saves_input: bool, carries_codes: bool
+        self,
+        values: int,
+        saves_input: bool,
+        carries_codes: bool,
+        clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         low, scale = self._ends()
         return learned_fake_quantizer(
-            scale, low, self.grid, None, saves_input=saves_input, carries_codes=carries_codes
+            scale,
+            low,
+            self.grid,
+            None,
+            saves_input=saves_input,
+            carries_codes=carries_codes,
+            clamped=clamped,
         )
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ MOVING_AVERAGE_WEIGHT = 0.01
 """Weight of the newest batch in a settled moving average, as in torch's observers."""
 
 
-def batch_range(x: Tensor) -> Tensor:
+def batch_range(x: Tensor, ends: tuple[float, float] | None = None) -> Tensor:
     """The range of one batch as ``(-min, max)``, float32.
 
     Both entries grow with the range, so the range over several calls, or over the processes of a
@@ -21,6 +21,7 @@ def batch_range(x: Tensor) -> Tensor:
 
     Args:
         x: Values of any shape and floating dtype, at least one element.
+        ends: Their range when they are clamped to these.
 
     Returns:
         Shape ``(2,)``.
@@ -30,6 +31,8 @@ def batch_range(x: Tensor) -> Tensor:
         tensor([1., 3.])
     """
     low, high = torch.aminmax(x.detach())
+    if ends is not None:
+        low, high = low.clamp(*ends), high.clamp(*ends)
     return (
         torch.stack((-low, high))
         .to(torch.float32)

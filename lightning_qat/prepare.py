@@ -23,6 +23,7 @@ from lightning_qat.join_plan import (
     apply_plan,
     keep_plan,
     plan_of,
+    watch_layers,
 )
 from lightning_qat.layers import (
     GRUQAT,
@@ -204,6 +205,7 @@ def plan_joins(
         The plan; ``None`` when the recipe wants none or the first forward will make it.
     """
     if not (recipe.joins or recipe.outputs):
+        watch_layers(model)
         return None
     if plan_of(model) is None:
         keep_plan(model, None)

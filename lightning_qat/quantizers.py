@@ -19,11 +19,18 @@ from lightning_qat.arithmetic import (
     symmetric_scale,
 )
 from lightning_qat.codes import Codes
-from lightning_qat.fake_quantization import fake_quantize, fake_quantizer, quantized_again
+from lightning_qat.fake_quantization import (
+    clamp_and_quantize,
+    clamps,
+    fake_quantize,
+    fake_quantizer,
+    quantized_again,
+)
 from lightning_qat.kept_weights import KeptWeights, state_of
 from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import (
+    BY_RANGE,
     HISTOGRAM_BINS,
     SEARCHES,
     SMALLEST_REACH,
@@ -184,7 +191,42 @@ class ActivationQuantizer(Quantizer):
             if tape is None:
                 return self._quantize(x, saves_input)
             quantize = partial(self._quantize, saves_input=saves_input)
-            return tape.quantize(x, self.identity, quantize, skip=True)
+            x = tape.relus.read_by(x, self)
+            result = tape.quantize(x, self.identity, quantize, skip=True)
+            if result is x:
+                tape.relus.forget(x)
+            return result
+
+    def quantize_clamped(self, x: Tensor, ends: tuple[float, float]) -> Tensor | None:
+        """Quantize relu, relu6 or hardtanh of ``x`` in one pass; observes nothing.
+
+        Values and gradients are those of two passes to the bit.
+
+        Args:
+            x: What is to be clamped; it must not be changed in place before backward.
+            ends: Of the clamp; the upper one may be infinity.
+
+        Returns:
+            ``None`` where it takes two passes: on other devices than CPUs, for other dtypes than
+            float32, and while more is observed of the clamped values than their range, or at once.
+        """
+        if not (self.quantizing and self.calibrated) or is_exporting_onnx():
+            return None
+        by_range = self.deferred and self.spec.calibration in BY_RANGE
+        if (self.watches and not by_range) or not clamps(x, self.min_val):
+            return None
+        with hidden():
+            return self._clamp_and_quantize(x, ends)
+
+    def _clamp_and_quantize(self, x: Tensor, ends: tuple[float, float]) -> Tensor | None:
+        numbers = self._kept_numbers()
+        return clamp_and_quantize(x, ends, *numbers, self.grid, carries_codes=self.compact)
+
+    def observe_clamped(self, x: Tensor, ends: tuple[float, float]) -> None:
+        """Observe what ``quantize_clamped`` has quantized, if it is to be."""
+        if self.watches and x.numel():
+            with hidden():
+                self.observe(batch_range(x, ends))
 
     def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         if not is_exporting_onnx():

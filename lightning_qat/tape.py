@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from lightning_qat.relus import Relu, Relus, ReluSite
+
 Key = tuple[int, int]
 """Identity of a tensor's value: the object, and how often it was changed in place."""
 
@@ -30,10 +32,12 @@ class Tape:
     def __init__(self, *, traced: bool) -> None:
         self.traced = traced
         # By identity of the tensor; then by version, and whose grid.
-        self._quantized: dict[int, dict[tuple[int, int], Tensor]] = {}
+        self._quantized: dict[int, dict[tuple[int, int], Tensor | None]] = {}
         self._grid: dict[int, dict[int, int]] = {}
         self._changes: Counter[int] = Counter()
         self._viewed: set[int] = set()
+        self.relus = Relus()
+        """What calls of relu gave, and who reads it."""
         self.calls: Counter[int] = Counter()
         """How often each watched module has run, by identity."""
         self._watched: dict[int, weakref.ref[Tensor]] = {}
@@ -55,12 +59,28 @@ class Tape:
         if skip and self._owner(x) == owner:
             return x
         known = self._quantized.setdefault(number, {})
-        found = known.get((version, owner))
-        if found is None:
-            found = known[version, owner] = compute(x)
+        if (version, owner) not in known:
+            found = compute(x)
+            # A quantizer may hand its input on, which must not be kept alive by itself.
+            known[version, owner] = None if found is x else found
             self._watch(x)
             self._put(found, owner)
-        return found
+            return found
+        again = known[version, owner]
+        return x if again is None else again
+
+    def is_on_grid(self, x: Tensor) -> bool:
+        """Whether a tensor lies on any grid."""
+        return self._owner(x) is not None
+
+    def relu_and_quantizer(self, site: ReluSite, relu: Relu) -> Tensor | None:
+        """See ``Relus.fused``."""
+        fused = self.relus.fused(site, relu)
+        if fused is None:
+            return None
+        result, quantized = fused
+        self._put(quantized, id(site.quantizer.identity))
+        return result
 
     def passes(self, source: Tensor, result: Tensor) -> None:
         """Note that ``result`` holds values of ``source``: it lies on the same grid."""
@@ -86,6 +106,7 @@ class Tape:
         """Forget everything; nothing shall outlive the forward."""
         self._quantized.clear()
         self._watched.clear()
+        self.relus.close()
         self._traced_tensors.clear()
 
     def _owner(self, x: Tensor) -> int | None:

@@ -12,9 +12,11 @@ FLOORS = [
     # the words that recipes are spelled with, for command lines; AMCT's text as plain data
     {"recipe_keys", "spelling", "amct_cfg"},
     {"amct_config", "patterns"},  # AMCT's configurations as recipes; what patterns select
+    {"relus"},  # relu's calls, and who reads what they give
     {
         "qparams",
         "bits",
+        "pieces",
         "recipe",
         "schedule",
         "atomic",

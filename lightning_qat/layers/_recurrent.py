@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qat.layers._layer import QATLayer, weight_quantizer_name
 from lightning_qat.quantizers import ActivationQuantizer
-from lightning_qat.tape import hidden
+from lightning_qat.tape import current_tape, hidden
 
 State = tuple[Tensor, ...]
 """What one step hands to the next: ``(h, c)`` of an LSTM, ``(h,)`` of a GRU."""
@@ -84,6 +84,10 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         Raises:
             ValueError: A shape does not fit.
         """
+        tape = current_tape()
+        if tape is not None:
+            # Read in hiding, not by a quantizer of the tape.
+            hx = tape.relus.read_all(hx)
         # Its arithmetic is no join of the model's.
         with hidden():
             if not isinstance(input, PackedSequence):

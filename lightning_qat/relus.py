@@ -1,0 +1,237 @@
+"""Relu and the quantizer that alone reads its result: one pass over the tensor instead of two.
+
+A quantizer clamps anyway. Where nothing but one quantizer reads what a relu gives, the relu's call
+gives the quantized tensor at once; neither the float tensor nor a backward of relu's own exists.
+Which calls these are is learned from the forwards themselves, and nothing depends on it: whatever
+else reads such a tensor gets the float one, computed then, and the call is left alone from then on.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Relu(NamedTuple):
+    """One call of relu, relu6 or hardtanh.
+
+    Args:
+        input: What is clamped.
+        low: Lower end.
+        high: Upper end; infinity: none.
+        in_place: The input is changed.
+    """
+
+    input: Tensor
+    low: float
+    high: float
+    in_place: bool
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the clamp."""
+        return self.low, self.high
+
+    def __call__(self) -> Tensor:
+        """The float result, in new memory."""
+        if self.high == math.inf:
+            return torch.relu(self.input)
+        return F.hardtanh(self.input, self.low, self.high)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Relu:
+    return Relu(input, 0.0, math.inf, inplace)
+
+
+def _relu6(input: Tensor, inplace: bool = False) -> Relu:
+    return Relu(input, 0.0, 6.0, inplace)
+
+
+def _hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Relu:
+    return Relu(input, min_val, max_val, inplace)
+
+
+RELUS: Mapping[Callable[..., Any], Callable[..., Relu]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
+    F.relu6: _relu6,
+    F.hardtanh: _hardtanh,
+}
+"""Every spelling that ``torch`` hands to a function mode, and what its arguments mean."""
+
+
+class ReluSite:
+    """One place that calls relu, and what is known of who reads the result."""
+
+    __slots__ = ("apart", "quantizer")
+
+    def __init__(self) -> None:
+        self.quantizer: Any = None
+        """The only reader of the last result."""
+        self.apart = False
+        """Something else has read a result: relu and quantizer stay two passes."""
+
+
+class _Result:
+    """A tensor that a call of relu gave, or an input that it would have changed.
+
+    Args:
+        site: Where.
+        relu: The call, where its float result is still to be computed.
+        quantized: What the quantizer of the site gives for it.
+    """
+
+    __slots__ = ("float", "quantized", "readers", "relu", "site")
+
+    def __init__(
+        self,
+        site: ReluSite,
+        relu: Relu | None = None,
+        quantized: Tensor | None = None,
+    ) -> None:
+        self.site, self.relu, self.quantized = site, relu, quantized
+        self.readers: dict[int, Any] = {}
+        self.float: Tensor | None = None
+
+
+class Relus:
+    """The results of relu in one forward, and who reads them. Keeps no tensor alive for long."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, tuple[weakref.ref[Tensor], _Result]] = {}
+        self._sources: dict[int, tuple[weakref.ref[Tensor], int, ReluSite]] = {}
+        self._all: list[_Result] = []
+
+    def fused(self, site: ReluSite, relu: Relu) -> tuple[Tensor, Tensor] | None:
+        """Relu and quantizer in one pass; ``None``: not here, or not now.
+
+        Returns:
+            What stands for the result of relu, and what the quantizer is to give for it.
+        """
+        quantizer = site.quantizer
+        if site.apart or quantizer is None or not _may_fuse(relu.input):
+            return None
+        quantized = quantizer.quantize_clamped(relu.input, relu.ends)
+        if quantized is None:
+            return None
+        # Another tensor of the same memory, to tell who reads it.
+        result = quantized.view_as(quantized)
+        self._note(result, _Result(site, relu, quantized))
+        if relu.in_place:
+            # Its name may go on being used; it holds the values before relu.
+            again = relu._replace(input=relu.input.view_as(relu.input))
+            self._note(relu.input, _Result(site, again))
+        return result, quantized
+
+    def gave(self, site: ReluSite, relu: Relu, result: Tensor) -> None:
+        """Note what an ordinary call of relu gave."""
+        if site.apart or not _may_fuse(result):
+            return
+        found = _Result(site)
+        self._all.append(found)
+        self._note(result, found)
+        looked_at = result if relu.in_place else relu.input
+        self._sources[id(looked_at)] = weakref.ref(looked_at), looked_at._version, site
+
+    def may_have_changed(self, x: Any) -> None:
+        """Leave a relu alone whose input a call has changed: backward would look at it."""
+        known = self._sources.get(id(x))
+        if known is not None and isinstance(x, Tensor) and known[0]() is x:
+            known[2].apart |= x._version != known[1]
+
+    def read(self, x: Any) -> Any:
+        """What a reader other than a quantizer gets for a tensor: always float values.
+
+        Args:
+            x: A tensor; anything else comes back as it is.
+        """
+        found = self._of(x)
+        return x if found is None else self._apart(x, found)
+
+    def read_all(self, values: Any) -> Any:
+        """``read`` of all tensors in nested containers; the very same ones if none is known."""
+        if not self._by_id or not any(self._of(leaf) for leaf in pytree.tree_leaves(values)):
+            return values
+        return pytree.tree_map(self.read, values)
+
+    def any_of(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call is given a tensor that is known here, also in a list or tuple."""
+        if not self._by_id:
+            return False
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if id(x) in self._by_id or (isinstance(x, list | tuple) and self.any_of(x, {})):
+                return True
+        return False
+
+    def read_by(self, x: Tensor, quantizer: Any) -> Tensor:
+        """What a quantizer gets for a tensor: float values, unless they are on its grid already."""
+        found = self._of(x)
+        if found is None:
+            return x
+        if found.relu is None:
+            found.readers[id(quantizer)] = quantizer
+            return x
+        if found.quantized is not None and found.site.quantizer is quantizer:
+            if not found.readers:
+                found.readers[id(quantizer)] = quantizer
+                quantizer.observe_clamped(found.relu.input, found.relu.ends)
+            return found.quantized
+        return self._apart(x, found)
+
+    def forget(self, x: Tensor) -> None:
+        """Learn nothing from who reads a tensor: a quantizer has handed it on as it is."""
+        self._by_id.pop(id(x), None)
+
+    def learn(self) -> None:
+        """Take note of who has read what, once the forward is through."""
+        for found in self._all:
+            if len(found.readers) > 1:
+                found.site.apart = True
+            elif found.readers:
+                (found.site.quantizer,) = found.readers.values()
+        self.close()
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._by_id.clear()
+        self._sources.clear()
+        self._all.clear()
+
+    def _apart(self, x: Tensor, found: _Result) -> Tensor:
+        found.site.apart = True
+        if found.relu is None:
+            return x
+        if found.float is None:
+            found.float = found.relu()
+        return found.float
+
+    def _of(self, x: Any) -> _Result | None:
+        known = self._by_id.get(id(x))
+        return known[1] if known is not None and known[0]() is x else None
+
+    def _note(self, x: Tensor, found: _Result) -> None:
+        number = id(x)
+
+        def forget(reference: object) -> None:
+            known = self._by_id.get(number)
+            if known is not None and known[0] is reference:
+                del self._by_id[number]
+
+        self._by_id[number] = weakref.ref(x, forget), found
+
+
+def _may_fuse(x: Tensor) -> bool:
+    """Whether backward may look at a tensor: nothing else changes it or decides what is kept."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore
+    # Activation checkpointing compares what two forwards have kept.
+    return hooks is None and not x.is_inference() and not x._is_view()
