@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qat.observers import (
     HISTOGRAM_BINS,
+    SEARCHES,
     SMALLEST_REACH,
     UPDATES,
     add_to_histogram,
@@ -111,6 +112,14 @@ def test_minmax_never_narrows() -> None:
 
 def test_minmax_follows_a_range_above_zero() -> None:
     assert [float(end) for end in follow("minmax", [(2.0, 3.0), (1.0, 2.0)])] == [1.0, 3.0]
+
+
+def test_a_sample_sees_every_feature() -> None:
+    # 2 ** 19 values: every 16th of them would be of 16 features, and never of this one.
+    x = torch.zeros(32, 64, 256)
+    x[..., 5] = 1.0
+    for name in ("percentile", "mse"):
+        assert float(SEARCHES[name](x, Grid(-128, 127), False)[1]) > 0.9
 
 
 # Histograms
