@@ -42,6 +42,4 @@ def state_of(*tensors: Tensor) -> Any:
 
     Rows of a packed parameter are another tensor at every call: what they are a view of is not.
     """
-    return tuple(
-        (id(t if t._base is None else t._base), t.data_ptr(), t._version) for t in tensors
-    )
+    return tuple((id(t if t._base is None else t._base), t.data_ptr(), t._version) for t in tensors)

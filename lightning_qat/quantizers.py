@@ -25,6 +25,7 @@ from lightning_qat.live_onnx import is_exporting_onnx, quantize_dequantize
 from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import (
     HISTOGRAM_BINS,
+    SAMPLES,
     SEARCHES,
     SMALLEST_REACH,
     UPDATES,
@@ -214,14 +215,16 @@ class ActivationQuantizer(Quantizer):
     def _range_of(self, x: Tensor) -> Tensor:
         if self.spec.calibration == "histogram":
             return self._range_of_all(x)
-        search = SEARCHES.get(self.spec.calibration)
-        return batch_range(x) if search is None else search(x, self.grid, self.spec.symmetric)
+        search, samples = SEARCHES.get(self.spec.calibration), self.spec.samples
+        if search is None:
+            return batch_range(x, samples)
+        return search(x, self.grid, self.spec.symmetric, samples or SAMPLES)
 
     @torch.no_grad()
     def _range_of_all(self, x: Tensor) -> Tensor:
         """The best range for all batches so far and this one."""
         if not _in_backward():
-            add_to_histogram(self.histogram, self.reach, x)
+            add_to_histogram(self.histogram, self.reach, x, self.spec.samples or SAMPLES)
         found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
         whole = batch_range(x)
         # Not finite: for the commit to refuse.
