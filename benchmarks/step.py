@@ -22,6 +22,10 @@ variants and not others. Here it is told to keep memory, for all variants alike,
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment, or jemalloc, do in
 a training of one's own. --malloc default leaves the allocator as it is.
 
+Threads that wait for each other sleep (OMP_WAIT_POLICY=passive, unless the environment says
+otherwise). By default they spin, also those of the variants whose turn it is not, and where other
+programs need the cores a step takes ten times as long.
+
 --memory: *kept*, the bytes that the graph keeps for backward besides parameters and buffers, over
 float's; *peak*, the most memory that the process ever held, over float's. Here glibc is told to
 give every larger block back at once, so that holes in the heap do not count.
@@ -35,6 +39,7 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -46,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.nets import Encoder, Recurrent, mobilenet, resnet18, resnet50
+from benchmarks.nets import Attention, Encoder, Recurrent, mobilenet, resnet18, resnet50
 from benchmarks.peers import Peer, installed
 from benchmarks.saved import bytes_for_backward
 from lightning_qat import prepare
@@ -63,6 +68,7 @@ NETS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], int]]
     "encoder": (Encoder, lambda: Encoder(64, 2), 32),
     "resnet50": (resnet50, lambda: resnet50(8), 224),
     "lstm": (Recurrent, lambda: Recurrent(32), 32),
+    "attention": (Attention, lambda: Attention(64), 32),
 }
 """Name to the net, a narrow one, and the size of its images."""
 
@@ -357,6 +363,8 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def main(options: argparse.Namespace) -> None:
     """Print the tables."""
+    # For the processes to come; in this one torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(options.threads)
     if options.malloc == "tuned" and options.kernels:
         keep_freed_memory()
