@@ -115,6 +115,12 @@ class EncoderLayer(nn.Module):
         return result
 
 
+def patches(x: Tensor) -> Tensor:
+    """The 64 patches of 4x4 pixels of ``(batch, 3, 32, 32)``: ``(batch, 64, 48)``."""
+    tiles = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
+    return tiles.flatten(3).flatten(1, 2)
+
+
 class Encoder(nn.Module):
     """A transformer encoder over patches of 32x32 images, averaged over time."""
 
@@ -126,10 +132,23 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of ``(batch, 3, 32, 32)``."""
-        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
-        logits: Tensor = self.head(
-            self.layers(self.patches(patches.flatten(3).flatten(1, 2))).mean(1)
-        )
+        logits: Tensor = self.head(self.layers(self.patches(patches(x))).mean(1))
+        return logits
+
+
+class Attention(nn.Module):
+    """Two of torch's encoder layers, with ``nn.MultiheadAttention``, over the same patches."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True)
+        self.patches = nn.Linear(48, width)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``(batch, 3, 32, 32)``."""
+        logits: Tensor = self.head(self.layers(self.patches(patches(x))).mean(1))
         return logits
 
 

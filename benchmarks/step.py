@@ -7,9 +7,10 @@
     python -m benchmarks.step --kernels                # one tensor: ours beside torch's kernels
 
 A step is forward, cross entropy, backward and SGD with momentum. Every variant has a process of
-its own, with a heap of its own. They take turns, and each time is divided by the mean of the float
-steps right before and after it, so that the noise of the machine hits all alike. Printed are the
-median of these ratios and their quartiles.
+its own, with a heap of its own. They take turns of as many steps as fill a fifth of a second, at
+least one; the median of a turn is divided by the mean of float's right before and after it, so that
+the noise of the machine hits all alike. Printed are the median of these ratios and their quartiles.
+A variant that cannot train a network, or is not ready within --limit seconds, says so.
 
 Two placements stand side by side. *layers*: inputs and weights of layers are quantized, as AMCT
 and ModelOpt do it. *joins*: every tensor between the layers too, which an integer target needs.
@@ -20,6 +21,10 @@ a little more than before: hundreds of milliseconds that depend on sizes by chan
 variants and not others. Here it is told to keep memory, for all variants alike, which is what
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment, or jemalloc, do in
 a training of one's own. --malloc default leaves the allocator as it is.
+
+Threads that wait for each other sleep (OMP_WAIT_POLICY=passive, unless the environment says
+otherwise). By default they spin, also those of the variants whose turn it is not, and where other
+programs need the cores a step takes ten times as long.
 
 --memory: *kept*, the bytes that the graph keeps for backward besides parameters and buffers, over
 float's; *peak*, the most memory that the process ever held, over float's. Here glibc is told to
@@ -34,6 +39,7 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -45,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.nets import Encoder, Recurrent, mobilenet, resnet18, resnet50
+from benchmarks.nets import Attention, Encoder, Recurrent, mobilenet, resnet18, resnet50
 from benchmarks.peers import Peer, installed
 from benchmarks.saved import bytes_for_backward
 from lightning_qat import prepare
@@ -53,14 +59,25 @@ from lightning_qat.phases import activation_quantizers, set_observing
 
 warnings.filterwarnings("ignore")
 
+TURN = 0.2
+"""Seconds that a turn takes at least: a step of few milliseconds alone is all noise."""
+
 NETS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], int]] = {
     "resnet18": (resnet18, lambda: resnet18(16), 32),
     "mobilenet": (mobilenet, lambda: mobilenet(8), 32),
     "encoder": (Encoder, lambda: Encoder(64, 2), 32),
     "resnet50": (resnet50, lambda: resnet50(8), 224),
     "lstm": (Recurrent, lambda: Recurrent(32), 32),
+    "attention": (Attention, lambda: Attention(64), 32),
 }
 """Name to the net, a narrow one, and the size of its images."""
+
+_OFTEN_LEFT = (nn.LSTM, nn.MultiheadAttention)
+"""Layers whose weights a tool may pass over; its time would be that of float."""
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, before there are threads or a heap to speak of.
+_CONTEXT.set_forkserver_preload(["lightning_qat", "torch._dynamo"])
 
 _LAYERS = {"joins": False, "outputs": False}
 _LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
@@ -109,6 +126,9 @@ def build(net: nn.Module, x: Tensor, variant: str) -> nn.Module:
         return ours(net, x, variant)
     peer = peers()[variant.removesuffix(", frozen")]
     model = peer.prepare(net, [x], 8, 8)
+    left = {type(layer).__name__ for layer in model.modules() if type(layer) in _OFTEN_LEFT}
+    if left:
+        raise ValueError(f"leaves {', '.join(sorted(left))} float")
     model.train()(x)
     if variant.endswith(", frozen"):
         peer.freeze(model)
@@ -166,8 +186,12 @@ def _built(
     return build(narrow() if options.small else full(), x, variant), x, y
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:80]
+
+
 def _steps(name: str, variant: str, options: argparse.Namespace, connection: Any) -> None:
-    """A process that takes a step whenever it is asked to, and answers with the seconds."""
+    """A process that takes a turn whenever it is asked to, and answers with its median step."""
     if options.malloc == "tuned":
         keep_freed_memory()
     try:
@@ -176,28 +200,51 @@ def _steps(name: str, variant: str, options: argparse.Namespace, connection: Any
         for _ in range(6):
             step()
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}".splitlines()[0][:80])
+        connection.send(_reason(error))
         return
     connection.send(0.0)
     while connection.recv():
-        connection.send(step())
+        turn = [step()]
+        while sum(turn) < TURN:
+            turn.append(step())
+        connection.send(statistics.median(turn))
+
+
+def started(
+    target: Callable[..., None], name: str, variant: str, options: argparse.Namespace
+) -> tuple[Any, Any]:
+    """A variant's process and the connection to it."""
+    mine, other = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=target, args=(name, variant, options, other), daemon=True)
+    process.start()
+    # So that its end is noticed.
+    other.close()
+    return process, mine
+
+
+def first_answer(process: Any, connection: Any, options: argparse.Namespace) -> Any:
+    """What a process says when it is ready; a string: why it never will be."""
+    try:
+        if connection.poll(options.limit):
+            return connection.recv()
+    except EOFError:
+        return "its process died"
+    process.terminate()
+    return f"not ready after {options.limit} s (--limit)"
 
 
 def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Ratios to the float step by variant; ``float``: its milliseconds."""
-    context = multiprocessing.get_context("spawn")
     steps: dict[str, Callable[[], float]] = {}
     connections, processes, failed = [], [], []
     for variant in ["float", *variants(not options.no_peers)]:
-        mine, other = context.Pipe()
-        process = context.Process(target=_steps, args=(name, variant, options, other))
-        process.start()
-        processes.append(process)
-        answer = mine.recv()
+        process, mine = started(_steps, name, variant, options)
+        answer = first_answer(process, mine, options)
         if isinstance(answer, str):
             failed.append(f"  {variant:32} cannot: {answer}")
             continue
         connections.append(mine)
+        processes.append(process)
 
         def step(mine: Any = mine) -> float:
             mine.send(True)
@@ -205,6 +252,8 @@ def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
             return seconds
 
         steps[variant] = step
+    if "float" not in steps:
+        raise RuntimeError(f"{name}: {failed[0].strip()}")
     found: dict[str, list[float]] = {variant: [] for variant in steps}
     before = steps["float"]()
     for _ in range(options.rounds):
@@ -225,7 +274,7 @@ def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
-def _bytes(name: str, variant: str, options: argparse.Namespace, queue: Any) -> None:
+def _bytes(name: str, variant: str, options: argparse.Namespace, connection: Any) -> None:
     if options.malloc == "tuned":
         give_back_freed_memory()
     try:
@@ -238,25 +287,22 @@ def _bytes(name: str, variant: str, options: argparse.Namespace, queue: Any) -> 
         for _ in range(3):
             step()
     except Exception as error:
-        queue.put(str(error).splitlines()[0][:80])
+        connection.send(_reason(error))
         return
     # Not ru_maxrss, which a process inherits.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    queue.put((kept, peak))
+    connection.send((kept, peak))
 
 
 def memory(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Bytes kept and peak by variant; ``float``: in MiB, others over it."""
     # Fresh processes: a peak is never given back, and no variant may profit from another's.
-    context = multiprocessing.get_context("spawn")
     found: dict[str, list[float]] = {}
     float_bytes: tuple[int, int] = (1, 1)
     for variant in ["float", *variants(not options.no_peers)]:
-        queue = context.Queue()
-        process = context.Process(target=_bytes, args=(name, variant, options, queue))
-        process.start()
-        result = queue.get()
+        process, connection = started(_bytes, name, variant, options)
+        result = first_answer(process, connection, options)
         process.join()
         if isinstance(result, str):
             print(f"  {variant:32} cannot: {result}")
@@ -317,6 +363,8 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def main(options: argparse.Namespace) -> None:
     """Print the tables."""
+    # For the processes to come; in this one torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(options.threads)
     if options.malloc == "tuned" and options.kernels:
         keep_freed_memory()
@@ -347,6 +395,9 @@ if __name__ == "__main__":
     parser.add_argument("--memory", action="store_true", help="bytes instead of seconds")
     parser.add_argument("--kernels", action="store_true", help="one tensor instead of nets")
     parser.add_argument("--no-peers", action="store_true", help="ours and float alone")
+    parser.add_argument(
+        "--limit", type=int, default=300, help="seconds for a variant to be ready (default: 300)"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="rounds per net (default: 8)")
     parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")

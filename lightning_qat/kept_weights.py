@@ -38,5 +38,8 @@ class KeptWeights:
 
 
 def state_of(*tensors: Tensor) -> Any:
-    """What changes with the values of tensors, as far as torch tells."""
-    return tuple((id(t), t.data_ptr(), t._version) for t in tensors)
+    """What changes with the values of tensors, as far as torch tells.
+
+    Rows of a packed parameter are another tensor at every call: what they are a view of is not.
+    """
+    return tuple((id(t if t._base is None else t._base), t.data_ptr(), t._version) for t in tensors)

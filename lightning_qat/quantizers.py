@@ -32,6 +32,7 @@ from lightning_qat.nodes import dequantize_node, fake_quantize_node
 from lightning_qat.observers import (
     BY_RANGE,
     HISTOGRAM_BINS,
+    SAMPLES,
     SEARCHES,
     SMALLEST_REACH,
     UPDATES,
@@ -226,7 +227,7 @@ class ActivationQuantizer(Quantizer):
         """Observe what ``quantize_clamped`` has quantized, if it is to be."""
         if self.watches and x.numel():
             with hidden():
-                self.observe(batch_range(x, ends))
+                self.observe(batch_range(x, self.spec.samples, ends))
 
     def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         if not is_exporting_onnx():
@@ -256,14 +257,16 @@ class ActivationQuantizer(Quantizer):
     def _range_of(self, x: Tensor) -> Tensor:
         if self.spec.calibration == "histogram":
             return self._range_of_all(x)
-        search = SEARCHES.get(self.spec.calibration)
-        return batch_range(x) if search is None else search(x, self.grid, self.spec.symmetric)
+        search, samples = SEARCHES.get(self.spec.calibration), self.spec.samples
+        if search is None:
+            return batch_range(x, samples)
+        return search(x, self.grid, self.spec.symmetric, samples or SAMPLES)
 
     @torch.no_grad()
     def _range_of_all(self, x: Tensor) -> Tensor:
         """The best range for all batches so far and this one."""
         if not _in_backward():
-            add_to_histogram(self.histogram, self.reach, x)
+            add_to_histogram(self.histogram, self.reach, x, self.spec.samples or SAMPLES)
         found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
         whole = batch_range(x)
         # Not finite: for the commit to refuse.

@@ -113,6 +113,10 @@ class ActivationSpec:
             quantizers start there.
         calibration_batches: How many batches give a learned quantizer the range it starts from,
             where no ``Schedule`` asks for more; from the last of them on it quantizes.
+        samples: How many values of a tensor calibration looks at, 64 or more. ``None``: all of them
+            for ``moving_average`` and ``minmax``, 32,768 evenly spaced ones for the others. With
+            fewer than all, the first two take evenly spaced runs of 64 neighbours: values that are
+            farther out than those may be clipped, and NaN or infinity may go unseen.
 
     Raises:
         ValueError: A value is outside what is listed, or two of them exclude each other.
@@ -125,6 +129,7 @@ class ActivationSpec:
     fixed_min: bool | None = None
     clip: tuple[float, float] | None = None
     calibration_batches: int = 1
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -150,6 +155,11 @@ class ActivationSpec:
             raise ValueError(
                 "ActivationSpec.calibration_batches must be an int of 1 or more; got "
                 f"{self.calibration_batches!r}."
+            )
+        if self.samples is not None and not (_is_int(self.samples) and self.samples >= 64):
+            raise ValueError(
+                "ActivationSpec.samples must be an int of 64 or more, or null for what the "
+                f"calibration takes by itself; got {self.samples!r}."
             )
         if self.clip is not None:
             object.__setattr__(self, "clip", _clip(self.clip))

@@ -32,6 +32,7 @@ class ActivationKeys(TypedDict, total=False):
     fixed_min: bool | None
     clip: list[float] | None
     calibration_batches: int
+    samples: int | None
 
 
 class LayerKeys(TypedDict, total=False):

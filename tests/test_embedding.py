@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qat import Recipe, convert, export, prepare, verify
 from lightning_qat.layers import EmbeddingQAT
+from lightning_qat.phases import weights_quantized_once
 from lightning_qat.prepare import prepare_like
 
 LOOKED_UP = torch.tensor([[1, 2, 2], [0, 9, 2]])
@@ -74,6 +75,36 @@ def test_gradients_are_those_of_the_float_layer(options: dict[str, Any]) -> None
     assert layer.weight.grad is not None
     torch.testing.assert_close(qat.weight.grad, layer.weight.grad, rtol=0, atol=0)
     assert not layer.weight.grad[3].any()
+
+
+@pytest.mark.parametrize("quantizer", ["minmax", "arq", "learned"])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}], ids=str)
+def test_few_rows_come_out_as_from_the_whole_table(options: dict[str, Any], quantizer: str) -> None:
+    few = EmbeddingQAT(10, 4, **options, config={"weight": {"quantizer": quantizer, "bits": 3}})
+    few(torch.arange(10))  # learned scales start here
+    whole = copy.deepcopy(few)
+    factors = torch.randn(2, 3, 4)
+    rows = few(LOOKED_UP)
+    with weights_quantized_once(whole):
+        expected = whole(LOOKED_UP)
+    for found in (rows, expected):
+        (found * factors).sum().backward()
+    assert torch.equal(rows, expected)
+    assert few.weight.grad is not None
+    assert torch.equal(few.weight.grad, whole.weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("read", "rounded"), [([[3, 3, 7]], 3), ([list(range(10))], 10), ([[]], 10), (5, 1)], ids=str
+)
+def test_only_rows_that_are_read_are_rounded(
+    read: Any, rounded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, round_ = [], Tensor.round_
+    monkeypatch.setattr(Tensor, "round_", lambda x: (sizes.append(len(x)), round_(x))[1])
+    indices = torch.tensor(read, dtype=torch.int64)
+    assert EmbeddingQAT(10, 4)(indices).shape == (*indices.shape, 4)
+    assert sizes == [rounded]
 
 
 @pytest.mark.parametrize(

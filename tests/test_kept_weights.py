@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat import prepare
+from lightning_qat.layers import MultiheadAttentionQAT
 from lightning_qat.phases import weights_quantized_once
 from lightning_qat.quantizers import WeightQuantizer
 
@@ -114,3 +115,28 @@ def test_outside_nothing_is_kept(recipe: Any, memory: Any) -> None:
     model[0].weight.data.mul_(2)  # type: ignore[index]
     assert torch.equal(model(x), copy.deepcopy(model)(x))
     assert all(m.kept is None for m in model.modules() if isinstance(m, WeightQuantizer))
+
+
+def test_rows_of_a_packed_parameter_are_quantized_once_and_anew_when_it_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attention = MultiheadAttentionQAT(4, 2, batch_first=True)
+    x = torch.randn(2, 3, 4)
+    counts = []
+    quantize = WeightQuantizer._fake_quantize
+
+    def counted(self: WeightQuantizer, weight: Tensor, known: Any) -> Tensor:
+        counts.append(known is None)
+        return quantize(self, weight, known)
+
+    monkeypatch.setattr(WeightQuantizer, "_fake_quantize", counted)
+    with weights_quantized_once(attention):
+        for grad in (True, False, True):
+            with torch.set_grad_enabled(grad):
+                attention(x, x, x)
+        # Query, key, value and output.
+        assert sum(counts) == 4
+        with torch.no_grad():
+            attention.in_proj_weight.mul_(2.0)
+        attention(x, x, x)
+    assert sum(counts) == 7

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qat.observers import (
     HISTOGRAM_BINS,
+    SEARCHES,
     SMALLEST_REACH,
     UPDATES,
     add_to_histogram,
@@ -111,6 +112,62 @@ def test_minmax_never_narrows() -> None:
 
 def test_minmax_follows_a_range_above_zero() -> None:
     assert [float(end) for end in follow("minmax", [(2.0, 3.0), (1.0, 2.0)])] == [1.0, 3.0]
+
+
+def test_a_sample_sees_every_feature() -> None:
+    # 2 ** 19 values: every 16th of them would be of 16 features, and never of this one.
+    x = torch.zeros(32, 64, 256)
+    x[..., 5] = 1.0
+    for name in ("percentile", "mse"):
+        assert float(SEARCHES[name](x, Grid(-128, 127), False)[1]) > 0.9
+
+
+def test_a_tensor_of_no_more_than_the_samples_is_looked_at_whole() -> None:
+    x = torch.randn(4, 32)
+    for samples in (128, 1000):
+        assert torch.equal(batch_range(x, samples), batch_range(x))
+
+
+def test_a_sampled_range_is_that_of_evenly_spaced_runs_of_64() -> None:
+    # 4 runs of 64 in 1000 values: the next step after 250 that shares no factor with 1000 is 251.
+    x = torch.arange(1000.0)
+    seen = [value for start in (0, 251, 502, 753) for value in range(start, start + 64)]
+    assert batch_range(x, 4 * 64 + 63).tolist() == [-min(seen), max(seen)]
+    hidden = torch.where(torch.isin(x, torch.tensor(seen)), x, torch.nan)
+    assert batch_range(hidden, 4 * 64 + 63).tolist() == [-min(seen), max(seen)]
+
+
+@pytest.mark.parametrize("samples", [64, 100, 4096, 32 * 1024 - 1])
+@pytest.mark.parametrize("shape", [(32, 1024), (8, 16, 16, 16), (32767,), (3, 5, 7, 499)])
+def test_a_sample_has_no_more_values_than_asked_and_half_of_them_at_least(
+    shape: tuple[int, ...], samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, sizes, aminmax = torch.randn(shape), [], torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda v: (sizes.append(v.numel()), aminmax(v))[1])
+    batch_range(x, samples)
+    (size,) = sizes
+    assert samples / 2 <= size <= samples
+
+
+def test_transposed_tensors_are_sampled_without_a_copy_of_all() -> None:
+    x = torch.randn(16, 8, 32, 32)
+    assert torch.equal(batch_range(x.permute(0, 2, 3, 1), 8192), batch_range(x, 8192))
+    for other in (x.to(memory_format=torch.channels_last), x[:, ::2], x[:, :1].expand_as(x)):
+        found, whole = batch_range(other, 8192), batch_range(other)
+        assert bool((found <= whole).all())
+        assert torch.equal(whole, torch.stack((-other.amin(), other.amax())))
+
+
+def test_searches_and_histograms_take_the_samples_that_are_asked_for() -> None:
+    x = torch.randn(2**16)
+    spec = ActivationSpec(calibration="histogram", samples=1000)
+    quantizer = ActivationQuantizer(spec).train()
+    quantizer(x)
+    # 66 values apart: the next step that shares no factor with 65,536 is 67.
+    assert int(quantizer.histogram.sum()) == len(range(0, 2**16, 67))
+    whole = ActivationQuantizer(ActivationSpec(calibration="percentile", samples=2**16)).train()
+    whole(x)
+    torch.testing.assert_close(whole.max_val, torch.quantile(x, 0.9999))
 
 
 # Histograms

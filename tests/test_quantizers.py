@@ -226,6 +226,30 @@ def test_a_clip_that_was_stored_as_a_list_is_the_same_clip() -> None:
     ActivationQuantizer(spec).load_state_dict(values)
 
 
+def test_samples_travel_with_the_state_and_older_states_have_none() -> None:
+    spec = ActivationSpec(samples=4096)
+    values = calibrated(spec).state_dict()
+    assert values["_extra_state"]["samples"] == 4096
+    ActivationQuantizer(spec).load_state_dict(values)
+    with pytest.raises(RuntimeError, match="samples: checkpoint 4096, model None"):
+        ActivationQuantizer(ActivationSpec()).load_state_dict(values)
+    del values["_extra_state"]["samples"]
+    ActivationQuantizer(ActivationSpec()).load_state_dict(values)
+    with pytest.raises(RuntimeError, match="samples: checkpoint None, model 4096"):
+        ActivationQuantizer(spec).load_state_dict(values)
+
+
+def test_a_sampled_range_is_what_is_in_the_sample() -> None:
+    x = torch.zeros(2**16)
+    x[100] = torch.nan  # between the first run of 64 and the next
+    quantizer = ActivationQuantizer(ActivationSpec(samples=4096)).train()
+    quantizer(x)
+    assert quantizer.why_not_final is None
+    whole = ActivationQuantizer(ActivationSpec()).train()
+    whole(x)
+    assert "not finite" in str(whole.why_not_final)
+
+
 def test_the_state_of_another_spec_is_refused_and_every_key_named() -> None:
     model = nn.ModuleDict({"input": ActivationQuantizer(ActivationSpec(bits=8))})
     other = nn.ModuleDict({"input": calibrated(ActivationSpec(bits=4, symmetric=True))})

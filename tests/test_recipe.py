@@ -292,7 +292,7 @@ def test_closest_names_or_else_the_known_ones(word: str, known: Any, text: str) 
 
 RECIPE = Recipe(
     weight=WeightSpec(bits=4, quantizer="arq"),
-    activation=ActivationSpec(bits=6, calibration="minmax", clip=(-1.0, 2.5)),
+    activation=ActivationSpec(bits=6, calibration="minmax", clip=(-1.0, 2.5), samples=4096),
     include=("encoder", "head"),
     exclude=("*.fc",),
     overrides={"head": {"weight": {"bits": 8}, "activation": {"fixed_min": True}}, "stem": None},
@@ -423,6 +423,10 @@ def test_activation_bits_are_an_int_from_2_to_8_or_16(bits: Any) -> None:
             "ActivationSpec.symmetric must be true or false; got 'yes'",
         ),
         (ActivationSpec, {"fixed_min": "yes"}, "ActivationSpec.fixed_min must be"),
+        *(
+            (ActivationSpec, {"samples": samples}, "samples must be an int of 64 or more, or null")
+            for samples in (0, 63, 1e5, True, "all")
+        ),
         (ActivationSpec, {"bits": 16}, "16-bit activations are symmetric on every target; set"),
         (
             ActivationSpec,

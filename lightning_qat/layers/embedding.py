@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_qat.layers._layer import QATLayer
+from lightning_qat.live_onnx import is_exporting_onnx
+from lightning_qat.quantizers import WeightQuantizer
 from lightning_qat.recipe import Recipe
+from lightning_qat.tape import unseen
 
 
 class EmbeddingQAT(nn.Embedding, QATLayer):
     """``nn.Embedding`` with a fake-quantized table.
 
     One scale per row, or one for the table (``granularity="per_tensor"``). Its input is an index,
-    so only the weight is quantized; what reads a row quantizes it once more, on its own grid. The
+    so only the weight is quantized; what reads a row quantizes it once more, on its own grid. In a
+    step that reads fewer rows than the table has, only those are quantized, unless scales are
+    learned or one serves all. The
     gradient is straight-through to the rows that were read; that of ``padding_idx`` stays zero, and
     ``scale_grad_by_freq`` divides as ever. Other arguments are those of ``nn.Embedding``.
 
@@ -92,9 +97,29 @@ class EmbeddingQAT(nn.Embedding, QATLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the fake-quantized table: the shape of ``input``, then ``embedding_dim``."""
-        return functional.embedding(
-            input,
-            self.weight_quantizer(self.weight),
-            self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
+        alone = self._rows_alone(input)
+        with unseen():
+            rows = functional.embedding(
+                input.flatten() if alone else input,
+                self.weight if alone else self.weight_quantizer(self.weight),
+                self.padding_idx,
+                scale_grad_by_freq=self.scale_grad_by_freq,
+            )
+            if not alone:
+                return rows
+            return cast(Tensor, self.weight_quantizer(rows)).reshape(*input.shape, -1)
+
+    def _rows_alone(self, input: Tensor) -> bool:
+        """Whether the rows that are read can be quantized for less, and come out the same.
+
+        A row whose scale follows its own values knows nothing of the others. A table that is kept
+        for several forwards is quantized whole.
+        """
+        quantizer = self.weight_quantizer
+        return (
+            type(quantizer) is WeightQuantizer
+            and quantizer.spec.granularity == "per_channel"
+            and not (quantizer.kept is not None and quantizer.kept.open)
+            and not is_exporting_onnx()
+            and 0 < input.numel() < self.num_embeddings
         )
