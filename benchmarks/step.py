@@ -55,7 +55,7 @@ from benchmarks.nets import Attention, Encoder, Recurrent, mobilenet, resnet18, 
 from benchmarks.peers import Peer, installed
 from benchmarks.saved import bytes_for_backward
 from lightning_qat import prepare
-from lightning_qat.phases import activation_quantizers, set_observing
+from lightning_qat.phases import activation_quantizers, commit_pending, set_observing
 
 warnings.filterwarnings("ignore")
 
@@ -103,7 +103,10 @@ def ours(net: nn.Module, x: Tensor, variant: str) -> nn.Module:
     prepare(twin, recipe, x[:2], memory)  # type: ignore[arg-type]
     with torch.no_grad():
         twin.train()(x)
-    set_observing(activation_quantizers(twin).values(), observing)
+    quantizers = activation_quantizers(twin).values()
+    set_observing(quantizers, observing)
+    for quantizer in quantizers:
+        quantizer.deferred = True
     return twin
 
 
@@ -143,12 +146,16 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
     """One training step that returns its seconds."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    observing = {name: q for name, q in activation_quantizers(model).items() if q.observing}
 
     def step() -> float:
         start = time.perf_counter()
         optimizer.zero_grad()
         torch.autograd.backward(loss_of(model, x, y))
         optimizer.step()
+        if observing:
+            # As QATCallback does after each batch.
+            commit_pending(observing)
         return time.perf_counter() - start
 
     return step
