@@ -260,7 +260,7 @@ def times(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
 
         steps[variant] = step
     if "float" not in steps:
-        raise RuntimeError(f"{name}: {failed[0].strip()}")
+        raise RuntimeError(f"{name}: " + " ".join(failed[0].split()))
     found: dict[str, list[float]] = {variant: [] for variant in steps}
     before = steps["float"]()
     for _ in range(options.rounds):
