@@ -204,13 +204,20 @@ def _line() -> str | None:
     """The line of the innermost frame outside torch and this package, from its function on."""
     frame = sys._getframe(2)
     while frame is not None:
-        if _is_users(frame.f_globals):
+        name = frame.f_globals.get("__name__", "")
+        if name not in _USERS:
+            _USERS[name] = _is_users(frame.f_globals)
+        if _USERS[name]:
             code = frame.f_code
             if code.co_filename.startswith("<eval_with_key>"):
                 return None
             return f"@{code.co_name}+{frame.f_lineno - code.co_firstlineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+_USERS: dict[str, bool] = {}
+"""``_is_users`` by the name of a module: it is asked some thirty times per call."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
