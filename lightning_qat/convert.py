@@ -206,10 +206,6 @@ def _finalize(model: nn.Module) -> nn.Module:
             for name, quantizer in joins.items():
                 joins[name] = finals[quantizer]
         interception = interception_of(module)
-        if interception is not None and not interception.sites:
-            interception.detach(module)
-        elif interception is not None:
-            interception.relus.clear()
         for operands in interception.sites.values() if interception else ():
             operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
     forget_plan(model)

@@ -160,11 +160,9 @@ def test_values_ranges_and_gradients_are_those_of_two_passes(
     function = (ALONE | SHARED | OTHERS)[between]
     net, x = Net(function), torch.randn(8, 6)
     other = copy.deepcopy(net)
-    assert steps(net, x, recipe, memory)
+    fused = steps(net, x, recipe, memory)
     monkeypatch.setattr(Relus, "fused", lambda self, site, relu: None)
-    for one, two in zip(
-        steps(net, x, recipe, memory), steps(other, x, recipe, memory), strict=True
-    ):
+    for one, two in zip(fused, steps(other, x, recipe, memory), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
@@ -232,6 +230,27 @@ def test_a_quantizer_that_comes_later_quantizes_the_float_tensor() -> None:
     net(x)
     net.seen = x
     wanted = net.third(F.relu(net.first(x)))
+    torch.testing.assert_close(net(x), wanted, rtol=0, atol=0)
+
+
+def test_an_initial_state_is_read_in_float() -> None:
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.other = nn.Linear(6, 4), nn.Linear(4, 2)
+            self.rnn = nn.GRU(6, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = F.relu(self.start(x[None, :, 0]))
+            outputs, _ = self.rnn(x, state)
+            result: Tensor = outputs.sum(1)[:, :2] + self.other(state)[0]
+            return result
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 6)
+    net: Any = ready(Stateful(), x, LAYERS)
+    state = F.relu(net.start(x[None, :, 0]))
+    wanted = net.rnn(x, state)[0].sum(1)[:, :2] + net.other(state)[0]
     torch.testing.assert_close(net(x), wanted, rtol=0, atol=0)
 
 
