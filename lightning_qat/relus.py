@@ -141,7 +141,10 @@ class Relus:
         self._all.append(found)
         self._note(result, found)
         looked_at = result if relu.in_place else relu.input
-        self._sources[id(looked_at)] = weakref.ref(looked_at), looked_at._version, site
+        # They change together.
+        for x in (looked_at, looked_at._base):
+            if x is not None:
+                self._sources[id(x)] = weakref.ref(x), x._version, site
 
     def may_have_changed(self, x: Any) -> None:
         """Leave a relu alone whose input a call has changed: backward would look at it."""
@@ -234,4 +237,4 @@ def _may_fuse(x: Tensor) -> bool:
     """Whether backward may look at a tensor: nothing else changes it or decides what is kept."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore
     # Activation checkpointing compares what two forwards have kept.
-    return hooks is None and not x.is_inference() and not x._is_view()
+    return hooks is None and not x.is_inference()

@@ -112,6 +112,18 @@ def written_afterwards(net: Any, x: Tensor) -> Tensor:
     return net.second(y) + x.sum()
 
 
+def changed_beneath(net: Any, x: Tensor) -> Tensor:
+    y = F.relu(x.view(6, 8)).view(8, 6)
+    x += 1
+    return net.second(y) + x.sum()
+
+
+def viewed(net: Any, x: Tensor) -> Tensor:
+    y = F.relu(x.view(4, 2, 6))
+    x += 1
+    return net.second(y).flatten(0, 1) + x.sum()
+
+
 def returned(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     y = F.relu(x)
     return net.second(y), y
@@ -124,7 +136,16 @@ def twice(net: Any, x: Tensor) -> Tensor:
 
 ALONE = {f.__name__: f for f in (plain, in_place, with_shape)}
 SHARED = {
-    f.__name__: f for f in (added, two_layers, changed_afterwards, written_afterwards, returned)
+    f.__name__: f
+    for f in (
+        added,
+        two_layers,
+        changed_afterwards,
+        written_afterwards,
+        changed_beneath,
+        viewed,
+        returned,
+    )
 }
 OTHERS = {f.__name__: f for f in (without_result, twice)}
 
