@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_qat import QuantizedModel, convert
 from lightning_qat.delivery import deliver
 from lightning_qat.export import load_exporter
+from lightning_qat_exporters._litert_lowering import Lowered
 from lightning_qat_exporters._translation import translated as translate
 from lightning_qat_exporters.cann import CannExporter
 from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
@@ -121,6 +122,13 @@ def test_torch_is_given_two_constants_per_layer_and_the_scales_of_one(
     # Integers and a bias per layer; an activation's scale and zero point, a weight's scales.
     assert counts == [2 * 2 + 3, 6 * 2 + 3]
     assert [list(model.program.state_dict) for model in models] == before
+
+
+def test_litert_torch_is_given_the_constants_that_are_read() -> None:
+    pytest.importorskip("litert_torch")
+    lowered = Lowered(layers(3), channels_last=True)
+    # Weight, its scales, their zero points and the bias of each layer.
+    assert len([*lowered.buffers(), *lowered.parameters()]) == 3 * 4
 
 
 class Halves(nn.Module):
