@@ -1,18 +1,22 @@
 """Time and memory of `prepare`, `convert` and the exporters, against what torch itself takes.
 
     python -m benchmarks.export                     # all of it, some minutes
-    python -m benchmarks.export --only layers       # or: targets, memory
+    python -m benchmarks.export --only layers       # or: exports, targets, memory
 
 layers: residual networks of 10, 100 and 1,000 convolutions with batch norm and relu. `prepare` and
 `convert` should take the same time per layer at every size; what `torch.export` takes of it is
 printed apart. Times are those of the processor, so that other programs do not count.
 
+exports: the same networks to every target, and `verify` of each. What `torch.onnx` takes is printed
+apart: both ONNX targets share it. TFLite up to 300 convolutions, beside what its own converter
+takes for the float network.
+
 targets: a ResNet-18 (3x32x32) to every target whose packages are installed, verification aside,
 over one plain `torch.onnx.export(dynamo=True)` of the float model, in turns. What TFLite's own
 converter takes for the float model stands beside it.
 
-memory: the growth of a process while it exports a stack of large Linear layers, over the size of
-the float weights; needs Linux.
+memory: the growth of a process while it exports a stack of large Linear layers, and while it
+verifies the files, over the size of the float weights; needs Linux.
 """
 
 from __future__ import annotations
@@ -37,15 +41,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.nets import resnet18
-from lightning_qat import QuantizedModel, Recipe, convert, export, prepare
+from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, verify
+from lightning_qat.export import Artifact
 from lightning_qat.phases import apply_phase, commit_ranges
 from lightning_qat.schedule import Phase
+from lightning_qat_exporters._qdq import OPSET
+from lightning_qat_exporters._translation import translated
 
 # Here, because the processes that measure memory import this module and run one function of it.
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 TARGETS = ("fake_quant_onnx", "cann", *(("tflite",) if find_spec("litert_torch") else ()))
+MOST_TFLITE_LAYERS = 300
+"""Its converter would take minutes for more."""
 
 
 class Block(nn.Module):
@@ -135,6 +144,38 @@ def float_tflite(net: nn.Module, x: Tensor, path: Path) -> None:
         litert.convert(net.eval(), (x,)).export(str(path))
 
 
+def exports(sizes: tuple[int, ...]) -> None:
+    """Print what targets and `verify` take per layer, by the number of layers."""
+    # The first, small network loads what is loaded once.
+    export_times(2)
+    print("layers  milliseconds per layer")
+    for count in sizes:
+        times = export_times(count)
+        told = (f"{name} {1e3 * taken / count:.1f}" for name, taken in times.items())
+        print(f"{count:6d}  {', '.join(told)}", flush=True)
+
+
+def export_times(count: int) -> dict[str, float]:
+    """Seconds of every step with so many convolutions."""
+    x = torch.randn(2, 4, 8, 8)
+    net = nn.Sequential(*(Block() for _ in range(count // 2)))
+    times: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net"
+        with_tflite = "tflite" in TARGETS and count <= MOST_TFLITE_LAYERS
+        times["torch.onnx, float"] = seconds(lambda: float_onnx(net, x, path))
+        if with_tflite:
+            times["litert-torch, float"] = seconds(lambda: float_tflite(net, x[:1], path))
+        model = quantized(net, x)
+        times["torch.onnx"] = seconds(lambda: translated(model, OPSET))
+        for target in TARGETS if with_tflite else ("fake_quant_onnx", "cann"):
+            artifacts: list[Artifact] = []
+            writing = seconds(lambda t=target, a=artifacts: a.append(export(model, t, path)))  # type: ignore[misc]
+            checking = seconds(lambda a=artifacts: verify(model, a[0]))  # type: ignore[misc]
+            times |= {target: writing, f"verify {target}": checking}
+    return times
+
+
 def targets(width: int, rounds: int) -> None:
     """Print what each target takes, over torch's export of the float model."""
     x = torch.randn(2, 3, 32, 32)
@@ -204,7 +245,7 @@ def stack(megabytes: int) -> nn.Module:
 
 
 def memory_of(step: str, megabytes: int, queue: Any) -> None:
-    """One process: growth of one step over the bytes of the float weights, and of its files."""
+    """One process: over the bytes of the float weights, a step's growth, its files, `verify`'s."""
     torch.set_num_threads(1)
     x = torch.randn(2, 2048)
     recipe = Recipe(joins=False, outputs=False)
@@ -212,12 +253,12 @@ def memory_of(step: str, megabytes: int, queue: Any) -> None:
         path = Path(folder) / "net"
         small = quantized(stack(16), x, recipe)
         if step in TARGETS:
-            export(small, step, path)
+            verify(small, export(small, step, path))
         elif step == "float ONNX":
             float_onnx(stack(16), x, path)
         for file in Path(folder).iterdir():
             file.unlink()
-        net = stack(megabytes)
+        net, checking = stack(megabytes), 0
         size = sum(p.numel() * p.element_size() for p in net.parameters())
         if step == "float ONNX":
             most = grown(lambda: float_onnx(net, x, path))
@@ -229,14 +270,16 @@ def memory_of(step: str, megabytes: int, queue: Any) -> None:
             else:
                 model = convert(net, x)
                 del net
-                most = grown(lambda: export(model, step, path))
+                artifacts: list[Artifact] = []
+                most = grown(lambda: artifacts.append(export(model, step, path)))
+                checking = grown(lambda: verify(model, artifacts[0]))
         files = sum(file.stat().st_size for file in Path(folder).iterdir())
-    queue.put((most / size, files / size))
+    queue.put((most / size, files / size, checking / size))
 
 
 def memory(megabytes: int) -> None:
     """Print the growth of every step, each in a process of its own."""
-    print(f"{megabytes} MB of float weights: growth at the peak, and files, over their size")
+    print(f"{megabytes} MB of float weights; over their size: growth at the peak, files, verify")
     # Every large array is the system's own and goes back to it when freed, else what was freed
     # before would be used again and not be seen.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
@@ -249,15 +292,14 @@ def memory(megabytes: int) -> None:
         if process.exitcode:
             print(f"  {step:16} failed")
             continue
-        growth, files = queue.get()
-        print(f"  {step:16} {growth:.2f}  {files:.2f}")
+        print(f"  {step:16}", "  ".join(f"{figure:.2f}" for figure in queue.get()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("memory", "layers", "targets")
+    parts = ("memory", "layers", "exports", "targets")
     parser.add_argument("--only", choices=parts, help="one part (default: all)")
     parser.add_argument(
         "--layers", type=int, nargs="+", default=[10, 100, 1000], help="default: 10 100 1000"
@@ -274,5 +316,7 @@ if __name__ == "__main__":
                 memory(options.megabytes)
             elif part == "layers":
                 layers(tuple(options.layers))
+            elif part == "exports":
+                exports(tuple(options.layers))
             else:
                 targets(options.width, options.rounds)

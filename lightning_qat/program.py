@@ -6,6 +6,8 @@ it; these functions keep the graph, its signature and the values in step.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +80,16 @@ class Constants:
     def _fake_mode(self) -> Any:
         values = (node.meta.get("val") for node in self._program.graph.nodes)
         return next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
+
+
+def copied(program: ExportedProgram) -> ExportedProgram:
+    """A copy with a graph and a signature of its own; the values of constants are the same."""
+    values = (*program.state_dict.values(), *program.constants.values())
+    with warnings.catch_warnings():
+        # torch's own use of its own deprecated LeafSpec.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        # What a copier takes for copied already it takes as it is.
+        return copy.deepcopy(program, {id(value): value for value in values})
 
 
 def settle(program: ExportedProgram) -> None:

@@ -107,8 +107,21 @@ def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
             node.replace_all_uses_with(weights[key])
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
+    _drop_unread_buffers(module)
     module.recompile()
     return module, MARKS[annotated.mark]
+
+
+def _drop_unread_buffers(module: fx.GraphModule) -> None:
+    """Remove the scales and integers that pairs have taken over.
+
+    ``torch.export`` carries every buffer of a module along, at a cost that grows with the square of
+    their number.
+    """
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in module.named_buffers() if name not in read]:
+        owner, _, field = name.rpartition(".")
+        delattr(module.get_submodule(owner), field)
 
 
 def _writes_in_place(node: fx.Node) -> bool:

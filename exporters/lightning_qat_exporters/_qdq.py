@@ -1,26 +1,19 @@
 """From the neutral description to one QDQ graph, which both ONNX exporters start from.
 
-``torch.onnx`` translates the captured program; our two operators become ``QuantizeLinear`` and
-``DequantizeLinear`` with the very constants of the model. The passes below then give nodes and
+The translated program gets the very constants of the model. The passes below then give nodes and
 initializers the names of layers and put transposes of weights into their integers.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
 
 from lightning_qat.export import Unsupported, UnsupportedByTarget
 from lightning_qat.qparams import Grid
@@ -28,11 +21,9 @@ from lightning_qat.quantized_model import QuantizedModel
 from lightning_qat_exporters._initializers import array_of, initializer
 from lightning_qat_exporters._pooling import global_average_pools
 from lightning_qat_exporters._recurrent import GATES
+from lightning_qat_exporters._translation import KEY, keys_of, translated
 
 ActivationType = Literal["int8", "uint8"]
-
-KEY = "lightning_qat.key"
-"""Metadata of a node: the keys, a line each, of the quantized tensors that it belongs to."""
 
 FULL_GRIDS = ((-128, 127), (-32768, 32767))
 """Grids that are all of their type, so that QuantizeLinear's own saturation is theirs."""
@@ -46,8 +37,6 @@ RECURRENT_OPS = tuple(GATES)
 
 OPSET = 20
 """What exporters translate to unless they need another one, so that they share the translation."""
-
-_TRANSLATED: WeakKeyDictionary[QuantizedModel, dict[int, ir.Model]] = WeakKeyDictionary()
 
 
 def build_qdq(
@@ -78,7 +67,7 @@ def build_qdq(
         UnsupportedByTarget: 16-bit activations below opset 21; all of them are named.
     """
     _refuse_wide_activations(model, target, opset)
-    onnx_model = _translated(model, opset).clone()
+    onnx_model = translated(model, opset).clone()
     _give_constants(onnx_model, model, activation_type, int4_weights)
     _transpose_integers(onnx_model.graph)
     global_average_pools(onnx_model.graph)
@@ -88,34 +77,6 @@ def build_qdq(
     _drop_unused_initializers(onnx_model.graph)
     _describe(onnx_model)
     return onnx_model
-
-
-def _translated(model: QuantizedModel, opset: int) -> ir.Model:
-    """What ``torch.onnx`` makes of the program; made once for all exporters, not to be changed."""
-    by_opset = _TRANSLATED.setdefault(model, {})
-    if opset not in by_opset:
-        with _quiet():
-            program = torch.onnx.export(
-                model.program,
-                (),
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                input_names=list(model.input_names),
-                output_names=list(model.output_names),
-                custom_translation_table={
-                    torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
-                    torch.ops.lightning_qat.dequantize.default: _dequantize,
-                    torch.ops.lightning_qat_exporters.lstm.default: _lstm,
-                    torch.ops.lightning_qat_exporters.gru.default: _gru,
-                },
-            )
-            assert program is not None
-            _optimize(program)
-        _share_pairs(program.model.graph, model)
-        by_opset[opset] = program.model
-    return by_opset[opset]
 
 
 def _refuse_wide_activations(model: QuantizedModel, target: str, opset: int) -> None:
@@ -130,93 +91,6 @@ def _refuse_wide_activations(model: QuantizedModel, target: str, opset: int) -> 
     )
     if wide:
         raise UnsupportedByTarget(target, wide)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch.onnx's remarks on packages that are not installed away from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch's own use of its own deprecated LeafSpec.
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _quantize_dequantize(
-    x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int, key: str
-) -> Any:
-    # Scale and zero point get their final values and types in _give_constants.
-    integer_zero: Any = op.Cast(zero_point, to=ir.DataType.INT8)
-    quantized = op.QuantizeLinear(x, scale, integer_zero)
-    return _marked(op.DequantizeLinear(_marked(quantized, key), scale), key)
-
-
-def _dequantize(integers: Any, scale: Any, qmin: int, qmax: int, axis: int | None, key: str) -> Any:
-    real = (
-        op.DequantizeLinear(integers, scale)
-        if axis is None
-        else op.DequantizeLinear(integers, scale, axis=axis)
-    )
-    return _marked(real, key)
-
-
-def _lstm(x: Any, w: Any, r: Any, b: Any, h: Any, c: Any) -> Any:
-    return op.LSTM(x, w, r, b, None, h, c, hidden_size=h.shape[-1])
-
-
-def _gru(x: Any, w: Any, r: Any, b: Any, h: Any) -> Any:
-    # torch applies the reset gate behind the product.
-    return op.GRU(x, w, r, b, None, h, hidden_size=h.shape[-1], linear_before_reset=1)
-
-
-def _marked(value: Any, key: str) -> Any:
-    value.producer().metadata_props[KEY] = key
-    return value
-
-
-def keys_of(props: Mapping[str, str]) -> list[str]:
-    """The keys of the quantized tensors that a node belongs to, by its metadata."""
-    return props[KEY].split("\n") if KEY in props else []
-
-
-def _optimize(program: torch.onnx.ONNXProgram) -> None:
-    """torch.onnx's own clean-up, which must not take one layer's quantization for another's.
-
-    It merges nodes with the same inputs and attributes, and so the weights of layers that hold the
-    same numbers, such as copies that were not trained apart. A key among the attributes tells
-    them apart.
-    """
-    for node in program.model.graph:
-        for key in keys_of(node.metadata_props):
-            node.attributes[KEY] = ir.AttrString(KEY, key)
-    program.optimize()
-    for node in program.model.graph:
-        node.attributes.pop(KEY, None)
-
-
-def _share_pairs(graph: ir.Graph, model: QuantizedModel) -> None:
-    """Readers of one tensor with the same scale, zero point and grid share one pair, in place."""
-    first: dict[tuple[ir.Value | None, bytes, bytes, Grid], ir.Node] = {}
-    for node in list(graph):
-        if node.op_type != "QuantizeLinear" or KEY not in node.metadata_props:
-            continue
-        qparams = model.tensors[node.metadata_props[KEY]].qparams
-        numbers = qparams.scale.numpy().tobytes(), qparams.zero_point.numpy().tobytes()
-        shared = first.setdefault((node.inputs[0], *numbers, qparams.grid), node)
-        if shared is node:
-            continue
-        (real,), (shared_real,) = node.outputs[0].consumers(), shared.outputs[0].consumers()
-        if real.outputs[0].is_graph_output():
-            continue
-        for pair in (shared, shared_real):
-            pair.metadata_props[KEY] += f"\n{node.metadata_props[KEY]}"
-        ir.convenience.replace_all_uses_with(real.outputs[0], shared_real.outputs[0])
-        graph.remove((real, node), safe=True)
 
 
 def _give_constants(

@@ -6,9 +6,7 @@ operator again, with the gates in ONNX's order: LSTM i, o, f, c and GRU z, r, h.
 
 from __future__ import annotations
 
-import copy
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from torch.export import ExportedProgram
 
 from lightning_qat.export import Unsupported
 from lightning_qat.nodes import FakeQuantizeCall, as_dequantize, as_fake_quantize
-from lightning_qat.program import Constants, module_path, settle
+from lightning_qat.program import Constants, copied, module_path, settle
 from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor
 
 GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
@@ -103,10 +101,7 @@ def with_recurrent_nodes(model: QuantizedModel) -> tuple[QuantizedModel, tuple[U
         The same model with nodes ``lightning_qat_exporters::lstm`` and ``gru``, and the layers that
         stayed unrolled, with the reason.
     """
-    with warnings.catch_warnings():
-        # torch's own use of its own deprecated LeafSpec.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        program = copy.deepcopy(model.program)
+    program = copied(model.program)
     found = recurrences(program)
     left = []
     for call in found:

@@ -265,6 +265,20 @@ def test_a_layer_folded_at_one_of_its_calls_keeps_both_biases(
     assert steps(quantized, tmp_path) <= 1.0
 
 
+def test_a_bias_of_zeros_may_be_left_out_of_the_file_and_no_other(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(4, 6)
+    nn.init.zeros_(net[0].bias)  # type: ignore[arg-type]
+    model, exporter = convert(trained(net, x), x), FakeQuantOnnxExporter()
+    artifact = export(model, exporter, tmp_path / "net")
+    assert verify(model, artifact).parameters_equal
+    proto = onnx.load(artifact.files["model"])
+    first, last = (node for node in proto.graph.node if node.op_type == "Gemm")
+    assert len(first.input) == 2
+    del last.input[2]
+    onnx.save(proto, artifact.files["model"])
+    assert exporter.differences(model, artifact) == ("2: the file has no bias",)
+
+
 def test_a_layer_called_twice_stores_its_numbers_once(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is done once for all targets: one capture, one translation, whoever asks first."""
+"""What is done once for all targets, and how what it costs grows with the layers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,17 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from onnxscript.rewriter.rules.common import slice_split_rule
+from torch import Tensor, nn
 
 from lightning_qat import QuantizedModel, convert
 from lightning_qat.delivery import deliver
 from lightning_qat.export import load_exporter
+from lightning_qat_exporters._litert_lowering import Lowered
+from lightning_qat_exporters._translation import translated as translate
 from lightning_qat_exporters.cann import CannExporter
 from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
-from tests.models import conv_bn_relu, inputs_for, trained
+from tests.models import INPUTS_ONLY, conv_bn_relu, inputs_for, trained
 
 
 @pytest.fixture
@@ -92,3 +96,67 @@ def test_another_opset_is_another_translation(tmp_path: Path, translated: list[i
     for opset in (18, 20, 18):
         FakeQuantOnnxExporter(opset=opset).export(quantized, tmp_path / "net")
     assert translated == [18, 20]
+
+
+def layers(count: int) -> QuantizedModel:
+    x = torch.randn(2, 4)
+    return convert(trained(nn.Sequential(*(nn.Linear(4, 4) for _ in range(count))), x), x)
+
+
+def test_torch_is_given_two_constants_per_layer_and_the_scales_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Its export takes time with the square of the constants.
+    counts: list[int] = []
+    real = torch.onnx.export
+
+    def counted(program: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(program.state_dict))
+        return real(program, *args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", counted)
+    models = [layers(count) for count in (2, 6)]
+    before = [list(model.program.state_dict) for model in models]
+    for model in models:
+        translate(model, 20)
+    # Integers and a bias per layer; an activation's scale and zero point, a weight's scales.
+    assert counts == [2 * 2 + 3, 6 * 2 + 3]
+    assert [list(model.program.state_dict) for model in models] == before
+
+
+def test_litert_torch_is_given_the_constants_that_are_read() -> None:
+    pytest.importorskip("litert_torch")
+    lowered = Lowered(layers(3), channels_last=True)
+    # Weight, its scales, their zero points and the bias of each layer.
+    assert len([*lowered.buffers(), *lowered.parameters()]) == 3 * 4
+
+
+class Halves(nn.Module):
+    """Multiplies one half of its channels with the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y[:, :2] * y[:, 2:]
+
+
+def test_onnxscript_s_rule_for_slices_looks_at_slices_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It lists all nodes of the graph for every node that it looks at.
+    looked_at: list[str] = []
+    real = slice_split_rule.match
+
+    def counted(model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        looked_at.append(node.op_type)
+        return real(model, graph, node, **options)
+
+    monkeypatch.setattr(slice_split_rule, "match", counted)
+    translate(layers(2), 20)
+    assert looked_at == []
+    x = torch.randn(2, 4)
+    translate(convert(trained(Halves(), x, INPUTS_ONLY), x), 20)
+    assert set(looked_at) == {"Slice"}
