@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-PIECE = 2**17
-"""Values of a piece per thread: half a megabyte of float32, which a core's own cache holds."""
+PIECE = 2**18
+"""Values of a piece per thread: a megabyte of float32, which a core's own caches hold."""
 
-_WORTH_IT = 16
+_WORTH_IT = 8
 """From so many pieces on the caches that cores share do not hold the whole either."""
 
 
