@@ -260,13 +260,13 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         values, points, step = fake.placed(x, result)
         # A second derivative goes through new tensors only.
         whole = fake.axis is not None or torch.is_grad_enabled()
-        of_x = None if whole else torch.empty_like(grad)
+        of_x = fake.inside(grad, values, step) if whole else torch.empty_like(grad)
+        parts = (grad, values, points, of_x)
         of_scale: Any = 0.0
         of_low: Any = 0.0 if ctx.has_low else None
-        for g, v, p, out in (
-            [(grad, values, points, None)] if of_x is None else pieces(grad, values, points, of_x)
-        ):
-            inner = fake.inside(g, v, step, out)
+        for g, v, p, inner in (parts,) if whole else pieces(*parts):
+            if not whole:
+                fake.inside(g, v, step, inner)
             # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond,
             # by the steps from what stays: from real zero, or from the lower end.
             spare = p - v
@@ -275,7 +275,6 @@ class _LearnedFakeQuantize(torch.autograd.Function):
             of_scale = of_scale + fake.total(beyond, p) * fake.beyond
             if ctx.has_low:
                 of_low = of_low + beyond.sum()
-        of_x = inner if of_x is None else of_x
         of_scale = of_scale / step
         if ctx.has_low:
             of_scale = of_scale - fake.first * of_low

@@ -170,16 +170,17 @@ def _splits_sought_at_slices() -> Iterator[None]:
 
     For every node of a graph it lists all of them first, whatever the node is.
     """
-    attempt = slice_split_rule.try_rewrite
+    rule: Any = slice_split_rule
+    attempt = rule.try_rewrite
 
     def at_slices(model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
         return attempt(model, graph, node, **options) if node.op_type == "Slice" else None
 
-    slice_split_rule.try_rewrite = at_slices
+    rule.try_rewrite = at_slices
     try:
         yield
     finally:
-        slice_split_rule.try_rewrite = attempt
+        rule.try_rewrite = attempt
 
 
 def _share_pairs(graph: ir.Graph, model: QuantizedModel) -> None:
