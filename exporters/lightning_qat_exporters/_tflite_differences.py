@@ -15,7 +15,13 @@ from lightning_qat.nodes import as_fake_quantize
 from lightning_qat.quantized_model import QuantizedLayer, QuantizedModel
 from lightning_qat_exporters._fixed_nodes import fixed_in
 from lightning_qat_exporters._tflite_file import FileTensor, TFLiteFile
-from lightning_qat_exporters._tflite_layers import FileLayer, matched, same_grid
+from lightning_qat_exporters._tflite_layers import (
+    FileLayer,
+    grid_of,
+    matched,
+    model_grid,
+    same_grid,
+)
 from lightning_qat_exporters._tflite_sigmoids import TIMES
 from lightning_qat_exporters._tflite_tables import tables
 
@@ -45,16 +51,15 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
     fixed = fixed_in(model)
     calls = {n.name: as_fake_quantize(n) for n in model.program.graph.nodes}
     run = {call.key for name, call in calls.items() if call is not None and name not in fixed}
+    in_file = {grid_of(other) for other in computed}
+    in_model = {model_grid(tensor) for tensor in activations}
     for tensor in (t for t in activations if t.key in run):
-        if not any(same_grid(other, tensor) for other in computed):
+        if model_grid(tensor) not in in_file:
             found.append(f"{tensor.key}: no tensor of the file has its scale and zero point")
     for other in computed:
         grid = (float(other.scale[0]), int(other.zero_point[0]))
-        scale = other.scale / np.float32(TIMES)
-        of_hardsigmoid = replace(other, scale=scale)
-        if grid not in _PRESCRIBED and not any(
-            same_grid(one, t) for t in activations for one in (other, of_hardsigmoid)
-        ):
+        of_hardsigmoid = replace(other, scale=other.scale / np.float32(TIMES))
+        if grid not in _PRESCRIBED and in_model.isdisjoint(map(grid_of, (other, of_hardsigmoid))):
             found.append(
                 f"the file's tensor {other.name!r} has scale {other.scale.tolist()} and zero "
                 f"point {other.zero_point.tolist()}, which no tensor of the model has"

@@ -74,9 +74,13 @@ def matched(
         if layer.node in fixed:
             continue
         weight, source = model.tensors[layer.weight_key], model.tensors[layer.input_key]
-        candidates = [one for one in free if same_weight(file, one, weight)]
-        exact = [one for one in candidates if one.source and same_grid(one.source, source)]
-        chosen = next(iter(exact or candidates), None)
+        chosen = None
+        # Files keep the order of layers, so that the first is mostly the one.
+        for one in (one for one in free if same_weight(file, one, weight)):
+            exact = one.source is not None and same_grid(one.source, source)
+            chosen = one if exact else chosen or one
+            if exact:
+                break
         if chosen is not None:
             free.remove(chosen)
         found.append((layer, chosen))
@@ -113,9 +117,27 @@ def same_weight(file: TFLiteFile, layer: FileLayer, weight: QuantizedTensor) -> 
     return np.array_equal(values, real.numpy())
 
 
+def grid_of(stored: FileTensor) -> tuple[float, int] | None:
+    """The scale and the int8 zero point of an activation; ``None`` where it has several.
+
+    Both may be repeated for each channel.
+    """
+    scales, zero_points = set(stored.scale.tolist()), set(stored.zero_point.tolist())
+    if stored.scale.size not in (1, max(stored.shape, default=1)):
+        return None
+    if len(scales) != 1 or len(zero_points) != 1:
+        return None
+    return scales.pop(), zero_points.pop() - (128 if stored.type == "UINT8" else 0)
+
+
+def model_grid(tensor: QuantizedTensor) -> tuple[float, int]:
+    """Scale and zero point of one of the model's activations, as ``grid_of`` has them."""
+    return float(tensor.qparams.scale), int(tensor.qparams.zero_point)
+
+
 def same_grid(stored: FileTensor, tensor: QuantizedTensor) -> bool:
-    """Whether scale and zero point are the model's to the bit; one scale may be repeated."""
-    return _same_scales(stored, tensor.qparams.scale.numpy(), tensor.qparams.zero_point.numpy())
+    """Whether scale and zero point are the model's to the bit."""
+    return grid_of(stored) == model_grid(tensor)
 
 
 def _same_scales(stored: FileTensor, scale: Array, zero_point: Array) -> bool:

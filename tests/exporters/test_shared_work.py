@@ -1,5 +1,6 @@
 """What is done once for all targets, and how what it costs grows with the layers."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_qat import QuantizedModel, convert
 from lightning_qat.delivery import deliver
 from lightning_qat.export import load_exporter
+from lightning_qat_exporters import TFLiteExporter, _tflite_differences, _tflite_layers
 from lightning_qat_exporters._litert_lowering import Lowered
 from lightning_qat_exporters._translation import translated as translate
 from lightning_qat_exporters.cann import CannExporter
@@ -129,6 +131,33 @@ def test_litert_torch_is_given_the_constants_that_are_read() -> None:
     lowered = Lowered(layers(3), channels_last=True)
     # Weight, its scales, their zero points and the bias of each layer.
     assert len([*lowered.buffers(), *lowered.parameters()]) == 3 * 4
+
+
+@pytest.mark.xdist_group("tflite")
+def test_a_tflite_file_is_read_back_with_one_comparison_per_layer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("litert_torch")
+    weights, grids = list[str](), list[str]()
+    same_weight, grid_of = _tflite_layers.same_weight, _tflite_differences.grid_of
+
+    def weighed(file: Any, layer: Any, weight: Any) -> bool:
+        weights.append(weight.key)
+        return same_weight(file, layer, weight)
+
+    def seen(stored: Any) -> Any:
+        grids.append(stored.name)
+        return grid_of(stored)
+
+    monkeypatch.setattr(_tflite_layers, "same_weight", weighed)
+    monkeypatch.setattr(_tflite_differences, "grid_of", seen)
+    quantized, exporter = layers(5), TFLiteExporter(backend="litert")
+    artifact = exporter.export(quantized, tmp_path / "net")
+    weights.clear()
+    assert exporter.differences(quantized, artifact) == ()
+    assert weights == [f"{number}.weight" for number in range(5)]
+    # In the table of all grids; as it is, and as the output of a hardsigmoid.
+    assert max(Counter(grids).values()) <= 3
 
 
 class Halves(nn.Module):
