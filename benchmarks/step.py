@@ -351,6 +351,12 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
             x, step.reshape(1), torch.zeros(1), -128, 127, 1.0
         ),
     }
+    try:
+        compiled = torch.compile(lambda x: fake_quantize(x, scale, zero_point, grid))
+        compiled(x)
+        calls["ours, by torch.compile"] = lambda: compiled(x)
+    except Exception as error:
+        print(f"torch.compile cannot: {_reason(error)}")
     found: dict[str, list[float]] = {name: [] for name in calls}
     forward: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.rounds + 1):
