@@ -367,20 +367,28 @@ def test_compiled_it_computes_the_same(recipe: Any) -> None:
         torch.testing.assert_close(compiled.train(mode)(x), model.train(mode)(x), rtol=0, atol=0)
 
 
+_GENERATOR = torch.Generator().manual_seed(0)
+
+
+def _drawn(*shape: int) -> Tensor:
+    """The same at every import, whatever was imported before."""
+    return torch.randn(shape, generator=_GENERATOR)
+
+
 NETWORKS: dict[str, Any] = {
-    "self-attention": (Block, (torch.randn(4, 5, 8),)),
-    "self-attention, bias_kv": (lambda: Block(add_bias_kv=True), (torch.randn(4, 5, 8),)),
-    "self-attention, zero_attn": (lambda: Block(add_zero_attn=True), (torch.randn(4, 5, 8),)),
-    "self-attention, causal": (Causal, (torch.randn(4, 5, 8),)),
+    "self-attention": (Block, (_drawn(4, 5, 8),)),
+    "self-attention, bias_kv": (lambda: Block(add_bias_kv=True), (_drawn(4, 5, 8),)),
+    "self-attention, zero_attn": (lambda: Block(add_zero_attn=True), (_drawn(4, 5, 8),)),
+    "self-attention, causal": (Causal, (_drawn(4, 5, 8),)),
     "cross-attention, padding": (
         Cross,
         (
-            torch.randn(4, 5, 8),
-            torch.randn(4, 6, 5),
+            _drawn(4, 5, 8),
+            _drawn(4, 6, 5),
             torch.arange(6)[None] >= torch.tensor([[6, 6, 4, 3]]).T,
         ),
     ),
-    "encoder": (encoder, (torch.randn(4, 5, 8),)),
+    "encoder": (encoder, (_drawn(4, 5, 8),)),
 }
 
 
@@ -408,6 +416,7 @@ def test_files_agree_with_torch(network: str, recipe: Any, target: str, tmp_path
     artifact = export(quantized, target, tmp_path / "net")
     agreement = verify(quantized, artifact)
     assert agreement.parameter_differences == ()
-    # Softmax and all sums between two layers of an encoder are integer in LiteRT, and each rounds.
-    most = 2.01 if (target, network) == ("tflite", "encoder") else 1.01
+    # Biases are integers in CANN's files and in LiteRT, whose softmax and sums round as well; what
+    # one layer of an encoder has one step off, the next one reads.
+    most = 2.01 if network == "encoder" and target != "fake_quant_onnx" else 1.01
     assert agreement.max_steps <= most, agreement
