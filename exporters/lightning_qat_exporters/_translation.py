@@ -173,8 +173,10 @@ def _splits_sought_at_slices() -> Iterator[None]:
     rule: Any = slice_split_rule
     attempt = rule.try_rewrite
 
-    def at_slices(model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
-        return attempt(model, graph, node, **options) if node.op_type == "Slice" else None
+    def at_slices(model: Any, graph_or_function: Any, node: ir.Node, **options: Any) -> Any:
+        if node.op_type != "Slice":
+            return None
+        return attempt(model, graph_or_function, node, **options)
 
     rule.try_rewrite = at_slices
     try:
