@@ -22,9 +22,9 @@ variants and not others. Here it is told to keep memory, for all variants alike,
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment, or jemalloc, do in
 a training of one's own. --malloc default leaves the allocator as it is.
 
-Threads that wait for each other sleep (OMP_WAIT_POLICY=passive, unless the environment says
-otherwise). By default they spin, also those of the variants whose turn it is not, and where other
-programs need the cores a step takes ten times as long.
+Threads that wait for each other spin for a while, as torch comes. Where other programs need the
+cores, OMP_WAIT_POLICY=passive in the environment lets them sleep; on a quiet machine that makes
+every operation dearer, and float's step half as long again.
 
 --memory: *kept*, the bytes that the graph keeps for backward besides parameters and buffers, over
 float's; *peak*, the most memory that the process ever held, over float's. Here glibc is told to
@@ -39,7 +39,6 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import os
 import statistics
 import time
 import warnings
@@ -376,8 +375,6 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def main(options: argparse.Namespace) -> None:
     """Print the tables."""
-    # For the processes to come; in this one torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(options.threads)
     if options.malloc == "tuned" and options.kernels:
         keep_freed_memory()
