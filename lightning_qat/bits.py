@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lightning_qat.pieces import in_order
+
 _ONES = 0x0101010101010101
 _GATHER = 0x0102040810204080
 """A word of eight bytes, each 0 or 1, times this has the bytes as bits of its highest byte."""
@@ -40,7 +42,7 @@ def between(x: Tensor, low: float, high: float) -> Tensor:
     """
     bounded = high < math.inf
     if _by_numpy(x) and x.dtype == torch.float32:
-        values = _flat(x).numpy()
+        values = in_order(x.detach()).numpy()
         flags = np.greater(values, low)
         if bounded:
             flags &= np.less(values, high)
@@ -64,7 +66,7 @@ def pack_bits(flags: Tensor) -> Tensor:
         >>> pack_bits(torch.tensor([1, 0, 1, 0, 0, 0, 0, 1, 1], dtype=torch.int8))
         tensor([133,   1], dtype=torch.uint8)
     """
-    flat = _flat(flags.view(torch.int8))
+    flat = in_order(flags.view(torch.int8))
     if _by_numpy(flags):
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     if len(flat) % 8:
@@ -88,11 +90,6 @@ def unpack_bits(packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> T
     words = packed.to(torch.int64).mul_(_ONES).bitwise_and_(_SPREAD)
     flat = words.add_(_CARRY).bitwise_right_shift_(7).bitwise_and_(_ONES).view(torch.int8)
     return flat.as_strided(shape, stride)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """The elements in the order of memory."""
-    return x.detach().as_strided((x.numel(),), (1,))
 
 
 def masked(grad: Tensor, packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:

@@ -204,11 +204,8 @@ def on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
         low: Lowest step.
         high: Highest step.
     """
-    parts = list(pieces(x))
-    if len(parts) == 1:
-        return _values(x, scale, low, high)
     result = torch.empty_like(x)
-    for (part,), (out,) in zip(parts, pieces(result), strict=True):
+    for part, out in pieces(x, result):
         _values(part, scale, low, high, out)
     return result
 

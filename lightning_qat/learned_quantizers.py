@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class _LearnedActivation(ActivationQuantizer):
     of gradients: what was learned is never calibrated again.
     """
 
+    _normalized: ClassVar[bool] = True
+    """Whether gradients are divided by how many values share them."""
+
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__(spec)
         # Not derived from `batches`: that would wait for the device at every commit.
@@ -70,6 +73,26 @@ class _LearnedActivation(ActivationQuantizer):
         carries_codes: bool,
         clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
+        low, scale = self._ends()
+        return learned_fake_quantizer(
+            scale,
+            low,
+            self.grid,
+            values if self._normalized else None,
+            saves_input=saves_input,
+            carries_codes=carries_codes,
+            clamped=clamped,
+        )
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            low, scale = self._ends()
+            if low is None:
+                return scale, torch.zeros_like(scale)
+            return scale, zero_point_of(low, scale, self.grid)
+
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
+        """Lower end (``None``: symmetric) and scale, differentiable."""
         raise NotImplementedError
 
     def range_changed(self) -> None:
@@ -129,32 +152,11 @@ class LearnedStepActivation(_LearnedActivation):
         if self.low is not None:
             self.low.copy_(low)
 
-    def _fake_quantizer(
-        self,
-        values: int,
-        saves_input: bool,
-        carries_codes: bool,
-        clamped: tuple[float, float] | None = None,
-    ) -> Callable[[Tensor], Tensor]:
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
-        return learned_fake_quantizer(
-            _positive(self.scale),
-            low,
-            self.grid,
-            values,
-            saves_input=saves_input,
-            carries_codes=carries_codes,
-            clamped=clamped,
-        )
-
-    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        scale = _positive(self.scale).detach()
-        if self.spec.symmetric:
-            return scale, torch.zeros_like(scale)
-        low = torch.zeros_like(scale) if self.low is None else self.low.detach()
-        return scale, zero_point_of(low, scale, self.grid)
+        return low, _positive(self.scale)
 
 
 class LearnedClipActivation(_LearnedActivation):
@@ -172,6 +174,8 @@ class LearnedClipActivation(_LearnedActivation):
         clip_min: Parameter, scalar; ``None`` when the range is symmetric or ``fixed_min`` pins it.
     """
 
+    _normalized = False
+
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__(spec)
         self.clip_max = nn.Parameter(torch.ones(()))
@@ -187,37 +191,11 @@ class LearnedClipActivation(_LearnedActivation):
             self.clip_min.copy_(low.clamp(max=0.0))
 
     def _ends(self) -> tuple[Tensor | None, Tensor]:
-        """Lower end (``None``: symmetric) and scale, differentiable."""
         high = self.clip_max.clamp(min=0.0)
         if self.spec.symmetric:
             return None, symmetric_scale(high, self._symmetric_grid)
         low = torch.zeros_like(high) if self.clip_min is None else self.clip_min.clamp(max=0.0)
         return low, affine_qparams(low, high, self.grid)[0]
-
-    def _fake_quantizer(
-        self,
-        values: int,
-        saves_input: bool,
-        carries_codes: bool,
-        clamped: tuple[float, float] | None = None,
-    ) -> Callable[[Tensor], Tensor]:
-        low, scale = self._ends()
-        return learned_fake_quantizer(
-            scale,
-            low,
-            self.grid,
-            None,
-            saves_input=saves_input,
-            carries_codes=carries_codes,
-            clamped=clamped,
-        )
-
-    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            low, scale = self._ends()
-            if low is None:
-                return scale, torch.zeros_like(scale)
-            return scale, zero_point_of(low, scale, self.grid)
 
 
 class LearnedWeightQuantizer(WeightQuantizer):

@@ -12,11 +12,10 @@ FLOORS = [
     # the words that recipes are spelled with, for command lines; AMCT's text as plain data
     {"recipe_keys", "spelling", "amct_cfg"},
     {"amct_config", "patterns"},  # AMCT's configurations as recipes; what patterns select
-    {"relus"},  # relu's calls, and who reads what they give
+    {"relus", "pieces"},  # relu's calls, and who reads what they give; tensors in memory
     {
         "qparams",
         "bits",
-        "pieces",
         "recipe",
         "schedule",
         "atomic",
