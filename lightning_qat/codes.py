@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 
+from lightning_qat import kernels
+
 
 class Codes:
     """A tensor on a grid as its integers.
@@ -31,6 +33,10 @@ class Codes:
 
     def restore(self) -> Tensor:
         """The real values, float32: ``(integer - zero_point) * scale``."""
+        if isinstance(self.zero_point, float):
+            restored = kernels.restore(self.integers, self.scale, self.zero_point)
+            if restored is not None:
+                return restored
         values = self.integers.to(torch.float32)
         if not (isinstance(self.zero_point, float) and self.zero_point == 0):
             values.sub_(self.zero_point)

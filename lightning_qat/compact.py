@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.bits import between, masked, pack_bits
+from lightning_qat.bits import masked, pack_between
 from lightning_qat.codes import keeping_codes
 from lightning_qat.relus import RELUS
 
@@ -43,7 +43,7 @@ class _Clamp(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(x)
         result = x.clamp_(low, high) if in_place else x.clamp(low, high)
-        ctx.save_for_backward(pack_bits(between(result, low, high)))
+        ctx.save_for_backward(pack_between(result, low, high))
         ctx.layout = result.shape, result.stride()
         return result
 

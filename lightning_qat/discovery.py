@@ -27,9 +27,10 @@ from lightning_qat.join_functions import (
 from lightning_qat.join_plan import JoinPlan, PlannedTensor, apply_plan, plan_of
 from lightning_qat.layers import WITH_WEIGHTS, QATLayer
 from lightning_qat.learned_quantizers import learns
-from lightning_qat.observers import BY_RANGE, batch_range
+from lightning_qat.observers import BY_RANGE
 from lightning_qat.quantized_model import Inputs
 from lightning_qat.quantizers import ActivationQuantizer, Quantizer
+from lightning_qat.ranges import batch_range
 from lightning_qat.recipe import ActivationSpec, Recipe
 from lightning_qat.tape import Key, key_of
 

@@ -7,24 +7,29 @@ One function chooses among the ways to do it, which give the same numbers:
 * otherwise backward keeps one bit per element;
 * while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse.
 
-All passes are in place over one temporary. ATen's own fake-quantize kernels are not vectorised on
-CPUs and take about 25 times as long (``benchmarks/step.py --kernels`` prints it).
+On CPUs the first two are loops of ``kernels`` that go over a tensor once, elsewhere operations of
+torch in place over one temporary. ATen's own fake-quantize kernels are not vectorised on CPUs
+(``benchmarks/step.py --kernels`` prints the times of all of them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.bits import between, masked, pack_bits
+from lightning_qat import kernels
+from lightning_qat.bits import masked, pack_between, pack_bits
 from lightning_qat.codes import Codes, carry_codes
-from lightning_qat.pieces import pieces
 from lightning_qat.qparams import Grid
+from lightning_qat.ranges import batch_range
+
+Observe = Callable[[Tensor], None]
+"""Takes note of ``(-min, max)``; see ``batch_range``."""
 
 
 def fake_quantize(
@@ -36,6 +41,7 @@ def fake_quantize(
     gradient_everywhere: bool = False,
     saves_input: bool = False,
     carries_codes: bool = False,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Round real values to the grid and stay in real numbers.
 
@@ -58,6 +64,8 @@ def fake_quantize(
             changed in place before backward.
         carries_codes: The result shall carry its integers, so that what reads it within
             ``keeping_codes`` keeps those; overrides ``saves_input``.
+        observe: Is given the range of ``x`` (``batch_range``), found in the same pass where that is
+            possible.
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
@@ -70,28 +78,31 @@ def fake_quantize(
         (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
     """
     result: Tensor
+    origin: Any = zero_point if is_compiling() else number_of(zero_point)
+    rereads = (
+        saves_input
+        and not (carries_codes or gradient_everywhere)
+        and isinstance(origin, float)
+        and scale.numel() == 1
+        and x.dtype == torch.float32
+    )
+    if observe is not None and not rereads:
+        observe(batch_range(x))
     if is_compiling():
         result = _Traced.apply(  # type: ignore[no-untyped-call]
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
-    origin = number_of(zero_point)
     low, high = grid.qmin - origin, grid.qmax - origin
-    keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
-    if not (carries_codes or keeps_bits):
-        result = _Pass.apply(x, lambda: (_values(x, scale, low, high), None))  # type: ignore[no-untyped-call]
-    elif carries_codes or not (
-        saves_input and isinstance(origin, float) and x.dtype == torch.float32
-    ):
-        rounded = _Rounded(x, scale, origin, grid)
-        result = _Pass.apply(
-            x, lambda: (rounded.values(x.dtype), rounded.bits() if keeps_bits else None)
-        )  # type: ignore[no-untyped-call]
-        if carries_codes:
-            carry_codes(result, rounded.codes)
-    else:
+    if rereads:
         edges = edges_of(low, high, float(scale))
-        result = _Reread.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]
+        result = _Reread.apply(x, scale, low, high, edges, kernels.ALL, observe)  # type: ignore[no-untyped-call]
+        return result
+    keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
+    if carries_codes or keeps_bits:
+        coded = _coded(x, scale, origin, grid, carries_codes=carries_codes, keeps_bits=keeps_bits)
+        return coded.through(x)
+    result = _Pass.apply(x, lambda: (on_grid(x, scale, low, high), None))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -103,6 +114,7 @@ def clamp_and_quantize(
     grid: Grid,
     *,
     carries_codes: bool = False,
+    observe: Observe | None = None,
 ) -> Tensor:
     """``fake_quantize`` of relu, relu6 or hardtanh of ``x``, in one pass with one gradient.
 
@@ -116,6 +128,7 @@ def clamp_and_quantize(
         zero_point: As there, a scalar.
         grid: As there.
         carries_codes: As there.
+        observe: Is given the range of the clamped values.
 
     Example:
         >>> x = torch.tensor([-1.0, 0.1, 3.0, 7.0], requires_grad=True)
@@ -134,15 +147,14 @@ def clamp_and_quantize(
     low, high = (float(min(max(end, first), last)) for end in steps)
     result: Tensor
     if not carries_codes:
-        result = _Reread.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]
+        result = _Reread.apply(x, scale, low, high, edges, ends, observe)  # type: ignore[no-untyped-call]
         return result
+    if observe is not None:
+        observe(batch_range(x, ends=ends))
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
-    reached = int(low + origin), int(high + origin)
-    rounded = _Rounded(x, scale, origin, grid, reached)
-    bits = pack_bits(between(x, *edges)) if keeps_bits else None
-    result = _Pass.apply(x, lambda: (rounded.values(x.dtype), bits))  # type: ignore[no-untyped-call]
-    carry_codes(result, rounded.codes)
-    return result
+    return _coded(
+        x, scale, origin, grid, ((low, high), edges), carries_codes=True, keeps_bits=keeps_bits
+    ).through(x)
 
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
@@ -167,7 +179,7 @@ def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[T
             return fake_quantize(x, scale, zero_point, grid, saves_input=True)
         # ATen's own node has the gradient, from x alone; its result is written over.
         result: Tensor = torch.nn.functional.hardtanh(x, *edges)
-        _values(x.detach(), scale, low, high, out=result.detach())
+        on_grid(x.detach(), scale, low, high, out=result.detach())
         return result
 
     return call
@@ -190,54 +202,121 @@ def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
     return result
 
 
-def _values(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
-    steps = torch.div(x.to(torch.float32), scale, out=out).round_()
-    return steps.clamp_(low, high).mul_(scale).to(x.dtype)
-
-
-def on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def on_grid(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
     """Values rounded to the steps ``low`` to ``high`` from real zero, without a gradient.
 
     Args:
-        x: float32.
-        scale: Size of a step, a scalar.
-        low: Lowest step.
-        high: Highest step.
+        x: Real values.
+        scale: Size of a step; broadcasts against them.
+        low: Lowest step, a number or a tensor.
+        high: Highest step, alike.
+        out: Where to write, of the shape, strides and type of ``x``; float32 only.
     """
-    result = torch.empty_like(x)
-    for part, out in pieces(x, result):
-        _values(part, scale, low, high, out)
-    return result
+    wide = x.to(torch.float32)
+    if isinstance(low, float):
+        result = kernels.fake_quantize(wide, scale, low, high, out=out)
+        if result is not None:
+            return result.to(x.dtype)
+    steps = torch.div(wide, scale, out=out).round_()
+    return steps.clamp_(low, high).mul_(scale).to(x.dtype)
 
 
-class _Rounded:
-    """A tensor on a grid: its integers, its values, and where the gradient passes.
+class _Coded(NamedTuple):
+    """A tensor on a grid, its integers, and where the gradient passes.
+
+    Args:
+        values: Real values.
+        codes: Where they are wanted.
+        bits: Alike.
+    """
+
+    values: Tensor
+    codes: Codes | None
+    bits: Tensor | None
+
+    def through(self, x: Tensor) -> Tensor:
+        """The values as the result of what they were computed from."""
+        result: Tensor = _Pass.apply(x, lambda: (self.values, self.bits))  # type: ignore[no-untyped-call]
+        if self.codes is not None:
+            carry_codes(result, self.codes)
+        return result
+
+
+@torch.no_grad()
+def _coded(
+    x: Tensor,
+    scale: Tensor,
+    origin: Any,
+    grid: Grid,
+    clamp: tuple[tuple[float, float], tuple[float, float]] | None = None,
+    *,
+    carries_codes: bool,
+    keeps_bits: bool,
+) -> _Coded:
+    """Quantize to integers, and say where the gradient passes.
 
     Args:
         x: Real values.
         scale: As for ``fake_quantize``.
         origin: The zero point, a number or a tensor.
         grid: The integers in use.
-        reached: Those of them that a clamp before lets through; ``bits`` does not know of it.
+        clamp: The steps from real zero that a clamp before lets through, and between which values
+            its gradient passes.
+        carries_codes: Integers are wanted.
+        keeps_bits: Bits are wanted.
+    """
+    counted = _counted_from_zero(origin, grid)
+    wide = x.to(torch.float32)
+    if isinstance(origin, float) and not (keeps_bits and scale.numel() > 1):
+        low, high = clamp[0] if clamp else (grid.qmin - origin, grid.qmax - origin)
+        edges = None
+        if keeps_bits:
+            edges = clamp[1] if clamp else edges_of(low, high, float(scale))
+        # Integers are those of the grid, or steps from real zero where these fit in as many bits.
+        zero = origin if counted is None else 0.0
+        dtype = (counted or grid.dtype) if carries_codes else None
+        found = kernels.fake_quantize_codes(wide, scale, low, high, zero, dtype, edges)
+        if found is not None:
+            codes = None if found.codes is None else Codes(found.codes, scale, zero)
+            return _Coded(found.values.to(x.dtype), codes, found.bits)
+    rounded = _Rounded(wide, scale, origin, grid, counted, clamp[0] if clamp else None)
+    bits = None
+    if keeps_bits:
+        bits = pack_between(wide, *clamp[1]) if clamp else rounded.bits()
+    return _Coded(rounded.values().to(x.dtype), rounded.codes if carries_codes else None, bits)
+
+
+class _Rounded:
+    """``_coded`` by operations of torch.
+
+    Args:
+        x: Real values, float32.
+        scale: As for ``fake_quantize``.
+        origin: The zero point, a number or a tensor.
+        grid: The integers in use.
+        counted: Type of the integers where they are steps from real zero.
+        reached: Those steps that a clamp before lets through; ``bits`` does not know of it.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         x: Tensor,
         scale: Tensor,
         origin: Any,
         grid: Grid,
-        reached: tuple[int, int] | None = None,
+        counted: torch.dtype | None,
+        reached: tuple[float, float] | None,
     ) -> None:
-        steps = torch.div(x.to(torch.float32), scale).round_()
-        low, high = reached or (grid.qmin, grid.qmax)
-        counted = _counted_from_zero(origin, grid)
-        # Integers are those of the grid, or steps from real zero where these fit in as many bits.
+        steps = torch.div(x, scale).round_()
+        low, high = grid.qmin, grid.qmax
         self._shift: Any = None if counted is not None else origin
         if counted is None:
             counted = grid.dtype
             steps.add_(origin)
+            if reached:
+                low, high = int(reached[0] + origin), int(reached[1] + origin)
+        elif reached:
+            low, high = int(reached[0]), int(reached[1])
         else:
             low, high = low - int(origin), high - int(origin)
         # One step wider than the grid tells what lies outside. Bytes are compared many times
@@ -259,12 +338,12 @@ class _Rounded:
         """Where the gradient passes, packed."""
         return pack_bits(self._wide.eq(self._integers))
 
-    def values(self, dtype: torch.dtype) -> Tensor:
+    def values(self) -> Tensor:
         """To be called once. Not from the integers: NaN must come out as NaN."""
         steps = self._steps.clamp_(*self._ends)
         if self._shift is not None:
             steps.sub_(self._shift)
-        return steps.mul_(self.codes.scale).to(dtype)
+        return steps.mul_(self.codes.scale)
 
 
 def _counted_from_zero(origin: Any, grid: Grid) -> torch.dtype | None:
@@ -321,16 +400,30 @@ class _Reread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, edges: tuple[float, float]
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        low: float,
+        high: float,
+        edges: tuple[float, float],
+        ends: tuple[float, float],
+        observe: Observe | None,
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.edges = edges
-        return on_grid(x, scale, low, high)
+        if observe is None:
+            return on_grid(x, scale, low, high)
+        found = kernels.fake_quantize_and_range(x, scale, low, high, ends)
+        if found is None:
+            found = on_grid(x, scale, low, high), batch_range(x, ends=ends)
+        observe(found[1])
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
+        of_x = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges)
+        return of_x, None, None, None, None, None, None
 
 
 def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:

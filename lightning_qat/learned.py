@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lightning_qat import kernels
 from lightning_qat.arithmetic import MIN_SCALE, along_axis, zero_point_of
 from lightning_qat.codes import Codes, carry_codes
 from lightning_qat.fake_quantization import edges_of, number_of, on_grid
-from lightning_qat.pieces import alike, in_order, pieces
+from lightning_qat.kernels import Stops
 from lightning_qat.qparams import Grid
 
 
@@ -108,8 +109,8 @@ def learned_fake_quantizer(
         carries_codes: As there.
         known: As there; for one tensor.
         clamped: Clamp each tensor to these ends first, as relu does, in the same pass; the lower
-            one is 0, the upper one is at least a step and may be infinity. For one scale, float32
-            tensors on a CPU, and a grid that starts at real zero.
+            one is 0, the upper one is at least a step and may be infinity. For one scale and
+            float32 tensors on a CPU.
     """
     factor = 1.0
     if values is not None:
@@ -156,38 +157,48 @@ class _Rounding:
         self.keeps_codes = False
         self.known: Tensor | Codes | None = None
         self._integers: Tensor | None = None
-        self._highest = self.last
-        self._edges: tuple[float, float] | None = None
-        self.beyond = 1.0
+        self._lowest, self._highest = self.first, self.last
+        self._clamped_at: float | None = None
+        self.saturates = True
+        """Whether values reach beyond the grid; a clamp may end before it."""
+        self._share = 1.0
         """How much of a value beyond the edges the scale moves."""
 
     def clamp(self, high: float) -> None:
         """Let values be clamped to 0 and ``high`` before they are rounded."""
         assert self.step is not None
         above = edges_of(self.first, self.last, self.step)[1]
-        self._edges = 0.0, min(above, high)
+        self._clamped_at = min(above, high)
+        self._lowest = 0.0
         if high < above:
+            self.saturates = False
             self._highest = min(float(np.rint(np.float32(high) / np.float32(self.step))), self.last)
             # All of them are ``high``, and that is what rounding took from.
             point = self._highest * self.step
-            self.beyond = (point - high) / point
+            self._share = (point - high) / point
 
     def steps(self, x: Tensor) -> Tensor:
         """The step of the grid, counted from real zero, that each value is rounded to."""
         steps = torch.div(x.to(torch.float32), self.scale).round_()
-        return steps.clamp_(self.first, self._highest)
+        return steps.clamp_(self._lowest, self._highest)
 
     def values(self, x: Tensor) -> Tensor:
         """Real values on the grid; their integers are kept aside where they are wanted."""
         known, self.known = self.known, None
         if known is not None:
             return known.restore() if isinstance(known, Codes) else known.detach()
-        plain = self.step is not None and isinstance(self.first, float)
-        if plain and x.dtype == torch.float32 and not self.keeps_codes:
-            return on_grid(x, self.scale, self.first, self._highest)
+        if not self.keeps_codes:
+            return on_grid(x, self.scale, self._lowest, self._highest)
+        if isinstance(self.first, float):
+            found = kernels.fake_quantize_codes(
+                *(x.to(torch.float32), self.scale, self._lowest, self._highest),
+                *(self.origin, self.grid.dtype, None),
+            )
+            if found is not None:
+                self._integers = found.codes
+                return found.values.to(x.dtype)
         steps = self.steps(x)
-        if self.keeps_codes:
-            self._integers = (steps + self.origin).to(self.grid.dtype)
+        self._integers = (steps + self.origin).to(self.grid.dtype)
         return steps.mul_(self.scale).to(x.dtype)
 
     def take_codes(self) -> Codes:
@@ -196,45 +207,46 @@ class _Rounding:
         integers, self._integers = self._integers, None
         return Codes(integers, self.scale, self.origin)
 
-    def placed(self, x: Tensor, result: Tensor | None) -> tuple[Tensor, Tensor, float]:
-        """Values, the points of the grid that they are rounded to, and how long a step is."""
-        if self.step is not None and x.dtype == torch.float32:
-            points = self.steps(x).mul_(self.scale) if result is None else result
-            return x, points, self.step
-        values = x.to(torch.float32) / self.scale
-        return values, torch.round(values).clamp(self.first, self.last), 1.0
+    def gradients(self, grad: Tensor, x: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of values and of their scale, and the sum of what comes from outside the range.
 
-    def inside(
-        self, grad: Tensor, values: Tensor, step: float, out: Tensor | None = None
-    ) -> Tensor:
-        """A gradient where values were not saturated, zero elsewhere."""
-        if isinstance(self.first, float) and not is_compiling():
-            edges = self._edges or edges_of(self.first, self.last, step)
-            masked: Tensor
-            if out is None:
-                masked = torch.ops.aten.hardtanh_backward(grad, values, *edges)
-            else:
-                masked = torch.ops.aten.hardtanh_backward(grad, values, *edges, grad_input=out)
-            return masked
-        rounded = torch.round(values / step)
-        inside = rounded.ge(self.first).logical_and_(rounded.le(self.last))
-        return torch.mul(grad, inside, out=out)
+        The last two times ``factor``, one per scale.
+        """
+        x = x.to(torch.float32)
+        stops, edges = Stops.BY_STEPS, (0.0, 0.0)
+        if self._clamped_at is not None:
+            stops, edges = Stops.CLAMPED, (0.0, self._clamped_at)
+        elif self.step is not None and isinstance(self.first, float):
+            stops, edges = Stops.BY_EDGES, edges_of(self.first, self.last, self.step)
+        if isinstance(self.first, float) and not torch.is_grad_enabled():
+            found = kernels.learned_backward(
+                *(grad, x, self.scale, self._lowest, self._highest),
+                *(stops, edges, self._share, factor),
+            )
+            if found is not None:
+                return found
+        if stops is Stops.BY_STEPS:
+            steps = torch.round(x / self.scale)
+            of_x = grad * steps.ge(self.first).logical_and_(steps.le(self.last))
+        else:
+            of_x = torch.ops.aten.hardtanh_backward(grad, x, *edges)
+        stopped, points = grad - of_x, self.steps(x) * self.scale
+        # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
+        # the steps from what stays: from real zero, or from the lower end.
+        moved = self._total(of_x * (points - x)) + self._total(stopped * points) * self._share
+        outside = stopped * (x > 0) if stops is Stops.CLAMPED else stopped
+        return of_x, moved / self.scale.flatten() * factor, self._total(outside) * factor
 
-    def total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The sum over what shares a scale; of products, where weights are given."""
-        if self.axis is None and weights is not None and alike(values, weights):
-            # One pass without a temporary: new memory costs more than arithmetic.
-            return torch.dot(in_order(values), in_order(weights))
-        if weights is not None:
-            values = values * weights
-        others = [axis for axis in range(values.dim()) if axis != self.axis]
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over what shares a scale."""
         if self.axis is None:
             return values.sum()
-        return values.sum(others) if others else values.clone()
+        others = [axis for axis in range(values.dim()) if axis != self.axis]
+        return values.sum(others) if others else values
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """Keeps the input, and the result where a reader keeps that anyway."""
+    """Keeps the input."""
 
     @staticmethod
     def forward(
@@ -247,8 +259,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         saves_input: bool,
     ) -> Tensor:
         result = fake.values(x)
-        saves_result = saves_input and fake.step is not None and not fake.keeps_codes
-        ctx.save_for_backward(x if saves_input else x.clone(), result if saves_result else None)
+        ctx.save_for_backward(x if saves_input else x.clone())
         ctx.fake, ctx.factor, ctx.shape = fake, factor, scale.shape
         # A lower end that is no parameter is real zero, where the grid then starts.
         ctx.has_low = low is not None and low.requires_grad
@@ -256,31 +267,13 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x, result), fake, grad = ctx.saved_tensors, ctx.fake, grads[0].to(torch.float32)
-        values, points, step = fake.placed(x, result)
-        # A second derivative goes through new tensors only.
-        whole = fake.axis is not None or torch.is_grad_enabled()
-        of_x = fake.inside(grad, values, step) if whole else torch.empty_like(grad)
-        parts = (grad, values, points, of_x)
-        of_scale: Any = 0.0
-        of_low: Any = 0.0 if ctx.has_low else None
-        for g, v, p, inner in (parts,) if whole else pieces(*parts):
-            if not whole:
-                fake.inside(g, v, step, inner)
-            # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond,
-            # by the steps from what stays: from real zero, or from the lower end.
-            spare = p - v
-            of_scale = of_scale + fake.total(inner, spare)
-            beyond = torch.sub(g, inner, out=None if torch.is_grad_enabled() else spare)
-            of_scale = of_scale + fake.total(beyond, p) * fake.beyond
-            if ctx.has_low:
-                of_low = of_low + beyond.sum()
-        of_scale = of_scale / step
+        (x,), fake, grad = ctx.saved_tensors, ctx.fake, grads[0]
+        of_x, of_scale, outside = fake.gradients(grad.to(torch.float32), x, ctx.factor)
+        of_low = None
         if ctx.has_low:
-            of_scale = of_scale - fake.first * of_low
-            of_low = of_low * ctx.factor
-        of_scale = of_scale.reshape(ctx.shape) * ctx.factor
-        return of_x.to(grads[0].dtype), of_scale, of_low, None, None, None
+            outside = outside * float(fake.saturates)
+            of_scale, of_low = of_scale - fake.first * outside, outside.reshape(())
+        return of_x.to(grad.dtype), of_scale.reshape(ctx.shape), of_low, None, None, None
 
 
 def least_squares_scale(x: Tensor, scale: Tensor, grid: Grid, axis: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat.arithmetic import MIN_SCALE, affine_qparams, symmetric_scale, zero_point_of
 from lightning_qat.codes import Codes
+from lightning_qat.fake_quantization import Observe
 from lightning_qat.learned import (
     learned_fake_quantize,
     learned_fake_quantizer,
@@ -54,12 +55,15 @@ class _LearnedActivation(ActivationQuantizer):
     def _waits(self) -> bool:
         return not (self.calibrated and self.quantizing)
 
-    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+    def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
+        assert observe is None, "what is learned is no longer observed"
         return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
 
-    def _clamp_and_quantize(self, x: Tensor, ends: tuple[float, float]) -> Tensor | None:
-        from_zero = ends[0] == 0.0 and not _has_low(self.spec) and not self.spec.symmetric
-        if not from_zero or ends[1] < float(self._scale_and_zero_point()[0]):
+    def _clamp_and_quantize(
+        self, x: Tensor, ends: tuple[float, float], observe: Observe | None
+    ) -> Tensor | None:
+        assert observe is None, "what is learned is no longer observed"
+        if ends[0] != 0.0 or ends[1] < float(self._scale_and_zero_point()[0]):
             return None
         return self._fake_quantizer(x.numel(), True, self.compact, clamped=ends)(x)
 

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightning_qat.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.qparams import Grid
+from lightning_qat.ranges import batch_range, spacing
 
 MOVING_AVERAGE_WEIGHT = 0.01
 """Weight of the newest batch in a settled moving average, as in torch's observers."""
-
-
-def batch_range(
-    x: Tensor, samples: int | None = None, ends: tuple[float, float] | None = None
-) -> Tensor:
-    """The range of one batch as ``(-min, max)``, float32.
-
-    Both entries grow with the range, so the range over several calls, or over the processes of a
-    distributed run, is an elementwise maximum of such pairs. NaN becomes infinity, which no maximum
-    can lose.
-
-    Args:
-        x: Values of any shape and floating dtype, at least one element.
-        samples: Look at no more than so many of them, 64 or more, in evenly spaced runs of 64
-            neighbours in memory. The others may lie outside the range found, or not be finite.
-        ends: Their range when they are clamped to these.
-
-    Returns:
-        Shape ``(2,)``.
-
-    Example:
-        >>> batch_range(torch.tensor([-1.0, 3.0]))
-        tensor([1., 3.])
-    """
-    values = _in_memory_order(x.detach())
-    if samples is not None and x.numel() > samples:
-        values = _runs(values.reshape(-1), samples)
-    low, high = torch.aminmax(values)
-    if ends is not None:
-        low, high = low.clamp(*ends), high.clamp(*ends)
-    return (
-        torch.stack((-low, high))
-        .to(torch.float32)
-        .nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    )
 
 
 def moving_average(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
@@ -101,7 +65,6 @@ PERCENTILE = 0.9999
 SAMPLES = 2**15
 """Values of a batch that searches and histograms look at, unless they are told otherwise."""
 
-_RUN = 64
 _BINS = 2048
 
 
@@ -263,37 +226,9 @@ def _bin(values: Tensor, reach: Tensor) -> Tensor:
     return bins.clamp(0, HISTOGRAM_BINS - 1).to(torch.int64)
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
-    """A view of the same values, contiguous where they fill their memory.
-
-    Of transposed heads or channels last, ``aminmax`` would make a copy in the order of ``x``, which
-    takes up to 20 times as long as its own pass.
-    """
-    if x.is_contiguous():
-        return x
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
-
-
-def _runs(flat: Tensor, samples: int) -> Tensor:
-    """Evenly spaced runs of neighbours, ``(runs, 64)``: single values cost a memory line each."""
-    return flat.unfold(0, _RUN, _spacing(flat.numel(), samples // _RUN))
-
-
 def _sampled(x: Tensor, samples: int) -> Tensor:
     flat = x.detach().reshape(-1)
-    return flat[:: _spacing(flat.numel(), samples)].to(torch.float32)
-
-
-def _spacing(values: int, samples: int) -> int:
-    """The step at which at most so many samples spread over values.
-
-    It shares no factor with any axis: a step of 16 over 256 features would see the same 16 of them
-    again and again.
-    """
-    step = -(-values // samples)
-    while math.gcd(step, values) > 1:
-        step += 1
-    return step
+    return flat[:: spacing(flat.numel(), samples)].to(torch.float32)
 
 
 def _unless_not_finite(whole: Tensor, found: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_qat.arithmetic import (
 )
 from lightning_qat.codes import Codes
 from lightning_qat.fake_quantization import (
+    Observe,
     clamp_and_quantize,
     clamps,
     fake_quantize,
@@ -37,10 +38,10 @@ from lightning_qat.observers import (
     SMALLEST_REACH,
     UPDATES,
     add_to_histogram,
-    batch_range,
     histogram_range,
 )
 from lightning_qat.qparams import Grid, QParams
+from lightning_qat.ranges import batch_range, channel_ranges
 from lightning_qat.recipe import ActivationSpec, WeightSpec
 from lightning_qat.tape import current_tape, hidden
 
@@ -198,8 +199,10 @@ class ActivationQuantizer(Quantizer):
                 tape.relus.forget(x)
             return result
 
-    def quantize_clamped(self, x: Tensor, ends: tuple[float, float]) -> Tensor | None:
-        """Quantize relu, relu6 or hardtanh of ``x`` in one pass; observes nothing.
+    def quantize_clamped(
+        self, x: Tensor, ends: tuple[float, float]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Quantize relu, relu6 or hardtanh of ``x`` in one pass.
 
         Values and gradients are those of two passes to the bit.
 
@@ -208,37 +211,55 @@ class ActivationQuantizer(Quantizer):
             ends: Of the clamp; the upper one may be infinity.
 
         Returns:
-            ``None`` where it takes two passes: on other devices than CPUs, for other dtypes than
-            float32, and while more is observed of the clamped values than their range, or at once.
+            The quantized tensor, and what ``observe`` shall be given if it is read. ``None`` where
+            it takes two passes: on other devices than CPUs, for other dtypes than float32, and
+            while more is observed of the clamped values than their range, or at once.
         """
         if not (self.quantizing and self.calibrated) or is_exporting_onnx():
             return None
-        by_range = self.deferred and self.spec.calibration in BY_RANGE
-        if (self.watches and not by_range) or not clamps(x, self.min_val):
+        if (self.watches and not self._by_range) or not clamps(x, self.min_val):
             return None
+        seen: list[Tensor] = []
         with hidden():
-            return self._clamp_and_quantize(x, ends)
+            samples, observe = self.spec.samples, None
+            if self.watches and x.numel():
+                if samples is None:
+                    observe = seen.append
+                else:
+                    seen.append(batch_range(x, samples, ends))
+            quantized = self._clamp_and_quantize(x, ends, observe)
+        return None if quantized is None else (quantized, seen[0] if seen else None)
 
-    def _clamp_and_quantize(self, x: Tensor, ends: tuple[float, float]) -> Tensor | None:
+    def _clamp_and_quantize(
+        self, x: Tensor, ends: tuple[float, float], observe: Observe | None
+    ) -> Tensor | None:
         numbers = self._kept_numbers()
-        return clamp_and_quantize(x, ends, *numbers, self.grid, carries_codes=self.compact)
+        return clamp_and_quantize(
+            x, ends, *numbers, self.grid, carries_codes=self.compact, observe=observe
+        )
 
-    def observe_clamped(self, x: Tensor, ends: tuple[float, float]) -> None:
-        """Observe what ``quantize_clamped`` has quantized, if it is to be."""
-        if self.watches and x.numel():
-            with hidden():
-                self.observe(batch_range(x, self.spec.samples, ends))
+    @property
+    def _by_range(self) -> bool:
+        """Whether nothing but ranges is observed, and none of them counts at once."""
+        return self.deferred and self.spec.calibration in BY_RANGE
 
     def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
-        if not is_exporting_onnx():
-            self.observe_values(x)
-        if not (self.quantizing and self.calibrated):
+        ready = self.quantizing and self.calibrated
+        exporting = is_exporting_onnx()
+        observe = None
+        if self.watches and x.numel() and not exporting:
+            if ready and self._by_range and self.spec.samples is None:
+                observe = self.observe
+            else:
+                self.observe(self._range_of(x))
+                ready = self.quantizing and self.calibrated
+        if not ready:
             return x
-        if is_exporting_onnx():
+        if exporting:
             return quantize_dequantize(x, *self._scale_and_zero_point(), self.grid)
-        return self._fake_quantize(x, saves_input)
+        return self._fake_quantize(x, saves_input, observe)
 
-    def _fake_quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+    def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
         scale, zero_point = self._kept_numbers()
         return fake_quantize(
             x,
@@ -247,6 +268,7 @@ class ActivationQuantizer(Quantizer):
             self.grid,
             saves_input=saves_input,
             carries_codes=self.compact,
+            observe=observe,
         )
 
     @property
@@ -496,14 +518,7 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def _scale(self, weight: Tensor) -> Tensor:
-        weight = weight.to(torch.float32)
-        rows = weight.reshape(1, -1)
-        if self._channel_axis is not None:
-            rows = weight.transpose(0, self.axis).flatten(1)
-        # Not aminmax, which takes 20 times as long along rows on CPUs.
-        low, high = rows.amin(1), rows.amax(1)
-        if self._channel_axis is None:
-            low, high = low.reshape(()), high.reshape(())
+        low, high = channel_ranges(weight.to(torch.float32), self._channel_axis)
         if self.spec.quantizer == "arq":
             return arq_scale(low, high, self.grid)
         return symmetric_scale(torch.maximum(low.abs(), high.abs()), self.grid)

@@ -89,17 +89,19 @@ class _Result:
         site: Where.
         relu: The call, where its float result is still to be computed.
         quantized: What the quantizer of the site gives for it.
+        seen: What the quantizer is to observe once it reads it.
     """
 
-    __slots__ = ("float", "quantized", "readers", "relu", "site")
+    __slots__ = ("float", "quantized", "readers", "relu", "seen", "site")
 
     def __init__(
         self,
         site: ReluSite,
         relu: Relu | None = None,
         quantized: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
-        self.site, self.relu, self.quantized = site, relu, quantized
+        self.site, self.relu, self.quantized, self.seen = site, relu, quantized, seen
         self.readers: dict[int, Any] = {}
         self.float: Tensor | None = None
 
@@ -121,12 +123,13 @@ class Relus:
         quantizer = site.quantizer
         if site.apart or quantizer is None or not _may_fuse(relu.input):
             return None
-        quantized = quantizer.quantize_clamped(relu.input, relu.ends)
-        if quantized is None:
+        found = quantizer.quantize_clamped(relu.input, relu.ends)
+        if found is None:
             return None
+        quantized, seen = found
         # Another tensor of the same memory, to tell who reads it.
         result = quantized.view_as(quantized)
-        self._note(result, _Result(site, relu, quantized))
+        self._note(result, _Result(site, relu, quantized, seen))
         if relu.in_place:
             # Its name may go on being used; it holds the values before relu.
             again = relu._replace(input=relu.input.view_as(relu.input))
@@ -187,7 +190,8 @@ class Relus:
         if found.quantized is not None and found.site.quantizer is quantizer:
             if not found.readers:
                 found.readers[id(quantizer)] = quantizer
-                quantizer.observe_clamped(found.relu.input, found.relu.ends)
+                if found.seen is not None:
+                    quantizer.observe(found.seen)
             return found.quantized
         return self._apart(x, found)
 

@@ -12,7 +12,7 @@ FLOORS = [
     # the words that recipes are spelled with, for command lines; AMCT's text as plain data
     {"recipe_keys", "spelling", "amct_cfg"},
     {"amct_config", "patterns"},  # AMCT's configurations as recipes; what patterns select
-    {"relus", "pieces"},  # relu's calls, and who reads what they give; tensors in memory
+    {"relus", "kernels"},  # relu's calls, and who reads what they give; compiled loops
     {
         "qparams",
         "bits",
@@ -26,7 +26,7 @@ FLOORS = [
         "findings",
         "record",
     },  # 0 vocabulary
-    {"arithmetic", "join_functions", "codes"},  # 1 what quantization is: pure functions
+    {"arithmetic", "join_functions", "codes", "ranges"},  # 1 what quantization is: pure functions
     {"fake_quantization", "compact"},  # 1a the hot path; what backward keeps of other functions
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
     {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx", "kept_weights"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import prepare
+from lightning_qat import kernels, prepare
 from lightning_qat.layers import MultiheadAttentionQAT
 from lightning_qat.phases import weights_quantized_once
 from lightning_qat.quantizers import WeightQuantizer
@@ -40,13 +41,17 @@ class Counts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        round_ = Tensor.round_
+        monkeypatch.setattr(Tensor, "round_", self.counted(Tensor.round_))
+        for name in ("fake_quantize", "fake_quantize_codes"):
+            monkeypatch.setattr(kernels, name, self.counted(getattr(kernels, name)))
 
-        def counted(x: Tensor) -> Tensor:
-            self.times += x.shape == (5, 4)
-            return round_(x)
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = function(x, *args, **kwargs)
+            self.times += x.shape == (5, 4) and result is not None
+            return result
 
-        monkeypatch.setattr(Tensor, "round_", counted)
+        return call
 
 
 def one_layer(recipe: Any, memory: Any) -> nn.Module:

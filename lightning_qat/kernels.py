@@ -1,0 +1,340 @@
+"""Fused loops for CPUs: what torch does in several operations, in one pass over a tensor.
+
+``kernels.c`` beside this module is compiled when a quantizer first needs it, which takes half a
+second, by the C compiler of the machine; it uses the threads that torch has. Where there is no
+compiler, and for tensors that the loops do not know, every function gives ``None`` and its caller
+takes torch's operations, whose numbers are the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+_log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".c")
+
+# Rounding as torch's: no contraction, no reordering but where a pragma asks for it.
+_FLAGS = (
+    "-O3 -march=native -shared -fPIC -fopenmp -fno-fast-math -ffp-contract=off -fno-math-errno "
+    "-fno-trapping-math"
+)
+
+_TENSOR, _SIZE, _NUMBER, _FLAG = c_void_p, c_int64, c_float, c_int
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "fake_quantize": [*[_TENSOR] * 3, _NUMBER, _NUMBER],
+    "fake_quantize_and_range": [*[_TENSOR] * 3, _NUMBER, _NUMBER, _TENSOR, _NUMBER, _NUMBER],
+    "value_range": [_TENSOR, _TENSOR, _NUMBER, _NUMBER],
+    "row_ranges": [_TENSOR] * 3,
+    "learned_backward": [*[_TENSOR] * 4, *[_NUMBER] * 4, _FLAG, c_double, c_double, *[_TENSOR] * 3],
+    "bits_between": [_TENSOR, _TENSOR, _NUMBER, _NUMBER],
+    "masked": [_TENSOR] * 3,
+    "fake_quantize_codes": [*[_TENSOR] * 5, *[_NUMBER] * 5],
+    "restore": [_TENSOR, _FLAG, _TENSOR, _TENSOR, _NUMBER],
+}
+"""Of each loop, between the sizes of the tensor and the number of threads."""
+
+_BLOCK = 16384
+"""As in ``kernels.c``."""
+
+ALL = -math.inf, math.inf
+"""Ends that clamp nothing."""
+
+RUN = 512
+"""So many values share bytes of bits; as in ``kernels.c``."""
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, low: float, high: float, out: Tensor | None = None
+) -> Tensor | None:
+    """``clip(round(x / scale), low, high) * scale``.
+
+    Args:
+        x: Real values.
+        scale: Size of a step, float32; a scalar, or one per row of the first axis.
+        low: Lowest step from real zero.
+        high: Highest step from real zero.
+        out: Where to write; like ``x`` in shape and strides.
+
+    Example:
+        >>> y = fake_quantize(torch.tensor([-9.0, 0.2, 0.625]), torch.tensor(0.25), -8, 7)
+        >>> y is None or y.tolist() == [-2.0, 0.25, 0.5]
+        True
+    """
+    rows = _rows(x, scale)
+    if not rows:
+        return None
+    result = torch.empty_like(x) if out is None else out
+    _call("fake_quantize", x, rows, x, result, scale, low, high)
+    return result
+
+
+def fake_quantize_and_range(
+    x: Tensor, scale: Tensor, low: float, high: float, ends: tuple[float, float] = ALL
+) -> tuple[Tensor, Tensor] | None:
+    """``fake_quantize`` with a scalar scale, and ``value_range``, in one pass."""
+    if _rows(x, scale) != 1:
+        return None
+    result, found = torch.empty_like(x), torch.empty(2, dtype=torch.float32)
+    _call("fake_quantize_and_range", x, 1, x, result, scale, low, high, found, *ends)
+    return result, found
+
+
+def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
+    """``(-min, max)`` of values clamped to ``ends``, float32; infinity where one is NaN."""
+    if not _suits(x):
+        return None
+    found = torch.empty(2, dtype=torch.float32)
+    _call("value_range", x, 1, x, found, *ends)
+    return found
+
+
+def row_ranges(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Minimum and maximum of each row of the first axis, NaN where it holds one."""
+    if not (_suits(x) and x.dim() and _has_rows(x)):
+        return None
+    low, high = x.new_empty(len(x)), x.new_empty(len(x))
+    _call("row_ranges", x, len(x), x, low, high)
+    return low, high
+
+
+class Stops(IntEnum):
+    """Which values of a learned grid get no gradient; as in ``kernels.c``."""
+
+    BY_EDGES = 0
+    """Those that are not strictly between two edges."""
+    BY_STEPS = 1
+    """Those whose step is not on the grid."""
+    CLAMPED = 2
+    """As by edges; those below are clamped before they are rounded, and not outside the range."""
+
+
+def learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    stops: Stops,
+    edges: tuple[float, float],
+    share: float,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of a learned grid; the formulas are in ``learned.py``.
+
+    Args:
+        grad: Of the result.
+        x: What was quantized.
+        scale: As for ``fake_quantize``.
+        low: As there.
+        high: As there.
+        stops: Which values get no gradient.
+        edges: For ``stops``.
+        share: How much of a value beyond the edges the scale moves.
+        factor: Of the last two gradients.
+
+    Returns:
+        The gradients of ``x`` and of the scale, and the sum of what comes from outside the range;
+        the last two per row, shape ``(rows,)``.
+    """
+    rows = _rows(x, scale)
+    if not rows or grad.dtype != torch.float32 or grad.device.type != "cpu":
+        return None
+    of_x = torch.empty_like(x)
+    if not _suits(grad) or grad.stride() != x.stride():
+        grad = of_x.copy_(grad)
+    sums = torch.empty(rows, -(-x.numel() // rows // _BLOCK), 3, dtype=torch.float64)
+    of_scale, outside = x.new_empty(rows), x.new_empty(rows)
+    _call(
+        *("learned_backward", x, rows, grad, x, of_x, scale, low, high),
+        *(*edges, stops, share, factor, sums, of_scale, outside),
+    )
+    return of_x, of_scale, outside
+
+
+def bits_between(x: Tensor, low: float, high: float) -> Tensor | None:
+    """Whether each value is strictly between two ends; laid out as ``bits.pack_bits`` does."""
+    if not _suits(x):
+        return None
+    bits = _room_for_bits(x)
+    _call("bits_between", x, 1, x, bits, low, high)
+    return bits
+
+
+def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor | None:
+    """A gradient where its bit is set, zero elsewhere.
+
+    Args:
+        grad: Of any strides.
+        bits: In the order of memory of the tensor that they were made for.
+        shape: Of that tensor.
+        stride: Of that tensor, and of the result.
+    """
+    result = torch.empty_strided(shape, stride, dtype=torch.float32)
+    if grad.dtype != torch.float32 or grad.device.type != "cpu" or not _suits(result):
+        return None
+    given = grad if _suits(grad) and grad.stride() == stride else result.copy_(grad)
+    _call("masked", result, 1, given, bits, result)
+    return result
+
+
+class Coded(NamedTuple):
+    """What ``fake_quantize_codes`` gives.
+
+    Args:
+        values: Real values on the grid.
+        codes: Its integers.
+        bits: Where the gradient passes.
+    """
+
+    values: Tensor
+    codes: Tensor | None
+    bits: Tensor | None
+
+
+def fake_quantize_codes(
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    zero: float,
+    dtype: torch.dtype | None,
+    edges: tuple[float, float] | None,
+) -> Coded | None:
+    """``fake_quantize`` that also gives integers, and bits, in the same pass.
+
+    Args:
+        x: Real values.
+        scale: As for ``fake_quantize``; a scalar where there are ``edges``.
+        low: As there.
+        high: As there.
+        zero: Is added to the steps from real zero.
+        dtype: Of the integers, int8 or uint8. ``None``: none are wanted.
+        edges: Bits are set for values strictly between. ``None``: no bits.
+    """
+    rows = _rows(x, scale)
+    if not rows or dtype not in (torch.int8, torch.uint8, None):
+        return None
+    values = torch.empty_like(x)
+    codes = None if dtype is None else torch.empty_like(x, dtype=dtype)
+    bits = None if edges is None else _room_for_bits(x)
+    _call(
+        *("fake_quantize_codes", x, rows, x, values, codes, bits, scale),
+        *(low, high, zero, *(edges or (0.0, 0.0))),
+    )
+    return Coded(values, codes, bits)
+
+
+def restore(codes: Tensor, scale: Tensor, zero: float) -> Tensor | None:
+    """``(codes - zero) * scale``, float32, of int8 or uint8."""
+    rows = _rows(codes, scale, (torch.int8, torch.uint8))
+    if not rows:
+        return None
+    values = torch.empty_like(codes, dtype=torch.float32)
+    _call("restore", codes, rows, codes, codes.dtype is torch.int8, values, scale, zero)
+    return values
+
+
+def _room_for_bits(x: Tensor) -> Tensor:
+    return torch.empty(-(-x.numel() // RUN) * (RUN // 8), dtype=torch.uint8)
+
+
+def _rows(
+    x: Tensor, scale: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> int | None:
+    """Into how many rows that share a scale a tensor falls; ``None``: the loops do not know it."""
+    if scale.device.type != "cpu" or scale.dtype != torch.float32 or not _suits(x, dtypes):
+        return None
+    if scale.numel() == 1:
+        return 1
+    of_first_axis = scale.dim() == x.dim() and scale.numel() == len(scale) == len(x)
+    return len(x) if of_first_axis and scale.is_contiguous() and _has_rows(x) else None
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether a dense tensor has the parts along its first axis one after the other."""
+    return x.stride(0) * len(x) == x.numel()
+
+
+def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether the loops know such a tensor: on a CPU, plain, filled, without gaps in memory."""
+    return (
+        not is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype in dtypes
+        and type(x) in (Tensor, nn.Parameter)
+        and (x.is_contiguous() or _fills_its_memory(x))
+        and x.data_ptr() != 0  # Nothing, or what torch knows to be zeros.
+        and _library() is not None
+    )
+
+
+def _fills_its_memory(x: Tensor) -> bool:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    # torch gives a tensor without gaps or overlap its own strides.
+    return torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def _call(name: str, x: Tensor, rows: int, *arguments: Any) -> None:
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    loop = getattr(_library(), name)
+    loop(rows, x.numel() // rows, *given, torch.get_num_threads())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled loops, where there are any; asked once."""
+    try:
+        library, compiler = _compile()
+        for name, arguments in _ARGUMENTS.items():
+            loop = getattr(library, name)
+            loop.argtypes, loop.restype = [_SIZE, _SIZE, *arguments, c_int], None
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning(
+            "Quantizers run as several operations of torch each, with the same numbers but slower: "
+            "%s. Install gcc, or name a C compiler with OpenMP in the environment variable CC.",
+            error,
+        )
+        return None
+    _log.info("Quantizers run as loops that %s has compiled.", compiler)
+    return library
+
+
+def _compile() -> tuple[ctypes.CDLL, str]:
+    """Compile and load.
+
+    Raises:
+        OSError: There is no compiler, it refused, or its result does not load.
+    """
+    named = os.environ.get("CC")
+    compilers = [named] if named else ["gcc", "cc", "clang"]
+    compiler = next((name for name in compilers if shutil.which(shlex.split(name)[0])), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C compiler was found (looked for {', '.join(compilers)})")
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "kernels.so"
+        command = [*shlex.split(compiler), *_FLAGS.split(), str(_SOURCE), "-o", str(result), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+            raise OSError(f"{compiler} could not compile {_SOURCE.name}: {why}")
+        # Once loaded it needs no file.
+        return ctypes.CDLL(str(result)), compiler
