@@ -2,14 +2,15 @@
 
 One function chooses among the ways to do it, which give the same numbers:
 
-* a reader of the result keeps its input anyway (layers on CPUs): backward looks at the input again,
-  one vectorised pass (``hardtanh_backward``);
-* otherwise backward keeps one bit per element;
+* on CPUs with a compiler: a loop that goes over the tensor once, ``kernels``; backward keeps a bit
+  per element;
+* on CPUs without, where a reader of the result keeps its input anyway (layers): backward looks at
+  the input again, one vectorised pass (``hardtanh_backward``);
+* otherwise operations of torch in place over one temporary; backward keeps a bit per element;
 * while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse.
 
-On CPUs the first two are loops of ``kernels`` that go over a tensor once, elsewhere operations of
-torch in place over one temporary. ATen's own fake-quantize kernels are not vectorised on CPUs
-(``benchmarks/step.py --kernels`` prints the times of all of them).
+ATen's own fake-quantize kernels are not vectorised on CPUs (``benchmarks/step.py --kernels`` prints
+the times of all).
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def fake_quantize(
         zero_point: Integer that stands for real zero. Broadcasts against ``x``.
         grid: The integers in use.
         gradient_everywhere: Pass the gradient of saturated values too.
-        saves_input: Backward may look at ``x`` again instead of keeping a bit per element, which is
-            faster on CPUs and free where something else keeps ``x`` anyway. ``x`` must not be
-            changed in place before backward.
+        saves_input: Backward may look at ``x`` again instead of keeping a bit per element, where
+            that is faster; for readers that keep ``x`` anyway. ``x`` must not be changed in place
+            before backward.
         carries_codes: The result shall carry its integers, so that what reads it within
             ``keeping_codes`` keeps those; overrides ``saves_input``.
         observe: Is given the range of ``x`` (``batch_range``), found in the same pass where that is
@@ -77,33 +78,21 @@ def fake_quantize(
         >>> y.detach(), x.grad
         (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
     """
-    result: Tensor
-    origin: Any = zero_point if is_compiling() else number_of(zero_point)
-    rereads = (
-        saves_input
-        and not (carries_codes or gradient_everywhere)
-        and isinstance(origin, float)
-        and scale.numel() == 1
-        and x.dtype == torch.float32
-    )
-    if observe is not None and not rereads:
-        observe(batch_range(x))
     if is_compiling():
-        result = _Traced.apply(  # type: ignore[no-untyped-call]
+        if observe is not None:
+            observe(batch_range(x))
+        result: Tensor = _Traced.apply(  # type: ignore[no-untyped-call]
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
+    origin = number_of(zero_point)
     low, high = grid.qmin - origin, grid.qmax - origin
-    if rereads:
-        edges = edges_of(low, high, float(scale))
-        result = _Reread.apply(x, scale, low, high, edges, kernels.ALL, observe)  # type: ignore[no-untyped-call]
-        return result
     keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
-    if carries_codes or keeps_bits:
-        coded = _coded(x, scale, origin, grid, carries_codes=carries_codes, keeps_bits=keeps_bits)
-        return coded.through(x)
-    result = _Pass.apply(x, lambda: (on_grid(x, scale, low, high), None))  # type: ignore[no-untyped-call]
-    return result
+    edges = None
+    if keeps_bits and isinstance(origin, float) and scale.numel() == 1:
+        edges = edges_of(low, high, float(scale))
+    span = _Span(low, high, edges)
+    return _quantize(x, scale, origin, grid, span, keeps_bits, saves_input, carries_codes, observe)
 
 
 def clamp_and_quantize(
@@ -143,18 +132,10 @@ def clamp_and_quantize(
     first, last = grid.qmin - origin, grid.qmax - origin
     below, above = edges_of(first, last, float(step))
     edges = max(below, ends[0]), min(above, ends[1])
-    steps = (np.rint(np.float32(end) / step) for end in ends)
-    low, high = (float(min(max(end, first), last)) for end in steps)
-    result: Tensor
-    if not carries_codes:
-        result = _Reread.apply(x, scale, low, high, edges, ends, observe)  # type: ignore[no-untyped-call]
-        return result
-    if observe is not None:
-        observe(batch_range(x, ends=ends))
+    low, high = (float(np.clip(np.rint(np.float32(end) / step), first, last)) for end in ends)
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
-    return _coded(
-        x, scale, origin, grid, ((low, high), edges), carries_codes=True, keeps_bits=keeps_bits
-    ).through(x)
+    span = _Span(low, high, edges, ends)
+    return _quantize(x, scale, origin, grid, span, keeps_bits, True, carries_codes, observe)
 
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
@@ -214,88 +195,135 @@ def on_grid(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = 
     """
     wide = x.to(torch.float32)
     if isinstance(low, float):
-        result = kernels.fake_quantize(wide, scale, low, high, out=out)
-        if result is not None:
-            return result.to(x.dtype)
+        found = kernels.fake_quantize(wide, scale, low, high, out=out)
+        if found is not None:
+            return found.values.to(x.dtype)
     steps = torch.div(wide, scale, out=out).round_()
     return steps.clamp_(low, high).mul_(scale).to(x.dtype)
 
 
-class _Coded(NamedTuple):
-    """A tensor on a grid, its integers, and where the gradient passes.
+class _Span(NamedTuple):
+    """What a grid reaches, after the clamp that comes before it, if one does.
+
+    Args:
+        low: Lowest step from real zero; a number where the zero point is one.
+        high: Highest step.
+        edges: Between which values, both excluded, the gradient passes; where that is known.
+        ends: What the values are clamped to before.
+    """
+
+    low: Any
+    high: Any
+    edges: tuple[float, float] | None
+    ends: tuple[float, float] | None = None
+
+
+class _OnGrid(NamedTuple):
+    """A tensor on a grid.
 
     Args:
         values: Real values.
-        codes: Where they are wanted.
-        bits: Alike.
+        codes: Its integers.
+        bits: Where the gradient passes.
     """
 
     values: Tensor
     codes: Codes | None
     bits: Tensor | None
 
-    def through(self, x: Tensor) -> Tensor:
-        """The values as the result of what they were computed from."""
-        result: Tensor = _Pass.apply(x, lambda: (self.values, self.bits))  # type: ignore[no-untyped-call]
-        if self.codes is not None:
-            carry_codes(result, self.codes)
-        return result
 
-
-@torch.no_grad()
-def _coded(
+def _quantize(
     x: Tensor,
     scale: Tensor,
     origin: Any,
     grid: Grid,
-    clamp: tuple[tuple[float, float], tuple[float, float]] | None = None,
-    *,
-    carries_codes: bool,
+    span: _Span,
     keeps_bits: bool,
-) -> _Coded:
-    """Quantize to integers, and say where the gradient passes.
+    saves_input: bool,
+    carries_codes: bool,
+    observe: Observe | None,
+) -> Tensor:
+    """The fastest way to the grid: a loop; else what needs no bits; else operations of torch."""
+    found = _by_loop(x, scale, origin, grid, span, keeps_bits, carries_codes, observe)
+    result: Tensor
+    if found is None:
+        if observe is not None:
+            observe(batch_range(x, ends=span.ends))
+        rereads = keeps_bits and saves_input and span.edges and x.dtype == torch.float32
+        if rereads and not carries_codes:
+            result = _Reread.apply(x, scale, *span[:3])  # type: ignore[no-untyped-call]
+            return result
+        found = _by_operations(x, scale, origin, grid, span, keeps_bits, carries_codes)
+    result = _Pass.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
+    if found.codes is not None:
+        carry_codes(result, found.codes)
+    return result
 
-    Args:
-        x: Real values.
-        scale: As for ``fake_quantize``.
-        origin: The zero point, a number or a tensor.
-        grid: The integers in use.
-        clamp: The steps from real zero that a clamp before lets through, and between which values
-            its gradient passes.
-        carries_codes: Integers are wanted.
-        keeps_bits: Bits are wanted.
-    """
-    counted = _counted_from_zero(origin, grid)
+
+@torch.no_grad()
+def _by_loop(
+    x: Tensor,
+    scale: Tensor,
+    origin: Any,
+    grid: Grid,
+    span: _Span,
+    keeps_bits: bool,
+    carries_codes: bool,
+    observe: Observe | None,
+) -> _OnGrid | None:
+    if not isinstance(origin, float) or (keeps_bits and span.edges is None):
+        return None
+    # Integers are those of the grid, or steps from real zero where these fit in as many bits.
+    counted = _counted_from_zero(origin, grid) if carries_codes else None
+    zero = origin if counted is None else 0.0
+    found = kernels.fake_quantize(
+        *(x.to(torch.float32), scale, span.low, span.high),
+        dtype=(counted or grid.dtype) if carries_codes else None,
+        zero=zero,
+        edges=span.edges if keeps_bits else None,
+        ends=None if observe is None else span.ends or kernels.ALL,
+    )
+    if found is None:
+        return None
+    if observe is not None and found.seen is not None:
+        observe(found.seen)
+    codes = None if found.codes is None else Codes(found.codes, scale, zero)
+    return _OnGrid(found.values, codes, found.bits)
+
+
+@torch.no_grad()
+def _by_operations(
+    x: Tensor,
+    scale: Tensor,
+    origin: Any,
+    grid: Grid,
+    span: _Span,
+    keeps_bits: bool,
+    carries_codes: bool,
+) -> _OnGrid:
     wide = x.to(torch.float32)
-    if isinstance(origin, float) and not (keeps_bits and scale.numel() > 1):
-        low, high = clamp[0] if clamp else (grid.qmin - origin, grid.qmax - origin)
-        edges = None
-        if keeps_bits:
-            edges = clamp[1] if clamp else edges_of(low, high, float(scale))
-        # Integers are those of the grid, or steps from real zero where these fit in as many bits.
-        zero = origin if counted is None else 0.0
-        dtype = (counted or grid.dtype) if carries_codes else None
-        found = kernels.fake_quantize_codes(wide, scale, low, high, zero, dtype, edges)
-        if found is not None:
-            codes = None if found.codes is None else Codes(found.codes, scale, zero)
-            return _Coded(found.values.to(x.dtype), codes, found.bits)
-    rounded = _Rounded(wide, scale, origin, grid, counted, clamp[0] if clamp else None)
+    if not (keeps_bits or carries_codes):
+        return _OnGrid(on_grid(wide, scale, span.low, span.high), None, None)
+    reached = None if span.ends is None else (span.low, span.high)
+    rounded = _Rounded(wide, scale, origin, grid, reached)
     bits = None
-    if keeps_bits:
-        bits = pack_between(wide, *clamp[1]) if clamp else rounded.bits()
-    return _Coded(rounded.values().to(x.dtype), rounded.codes if carries_codes else None, bits)
+    if keeps_bits and span.ends is not None and span.edges is not None:
+        bits = pack_between(wide, *span.edges)
+    elif keeps_bits:
+        bits = rounded.bits()
+    return _OnGrid(rounded.values(), rounded.codes if carries_codes else None, bits)
 
 
 class _Rounded:
-    """``_coded`` by operations of torch.
+    """Integers on a grid by operations of torch.
 
     Args:
         x: Real values, float32.
         scale: As for ``fake_quantize``.
         origin: The zero point, a number or a tensor.
         grid: The integers in use.
-        counted: Type of the integers where they are steps from real zero.
-        reached: Those steps that a clamp before lets through; ``bits`` does not know of it.
+        reached: Those steps from real zero that a clamp before lets through; ``bits`` does not know
+            of it.
     """
 
     def __init__(
@@ -304,19 +332,18 @@ class _Rounded:
         scale: Tensor,
         origin: Any,
         grid: Grid,
-        counted: torch.dtype | None,
         reached: tuple[float, float] | None,
     ) -> None:
         steps = torch.div(x, scale).round_()
         low, high = grid.qmin, grid.qmax
+        if reached is not None:
+            low, high = int(reached[0] + origin), int(reached[1] + origin)
+        # Integers are those of the grid, or steps from real zero where these fit in as many bits.
+        counted = _counted_from_zero(origin, grid)
         self._shift: Any = None if counted is not None else origin
         if counted is None:
             counted = grid.dtype
             steps.add_(origin)
-            if reached:
-                low, high = int(reached[0] + origin), int(reached[1] + origin)
-        elif reached:
-            low, high = int(reached[0]), int(reached[1])
         else:
             low, high = low - int(origin), high - int(origin)
         # One step wider than the grid tells what lies outside. Bytes are compared many times
@@ -400,30 +427,16 @@ class _Reread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        low: float,
-        high: float,
-        edges: tuple[float, float],
-        ends: tuple[float, float],
-        observe: Observe | None,
+        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, edges: tuple[float, float]
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.edges = edges
-        if observe is None:
-            return on_grid(x, scale, low, high)
-        found = kernels.fake_quantize_and_range(x, scale, low, high, ends)
-        if found is None:
-            found = on_grid(x, scale, low, high), batch_range(x, ends=ends)
-        observe(found[1])
-        return found[0]
+        return on_grid(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        of_x = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges)
-        return of_x, None, None, None, None, None, None
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
 
 
 def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:

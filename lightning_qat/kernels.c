@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BLOCK 16384    /* values that one thread takes at a time, 64 KiB of float32 */
+#define BLOCK 4096     /* values that one thread takes at a time; several loops find them in L1 */
 #define RUN 512        /* values that are summed in float32 before double takes over */
 #define LANE (RUN / 8) /* see pack_run */
 #define GRAIN 32768    /* up to so many values one thread is faster than waking another */
@@ -17,7 +17,7 @@
 #define FOR_BLOCKS(clauses, ...)                                                                   \
     const int64_t per_row = (cols + BLOCK - 1) / BLOCK, blocks = rows * per_row;                   \
     const int team = rows * cols > GRAIN ? threads : 1;                                            \
-    PRAGMA(omp parallel for num_threads(team) schedule(static) clauses)                          \
+    PRAGMA(omp parallel for num_threads(team) schedule(static) clauses)                            \
     for (int64_t block = 0; block < blocks; block++) {                                             \
         const int64_t row = block / per_row, start = block % per_row * BLOCK;                      \
         const int64_t from = row * cols + start;                                                   \
@@ -32,57 +32,102 @@ static inline float clamped(float value, float low, float high)
     return value > high ? high : value;
 }
 
-static inline float on_grid(float x, float scale, float low, float high)
+/* Extremes of values seen so far; `nan`: one of them is NaN. */
+typedef struct {
+    float least, most;
+    int nan;
+} extremes;
+
+static inline extremes extremes_of(const float *restrict x, int64_t count)
 {
-    return clamped(rintf(x / scale), low, high) * scale;
+    float least = INFINITY, most = -INFINITY;
+    int nan = 0;
+    PRAGMA(omp simd reduction(min : least) reduction(max : most) reduction(| : nan))
+    for (int64_t i = 0; i < count; i++) {
+        least = x[i] < least ? x[i] : least;
+        most = x[i] > most ? x[i] : most;
+        nan |= x[i] != x[i];
+    }
+    return (extremes){least, most, nan};
 }
 
-void fake_quantize(int64_t rows, int64_t cols, const float *restrict x, float *restrict y,
-                   const float *restrict scales, float low, float high, int threads)
+/* Bits of RUN values take LANE bytes: value i of a run is bit i / LANE of byte i % LANE, so that
+ * whole vectors of flags are packed at once. A last run that is shorter takes as many bytes. There is
+ * one row wherever bits are, and blocks are whole runs. */
+static inline void pack_run(const float *restrict x, uint8_t *restrict bits, float below,
+                            float above)
 {
-    FOR_BLOCKS(, {
+    for (int i = 0; i < LANE; i++) {
+        int byte = 0;
+        for (int k = 0; k < 8; k++) {
+            const float value = x[k * LANE + i];
+            byte |= (!((value <= below) | (value >= above))) << k;
+        }
+        bits[i] = (uint8_t)byte;
+    }
+}
+
+static inline void pack_between(const float *restrict x, uint8_t *restrict bits, int64_t from,
+                                int64_t to, float below, float above)
+{
+    for (int64_t run = from; run < to; run += RUN) {
+        if (to - run >= RUN) {
+            pack_run(x + run, bits + run / 8, below, above);
+        } else {
+            float last[RUN];
+            for (int i = 0; i < RUN; i++)
+                last[i] = run + i < to ? x[run + i] : below;
+            pack_run(last, bits + run / 8, below, above);
+        }
+    }
+}
+
+/* Values on the grid. Where there is room for them, too: the integers `step + zero`; a bit per value,
+ * whether it is strictly between `below` and `above`; the range of the values, see value_range. */
+void fake_quantize(int64_t rows, int64_t cols, const float *restrict x, float *restrict y,
+                   const float *restrict scales, float low, float high, uint8_t *restrict codes,
+                   float zero, uint8_t *restrict bits, float below, float above,
+                   float *restrict range, float first, float last, int threads)
+{
+    float least = INFINITY, most = -INFINITY;
+    int nan = 0;
+    FOR_BLOCKS(reduction(min : least) reduction(max : most) reduction(| : nan), {
         const float scale = scales[row];
         for (int64_t i = from; i < to; i++)
-            y[i] = on_grid(x[i], scale, low, high);
+            y[i] = clamped(rintf(x[i] / scale), low, high) * scale;
+        if (codes)
+            for (int64_t i = from; i < to; i++)
+                codes[i] = (uint8_t)(int32_t)(clamped(rintf(x[i] / scale), low, high) + zero);
+        if (bits)
+            pack_between(x, bits, from, to, below, above);
+        if (range) {
+            const extremes found = extremes_of(x + from, to - from);
+            least = found.least < least ? found.least : least;
+            most = found.most > most ? found.most : most;
+            nan |= found.nan;
+        }
     })
+    if (range) {
+        range[0] = nan ? INFINITY : -clamped(least, first, last);
+        range[1] = nan ? INFINITY : clamped(most, first, last);
+    }
 }
 
-/* The range (-min, max) of values clamped to `first` and `last`, infinity for NaN; `each` is what
- * else is done to value i. */
-#define RANGE(each)                                                                                \
-    float least = INFINITY, most = -INFINITY;                                                      \
-    int bad = 0;                                                                                   \
-    FOR_BLOCKS(reduction(min : least) reduction(max : most) reduction(| : bad), {                  \
-        float below = INFINITY, above = -INFINITY;                                                 \
-        int nan = 0;                                                                               \
-        PRAGMA(omp simd reduction(min : below) reduction(max : above) reduction(| : nan))          \
-        for (int64_t i = from; i < to; i++) {                                                      \
-            const float value = x[i];                                                              \
-            below = value < below ? value : below;                                                 \
-            above = value > above ? value : above;                                                 \
-            nan |= value != value;                                                                 \
-            each;                                                                                  \
-        }                                                                                          \
-        least = below < least ? below : least;                                                     \
-        most = above > most ? above : most;                                                        \
-        bad |= nan;                                                                                \
-    })                                                                                             \
-    range[0] = bad ? INFINITY : -clamped(least, first, last);                                      \
-    range[1] = bad ? INFINITY : clamped(most, first, last);
-
+/* The range (-min, max) of values clamped to `first` and `last`; infinity where one is NaN. */
 void value_range(int64_t rows, int64_t cols, const float *restrict x, float *restrict range,
                  float first, float last, int threads)
 {
-    RANGE()
-}
-
-void fake_quantize_and_range(int64_t rows, int64_t cols, const float *restrict x,
-                             float *restrict y, const float *restrict scales, float low,
-                             float high, float *restrict range, float first, float last,
-                             int threads)
-{
-    const float scale = scales[0];
-    RANGE(y[i] = on_grid(value, scale, low, high))
+    float least = INFINITY, most = -INFINITY;
+    int nan = 0;
+    FOR_BLOCKS(reduction(min : least) reduction(max : most) reduction(| : nan), {
+        (void)row;
+        const extremes found = extremes_of(x + from, to - from);
+        least = found.least < least ? found.least : least;
+        most = found.most > most ? found.most : most;
+        nan |= found.nan;
+    })
+    range[0] = nan ? INFINITY : -clamped(least, first, last);
+    range[1] = nan ? INFINITY : clamped(most, first, last);
 }
 
 /* Minimum and maximum of each row; both NaN where it has one. */
@@ -92,16 +137,9 @@ void row_ranges(int64_t rows, int64_t cols, const float *restrict x, float *rest
     const int team = rows * cols > GRAIN ? threads : 1;
     PRAGMA(omp parallel for num_threads(team) schedule(static))
     for (int64_t row = 0; row < rows; row++) {
-        float low = INFINITY, high = -INFINITY;
-        int nan = 0;
-        PRAGMA(omp simd reduction(min : low) reduction(max : high) reduction(| : nan))
-        for (int64_t i = row * cols; i < (row + 1) * cols; i++) {
-            low = x[i] < low ? x[i] : low;
-            high = x[i] > high ? x[i] : high;
-            nan |= x[i] != x[i];
-        }
-        least[row] = nan ? NAN : low;
-        most[row] = nan ? NAN : high;
+        const extremes found = extremes_of(x + row * cols, cols);
+        least[row] = found.nan ? NAN : found.least;
+        most[row] = found.nan ? NAN : found.most;
     }
 }
 
@@ -165,37 +203,6 @@ void learned_backward(int64_t rows, int64_t cols, const float *g, const float *r
     }
 }
 
-/* Bits of RUN values take LANE bytes: value i of a run is bit i / LANE of byte i % LANE, so that
- * whole vectors of flags are packed at once. A last run that is shorter takes as many bytes. There is
- * one row wherever bits are, and blocks are whole runs. */
-static inline void pack_run(const float *restrict x, uint8_t *restrict bits, float below,
-                            float above)
-{
-    for (int i = 0; i < LANE; i++) {
-        int byte = 0;
-        for (int k = 0; k < 8; k++) {
-            const float value = x[k * LANE + i];
-            byte |= (!((value <= below) | (value >= above))) << k;
-        }
-        bits[i] = (uint8_t)byte;
-    }
-}
-
-static inline void pack_between(const float *restrict x, uint8_t *restrict bits, int64_t from,
-                                int64_t to, float below, float above)
-{
-    for (int64_t run = from; run < to; run += RUN) {
-        if (to - run >= RUN) {
-            pack_run(x + run, bits + run / 8, below, above);
-        } else {
-            float last[RUN];
-            for (int i = 0; i < RUN; i++)
-                last[i] = run + i < to ? x[run + i] : below;
-            pack_run(last, bits + run / 8, below, above);
-        }
-    }
-}
-
 /* A bit per value: whether it is strictly between two ends. */
 void bits_between(int64_t rows, int64_t cols, const float *restrict x, uint8_t *restrict bits,
                   float below, float above, int threads)
@@ -217,29 +224,6 @@ void masked(int64_t rows, int64_t cols, const float *g, const uint8_t *restrict 
                     gx[lane + i] = byte[i] >> k & 1 ? g[lane + i] : 0.0f;
             }
         }
-    })
-}
-
-/* fake_quantize that also gives the integers, `step + zero`, and bits, where there is room. */
-void fake_quantize_codes(int64_t rows, int64_t cols, const float *restrict x, float *restrict y,
-                         uint8_t *restrict codes, uint8_t *restrict bits,
-                         const float *restrict scales, float low, float high, float zero,
-                         float below, float above, int threads)
-{
-    FOR_BLOCKS(, {
-        const float scale = scales[row];
-        if (codes) {
-            for (int64_t i = from; i < to; i++) {
-                const float step = clamped(rintf(x[i] / scale), low, high);
-                codes[i] = (uint8_t)(int32_t)(step + zero);
-                y[i] = step * scale;
-            }
-        } else {
-            for (int64_t i = from; i < to; i++)
-                y[i] = on_grid(x[i], scale, low, high);
-        }
-        if (bits)
-            pack_between(x, bits, from, to, below, above);
     })
 }
 

@@ -39,19 +39,20 @@ _FLAGS = (
 _TENSOR, _SIZE, _NUMBER, _FLAG = c_void_p, c_int64, c_float, c_int
 
 _ARGUMENTS: dict[str, list[Any]] = {
-    "fake_quantize": [*[_TENSOR] * 3, _NUMBER, _NUMBER],
-    "fake_quantize_and_range": [*[_TENSOR] * 3, _NUMBER, _NUMBER, _TENSOR, _NUMBER, _NUMBER],
+    "fake_quantize": [
+        *[*[_TENSOR] * 3, _NUMBER, _NUMBER, _TENSOR, _NUMBER, _TENSOR, _NUMBER, _NUMBER],
+        *[_TENSOR, _NUMBER, _NUMBER],
+    ],
     "value_range": [_TENSOR, _TENSOR, _NUMBER, _NUMBER],
     "row_ranges": [_TENSOR] * 3,
     "learned_backward": [*[_TENSOR] * 4, *[_NUMBER] * 4, _FLAG, c_double, c_double, *[_TENSOR] * 3],
     "bits_between": [_TENSOR, _TENSOR, _NUMBER, _NUMBER],
     "masked": [_TENSOR] * 3,
-    "fake_quantize_codes": [*[_TENSOR] * 5, *[_NUMBER] * 5],
     "restore": [_TENSOR, _FLAG, _TENSOR, _TENSOR, _NUMBER],
 }
 """Of each loop, between the sizes of the tensor and the number of threads."""
 
-_BLOCK = 16384
+_BLOCK = 4096
 """As in ``kernels.c``."""
 
 ALL = -math.inf, math.inf
@@ -61,10 +62,35 @@ RUN = 512
 """So many values share bytes of bits; as in ``kernels.c``."""
 
 
+class Quantized(NamedTuple):
+    """What ``fake_quantize`` gives.
+
+    Args:
+        values: Real values on the grid.
+        codes: Its integers.
+        bits: Where the gradient passes.
+        seen: ``value_range`` of the input.
+    """
+
+    values: Tensor
+    codes: Tensor | None
+    bits: Tensor | None
+    seen: Tensor | None
+
+
 def fake_quantize(
-    x: Tensor, scale: Tensor, low: float, high: float, out: Tensor | None = None
-) -> Tensor | None:
-    """``clip(round(x / scale), low, high) * scale``.
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    zero: float = 0.0,
+    edges: tuple[float, float] | None = None,
+    ends: tuple[float, float] | None = None,
+) -> Quantized | None:
+    """``clip(round(x / scale), low, high) * scale``, and what else is wanted, in one pass.
 
     Args:
         x: Real values.
@@ -72,29 +98,30 @@ def fake_quantize(
         low: Lowest step from real zero.
         high: Highest step from real zero.
         out: Where to write; like ``x`` in shape and strides.
+        dtype: Integers are wanted, of this type: int8 or uint8.
+        zero: Is added to the steps from real zero to give them.
+        edges: Bits are wanted, set for values strictly between; with a scalar scale.
+        ends: The range is wanted, of values clamped to these.
 
     Example:
-        >>> y = fake_quantize(torch.tensor([-9.0, 0.2, 0.625]), torch.tensor(0.25), -8, 7)
-        >>> y is None or y.tolist() == [-2.0, 0.25, 0.5]
+        >>> found = fake_quantize(torch.tensor([-9.0, 0.2, 0.625]), torch.tensor(0.25), -8, 7)
+        >>> found is None or found.values.tolist() == [-2.0, 0.25, 0.5]
         True
     """
     rows = _rows(x, scale)
-    if not rows:
+    if not rows or dtype not in (torch.int8, torch.uint8, None) or (edges and rows > 1):
         return None
-    result = torch.empty_like(x) if out is None else out
-    _call("fake_quantize", x, rows, x, result, scale, low, high)
-    return result
-
-
-def fake_quantize_and_range(
-    x: Tensor, scale: Tensor, low: float, high: float, ends: tuple[float, float] = ALL
-) -> tuple[Tensor, Tensor] | None:
-    """``fake_quantize`` with a scalar scale, and ``value_range``, in one pass."""
-    if _rows(x, scale) != 1:
-        return None
-    result, found = torch.empty_like(x), torch.empty(2, dtype=torch.float32)
-    _call("fake_quantize_and_range", x, 1, x, result, scale, low, high, found, *ends)
-    return result, found
+    found = Quantized(
+        torch.empty_like(x) if out is None else out,
+        None if dtype is None else torch.empty_like(x, dtype=dtype),
+        None if edges is None else _room_for_bits(x),
+        None if ends is None else torch.empty(2, dtype=torch.float32),
+    )
+    _call(
+        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.codes, zero),
+        *(found.bits, *(edges or ALL), found.seen, *(ends or ALL)),
+    )
+    return found
 
 
 def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
@@ -193,53 +220,6 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
     given = grad if _suits(grad) and grad.stride() == stride else result.copy_(grad)
     _call("masked", result, 1, given, bits, result)
     return result
-
-
-class Coded(NamedTuple):
-    """What ``fake_quantize_codes`` gives.
-
-    Args:
-        values: Real values on the grid.
-        codes: Its integers.
-        bits: Where the gradient passes.
-    """
-
-    values: Tensor
-    codes: Tensor | None
-    bits: Tensor | None
-
-
-def fake_quantize_codes(
-    x: Tensor,
-    scale: Tensor,
-    low: float,
-    high: float,
-    zero: float,
-    dtype: torch.dtype | None,
-    edges: tuple[float, float] | None,
-) -> Coded | None:
-    """``fake_quantize`` that also gives integers, and bits, in the same pass.
-
-    Args:
-        x: Real values.
-        scale: As for ``fake_quantize``; a scalar where there are ``edges``.
-        low: As there.
-        high: As there.
-        zero: Is added to the steps from real zero.
-        dtype: Of the integers, int8 or uint8. ``None``: none are wanted.
-        edges: Bits are set for values strictly between. ``None``: no bits.
-    """
-    rows = _rows(x, scale)
-    if not rows or dtype not in (torch.int8, torch.uint8, None):
-        return None
-    values = torch.empty_like(x)
-    codes = None if dtype is None else torch.empty_like(x, dtype=dtype)
-    bits = None if edges is None else _room_for_bits(x)
-    _call(
-        *("fake_quantize_codes", x, rows, x, values, codes, bits, scale),
-        *(low, high, zero, *(edges or (0.0, 0.0))),
-    )
-    return Coded(values, codes, bits)
 
 
 def restore(codes: Tensor, scale: Tensor, zero: float) -> Tensor | None:

@@ -190,9 +190,10 @@ class _Rounding:
         if not self.keeps_codes:
             return on_grid(x, self.scale, self._lowest, self._highest)
         if isinstance(self.first, float):
-            found = kernels.fake_quantize_codes(
+            found = kernels.fake_quantize(
                 *(x.to(torch.float32), self.scale, self._lowest, self._highest),
-                *(self.origin, self.grid.dtype, None),
+                dtype=self.grid.dtype,
+                zero=self.origin,
             )
             if found is not None:
                 self._integers = found.codes
