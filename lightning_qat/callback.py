@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_qat import kernels
 from lightning_qat.callback_checks import (
     data_parallel_problems,
     environment_problems,
@@ -249,6 +250,8 @@ class QATCallback(Callback):
         )
         if self.report is not None:
             rank_zero_info(f"QAT: {self.report}")
+        if pl_module.device.type == "cpu":
+            rank_zero_info(f"QAT: quantizers run as {kernels.way()}")
         if self._export is None:
             return
         if self._inputs(pl_module) is None:

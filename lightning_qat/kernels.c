@@ -93,11 +93,16 @@ void fake_quantize(int64_t rows, int64_t cols, const float *restrict x, float *r
     int nan = 0;
     FOR_BLOCKS(reduction(min : least) reduction(max : most) reduction(| : nan), {
         const float scale = scales[row];
-        for (int64_t i = from; i < to; i++)
-            y[i] = clamped(rintf(x[i] / scale), low, high) * scale;
-        if (codes)
+        if (codes) {
+            for (int64_t i = from; i < to; i++) {
+                const float step = clamped(rintf(x[i] / scale), low, high);
+                codes[i] = (uint8_t)(int32_t)(step + zero);
+                y[i] = step * scale;
+            }
+        } else {
             for (int64_t i = from; i < to; i++)
-                codes[i] = (uint8_t)(int32_t)(clamped(rintf(x[i] / scale), low, high) + zero);
+                y[i] = clamped(rintf(x[i] / scale), low, high) * scale;
+        }
         if (bits)
             pack_between(x, bits, from, to, below, above);
         if (range) {
@@ -146,7 +151,7 @@ void row_ranges(int64_t rows, int64_t cols, const float *restrict x, float *rest
 /* The gradients of a learned grid, times `factor`; see learned.py for the formulas. A value is
  * stopped if its step is outside where BY_STEPS, else if it is not strictly between the edges. What
  * is stopped counts as outside the range, where CLAMPED only what is above. Values beyond the edges
- * count `share`. `g` may be written over. `sums` has room for three numbers per block, which are
+ * count `share`. `sums` has room for three numbers per block, which are
  * added up in their order, so that they are the same on any number of threads. */
 enum { BY_EDGES, BY_STEPS, CLAMPED };
 
@@ -176,8 +181,8 @@ enum { BY_EDGES, BY_STEPS, CLAMPED };
         sums[3 * block + 2] = rest;                                                                \
     })
 
-void learned_backward(int64_t rows, int64_t cols, const float *g, const float *restrict x, float *gx,
-                      const float *restrict scales, float low, float high, float below,
+void learned_backward(int64_t rows, int64_t cols, const float *restrict g,
+                      const float *restrict x, float *restrict gx, const float *restrict scales, float low, float high, float below,
                       float above, int stops, double share, double factor,
                       double *restrict sums, float *restrict of_scale, float *restrict of_low,
                       int threads)
@@ -210,18 +215,19 @@ void bits_between(int64_t rows, int64_t cols, const float *restrict x, uint8_t *
     FOR_BLOCKS(, { pack_between(x, bits, from, to, below, above); })
 }
 
-/* A gradient where its bit is set, zero elsewhere; it may be written over. */
-void masked(int64_t rows, int64_t cols, const float *g, const uint8_t *restrict bits, float *gx,
-            int threads)
+/* A gradient where its bit is set, zero elsewhere: as integers, which saves a choice per value. */
+void masked(int64_t rows, int64_t cols, const uint32_t *restrict g, const uint8_t *restrict bits,
+            uint32_t *restrict gx, int threads)
 {
     FOR_BLOCKS(, {
+        (void)row;
         for (int64_t run = from; run < to; run += RUN) {
             const uint8_t *byte = bits + run / 8;
             for (int k = 0; k < 8; k++) {
                 const int64_t lane = run + k * LANE;
                 const int64_t count = to - lane < LANE ? to - lane : LANE;
                 for (int64_t i = 0; i < count; i++)
-                    gx[lane + i] = byte[i] >> k & 1 ? g[lane + i] : 0.0f;
+                    gx[lane + i] = g[lane + i] & -(uint32_t)(byte[i] >> k & 1);
             }
         }
     })

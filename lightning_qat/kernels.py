@@ -1,9 +1,11 @@
 """Fused loops for CPUs: what torch does in several operations, in one pass over a tensor.
 
-``kernels.c`` beside this module is compiled when a quantizer first needs it, which takes half a
-second, by the C compiler of the machine; it uses the threads that torch has. Where there is no
+``kernels.c`` beside this module is compiled when a quantizer first needs it, in every process anew:
+that takes half a second, and nothing can be out of date. It uses torch's threads. Where there is no
 compiler, and for tensors that the loops do not know, every function gives ``None`` and its caller
 takes torch's operations, whose numbers are the same.
+
+``torch.compile`` makes loops that are as fast, but takes ten seconds for each of them.
 """
 
 from __future__ import annotations
@@ -186,7 +188,7 @@ def learned_backward(
         return None
     of_x = torch.empty_like(x)
     if not _suits(grad) or grad.stride() != x.stride():
-        grad = of_x.copy_(grad)
+        grad = torch.empty_like(x).copy_(grad)
     sums = torch.empty(rows, -(-x.numel() // rows // _BLOCK), 3, dtype=torch.float64)
     of_scale, outside = x.new_empty(rows), x.new_empty(rows)
     _call(
@@ -217,8 +219,9 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
     result = torch.empty_strided(shape, stride, dtype=torch.float32)
     if grad.dtype != torch.float32 or grad.device.type != "cpu" or not _suits(result):
         return None
-    given = grad if _suits(grad) and grad.stride() == stride else result.copy_(grad)
-    _call("masked", result, 1, given, bits, result)
+    if not _suits(grad) or grad.stride() != stride:
+        grad = torch.empty_like(result).copy_(grad)
+    _call("masked", result, 1, grad, bits, result)
     return result
 
 
@@ -230,6 +233,11 @@ def restore(codes: Tensor, scale: Tensor, zero: float) -> Tensor | None:
     values = torch.empty_like(codes, dtype=torch.float32)
     _call("restore", codes, rows, codes, codes.dtype is torch.int8, values, scale, zero)
     return values
+
+
+def way() -> str:
+    """How quantizers run on this machine's CPU, in words; compiles where that was not done yet."""
+    return "operations of torch" if _library() is None else "compiled loops"
 
 
 def _room_for_bits(x: Tensor) -> Tensor:

@@ -228,7 +228,9 @@ class _Rounding:
                 return found
         if stops is Stops.BY_STEPS:
             steps = torch.round(x / self.scale)
-            of_x = grad * steps.ge(self.first).logical_and_(steps.le(self.last))
+            # Not a comparison; see ``_Traced`` in fake_quantization.py.
+            beyond = (steps - steps.clamp(self.first, self.last)).abs().clamp(max=1.0)
+            of_x = grad * (1.0 - beyond)
         else:
             of_x = torch.ops.aten.hardtanh_backward(grad, x, *edges)
         stopped, points = grad - of_x, self.steps(x) * self.scale

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_qat import QATCallback, Schedule
+from lightning_qat import QATCallback, Schedule, kernels
 from lightning_qat.phases import activation_quantizers
 from lightning_qat.schedule import Phase
 from tests.lightning.tiny import BATCHES, Net, largest, loader, qat, ranges
@@ -75,6 +75,7 @@ def test_each_phase_change_is_announced_once(
     caplog.set_level(logging.INFO)
     schedule = Schedule(calibration_batches=1, freeze_observers=1, freeze_batchnorm=None)
     trainer(QATCallback(schedule=schedule)).fit(Net(), loader())
+    assert f"QAT: quantizers run as {kernels.way()}" in caplog.messages
     lines = [m for m in caplog.messages if m.startswith("QAT: epoch")]
     assert [line.split(" (")[0] for line in lines] == [
         "QAT: epoch 0, step 0: calibrate",
