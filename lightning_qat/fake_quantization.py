@@ -90,9 +90,12 @@ def fake_quantize(
     keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
     edges = None
     if keeps_bits and isinstance(origin, float) and scale.numel() == 1:
-        edges = edges_of(low, high, float(scale))
-    span = _Span(low, high, edges)
-    return _quantize(x, scale, origin, grid, span, keeps_bits, saves_input, carries_codes, observe)
+        edges = edges_of(low, high, scale.item())
+    call = _Call(
+        *(x, scale, origin, grid, low, high, edges, None),
+        *(keeps_bits, saves_input, carries_codes),
+    )
+    return _quantize(call, observe)
 
 
 def clamp_and_quantize(
@@ -134,8 +137,11 @@ def clamp_and_quantize(
     edges = max(below, ends[0]), min(above, ends[1])
     low, high = (float(np.clip(np.rint(np.float32(end) / step), first, last)) for end in ends)
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
-    span = _Span(low, high, edges, ends)
-    return _quantize(x, scale, origin, grid, span, keeps_bits, True, carries_codes, observe)
+    call = _Call(
+        *(x, scale, origin, grid, low, high, edges, ends),
+        *(keeps_bits, True, carries_codes),
+    )
+    return _quantize(call, observe)
 
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
@@ -153,7 +159,7 @@ def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[T
     if isinstance(origin, Tensor):
         return lambda x: fake_quantize(x, scale, zero_point, grid, saves_input=True)
     low, high = grid.qmin - origin, grid.qmax - origin
-    edges = edges_of(low, high, float(scale))
+    edges = edges_of(low, high, scale.item())
 
     def call(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
@@ -202,20 +208,34 @@ def on_grid(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = 
     return steps.clamp_(low, high).mul_(scale).to(x.dtype)
 
 
-class _Span(NamedTuple):
-    """What a grid reaches, after the clamp that comes before it, if one does.
+class _Call(NamedTuple):
+    """One tensor on its way to the grid, and what is wanted of it.
 
     Args:
-        low: Lowest step from real zero; a number where the zero point is one.
+        x: Real values.
+        scale: As for ``fake_quantize``.
+        origin: The zero point; a number where looking at it costs nothing.
+        grid: The integers in use.
+        low: Lowest step from real zero that is reached; a number where the origin is one.
         high: Highest step.
         edges: Between which values, both excluded, the gradient passes; where that is known.
         ends: What the values are clamped to before.
+        keeps_bits: A bit per element tells backward where the gradient passes.
+        saves_input: As for ``fake_quantize``.
+        carries_codes: As for ``fake_quantize``.
     """
 
+    x: Tensor
+    scale: Tensor
+    origin: Any
+    grid: Grid
     low: Any
     high: Any
     edges: tuple[float, float] | None
-    ends: tuple[float, float] | None = None
+    ends: tuple[float, float] | None
+    keeps_bits: bool
+    saves_input: bool
+    carries_codes: bool
 
 
 class _OnGrid(NamedTuple):
@@ -232,28 +252,18 @@ class _OnGrid(NamedTuple):
     bits: Tensor | None
 
 
-def _quantize(
-    x: Tensor,
-    scale: Tensor,
-    origin: Any,
-    grid: Grid,
-    span: _Span,
-    keeps_bits: bool,
-    saves_input: bool,
-    carries_codes: bool,
-    observe: Observe | None,
-) -> Tensor:
+def _quantize(call: _Call, observe: Observe | None) -> Tensor:
     """The fastest way to the grid: a loop; else what needs no bits; else operations of torch."""
-    found = _by_loop(x, scale, origin, grid, span, keeps_bits, carries_codes, observe)
+    found, x = _by_loop(call, observe), call.x
     result: Tensor
     if found is None:
         if observe is not None:
-            observe(batch_range(x, ends=span.ends))
-        rereads = keeps_bits and saves_input and span.edges and x.dtype == torch.float32
-        if rereads and not carries_codes:
-            result = _Reread.apply(x, scale, *span[:3])  # type: ignore[no-untyped-call]
+            observe(batch_range(x, ends=call.ends))
+        rereads = call.keeps_bits and call.saves_input and not call.carries_codes
+        if rereads and call.edges is not None and x.dtype == torch.float32:
+            result = _Reread.apply(x, call.scale, call.low, call.high, call.edges)  # type: ignore[no-untyped-call]
             return result
-        found = _by_operations(x, scale, origin, grid, span, keeps_bits, carries_codes)
+        found = _by_operations(call)
     result = _Pass.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
     if found.codes is not None:
         carry_codes(result, found.codes)
@@ -261,57 +271,39 @@ def _quantize(
 
 
 @torch.no_grad()
-def _by_loop(
-    x: Tensor,
-    scale: Tensor,
-    origin: Any,
-    grid: Grid,
-    span: _Span,
-    keeps_bits: bool,
-    carries_codes: bool,
-    observe: Observe | None,
-) -> _OnGrid | None:
-    if not isinstance(origin, float) or (keeps_bits and span.edges is None):
+def _by_loop(call: _Call, observe: Observe | None) -> _OnGrid | None:
+    origin, grid = call.origin, call.grid
+    if not isinstance(origin, float) or (call.keeps_bits and call.edges is None):
         return None
-    # Integers are those of the grid, or steps from real zero where these fit in as many bits.
-    counted = _counted_from_zero(origin, grid) if carries_codes else None
+    counted = _counted_from_zero(origin, grid) if call.carries_codes else None
     zero = origin if counted is None else 0.0
     found = kernels.fake_quantize(
-        *(x.to(torch.float32), scale, span.low, span.high),
-        dtype=(counted or grid.dtype) if carries_codes else None,
+        *(call.x.to(torch.float32), call.scale, call.low, call.high),
+        dtype=(counted or grid.dtype) if call.carries_codes else None,
         zero=zero,
-        edges=span.edges if keeps_bits else None,
-        ends=None if observe is None else span.ends or kernels.ALL,
+        edges=call.edges if call.keeps_bits else None,
+        ends=None if observe is None else call.ends or kernels.ALL,
     )
     if found is None:
         return None
     if observe is not None and found.seen is not None:
         observe(found.seen)
-    codes = None if found.codes is None else Codes(found.codes, scale, zero)
+    codes = None if found.codes is None else Codes(found.codes, call.scale, zero)
     return _OnGrid(found.values, codes, found.bits)
 
 
 @torch.no_grad()
-def _by_operations(
-    x: Tensor,
-    scale: Tensor,
-    origin: Any,
-    grid: Grid,
-    span: _Span,
-    keeps_bits: bool,
-    carries_codes: bool,
-) -> _OnGrid:
-    wide = x.to(torch.float32)
-    if not (keeps_bits or carries_codes):
-        return _OnGrid(on_grid(wide, scale, span.low, span.high), None, None)
-    reached = None if span.ends is None else (span.low, span.high)
-    rounded = _Rounded(wide, scale, origin, grid, reached)
+def _by_operations(call: _Call) -> _OnGrid:
+    x = call.x.to(torch.float32)
+    if not (call.keeps_bits or call.carries_codes):
+        return _OnGrid(on_grid(x, call.scale, call.low, call.high), None, None)
+    clamped = call.ends is not None and call.edges is not None
+    reached = (call.low, call.high) if clamped else None
+    rounded = _Rounded(x, call.scale, call.origin, call.grid, reached)
     bits = None
-    if keeps_bits and span.ends is not None and span.edges is not None:
-        bits = pack_between(wide, *span.edges)
-    elif keeps_bits:
-        bits = rounded.bits()
-    return _OnGrid(rounded.values(), rounded.codes if carries_codes else None, bits)
+    if call.keeps_bits:
+        bits = pack_between(x, *call.edges) if clamped else rounded.bits()  # type: ignore[misc]
+    return _OnGrid(rounded.values(), rounded.codes if call.carries_codes else None, bits)
 
 
 class _Rounded:
@@ -338,7 +330,6 @@ class _Rounded:
         low, high = grid.qmin, grid.qmax
         if reached is not None:
             low, high = int(reached[0] + origin), int(reached[1] + origin)
-        # Integers are those of the grid, or steps from real zero where these fit in as many bits.
         counted = _counted_from_zero(origin, grid)
         self._shift: Any = None if counted is not None else origin
         if counted is None:
@@ -376,7 +367,8 @@ class _Rounded:
 def _counted_from_zero(origin: Any, grid: Grid) -> torch.dtype | None:
     """The type of steps from real zero that takes no more bits than the grid's; if there is one.
 
-    It saves two passes: for a symmetric range, and for one that begins or ends at zero.
+    Integers are those of the grid, or such steps where there is a type for them, which saves the
+    addition: for a symmetric range, and for one that begins or ends at zero.
     """
     if not isinstance(origin, float):
         return None

@@ -30,14 +30,14 @@ from lightning_qat.join_functions import (
     leads_with_real,
     operands_of,
 )
+from lightning_qat.operands import AnotherPath, quantize_operands
+from lightning_qat.places import is_users, line_of_call, traced_line_of_call
 from lightning_qat.relus import RELUS, Relus, ReluSite
 from lightning_qat.tape import Tape, current_tape, hidden, is_hidden, swap_tape
 
 OUTPUT = "output:"
 """How the site of a module's own output is spelled, with the number of the tensor among them; its
 operand is which run of the module in one forward it is."""
-
-_KEYWORDS = (("input", "self", "query", "tensors"), ("other", "mat2", "key"), ("value",))
 
 
 class Interception:
@@ -165,7 +165,7 @@ class Frame:
         self._calls: Counter[str] = Counter()
         # Code of torch's own modules and of ours is the same for everybody, and who calls them is
         # not theirs.
-        self._users = _is_users({"__name__": type(module).__module__})
+        self._users = is_users({"__name__": type(module).__module__})
 
     @property
     def keeps_little(self) -> bool:
@@ -189,7 +189,7 @@ class Frame:
 
         Empty when a graph that torch.compile made runs: what it calls was seen when it was made.
         """
-        line = _traced_line() if is_dynamo_compiling() else _line()
+        line = traced_line_of_call() if is_dynamo_compiling() else line_of_call()
         if line is None:
             return ""
         line = line if self._users else ""
@@ -198,49 +198,6 @@ class Frame:
     def count(self, place: str) -> None:
         """Note that the call of this place is made."""
         self._calls[place.rpartition(":")[0]] += 1
-
-
-def _line() -> str | None:
-    """The line of the innermost frame outside torch and this package, from its function on."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name not in _USERS:
-            _USERS[name] = _is_users(frame.f_globals)
-        if _USERS[name]:
-            code = frame.f_code
-            if code.co_filename.startswith("<eval_with_key>"):
-                return None
-            return f"@{code.co_name}+{frame.f_lineno - code.co_firstlineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-_USERS: dict[str, bool] = {}
-"""``_is_users`` by the name of a module: it is asked some thirty times per call."""
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _traced_line() -> str:
-    """``_line`` while ``torch.compile`` traces: its stack, not Python's, has the user's frames."""
-    from torch._dynamo.resume_execution import ContinueExecutionCache
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    frame: Any = InstructionTranslator.current_tx().output.current_tx
-    while frame is not None:
-        if _is_users(frame.f_globals):
-            code = frame.f_code
-            # What follows a graph break has become a function of its own.
-            resumed = ContinueExecutionCache.generated_code_metadata.get(code)
-            code = code if resumed is None else resumed.code
-            return f"@{code.co_name}+{frame.lineno - code.co_firstlineno}"
-        frame = frame.parent
-    return ""
-
-
-def _is_users(namespace: Mapping[str, Any]) -> bool:
-    """Whether code with these globals is neither torch's nor this package's."""
-    return namespace.get("__name__", "").partition(".")[0] not in ("torch", "lightning_qat")
 
 
 class _Local(threading.local):
@@ -361,7 +318,7 @@ class _JoinMode(TorchFunctionMode):
             return _passed_on(known, func, args, kwargs)
         try:
             changed = quantize_operands(known, operands, args, kwargs)
-        except _AnotherPath as reason:
+        except AnotherPath as reason:
             _warn_once(interception, place, str(reason))
             return func(*args, **kwargs)
         return _passed_on(known, func, *changed, original=args)
@@ -409,44 +366,6 @@ def _unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         tape = current_tape()
         if tape is not None:
             tape.changed(target)
-    return result
-
-
-class _AnotherPath(Exception):
-    """A call does not have the tensors that the plan knows."""
-
-
-def quantize_operands(
-    known: JoinFunction,
-    operands: Mapping[int, nn.Module],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with its planned operands quantized."""
-    new_args, new_kwargs = list(args), dict(kwargs)
-    for index, quantizer in operands.items():
-        holder: Any = new_args
-        slot: Any = index
-        if index >= len(new_args):
-            holder = new_kwargs
-            slot = next((name for name in _KEYWORDS[index] if name in kwargs), None)
-        value = holder[slot] if slot is not None else None
-        if known.kind == "tie" and isinstance(value, list | tuple):
-            tied = getattr(quantizer, "quantize_tied", None)
-            if tied is not None:
-                holder[slot] = tied(list(value))
-            else:
-                holder[slot] = [_quantized(item, quantizer) for item in value]
-        else:
-            holder[slot] = _quantized(value, quantizer)
-    return tuple(new_args), new_kwargs
-
-
-def _quantized(value: Any, quantizer: nn.Module) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-        raise _AnotherPath(f"expected a float tensor, got {kind}")
-    result: Tensor = quantizer(value)
     return result
 
 

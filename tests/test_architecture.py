@@ -12,7 +12,8 @@ FLOORS = [
     # the words that recipes are spelled with, for command lines; AMCT's text as plain data
     {"recipe_keys", "spelling", "amct_cfg"},
     {"amct_config", "patterns"},  # AMCT's configurations as recipes; what patterns select
-    {"relus", "kernels"},  # relu's calls, and who reads what they give; compiled loops
+    # relu's calls, and who reads what they give; compiled loops; where in a forward a call stands
+    {"relus", "kernels", "places"},
     {
         "qparams",
         "bits",
@@ -27,7 +28,8 @@ FLOORS = [
         "record",
     },  # 0 vocabulary
     {"arithmetic", "join_functions", "codes", "ranges"},  # 1 what quantization is: pure functions
-    {"fake_quantization", "compact"},  # 1a the hot path; what backward keeps of other functions
+    # 1a the hot path; what backward keeps of other functions; what a call is given
+    {"fake_quantization", "compact", "operands"},
     # 2 for batch norms, graphs, functional calls, ranges, steps that learn
     {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx", "kept_weights"},
     {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.learned_quantizers import activation_quantizer
 from lightning_qat.quantizers import (
     ActivationQuantizer,
@@ -248,6 +249,42 @@ def test_a_sampled_range_is_what_is_in_the_sample() -> None:
     whole = ActivationQuantizer(ActivationSpec()).train()
     whole(x)
     assert "not finite" in str(whole.why_not_final)
+
+
+CALIBRATIONS = {
+    "moving_average": {},
+    "minmax": {"calibration": "minmax"},
+    "percentile": {"calibration": "percentile"},
+    "mse": {"calibration": "mse"},
+    "histogram": {"calibration": "histogram"},
+    "a sample": {"samples": 1024},
+}
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("saves_input", [False, True])
+def test_a_calibrated_range_goes_on_seeing_what_its_calibration_asks_for(
+    calibration: str, deferred: bool, saves_input: bool
+) -> None:
+    """Found in the pass that quantizes where it can be; used at once where it is not deferred."""
+    torch.manual_seed(0)
+    spec = ActivationSpec(**CALIBRATIONS[calibration])  # type: ignore[arg-type]
+    quantizer = ActivationQuantizer(spec).train()
+    quantizer(torch.randn(20_000))
+    quantizer.deferred = deferred
+    twin, x = copy.deepcopy(quantizer), torch.randn(20_000, requires_grad=True) * 3
+    before = quantizer._kept_numbers()
+    y = quantizer(x, saves_input=saves_input)
+    seen = twin._range_of(x)
+    twin.commit(seen)
+    numbers = before if deferred else twin._kept_numbers()
+    assert torch.equal(y, fake_quantize(x, *numbers, quantizer.grid))
+    if deferred:
+        assert quantizer.pending is not None
+        assert torch.equal(quantizer.pending, seen)
+    else:
+        assert state(quantizer) == state(twin)
 
 
 def test_the_state_of_another_spec_is_refused_and_every_key_named() -> None:
