@@ -16,6 +16,7 @@ the times of all).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,9 @@ from lightning_qat.bits import masked, pack_between, pack_bits
 from lightning_qat.codes import Codes, carry_codes
 from lightning_qat.qparams import Grid
 from lightning_qat.ranges import batch_range
+
+_KNOWN = 2**12
+"""Numbers of so many grids are kept: those of frozen ranges are asked for in every forward."""
 
 Observe = Callable[[Tensor], None]
 """Takes note of ``(-min, max)``; see ``batch_range``."""
@@ -131,17 +135,25 @@ def clamp_and_quantize(
         >>> y.detach(), x.grad
         (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
     """
-    origin, step = number_of(zero_point), np.float32(scale.item())
-    first, last = grid.qmin - origin, grid.qmax - origin
-    below, above = edges_of(first, last, float(step))
-    edges = max(below, ends[0]), min(above, ends[1])
-    low, high = (float(np.clip(np.rint(np.float32(end) / step), first, last)) for end in ends)
+    origin = number_of(zero_point)
+    low, high, edges = _clamped(grid.qmin - origin, grid.qmax - origin, scale.item(), ends)
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
     call = _Call(
         *(x, scale, origin, grid, low, high, edges, ends),
         *(keeps_bits, True, carries_codes),
     )
     return _quantize(call, observe)
+
+
+@lru_cache(maxsize=_KNOWN)
+def _clamped(
+    first: float, last: float, scale: float, ends: tuple[float, float]
+) -> tuple[float, float, tuple[float, float]]:
+    """The steps that are left of a grid, and where the gradient passes, behind a clamp."""
+    below, above = edges_of(first, last, scale)
+    steps = (np.rint(np.float32(end) / np.float32(scale)) for end in ends)
+    low, high = (float(np.clip(step, first, last)) for step in steps)
+    return low, high, (max(below, ends[0]), min(above, ends[1]))
 
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
@@ -270,7 +282,6 @@ def _quantize(call: _Call, observe: Observe | None) -> Tensor:
     return result
 
 
-@torch.no_grad()
 def _by_loop(call: _Call, observe: Observe | None) -> _OnGrid | None:
     origin, grid = call.origin, call.grid
     if not isinstance(origin, float) or (call.keeps_bits and call.edges is None):
@@ -278,7 +289,7 @@ def _by_loop(call: _Call, observe: Observe | None) -> _OnGrid | None:
     counted = _counted_from_zero(origin, grid) if call.carries_codes else None
     zero = origin if counted is None else 0.0
     found = kernels.fake_quantize(
-        *(call.x.to(torch.float32), call.scale, call.low, call.high),
+        *(call.x.detach().to(torch.float32), call.scale, call.low, call.high),
         dtype=(counted or grid.dtype) if call.carries_codes else None,
         zero=zero,
         edges=call.edges if call.keeps_bits else None,
@@ -434,6 +445,7 @@ class _Reread(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
 
 
+@lru_cache(maxsize=_KNOWN)
 def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:
     """Between which real values, both excluded, rounding leads to the steps ``low`` to ``high``."""
     below, above = (low - 0.5) * scale, (high + 0.5) * scale
