@@ -139,8 +139,9 @@ def row_ranges(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Minimum and maximum of each row of the first axis, NaN where it holds one."""
     if not (_suits(x) and x.dim() and _has_rows(x)):
         return None
-    low, high = x.new_empty(len(x)), x.new_empty(len(x))
-    _call("row_ranges", x, len(x), x, low, high)
+    rows = x.shape[0]
+    low, high = x.new_empty(rows), x.new_empty(rows)
+    _call("row_ranges", x, rows, x, low, high)
     return low, high
 
 
@@ -184,7 +185,7 @@ def learned_backward(
         the last two per row, shape ``(rows,)``.
     """
     rows = _rows(x, scale)
-    if not rows or grad.dtype != torch.float32 or grad.device.type != "cpu":
+    if not rows or grad.dtype != torch.float32 or not grad.is_cpu:
         return None
     of_x = torch.empty_like(x)
     if not _suits(grad) or grad.stride() != x.stride():
@@ -217,7 +218,7 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
         stride: Of that tensor, and of the result.
     """
     result = torch.empty_strided(shape, stride, dtype=torch.float32)
-    if grad.dtype != torch.float32 or grad.device.type != "cpu" or not _suits(result):
+    if grad.dtype != torch.float32 or not grad.is_cpu or not _suits(result):
         return None
     if not _suits(grad) or grad.stride() != stride:
         grad = torch.empty_like(result).copy_(grad)
@@ -248,24 +249,25 @@ def _rows(
     x: Tensor, scale: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 ) -> int | None:
     """Into how many rows that share a scale a tensor falls; ``None``: the loops do not know it."""
-    if scale.device.type != "cpu" or scale.dtype != torch.float32 or not _suits(x, dtypes):
+    if not scale.is_cpu or scale.dtype != torch.float32 or not _suits(x, dtypes):
         return None
     if scale.numel() == 1:
         return 1
-    of_first_axis = scale.dim() == x.dim() and scale.numel() == len(scale) == len(x)
-    return len(x) if of_first_axis and scale.is_contiguous() and _has_rows(x) else None
+    rows = x.shape[0] if x.dim() else 0
+    of_first_axis = scale.dim() == x.dim() and scale.numel() == scale.shape[0] == rows
+    return rows if of_first_axis and scale.is_contiguous() and _has_rows(x) else None
 
 
 def _has_rows(x: Tensor) -> bool:
     """Whether a dense tensor has the parts along its first axis one after the other."""
-    return x.stride(0) * len(x) == x.numel()
+    return x.stride(0) * x.shape[0] == x.numel()
 
 
 def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether the loops know such a tensor: on a CPU, plain, filled, without gaps in memory."""
     return (
         not is_compiling()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in dtypes
         and type(x) in (Tensor, nn.Parameter)
         and (x.is_contiguous() or _fills_its_memory(x))
