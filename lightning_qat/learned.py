@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -236,12 +237,18 @@ class _Rounding:
         stopped, points = grad - of_x, self.steps(x) * self.scale
         # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
         # the steps from what stays: from real zero, or from the lower end.
-        moved = self._total(of_x * (points - x)) + self._total(stopped * points) * self._share
-        outside = stopped * (x > 0) if stops is Stops.CLAMPED else stopped
-        return of_x, moved / self.scale.flatten() * factor, self._total(outside) * factor
+        moved = self._total(of_x, points - x) + self._total(stopped, points) * self._share
+        if stops is Stops.CLAMPED:
+            stopped = torch.ops.aten.hardtanh_backward(stopped, x, 0.0, math.inf)
+        return of_x, moved / self.scale.flatten() * factor, self._total(stopped) * factor
 
-    def _total(self, values: Tensor) -> Tensor:
-        """The sum over what shares a scale."""
+    def _total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum over what shares a scale; of products, where weights are given."""
+        if self.axis is None and weights is not None:
+            # New memory for the products would cost more than they do.
+            return torch.dot(values.flatten(), weights.flatten())
+        if weights is not None:
+            values = values * weights
         if self.axis is None:
             return values.sum()
         others = [axis for axis in range(values.dim()) if axis != self.axis]
