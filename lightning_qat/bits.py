@@ -29,7 +29,7 @@ def pack_between(x: Tensor, low: float, high: float) -> Tensor:
         return bits
     # torch converts signs many times faster than it compares floats.
     inside = x - low if low else x
-    inside = inside * (high - x) if high < math.inf else inside
+    inside = torch.minimum(inside, high - x) if high < math.inf else inside
     return pack_bits(inside.sign().clamp_(min=0).to(torch.int8))
 
 

@@ -163,7 +163,7 @@ def test_a_range_is_seen_in_the_pass_that_quantizes(calls: list[str], separately
 
 
 @pytest.mark.parametrize("count", [1, 7, 511, 512, 513, 40_007])
-@pytest.mark.parametrize("ends", [(0.0, math.inf), (-1.0, 6.0)])
+@pytest.mark.parametrize("ends", [(0.0, math.inf), (-1.0, 6.0), (2.0, 1.0)])
 def test_bits_are_laid_out_alike(count: int, ends: tuple[float, float], separately: Any) -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(count) * 4, torch.randn(count)
