@@ -96,8 +96,17 @@ def fake_quantize(
     if keeps_bits and isinstance(origin, float) and scale.numel() == 1:
         edges = edges_of(low, high, scale.item())
     call = _Call(
-        *(x, scale, origin, grid, low, high, edges, None),
-        *(keeps_bits, saves_input, carries_codes),
+        x,
+        scale,
+        origin,
+        grid,
+        low,
+        high,
+        edges,
+        ends=None,
+        keeps_bits=keeps_bits,
+        saves_input=saves_input,
+        carries_codes=carries_codes,
     )
     return _quantize(call, observe)
 
@@ -139,8 +148,17 @@ def clamp_and_quantize(
     low, high, edges = _clamped(grid.qmin - origin, grid.qmax - origin, scale.item(), ends)
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
     call = _Call(
-        *(x, scale, origin, grid, low, high, edges, ends),
-        *(keeps_bits, True, carries_codes),
+        x,
+        scale,
+        origin,
+        grid,
+        low,
+        high,
+        edges,
+        ends,
+        keeps_bits=keeps_bits,
+        saves_input=True,
+        carries_codes=carries_codes,
     )
     return _quantize(call, observe)
 
@@ -216,8 +234,12 @@ def on_grid(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = 
         found = kernels.fake_quantize(wide, scale, low, high, out=out)
         if found is not None:
             return found.values.to(x.dtype)
-    steps = torch.div(wide, scale, out=out).round_()
-    return steps.clamp_(low, high).mul_(scale).to(x.dtype)
+    return _by_steps(wide, scale, low, high, out).to(x.dtype)
+
+
+def _by_steps(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
+    """``on_grid`` of float32 by operations of torch."""
+    return torch.div(x, scale, out=out).round_().clamp_(low, high).mul_(scale)
 
 
 class _Call(NamedTuple):
@@ -307,13 +329,14 @@ def _by_loop(call: _Call, observe: Observe | None) -> _OnGrid | None:
 def _by_operations(call: _Call) -> _OnGrid:
     x = call.x.to(torch.float32)
     if not (call.keeps_bits or call.carries_codes):
-        return _OnGrid(on_grid(x, call.scale, call.low, call.high), None, None)
-    clamped = call.ends is not None and call.edges is not None
-    reached = (call.low, call.high) if clamped else None
+        return _OnGrid(_by_steps(x, call.scale, call.low, call.high), None, None)
+    reached = None if call.ends is None else (call.low, call.high)
     rounded = _Rounded(x, call.scale, call.origin, call.grid, reached)
     bits = None
-    if call.keeps_bits:
-        bits = pack_between(x, *call.edges) if clamped else rounded.bits()  # type: ignore[misc]
+    if call.keeps_bits and call.ends is not None and call.edges is not None:
+        bits = pack_between(x, *call.edges)
+    elif call.keeps_bits:
+        bits = rounded.bits()
     return _OnGrid(rounded.values(), rounded.codes if call.carries_codes else None, bits)
 
 
@@ -437,7 +460,7 @@ class _Reread(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.edges = edges
-        return on_grid(x, scale, low, high)
+        return _by_steps(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

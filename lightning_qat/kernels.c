@@ -8,8 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BLOCK 4096     /* values that one thread takes at a time; several loops find them in L1 */
-#define RUN 512        /* values that are summed in float32 before double takes over */
+/* Defined by kernels.py:
+ * BLOCK, values that one thread takes at a time, few enough for several loops to find them in L1;
+ * RUN, values that are summed in float32 before double takes over, and that share bytes of bits. */
 #define LANE (RUN / 8) /* see pack_run */
 #define GRAIN 32768    /* up to so many values one thread is faster than waking another */
 
@@ -32,11 +33,22 @@ static inline float clamped(float value, float low, float high)
     return value > high ? high : value;
 }
 
-/* Extremes of values seen so far; `nan`: one of them is NaN. */
+/* Extremes of values; `nan`: one of them is NaN. */
 typedef struct {
     float least, most;
     int nan;
 } extremes;
+
+#define NOTHING {INFINITY, -INFINITY, 0}
+
+static inline extremes both(extremes one, extremes other)
+{
+    return (extremes){one.least < other.least ? one.least : other.least,
+                      one.most > other.most ? one.most : other.most, one.nan | other.nan};
+}
+
+#pragma omp declare reduction(both : extremes : omp_out = both(omp_out, omp_in))                   \
+    initializer(omp_priv = NOTHING)
 
 static inline extremes extremes_of(const float *restrict x, int64_t count)
 {
@@ -49,6 +61,13 @@ static inline extremes extremes_of(const float *restrict x, int64_t count)
         nan |= x[i] != x[i];
     }
     return (extremes){least, most, nan};
+}
+
+/* (-min, max) of values clamped to `first` and `last`; infinity where one is NaN. */
+static inline void give_range(extremes found, float *range, float first, float last)
+{
+    range[0] = found.nan ? INFINITY : -clamped(found.least, first, last);
+    range[1] = found.nan ? INFINITY : clamped(found.most, first, last);
 }
 
 /* Bits of RUN values take LANE bytes: value i of a run is bit i / LANE of byte i % LANE, so that
@@ -83,15 +102,14 @@ static inline void pack_between(const float *restrict x, uint8_t *restrict bits,
 }
 
 /* Values on the grid. Where there is room for them, too: the integers `step + zero`; a bit per value,
- * whether it is strictly between `below` and `above`; the range of the values, see value_range. */
+ * whether it is strictly between `below` and `above`; the range of the values, see give_range. */
 void fake_quantize(int64_t rows, int64_t cols, const float *restrict x, float *restrict y,
                    const float *restrict scales, float low, float high, uint8_t *restrict codes,
                    float zero, uint8_t *restrict bits, float below, float above,
                    float *restrict range, float first, float last, int threads)
 {
-    float least = INFINITY, most = -INFINITY;
-    int nan = 0;
-    FOR_BLOCKS(reduction(min : least) reduction(max : most) reduction(| : nan), {
+    extremes found = NOTHING;
+    FOR_BLOCKS(reduction(both : found), {
         const float scale = scales[row];
         if (codes) {
             for (int64_t i = from; i < to; i++) {
@@ -105,34 +123,23 @@ void fake_quantize(int64_t rows, int64_t cols, const float *restrict x, float *r
         }
         if (bits)
             pack_between(x, bits, from, to, below, above);
-        if (range) {
-            const extremes found = extremes_of(x + from, to - from);
-            least = found.least < least ? found.least : least;
-            most = found.most > most ? found.most : most;
-            nan |= found.nan;
-        }
+        if (range)
+            found = both(found, extremes_of(x + from, to - from));
     })
-    if (range) {
-        range[0] = nan ? INFINITY : -clamped(least, first, last);
-        range[1] = nan ? INFINITY : clamped(most, first, last);
-    }
+    if (range)
+        give_range(found, range, first, last);
 }
 
-/* The range (-min, max) of values clamped to `first` and `last`; infinity where one is NaN. */
+/* The range alone; see give_range. */
 void value_range(int64_t rows, int64_t cols, const float *restrict x, float *restrict range,
                  float first, float last, int threads)
 {
-    float least = INFINITY, most = -INFINITY;
-    int nan = 0;
-    FOR_BLOCKS(reduction(min : least) reduction(max : most) reduction(| : nan), {
+    extremes found = NOTHING;
+    FOR_BLOCKS(reduction(both : found), {
         (void)row;
-        const extremes found = extremes_of(x + from, to - from);
-        least = found.least < least ? found.least : least;
-        most = found.most > most ? found.most : most;
-        nan |= found.nan;
+        found = both(found, extremes_of(x + from, to - from));
     })
-    range[0] = nan ? INFINITY : -clamped(least, first, last);
-    range[1] = nan ? INFINITY : clamped(most, first, last);
+    give_range(found, range, first, last);
 }
 
 /* Minimum and maximum of each row; both NaN where it has one. */

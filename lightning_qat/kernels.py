@@ -32,10 +32,16 @@ _log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".c")
 
+_BLOCK = 4096
+"""Values that one thread takes at a time; a learned grid's sums come per block."""
+
+RUN = 512
+"""So many values share bytes of bits."""
+
 # Rounding as torch's: no contraction, no reordering but where a pragma asks for it.
 _FLAGS = (
     "-O3 -march=native -shared -fPIC -fopenmp -fno-fast-math -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math"
+    f"-fno-trapping-math -DBLOCK={_BLOCK} -DRUN={RUN}"
 )
 
 _TENSOR, _SIZE, _NUMBER, _FLAG = c_void_p, c_int64, c_float, c_int
@@ -54,14 +60,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 """Of each loop, between the sizes of the tensor and the number of threads."""
 
-_BLOCK = 4096
-"""As in ``kernels.c``."""
-
 ALL = -math.inf, math.inf
 """Ends that clamp nothing."""
-
-RUN = 512
-"""So many values share bytes of bits; as in ``kernels.c``."""
 
 
 class Quantized(NamedTuple):
@@ -188,8 +188,7 @@ def learned_backward(
     if not rows or grad.dtype != torch.float32 or not grad.is_cpu:
         return None
     of_x = torch.empty_like(x)
-    if not _suits(grad) or grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
+    grad = _laid_out_as(of_x, grad)
     sums = torch.empty(rows, -(-x.numel() // rows // _BLOCK), 3, dtype=torch.float64)
     of_scale, outside = x.new_empty(rows), x.new_empty(rows)
     _call(
@@ -217,11 +216,12 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
         shape: Of that tensor.
         stride: Of that tensor, and of the result.
     """
-    result = torch.empty_strided(shape, stride, dtype=torch.float32)
-    if grad.dtype != torch.float32 or not grad.is_cpu or not _suits(result):
+    if grad.dtype != torch.float32 or not grad.is_cpu:
         return None
-    if not _suits(grad) or grad.stride() != stride:
-        grad = torch.empty_like(result).copy_(grad)
+    result = torch.empty_strided(shape, stride, dtype=torch.float32)
+    if not _suits(result):
+        return None
+    grad = _laid_out_as(result, grad)
     _call("masked", result, 1, grad, bits, result)
     return result
 
@@ -239,6 +239,12 @@ def restore(codes: Tensor, scale: Tensor, zero: float) -> Tensor | None:
 def way() -> str:
     """How quantizers run on this machine's CPU, in words; compiles where that was not done yet."""
     return "operations of torch" if _library() is None else "compiled loops"
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """The values in the same order of memory."""
+    same = x.stride() == like.stride() and _suits(x)
+    return x if same else torch.empty_like(like).copy_(x)
 
 
 def _room_for_bits(x: Tensor) -> Tensor:
@@ -324,7 +330,8 @@ def _compile() -> tuple[ctypes.CDLL, str]:
         command = [*shlex.split(compiler), *_FLAGS.split(), str(_SOURCE), "-o", str(result), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
-            why = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            why = next((line for line in said if "error" in line), said[0])
             raise OSError(f"{compiler} could not compile {_SOURCE.name}: {why}")
         # Once loaded it needs no file.
         return ctypes.CDLL(str(result)), compiler

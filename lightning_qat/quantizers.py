@@ -247,12 +247,12 @@ class ActivationQuantizer(Quantizer):
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None
-        if self.watches and x.numel() and not exporting:
-            if ready and self._by_range and self.spec.samples is None:
-                observe = self.observe
-            else:
-                self.observe(self._range_of(x))
-                ready = self.quantizing and self.calibrated
+        if ready and self._by_range and self.spec.samples is None:
+            # In the pass that quantizes.
+            observe = self.observe if self.watches and x.numel() and not exporting else None
+        elif not exporting:
+            self.observe_values(x)
+            ready = self.quantizing and self.calibrated
         if not ready:
             return x
         if exporting:

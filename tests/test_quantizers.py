@@ -251,7 +251,7 @@ def test_a_sampled_range_is_what_is_in_the_sample() -> None:
     assert "not finite" in str(whole.why_not_final)
 
 
-CALIBRATIONS = {
+CALIBRATIONS: dict[str, dict[str, Any]] = {
     "moving_average": {},
     "minmax": {"calibration": "minmax"},
     "percentile": {"calibration": "percentile"},
@@ -269,7 +269,7 @@ def test_a_calibrated_range_goes_on_seeing_what_its_calibration_asks_for(
 ) -> None:
     """Found in the pass that quantizes where it can be; used at once where it is not deferred."""
     torch.manual_seed(0)
-    spec = ActivationSpec(**CALIBRATIONS[calibration])  # type: ignore[arg-type]
+    spec = ActivationSpec(**CALIBRATIONS[calibration])
     quantizer = ActivationQuantizer(spec).train()
     quantizer(torch.randn(20_000))
     quantizer.deferred = deferred
