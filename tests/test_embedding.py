@@ -100,9 +100,11 @@ def test_few_rows_come_out_as_from_the_whole_table(options: dict[str, Any], quan
 def test_only_rows_that_are_read_are_rounded(
     read: Any, rounded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, on_grid = [], fake_quantization.on_grid
+    sizes, by_steps = [], fake_quantization._by_steps
     monkeypatch.setattr(
-        fake_quantization, "on_grid", lambda x, *args: (sizes.append(len(x)), on_grid(x, *args))[1]
+        fake_quantization,
+        "_by_steps",
+        lambda x, *args: (sizes.append(len(x)), by_steps(x, *args))[1],
     )
     monkeypatch.setattr(kernels, "_library", lambda: None)
     indices = torch.tensor(read, dtype=torch.int64)
