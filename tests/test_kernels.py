@@ -340,7 +340,7 @@ def test_the_steps_of_a_sequence_are_one_loop_each(calls: list[str]) -> None:
     [
         ("there-is-no-such-compiler", "no C compiler was found (looked for there-is-no-such"),
         ("false", "false could not compile kernels.c: it said nothing"),
-        ("gcc -Dclamped=1", "error: "),  # Its first line only says where.
+        ("gcc -Drow=1", "error: "),  # Its first line only says where.
         ("true", "kernels.so"),
     ],
 )
