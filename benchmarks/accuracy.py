@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from benchmarks.peers import installed
 from lightning_qat import ActivationSpec, Recipe, WeightSpec, prepare
-from lightning_qat.learned_quantizers import quantizer_parameters
-from lightning_qat.phases import apply_phase, commit_ranges
-from lightning_qat.schedule import Phase
+from lightning_qat.quantizers.factory import quantizer_parameters
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.phases import apply_phase
+from lightning_qat.training.range_sync import commit_ranges
 
 BATCH = 64
 

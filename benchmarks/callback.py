@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.joins import ResNet20
 from lightning_qat import QATCallback, Schedule
-from lightning_qat.phases import activation_quantizers
+from lightning_qat.training.range_sync import activation_quantizers
 
 PHASES = {
     "observing": Schedule(calibration_batches=1, freeze_observers=None, freeze_batchnorm=None),

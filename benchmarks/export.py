@@ -42,11 +42,12 @@ from torch import Tensor, nn
 
 from benchmarks.nets import resnet18
 from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, verify
-from lightning_qat.export import Artifact
-from lightning_qat.phases import apply_phase, commit_ranges
-from lightning_qat.schedule import Phase
-from lightning_qat_exporters._qdq import OPSET
-from lightning_qat_exporters._translation import translated
+from lightning_qat.export.protocol import Artifact
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.phases import apply_phase
+from lightning_qat.training.range_sync import commit_ranges
+from lightning_qat_exporters.qdq.build import OPSET
+from lightning_qat_exporters.qdq.translate import translated
 
 # Here, because the processes that measure memory import this module and run one function of it.
 warnings.filterwarnings("ignore")
@@ -138,7 +139,7 @@ def float_onnx(net: nn.Module, x: Tensor, path: Path) -> None:
 def float_tflite(net: nn.Module, x: Tensor, path: Path) -> None:
     """litert-torch's own conversion of the float model."""
     litert: Any = importlib.import_module("litert_torch")
-    from lightning_qat_exporters._quiet import quietly
+    from lightning_qat_exporters.quiet import quietly
 
     with quietly():
         litert.convert(net.eval(), (x,)).export(str(path))

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import convert, export, prepare
-from lightning_qat.quantizers import ActivationQuantizer
-from lightning_qat.recipe import ActivationSpec, Recipe
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec
 
 
 def quantizer(wanted: bool) -> nn.Module:

@@ -56,7 +56,8 @@ from benchmarks.nets import Attention, Encoder, Recurrent, mobilenet, resnet18, 
 from benchmarks.peers import Peer, installed
 from benchmarks.saved import bytes_for_backward
 from lightning_qat import prepare
-from lightning_qat.phases import activation_quantizers, commit_pending, set_observing
+from lightning_qat.training.phases import set_observing
+from lightning_qat.training.range_sync import activation_quantizers, commit_pending
 
 warnings.filterwarnings("ignore")
 
@@ -331,16 +332,16 @@ _WITHOUT = ", without a compiler"
 
 def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds forward and backward of one tensor of 2.1 million elements."""
-    from lightning_qat import kernels as loops
-    from lightning_qat.fake_quantization import fake_quantize
-    from lightning_qat.learned import learned_fake_quantize
-    from lightning_qat.qparams import Grid
+    from lightning_qat.numerics.fake_quantize import fake_quantize
+    from lightning_qat.numerics.kernels import build as loops
+    from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
+    from lightning_qat.numerics.qparams import Grid
 
     x = torch.randn(32, 64, 32, 32, requires_grad=True)
     upstream = torch.randn_like(x)
     scale, zero_point, grid = torch.tensor(0.02), torch.tensor(3.0), Grid(-128, 127)
     step = scale.clone().requires_grad_()
-    library = loops._library
+    library = loops.compiled_loops
     ao: Any = torch
     seen: deque[Tensor] = deque(maxlen=1)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import QATCallback, QuantizedModel, verify
-from lightning_qat.export import load_exporter
+from lightning_qat.export.load import load_exporter
 
 
 class Digits(L.LightningDataModule):

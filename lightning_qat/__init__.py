@@ -2,21 +2,25 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_qat.apply_record import apply_record
-from lightning_qat.checkpoint import load_qat_checkpoint, strip_quantizers
-from lightning_qat.convert import CaptureError, convert
-from lightning_qat.export import Artifact, UnsupportedByTarget, export
-from lightning_qat.learned_quantizers import quantizer_parameters
-from lightning_qat.prepare import PrepareReport, prepare
-from lightning_qat.qat_model import Conversion, convert_qat_model
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
-from lightning_qat.record import read_record
-from lightning_qat.schedule import Schedule
-from lightning_qat.verify import Agreement, verify
+from lightning_qat.amct.apply_record import apply_record
+from lightning_qat.amct.record import read_record
+from lightning_qat.checkpoint.load import load_qat_checkpoint, strip_quantizers
+from lightning_qat.convert.capture import CaptureError
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.convert_onnx import Conversion, convert_qat_model
+from lightning_qat.export.export import export
+from lightning_qat.export.protocol import Artifact, UnsupportedByTarget
+from lightning_qat.export.verify import Agreement, verify
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.prepare.report import PrepareReport
+from lightning_qat.quantizers.factory import quantizer_parameters
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.schedule import Schedule
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
 if TYPE_CHECKING:
-    from lightning_qat.callback import QATCallback
+    from lightning_qat.callback.qat_callback import QATCallback
 
 __all__ = [
     "QATCallback",
@@ -47,7 +51,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Lightning takes seconds to import; the command line and the functions do without it.
     if name == "QATCallback":
-        from lightning_qat.callback import QATCallback
+        from lightning_qat.callback.qat_callback import QATCallback
 
         return QATCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

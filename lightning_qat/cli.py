@@ -10,9 +10,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from lightning_qat.export import MissingDependency, load_exporter
-from lightning_qat.findings import Linting
-from lightning_qat.qat_model import convert_qat_model
+from lightning_qat.export.convert_onnx import convert_qat_model
+from lightning_qat.export.lint import Linting
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.protocol import MissingDependency
 
 _CONVERT = """\
 Convert a quantized ONNX model of any tool (QuantizeLinear and DequantizeLinear, opset 10 or newer)

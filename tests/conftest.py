@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_qat import interception
-from lightning_qat.tape import current_tape
+from lightning_qat.function_hooks import hooks as interception
+from lightning_qat.function_hooks.forward_cache import current_tape
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_qat.prepare import prepare
-from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
 
 def linear() -> nn.Module:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_qat.amct as amct
-from lightning_qat.convert import CaptureError
+from lightning_qat.amct.record import parse_record
+from lightning_qat.convert.capture import CaptureError
 from lightning_qat.layers import QATLayer
-from lightning_qat.record import parse_record
-from lightning_qat_exporters._ascend_executor import AscendExecutor
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from tests.exporters.test_amct_goldens import CASES
 
 GOLDENS = Path(__file__).parent / "goldens" / "amct"

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_qat.amct_cfg import parse_cfg
 from lightning_qat.layers import Conv2dQAT, LinearQAT
-from lightning_qat.prepare import prepare
-from lightning_qat.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.recipe.amct_cfg import parse_cfg
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec, LayerSpec, WeightSpec
 
 GOLDENS = Path(__file__).parent / "goldens" / "amct"
 ULQ = ActivationSpec(quantizer="ulq", calibration="mse")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import lightning_qat
 from lightning_qat.layers import Conv2dQAT, LinearQAT
-from lightning_qat_exporters._ascend import to_deploy
-from lightning_qat_exporters._ascend_executor import AscendExecutor
-from lightning_qat_exporters._quantized_ops import find_quantized
+from lightning_qat_exporters.cann.deploy import to_deploy
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
 
 
 def config(*, channel_wise: bool) -> dict[str, Any]:

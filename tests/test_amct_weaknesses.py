@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lightning_qat.amct as amct
 from lightning_qat import convert, export, prepare
+from lightning_qat.amct.record import parse_record
 from lightning_qat.layers import (
     GRUQAT,
     LSTMQAT,
@@ -28,10 +29,10 @@ from lightning_qat.layers import (
     ConvTranspose3dQAT,
     LinearQAT,
 )
-from lightning_qat.phases import apply_phase, commit_ranges
-from lightning_qat.quantizers import ActivationQuantizer
-from lightning_qat.record import parse_record
-from lightning_qat.schedule import Phase
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.phases import apply_phase
+from lightning_qat.training.range_sync import commit_ranges
 
 
 def config(weight: str = "arq_retrain", batch_num: int = 1, bits: str = "INT8") -> dict[str, Any]:

@@ -1,151 +1,223 @@
-"""The floors: who may import whom. This list is also the map of the package."""
+"""The rooms: who may import whom. These tables are the map that docs/architecture.md draws."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-FLOORS = [
-    # the words that recipes are spelled with, for command lines; AMCT's text as plain data
-    {"recipe_keys", "spelling", "amct_cfg"},
-    {"amct_config", "patterns"},  # AMCT's configurations as recipes; what patterns select
-    # relu's calls, and who reads what they give; compiled loops; where in a forward a call stands
-    {"relus", "kernels", "places"},
-    {
-        "qparams",
-        "bits",
-        "recipe",
-        "schedule",
-        "atomic",
-        "program",
-        "tape",
-        "one_call",
-        "compiled",
-        "findings",
-        "record",
-    },  # 0 vocabulary
-    {"arithmetic", "join_functions", "codes", "ranges"},  # 1 what quantization is: pure functions
-    # 1a the hot path; what backward keeps of other functions; what a call is given
-    {"fake_quantization", "compact", "operands"},
-    # 2 for batch norms, graphs, functional calls, ranges, steps that learn
-    {"batchnorm", "nodes", "interception", "observers", "learned", "live_onnx", "kept_weights"},
-    {"quantized_model", "fold", "quantizers"},  # 3 final numbers; what finds them in training
-    {"learned_quantizers"},  # 3a those that are parameters
-    {"export", "layers", "phases", "input_recorder", "join_plan"},  # 4 layers, phases, the plan
-    {"dry_run"},  # 4a what one run of a model tells
-    # 5 agreement; models of other tools; the plan is found by running; what a checkpoint says;
-    # a Trainer's surroundings
-    {"verify", "qat_model", "discovery", "checkpoint_checks", "callback_checks", "run_length"},
-    {"prepare", "convert", "cli"},  # 6 model surgery and capture; the command line
-    # 7 every target and its manifest; checkpoints without a trainer; factors trained elsewhere; the
-    # door for AMCT's scripts
-    {"amct", "delivery", "checkpoint", "apply_record"},
-    {"callback_export"},  # 8 the end of fit
-    {"callback"},  # 9 the door to Lightning
-]
-OPEN_TO_EXPORTERS = {
-    *{
-        "qparams",
-        "arithmetic",
-        "fake_quantization",
-        "quantized_model",
-        "export",
-        "verify",
-        "atomic",
-    },
-    *{"program", "nodes"},  # what a converted model's graph is made of
-    *{"qat_model", "findings", "record"},  # what the doors beside training hand over
+CORE: Mapping[str, str] = {
+    # Room (a folder, or a file beside them): the rooms it imports. A room stands above all of them.
+    "atomic_write": "",
+    "numerics": "",
+    "recipe": "",
+    "model": "",
+    "function_hooks": "numerics model",
+    "ir": "numerics atomic_write",
+    "quantizers": "numerics recipe function_hooks ir",
+    "export": "recipe model ir atomic_write",
+    "cli": "export",
+    "layers": "numerics recipe function_hooks quantizers",
+    "training": "numerics recipe function_hooks quantizers",
+    "joins": "numerics recipe model function_hooks quantizers layers",
+    "prepare": "recipe model quantizers layers training joins",
+    "convert": "numerics recipe model function_hooks ir quantizers layers joins",
+    "checkpoint": "recipe model quantizers layers joins prepare",
+    "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
+    "callback": (
+        "numerics recipe model function_hooks quantizers export layers training joins prepare "
+        "convert checkpoint"
+    ),
 }
-# The callback in four ideas: its hooks, what it refuses, how long a run is, the end of fit.
-LIGHTNING_DOOR = {"callback", "callback_checks", "run_length", "callback_export"}
+EXPORTERS: Mapping[str, str] = {
+    "quiet": "",
+    "onnx_files": "",
+    "qdq": "",
+    "fake_quant_onnx": "onnx_files qdq",
+    "cann": "onnx_files qdq",
+    "tflite": "qdq quiet",
+}
+OPEN_TO_EXPORTERS = {"numerics", "ir", "export", "atomic_write", "amct"}
+"""What of the core exporters may import: final numbers, the converted model, records."""
+LIGHTNING_DOOR = {"callback"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
 FORMATS = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "tinynn", "litert_torch"}
 
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+PACKAGES = {"lightning_qat": CORE, "lightning_qat_exporters": EXPORTERS}
 ROOT = Path(__file__).parents[1]
-FACADE = ROOT / "lightning_qat/__init__.py"
-CORE = sorted(set((ROOT / "lightning_qat").rglob("*.py")) - {FACADE})
-EXPORTERS = sorted((ROOT / "exporters").rglob("*.py"))
+FOLDERS = {
+    "lightning_qat": ROOT / "lightning_qat",
+    "lightning_qat_exporters": ROOT / "exporters/lightning_qat_exporters",
+}
 
 
-def module_of(file: Path) -> str:
-    return file.relative_to(ROOT / "lightning_qat").parts[0].removesuffix(".py")
+def modules(package: str) -> dict[str, Path]:
+    """Every module below a package by its dotted name, but for the package's own door."""
+    folder = FOLDERS[package]
+    named = {
+        ".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in folder.rglob("*.py")
+    }
+    return {name: file for name, file in named.items() if name != "__init__"}
 
 
-def imports(source: str) -> Iterator[tuple[str, str]]:
-    """Every import, also inside functions, as (package, module of that package or '')."""
+def imports(source: str) -> Iterator[str]:
+    """Every name that is imported, also inside functions, dotted: ``package.module.name``."""
     for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
-        for package, _, rest in (name.partition(".") for name in names):
-            yield package, rest.partition(".")[0]
+            module = f"{'.' * node.level}{node.module or ''}"
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def violations(module: str, source: str) -> list[str]:
-    """What a core module, or an exporter (module ``'exporter'``), imports against the rules."""
-    if module == "exporter":
-        allowed, banned = OPEN_TO_EXPORTERS, LIGHTNING
-    else:
-        allowed = {name for name, floor in FLOOR.items() if floor < FLOOR[module]}
-        allowed |= {module} & {"layers"}
-        banned = FORMATS | {"lightning_qat_exporters"}
-        banned |= set() if module in LIGHTNING_DOOR else LIGHTNING
-    return [
-        f"{module} imports {package}.{name}".rstrip(".")
-        for package, name in imports(source)
-        if package in {"", *banned} or (package == "lightning_qat" and name not in allowed)
-    ]
+def violations(package: str, room: str, source: str) -> list[str]:
+    """What a module of a room imports against the rules."""
+    allowed = {room, *PACKAGES[package][room].split()}
+    banned = set() if room in LIGHTNING_DOOR else LIGHTNING
+    if package == "lightning_qat":
+        banned = banned | FORMATS | {"lightning_qat_exporters"}
+    found = []
+    for name in imports(source):
+        top, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        wrong = top in {"", *banned}
+        wrong |= top == package and target not in allowed
+        wrong |= top == "lightning_qat" != package and target not in OPEN_TO_EXPORTERS
+        if wrong:
+            found.append(f"{package}.{room} imports {name}")
+    return found
 
 
-def test_every_module_has_a_floor() -> None:
-    assert {module_of(file) for file in CORE} == set(FLOOR)
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Circles of modules that import each other, each as the path that closes it."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph.get(name, ())):
+                walk(other, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        walk(name, [])
+    return found
 
 
-@pytest.mark.parametrize("file", CORE, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_a_module_imports_only_from_floors_below(file: Path) -> None:
-    assert violations(module_of(file), file.read_text(encoding="utf-8")) == []
+def module_graph(package: str) -> dict[str, set[str]]:
+    """Which modules each module imports; a room's door hands names on and is left out."""
+    known = {name: file for name, file in modules(package).items() if file.stem != "__init__"}
+    graph: dict[str, set[str]] = {}
+    for name, file in known.items():
+        parts = [n.split(".")[1:] for n in imports(file.read_text("utf-8")) if "." in n]
+        paths = {".".join(p[:end]) for p in parts for end in (len(p) - 1, len(p))}
+        graph[name] = (paths & known.keys()) - {name}
+    return graph
 
 
-@pytest.mark.parametrize("file", EXPORTERS, ids=lambda p: p.name)
-def test_an_exporter_sees_only_the_neutral_description(file: Path) -> None:
-    assert violations("exporter", file.read_text(encoding="utf-8")) == []
+MODULES = [(package, name) for package in PACKAGES for name in modules(package)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_folder_is_a_room(package: str) -> None:
+    assert {name.partition(".")[0] for name in modules(package)} == set(PACKAGES[package])
+
+
+@pytest.mark.parametrize(("package", "name"), MODULES, ids=[".".join(m) for m in MODULES])
+def test_a_module_imports_only_from_rooms_below(package: str, name: str) -> None:
+    source = modules(package)[name].read_text(encoding="utf-8")
+    assert violations(package, name.partition(".")[0], source) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_stand_on_floors(package: str) -> None:
+    assert circles({room: set(below.split()) for room, below in PACKAGES[package].items()}) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_room_is_named_below_only_where_it_is_imported(package: str) -> None:
+    used: dict[str, set[str]] = {room: set() for room in PACKAGES[package]}
+    for name, file in modules(package).items():
+        room = name.partition(".")[0]
+        for imported in imports(file.read_text(encoding="utf-8")):
+            top, _, rest = imported.partition(".")
+            if top == package:
+                used[room].add(rest.partition(".")[0])
+    listed = {room: set(below.split()) for room, below in PACKAGES[package].items()}
+    assert {room: names - {room} for room, names in used.items()} == listed
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    assert circles(module_graph(package)) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_room_says_what_it_is_in_one_sentence(package: str) -> None:
+    for folder in (p.parent for p in FOLDERS[package].rglob("__init__.py")):
+        sentence = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
+        assert sentence, f"{folder.relative_to(ROOT)}/__init__.py has no docstring"
+        assert len(sentence.splitlines()[0]) > 20
+        code = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
+        assert len(code) <= 14, f"{folder.relative_to(ROOT)} holds {len(code)} files"
+
+
+def test_no_file_is_longer_than_450_lines() -> None:
+    lengths = {
+        f"{package}.{name}": len(file.read_text("utf-8").splitlines())
+        for package in PACKAGES
+        for name, file in modules(package).items()
+    }
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
 
 
 @pytest.mark.parametrize(
-    ("module", "source"),
+    ("package", "room", "source"),
     [
-        ("arithmetic", "from lightning_qat.layers import Conv2dQAT"),
-        ("qparams", "import lightning_qat.prepare"),
-        ("convert", "from lightning_qat import prepare"),
-        ("prepare", "from lightning_qat.convert import convert"),
-        ("quantizers", "from lightning_qat import Recipe"),
-        ("layers", "from . import conv"),
-        ("verify", "def run():\n    import onnxruntime as ort"),
-        ("export", "def load():\n    from lightning_qat_exporters.cann import CannExporter"),
-        ("checkpoint", "import lightning.pytorch as pl"),
-        ("exporter", "from lightning_qat.layers.conv import Conv2dQAT"),
+        ("lightning_qat", "numerics", "from lightning_qat.layers import Conv2dQAT"),
+        ("lightning_qat", "recipe", "import lightning_qat.prepare"),
+        ("lightning_qat", "convert", "from lightning_qat import prepare"),
+        ("lightning_qat", "prepare", "from lightning_qat.convert.convert import convert"),
+        ("lightning_qat", "quantizers", "from lightning_qat import Recipe"),
+        ("lightning_qat", "layers", "from . import conv"),
+        ("lightning_qat", "export", "def run():\n    import onnxruntime as ort"),
+        ("lightning_qat", "export", "from lightning_qat_exporters.cann import CannExporter"),
+        ("lightning_qat", "checkpoint", "import lightning.pytorch as pl"),
+        ("lightning_qat_exporters", "cann", "from lightning_qat.layers.conv import Conv2dQAT"),
+        ("lightning_qat_exporters", "cann", "import lightning.pytorch as pl"),
+        ("lightning_qat_exporters", "qdq", "import lightning_qat_exporters.cann.exporter"),
     ],
 )
-def test_a_wrong_import_is_caught(module: str, source: str) -> None:
-    assert len(violations(module, source)) == 1
+def test_a_wrong_import_is_caught(package: str, room: str, source: str) -> None:
+    assert len(violations(package, room, source)) == 1
 
 
 @pytest.mark.parametrize(
-    ("module", "source"),
+    ("package", "room", "source"),
     [
-        ("callback", "import lightning.pytorch as pl\nfrom lightning_qat.prepare import prepare"),
-        ("layers", "import torch\nfrom lightning_qat.layers.conv import Conv2dQAT"),
-        ("exporter", "import onnx\nfrom lightning_qat.quantized_model import QuantizedModel"),
+        ("lightning_qat", "callback", "import lightning.pytorch as pl"),
+        ("lightning_qat", "callback", "from lightning_qat.prepare.prepare import prepare"),
+        (
+            "lightning_qat",
+            "layers",
+            "import torch\nfrom lightning_qat.layers.conv import Conv2dQAT",
+        ),
+        ("lightning_qat_exporters", "cann", "import onnx"),
+        ("lightning_qat_exporters", "qdq", "from lightning_qat.ir.ops import as_dequantize"),
     ],
 )
-def test_a_right_import_is_not_caught(module: str, source: str) -> None:
-    assert violations(module, source) == []
+def test_a_right_import_is_not_caught(package: str, room: str, source: str) -> None:
+    assert violations(package, room, source) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c", "a"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
 def formats_loaded_by(statement: str) -> set[str]:

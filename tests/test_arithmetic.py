@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from lightning_qat.arithmetic import (
+from lightning_qat.numerics.arithmetic import (
     affine_qparams,
     along_axis,
     arq_scale,
@@ -17,8 +17,8 @@ from lightning_qat.arithmetic import (
     quantize_bias,
     symmetric_scale,
 )
-from lightning_qat.fake_quantization import fake_quantize
-from lightning_qat.qparams import Grid
+from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.numerics.qparams import Grid
 
 GRIDS = [Grid(-128, 127), Grid(-127, 127), Grid(-8, 7), Grid(-2, 1)]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat import Recipe, convert, export, prepare, verify
-from lightning_qat.arithmetic import affine_qparams, symmetric_scale
-from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.layers import LinearQAT, MultiheadAttentionQAT
-from lightning_qat.prepare import prepare_like
-from lightning_qat.qparams import Grid
+from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
+from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.prepare.prepare import prepare_like
 from tests.models import trained
 
 FORMS: dict[str, dict[str, Any]] = {

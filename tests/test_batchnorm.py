@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qat.arithmetic import along_axis
-from lightning_qat.batchnorm import BatchNormStatistics
-from lightning_qat.qparams import Grid, QParams
-from lightning_qat.quantizers import FinalWeight, WeightQuantizer
-from lightning_qat.recipe import WeightSpec
+from lightning_qat.convert.batchnorm import BatchNormStatistics
+from lightning_qat.numerics.arithmetic import along_axis
+from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.quantizers.final import FinalWeight
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.specs import WeightSpec
 
 GAMMA = torch.tensor([1.5, -0.7, 1e-6, -2.0])
 

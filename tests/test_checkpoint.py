@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.checkpoint import load_qat_checkpoint
-from lightning_qat.convert import convert
+from lightning_qat.checkpoint.load import load_qat_checkpoint
+from lightning_qat.convert.convert import convert
 from lightning_qat.layers import LinearQAT
-from lightning_qat.recipe import Recipe
+from lightning_qat.recipe.recipe import Recipe
 from tests.models import TinyModule, trained
 
 RECIPE = Recipe(overrides={"head": {"weight": {"bits": 4}}, "features.0": None})

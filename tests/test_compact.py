@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import bytes_for_backward
 from lightning_qat import prepare
-from lightning_qat.bits import pack_bits, unpack_bits
-from lightning_qat.compact import compactly
-from lightning_qat.fake_quantization import fake_quantize
-from lightning_qat.qparams import Grid
+from lightning_qat.function_hooks.compact import compactly
+from lightning_qat.numerics.bitmask import pack_bits, unpack_bits
+from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.numerics.qparams import Grid
 from tests.join_networks import NETWORKS, inputs_for
 from tests.test_compiled import assert_same, train
 

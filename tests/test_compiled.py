@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import prepare
-from lightning_qat.quantizers import ActivationQuantizer
+from lightning_qat.quantizers.activation import ActivationQuantizer
 from tests.join_networks import NETWORKS, ResNet20, inputs_for
 
 

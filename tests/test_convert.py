@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from torch.export import ExportGraphSignature
 from torch.nn.utils import weight_norm
 
-from lightning_qat.convert import CaptureError, check_capture, convert, finalized_copy
+from lightning_qat.convert.capture import CaptureError
+from lightning_qat.convert.convert import check_capture, convert
+from lightning_qat.convert.finalize import finalized_copy
+from lightning_qat.ir.exported_program import Constants
+from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
+from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.layers import QATLayer
-from lightning_qat.nodes import dequantize_node, fake_quantize_node
-from lightning_qat.prepare import prepare
-from lightning_qat.program import Constants
-from lightning_qat.qparams import Grid, QParams
-from lightning_qat.quantized_model import QuantizedModel, QuantizedTensor, as_call
-from lightning_qat.recipe import ActivationSpec, Recipe
+from lightning_qat.model.inputs import as_call
+from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec
 from tests.models import (
     EVERY_LAYER,
     INPUTS_ONLY,
@@ -709,7 +713,7 @@ def test_a_file_of_a_newer_format_is_refused(
 ) -> None:
     x = inputs_for("linear")
     quantized = convert(trained(linear(), x), x)
-    monkeypatch.setattr("lightning_qat.quantized_model.FORMAT_VERSION", 99)
+    monkeypatch.setattr("lightning_qat.ir.quantized_model.FORMAT_VERSION", 99)
     quantized.save(tmp_path / "new.pt2")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"has format version 99; this version of lightning-qat"):

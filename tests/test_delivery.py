@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lightning_qat.convert import convert
-from lightning_qat.delivery import deliver
-from lightning_qat.export import Artifact, Unsupported, UnsupportedByTarget
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.recipe import Recipe
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.manifest import deliver
+from lightning_qat.export.protocol import Artifact, Unsupported, UnsupportedByTarget
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.recipe.recipe import Recipe
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.models import inputs_for, linear, trained
 

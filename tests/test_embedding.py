@@ -12,10 +12,12 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from lightning_qat import Recipe, convert, export, fake_quantization, kernels, prepare, verify
+from lightning_qat import Recipe, convert, export, prepare, verify
 from lightning_qat.layers import EmbeddingQAT
-from lightning_qat.phases import weights_quantized_once
-from lightning_qat.prepare import prepare_like
+from lightning_qat.numerics import rounding as fake_quantization
+from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.training.weights_once import weights_quantized_once
 
 LOOKED_UP = torch.tensor([[1, 2, 2], [0, 9, 2]])
 
@@ -106,7 +108,7 @@ def test_only_rows_that_are_read_are_rounded(
         "_by_steps",
         lambda x, *args: (sizes.append(len(x)), by_steps(x, *args))[1],
     )
-    monkeypatch.setattr(kernels, "_library", lambda: None)
+    monkeypatch.setattr(kernels, "compiled_loops", lambda: None)
     indices = torch.tensor(read, dtype=torch.int64)
     assert EmbeddingQAT(10, 4)(indices).shape == (*indices.shape, 4)
     assert sizes == [rounded]
@@ -215,7 +217,7 @@ def test_onnx_reads_rows_of_an_integer_table(tmp_path: Path) -> None:
 def test_tflite_stores_an_integer_table_and_its_numbers_are_checked(tmp_path: Path) -> None:
     pytest.importorskip("litert_torch")
     from lightning_qat_exporters import TFLiteExporter
-    from lightning_qat_exporters._tflite_file import read
+    from lightning_qat_exporters.tflite.flatbuffer.file import read
 
     quantized = convert(trained(Tokens(), Recipe()), LOOKED_UP)
     artifact = export(quantized, "tflite", tmp_path / "net")

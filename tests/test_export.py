@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_qat.convert import convert
-from lightning_qat.export import (
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.protocol import (
     Artifact,
     MissingDependency,
     Unsupported,
     UnsupportedByTarget,
-    export,
-    load_exporter,
 )
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.models import inputs_for, linear, trained
 

@@ -18,18 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qat.checkpoint import load_qat_checkpoint
-from lightning_qat.convert import convert
-from lightning_qat.export import as_arrays, export, load_exporter
-from lightning_qat.interception import interception_of
-from lightning_qat.join_plan import JoinPlan, plan_of
-from lightning_qat.nodes import as_fake_quantize
-from lightning_qat.prepare import prepare
-from lightning_qat.program import Constants
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.quantizers import ActivationQuantizer
-from lightning_qat.recipe import Recipe
-from lightning_qat.verify import verify
+from lightning_qat.checkpoint.load import load_qat_checkpoint
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.protocol import as_arrays
+from lightning_qat.export.verify import verify
+from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.ir.exported_program import Constants
+from lightning_qat.ir.ops import as_fake_quantize
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.joins.apply import plan_of
+from lightning_qat.joins.plan import JoinPlan
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.recipe.recipe import Recipe
 from tests.join_networks import CNNS, NETWORKS, BasicBlock, ResNet20, inputs_for, train_steps
 
 

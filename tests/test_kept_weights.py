@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import kernels, prepare
+from lightning_qat import prepare
 from lightning_qat.layers import MultiheadAttentionQAT
-from lightning_qat.phases import weights_quantized_once
-from lightning_qat.quantizers import WeightQuantizer
+from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.training.weights_once import weights_quantized_once
 
 RECIPES: dict[str, Any] = {
     "follows the weight": {"joins": False, "outputs": False},

@@ -13,18 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import kernels, prepare
-from lightning_qat.bits import masked, pack_between, unpack_bits
-from lightning_qat.codes import codes_of
-from lightning_qat.fake_quantization import clamp_and_quantize, fake_quantize, fake_quantizer
-from lightning_qat.learned import learned_fake_quantize, learned_fake_quantizer
-from lightning_qat.phases import activation_quantizers
-from lightning_qat.qparams import Grid
-from lightning_qat.ranges import batch_range, channel_ranges
+from lightning_qat import prepare
+from lightning_qat.numerics.bitmask import masked, pack_between, unpack_bits
+from lightning_qat.numerics.fake_quantize import clamp_and_quantize, fake_quantize, fake_quantizer
+from lightning_qat.numerics.int_repr import codes_of
+from lightning_qat.numerics.kernels import build, loops
+from lightning_qat.numerics.learned_fake_quantize import (
+    learned_fake_quantize,
+    learned_fake_quantizer,
+)
+from lightning_qat.numerics.min_max import batch_range, channel_ranges
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.join_networks import NETWORKS, inputs_for
 
 pytestmark = pytest.mark.skipif(
-    kernels._library() is None, reason="no C compiler with OpenMP on this machine"
+    build.compiled_loops() is None, reason="no C compiler with OpenMP on this machine"
 )
 
 
@@ -34,7 +38,7 @@ def separately(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]],
 
     def call(function: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_library", lambda: None)
+            patch.setattr(loops, "compiled_loops", lambda: None)
             return function()
 
     return call
@@ -43,8 +47,8 @@ def separately(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]],
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the loops that have run."""
-    names, call = [], kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda *args: (names.append(args[0]), call(*args))[1])
+    names, call = [], loops._call
+    monkeypatch.setattr(loops, "_call", lambda *args: (names.append(args[0]), call(*args))[1])
     return names
 
 
@@ -319,12 +323,12 @@ def test_what_the_loops_do_not_know_is_left_to_torch(calls: list[str]) -> None:
         torch._efficientzerotensor((3, 8)),
     ]
     for tensor in unknown:
-        assert kernels.fake_quantize(tensor, scale, -8.0, 7.0) is None
-        assert kernels.value_range(tensor) is None
-    assert kernels.fake_quantize(x, torch.rand(8), -8.0, 7.0) is None
-    assert kernels.fake_quantize(x, torch.rand(1, 8), -8.0, 7.0) is None
-    assert kernels.fake_quantize(x, scale.double(), -8.0, 7.0) is None
-    assert kernels.fake_quantize(x.t(), torch.rand(8, 1), -8.0, 7.0) is None
+        assert loops.fake_quantize(tensor, scale, -8.0, 7.0) is None
+        assert loops.value_range(tensor) is None
+    assert loops.fake_quantize(x, torch.rand(8), -8.0, 7.0) is None
+    assert loops.fake_quantize(x, torch.rand(1, 8), -8.0, 7.0) is None
+    assert loops.fake_quantize(x, scale.double(), -8.0, 7.0) is None
+    assert loops.fake_quantize(x.t(), torch.rand(8, 1), -8.0, 7.0) is None
     assert calls == []
 
 
@@ -339,9 +343,9 @@ def test_the_steps_of_a_sequence_are_one_loop_each(calls: list[str]) -> None:
     ("compiler", "why"),
     [
         ("there-is-no-such-compiler", "no C compiler was found (looked for there-is-no-such"),
-        ("false", "false could not compile kernels.c: it said nothing"),
+        ("false", "false could not compile loops.c: it said nothing"),
         ("gcc -Drow=1", "error: "),  # Its first line only says where.
-        ("true", "kernels.so"),
+        ("true", "loops.so"),
     ],
 )
 def test_without_a_compiler_a_line_says_what_to_do(
@@ -349,7 +353,7 @@ def test_without_a_compiler_a_line_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     with caplog.at_level(logging.INFO):
-        assert kernels._library.__wrapped__() is None
+        assert build.compiled_loops.__wrapped__() is None
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert why in record.getMessage()
@@ -361,7 +365,7 @@ def test_the_compiler_is_named(
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     with caplog.at_level(logging.INFO):
-        assert kernels._library.__wrapped__() is not None
+        assert build.compiled_loops.__wrapped__() is not None
     (record,) = caplog.records
     assert "has compiled" in record.getMessage()
     assert record.levelno == logging.INFO

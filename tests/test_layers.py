@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.arithmetic import affine_qparams
-from lightning_qat.fake_quantization import fake_quantize
 from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
-from lightning_qat.qparams import Grid
-from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
+from lightning_qat.numerics.arithmetic import affine_qparams
+from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
 CONVS: list[dict[str, Any]] = [
     {"in_channels": 4, "out_channels": 6, "kernel_size": 3},

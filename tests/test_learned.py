@@ -12,19 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import ActivationSpec, Recipe, WeightSpec, convert, export, prepare, verify
-from lightning_qat.arithmetic import affine_qparams
-from lightning_qat.fake_quantization import fake_quantize
-from lightning_qat.learned import learned_fake_quantize, least_squares_scale
-from lightning_qat.learned_quantizers import (
-    LearnedClipActivation,
-    LearnedStepActivation,
-    LearnedWeightQuantizer,
-    activation_quantizer,
-    quantizer_parameters,
-)
-from lightning_qat.phases import apply_phase, commit_ranges
-from lightning_qat.qparams import Grid
-from lightning_qat.schedule import Phase
+from lightning_qat.numerics.arithmetic import affine_qparams
+from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.quantizers.factory import activation_quantizer, quantizer_parameters
+from lightning_qat.quantizers.learned_activation import LearnedClipActivation, LearnedStepActivation
+from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.phases import apply_phase
+from lightning_qat.training.range_sync import commit_ranges
 
 GRIDS = [Grid(-2, 1), Grid(-8, 7), Grid(-127, 127), Grid(-128, 127)]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat import prepare
-from lightning_qat.phases import activation_quantizers, set_observing
+from lightning_qat.training.phases import set_observing
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.join_networks import CNNS, NETWORKS, inputs_for
 
 RECIPES: dict[str, Any] = {

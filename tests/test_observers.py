@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat import kernels
-from lightning_qat.observers import (
+from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
-    SEARCHES,
     SMALLEST_REACH,
-    UPDATES,
     add_to_histogram,
     histogram_range,
 )
-from lightning_qat.qparams import Grid
-from lightning_qat.quantizers import ActivationQuantizer
-from lightning_qat.ranges import batch_range
-from lightning_qat.recipe import ActivationSpec
+from lightning_qat.numerics.calibration.search import SEARCHES
+from lightning_qat.numerics.calibration.updates import UPDATES
+from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.numerics.min_max import batch_range
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.recipe.specs import ActivationSpec
 
 
 def follow(update: str, batches: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_qat.one_call import OneCall
+from lightning_qat.callback.patch_once import OneCall
 
 
 class Owner:

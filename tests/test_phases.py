@@ -12,17 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lightning_qat.phases import (
-    activation_quantizers,
-    apply_phase,
-    commit_ranges,
-    drop_pending,
-    release_batchnorms,
-    set_observing,
-)
-from lightning_qat.prepare import prepare
-from lightning_qat.quantizers import WeightQuantizer
-from lightning_qat.schedule import Phase
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.phases import apply_phase, release_batchnorms, set_observing
+from lightning_qat.training.range_sync import activation_quantizers, commit_ranges, drop_pending
 from tests.models import INPUTS_ONLY, ResidualAdd, conv_bn_relu, inputs_for, linear
 
 FLOAT = Phase("float", False, False, False)

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
-from lightning_qat.prepare import (
-    PrepareReport,
-    is_layer,
-    plan,
-    prepare,
-    prepare_like,
-)
-from lightning_qat.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from lightning_qat.recipe import ActivationSpec, Recipe, WeightSpec
+from lightning_qat.prepare.prepare import prepare, prepare_like
+from lightning_qat.prepare.report import PrepareReport
+from lightning_qat.prepare.swap import is_layer, plan
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.base import Quantizer
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 from tests.models import NETWORKS, Nested, ResidualAdd, conv_bn_relu, inputs_for, linear, trained
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from lightning_qat.convert import convert
-from lightning_qat.program import Constants, copied
+from lightning_qat.convert.convert import convert
+from lightning_qat.ir.exported_program import Constants, copied
 from tests.models import trained
 
 

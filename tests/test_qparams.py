@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_qat.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import Grid, QParams
 
 
 def scalar(scale: float = 0.5, zero_point: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,15 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.fake_quantization import fake_quantize
-from lightning_qat.learned_quantizers import activation_quantizer
-from lightning_qat.quantizers import (
-    ActivationQuantizer,
-    FinalActivation,
-    FinalWeight,
-    WeightQuantizer,
-)
-from lightning_qat.recipe import ActivationSpec, WeightSpec
+from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.factory import activation_quantizer
+from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
 
 def calibrated(spec: ActivationSpec | None = None, low: float = -1.0, high: float = 1.55) -> Any:

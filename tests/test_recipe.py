@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_qat.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec, closest, selects
+from lightning_qat.recipe.patterns import selects
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec, LayerSpec, WeightSpec
+from lightning_qat.recipe.suggest import closest
 
 LAYERS = {"stem": "Conv2d", "encoder.0.conv": "Conv2d", "encoder.0.fc": "Linear", "head": "Linear"}
 
@@ -469,7 +472,9 @@ def test_plain_names_are_looked_up_however_many_there_are(
     names = [f"block{n}.conv" for n in range(1000)]
     recipe = Recipe(overrides={name: {"weight": {"bits": 4}} for name in names[::2]})
     matched: list[str] = []
-    monkeypatch.setattr("lightning_qat.recipe.selects", lambda *args: matched.append(args[0]))
+    monkeypatch.setattr(
+        "lightning_qat.recipe.recipe.selects", lambda *args: matched.append(args[0])
+    )
     specs = [recipe.for_layer(name, "Conv2d") for name in names]
     assert [spec.weight.bits for spec in specs if spec] == [4, 8] * 500
     assert matched == []

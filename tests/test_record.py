@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lightning_qat import convert, convert_qat_model, export, prepare
-from lightning_qat.apply_record import apply_record
-from lightning_qat.recipe import Recipe
-from lightning_qat.record import LayerRecord, encode_record, format_record, read_record
+from lightning_qat.amct.apply_record import apply_record
+from lightning_qat.amct.record import LayerRecord, encode_record, format_record, read_record
+from lightning_qat.recipe.recipe import Recipe
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.join_networks import train_steps
 

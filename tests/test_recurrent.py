@@ -20,13 +20,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, verify
-from lightning_qat.convert import CaptureError
+from lightning_qat.convert.capture import CaptureError
+from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.layers import GRUQAT, LSTMQAT, QATLayer
-from lightning_qat.nodes import as_dequantize, as_fake_quantize
-from lightning_qat.phases import commit_ranges
-from lightning_qat.prepare import prepare_like
-from lightning_qat.quantizers import ActivationQuantizer, WeightQuantizer
-from lightning_qat.recipe import WeightSpec
+from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.specs import WeightSpec
+from lightning_qat.training.range_sync import commit_ranges
 from tests.models import EVERY_LAYER
 
 # torch's own remark on its float LSTM.

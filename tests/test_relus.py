@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import convert, prepare
-from lightning_qat.fake_quantization import clamp_and_quantize, fake_quantize
-from lightning_qat.learned import learned_fake_quantizer
-from lightning_qat.phases import activation_quantizers, commit_ranges
-from lightning_qat.qparams import Grid
-from lightning_qat.relus import Relus
+from lightning_qat.function_hooks.relu_fusion import Relus
+from lightning_qat.numerics.fake_quantize import clamp_and_quantize, fake_quantize
+from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantizer
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.training.range_sync import activation_quantizers, commit_ranges
 from tests.join_networks import CNNS, NETWORKS, inputs_for
 
 LAYERS = {"joins": False, "outputs": False}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_qat.schedule import Milestones, Phase, Schedule
+from lightning_qat.recipe.schedule import Milestones, Phase, Schedule
 
 SHORT = {
     "float": "F",

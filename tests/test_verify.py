@@ -11,10 +11,17 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from lightning_qat.convert import convert
-from lightning_qat.export import Array, Artifact, export
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.verify import Agreement, OutputAgreement, RuntimeAgreement, compare, verify
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.protocol import Array, Artifact
+from lightning_qat.export.verify import (
+    Agreement,
+    OutputAgreement,
+    RuntimeAgreement,
+    compare,
+    verify,
+)
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.models import EVERY_LAYER, Nested, inputs_for, linear, trained
 

@@ -1,4 +1,4 @@
-"""Exporters of lightning-qat: one file per target, found through entry points."""
+"""Exporters of lightning-qat: one folder per target, found through entry points."""
 
 from lightning_qat_exporters.cann import CannExporter
 from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter

@@ -9,15 +9,13 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.amct_config import is_layer_config, layer_recipe
-from lightning_qat.learned_quantizers import activation_quantizer, weight_quantizer
-from lightning_qat.quantizers import (
-    ActivationQuantizer,
-    FinalActivation,
-    FinalWeight,
-    WeightQuantizer,
-)
-from lightning_qat.recipe import LayerSpec, Recipe
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.factory import activation_quantizer, weight_quantizer
+from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.amct_config import is_layer_config, layer_recipe
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import LayerSpec
 
 WITH_WEIGHTS = (
     nn.Linear,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_qat.function_hooks.forward_cache import current_tape, hidden
 from lightning_qat.layers._layer import QATLayer, weight_quantizer_name
-from lightning_qat.quantizers import ActivationQuantizer
-from lightning_qat.tape import current_tape, hidden
+from lightning_qat.quantizers.activation import ActivationQuantizer
 
 State = tuple[Tensor, ...]
 """What one step hands to the next: ``(h, c)`` of an LSTM, ``(h,)`` of a GRU."""

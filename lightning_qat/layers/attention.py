@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_qat.codes import keeping_codes
+from lightning_qat.function_hooks.forward_cache import unseen
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.linear import LinearQAT
-from lightning_qat.recipe import LayerSpec, Recipe
-from lightning_qat.tape import unseen
+from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import LayerSpec
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

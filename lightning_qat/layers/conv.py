@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.codes import keeping_codes
 from lightning_qat.layers._layer import QATLayer
-from lightning_qat.recipe import Recipe
+from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.recipe.recipe import Recipe
 
 Size = int | tuple[int, ...]
 

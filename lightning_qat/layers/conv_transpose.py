@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_qat.codes import keeping_codes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.conv import Size
-from lightning_qat.recipe import Recipe
+from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.recipe.recipe import Recipe
 
 _FUNCTIONS: Mapping[int, Any] = {
     1: functional.conv_transpose1d,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_qat.function_hooks.forward_cache import unseen
 from lightning_qat.layers._layer import QATLayer
-from lightning_qat.live_onnx import is_exporting_onnx
-from lightning_qat.quantizers import WeightQuantizer
-from lightning_qat.recipe import Recipe
-from lightning_qat.tape import unseen
+from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.recipe import Recipe
 
 
 class EmbeddingQAT(nn.Embedding, QATLayer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_qat.layers._recurrent import Cell, EveryStep, RecurrentQAT, State
-from lightning_qat.recipe import Recipe
+from lightning_qat.recipe.recipe import Recipe
 
 
 class LSTMQAT(RecurrentQAT, nn.LSTM):

@@ -11,7 +11,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from lightning_qat.record import LayerRecord, parse_record
+from lightning_qat.amct.record import LayerRecord, parse_record
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "amct"
 CASES = (

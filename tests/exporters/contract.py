@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat.convert import convert
-from lightning_qat.export import Artifact, Exporter, Readable, export, load_exporter
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.verify import verify
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.protocol import Artifact, Exporter, Readable
+from lightning_qat.export.verify import verify
+from lightning_qat.ir.quantized_model import QuantizedModel
 from tests.models import EVERY_LAYER, NETWORKS, inputs_for, trained
 
 KINDS = [*NETWORKS]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qat_exporters._tflite_runtime import RUNTIMES, interpreter
+from lightning_qat_exporters.tflite.run import RUNTIMES, interpreter
 
 Array = np.ndarray[Any, Any]
 

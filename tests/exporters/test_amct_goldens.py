@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat import convert, export, prepare, verify
+from lightning_qat.amct.record import parse_record
 from lightning_qat.layers import QATLayer
-from lightning_qat.learned_quantizers import LearnedWeightQuantizer
-from lightning_qat.qparams import Grid, QParams
-from lightning_qat.quantizers import FinalActivation
-from lightning_qat.record import parse_record
+from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.quantizers.final import FinalActivation
+from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters._ascend_executor import AscendExecutor
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from tests.exporters.amct_goldens import Case, load_case, quantized_layers, quantized_order
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lightning_qat import export, verify
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters._ascend_executor import AscendExecutor
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from tests.exporters.amct_goldens import CASES, load_case
 from tests.exporters.contract import converted
 
@@ -312,7 +312,7 @@ def test_blocks_of_images_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -
     x = rng.integers(-9, 9, (5, 2, 4, 4)).astype(np.float32)
     weight = rng.integers(-9, 9, (4, 1, 3, 3)).astype(np.int8)
     whole = run_layer("Conv", x, weight, group=2)
-    monkeypatch.setattr("lightning_qat_exporters._ascend_executor._BLOCK_BYTES", 1200)
+    monkeypatch.setattr("lightning_qat_exporters.cann.executor.layers._BLOCK_BYTES", 1200)
     np.testing.assert_array_equal(run_layer("Conv", x, weight, group=2), whole)
 
 

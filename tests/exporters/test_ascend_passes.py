@@ -14,12 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_qat.record import format_record, parse_record
-from lightning_qat_exporters._ascend import to_deploy, to_fake_quant
-from lightning_qat_exporters._ascend_executor import AscendExecutor
-from lightning_qat_exporters._files import save_onnx
-from lightning_qat_exporters._quantized_ops import NotExpressible, find_quantized
-from lightning_qat_exporters._record import layer_records
+from lightning_qat.amct.record import format_record, parse_record
+from lightning_qat_exporters.cann.deploy import to_deploy
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann.fake_quant import to_fake_quant
+from lightning_qat_exporters.cann.layer_records import layer_records
+from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
+from lightning_qat_exporters.cann.qdq_graph.types import NotExpressible
+from lightning_qat_exporters.onnx_files.write import save_onnx
 from tests.exporters.amct_goldens import (
     CASES,
     Case,
@@ -623,7 +625,7 @@ def test_a_default_that_changed_is_not_taken_for_the_old_one(
 ) -> None:
     net = Qdq([2, 3, 4])
     qdq = net.model(net.node("Softmax", "x", name="soft"))
-    monkeypatch.setattr("lightning_qat_exporters._downgrade._ADAPTERS", ())
+    monkeypatch.setattr("lightning_qat_exporters.cann.downgrade_opset._ADAPTERS", ())
     with pytest.raises(NotExpressible, match="'soft': Softmax has another default for 'axis'"):
         to_deploy(qdq)
 

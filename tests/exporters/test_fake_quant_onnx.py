@@ -11,14 +11,15 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from lightning_qat.arithmetic import quantize_bias
-from lightning_qat.convert import convert
-from lightning_qat.export import Artifact, UnsupportedByTarget, export
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.verify import verify
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.protocol import Artifact, UnsupportedByTarget
+from lightning_qat.export.verify import verify
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.numerics.arithmetic import quantize_bias
 from lightning_qat_exporters import FakeQuantOnnxExporter
-from lightning_qat_exporters._files import save_onnx
-from lightning_qat_exporters._runtime import has_vnni
+from lightning_qat_exporters.onnx_files.run import has_vnni
+from lightning_qat_exporters.onnx_files.write import save_onnx
 from tests.exporters.contract import ExporterContract, converted
 from tests.models import NETWORKS, Nested, ResidualAdd, inputs_for, trained
 
@@ -47,7 +48,7 @@ class TestContract(ExporterContract):
             path.write_bytes(b"half a mod")
             raise OSError("disk full")
 
-        monkeypatch.setattr("lightning_qat_exporters._files.write_streamed", half)
+        monkeypatch.setattr("lightning_qat_exporters.onnx_files.write.write_streamed", half)
 
     def names_in(self, artifact: Artifact) -> set[str]:
         proto = onnx.load(artifact.files["model"])
@@ -382,13 +383,13 @@ def test_saturating_products_are_explained_where_the_cpu_makes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     literal, optimized = FakeQuantOnnxExporter().runtimes
-    monkeypatch.setattr("lightning_qat_exporters.fake_quant_onnx.has_vnni", lambda: False)
+    monkeypatch.setattr("lightning_qat_exporters.fake_quant_onnx.exporter.has_vnni", lambda: False)
     (remark,) = FakeQuantOnnxExporter().explain({literal: 0.5, optimized: 5.0})
     assert remark.startswith("5 steps in the optimized session: this CPU has no VNNI")
     assert remark.endswith("train with WeightSpec(bits=7).")
     assert FakeQuantOnnxExporter().explain({literal: 0.5, optimized: 1.0}) == ()
     assert FakeQuantOnnxExporter("int8").explain({literal: 0.5, optimized: 5.0}) == ()
-    monkeypatch.setattr("lightning_qat_exporters.fake_quant_onnx.has_vnni", lambda: True)
+    monkeypatch.setattr("lightning_qat_exporters.fake_quant_onnx.exporter.has_vnni", lambda: True)
     assert FakeQuantOnnxExporter().explain({literal: 0.5, optimized: 5.0}) == ()
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lightning_qat import convert, prepare, verify
-from lightning_qat.record import parse_record
+from lightning_qat.amct.record import parse_record
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters._int4 import can_pack, pack, unpack, unpacked
+from lightning_qat_exporters.cann.int4_packing import can_pack, pack, unpack, unpacked
 from tests.exporters.amct_goldens import load_case, quantized_layers
 
 

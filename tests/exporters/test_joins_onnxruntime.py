@@ -10,10 +10,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lightning_qat.convert import convert
-from lightning_qat.export import as_arrays, export
-from lightning_qat.prepare import prepare
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.protocol import as_arrays
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.prepare.prepare import prepare
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.join_networks import NETWORKS, inputs_for, train_steps
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat import convert, prepare
-from lightning_qat.recipe import PRESETS
+from lightning_qat.recipe.recipe import PRESETS
 from lightning_qat_exporters import CannExporter
 from tests import join_networks, models
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.convert import convert
-from lightning_qat.export import export
-from lightning_qat.prepare import prepare
-from lightning_qat.verify import verify
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.verify import verify
+from lightning_qat.prepare.prepare import prepare
 from lightning_qat_exporters import TFLiteExporter
-from lightning_qat_exporters._tflite_file import read
+from lightning_qat_exporters.tflite.flatbuffer.file import read
 from tests.join_networks import train_steps
 
 pytest.importorskip("litert_torch")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_qat import QuantizedModel, Recipe, convert, export, verify
-from lightning_qat.export import as_arrays
-from lightning_qat.qparams import Grid
+from lightning_qat.export.protocol import as_arrays
+from lightning_qat.numerics.qparams import Grid
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.exporters.contract import KINDS, converted
 from tests.models import inputs_for, trained

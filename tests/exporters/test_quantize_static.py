@@ -24,10 +24,10 @@ from onnxruntime.quantization import (
 )
 
 from lightning_qat import Conversion, convert_qat_model
-from lightning_qat_exporters._ascend_executor import AscendExecutor
-from lightning_qat_exporters._canonical import canonical
-from lightning_qat_exporters._onnx_source import read_onnx
-from lightning_qat_exporters._quantized_ops import find_quantized
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann.normalize.normalize import canonical
+from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
+from lightning_qat_exporters.onnx_files.read import read_onnx
 from tests.join_networks import NETWORKS, inputs_for, train_steps
 
 Array = NDArray[Any]

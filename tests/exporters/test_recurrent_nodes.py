@@ -15,13 +15,13 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lightning_qat import QuantizedModel, convert, convert_qat_model, export, prepare, verify
-from lightning_qat.export import Artifact
-from lightning_qat.qparams import Grid, QParams
-from lightning_qat.quantizers import FinalActivation
-from lightning_qat.record import parse_record
+from lightning_qat.amct.record import parse_record
+from lightning_qat.export.protocol import Artifact
+from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.quantizers.final import FinalActivation
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters._ascend_executor import AscendExecutor
-from lightning_qat_exporters._runtime import run_onnx
+from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.onnx_files.run import run_onnx
 from tests.exporters.amct_goldens import GOLDENS, Case, attributes_of, load_case
 
 CASES = ("lstm", "lstm_pt", "gru", "gru_seq4")

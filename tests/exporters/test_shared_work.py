@@ -11,13 +11,15 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 from lightning_qat import QuantizedModel, convert
-from lightning_qat.delivery import deliver
-from lightning_qat.export import load_exporter
-from lightning_qat_exporters import TFLiteExporter, _tflite_differences, _tflite_layers
-from lightning_qat_exporters._litert_lowering import Lowered
-from lightning_qat_exporters._translation import translated as translate
-from lightning_qat_exporters.cann import CannExporter
-from lightning_qat_exporters.fake_quant_onnx import FakeQuantOnnxExporter
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.manifest import deliver
+from lightning_qat_exporters import TFLiteExporter
+from lightning_qat_exporters.cann.exporter import CannExporter
+from lightning_qat_exporters.fake_quant_onnx.exporter import FakeQuantOnnxExporter
+from lightning_qat_exporters.qdq.translate import translated as translate
+from lightning_qat_exporters.tflite import read_back as _tflite_differences
+from lightning_qat_exporters.tflite.flatbuffer import match_layers as _tflite_layers
+from lightning_qat_exporters.tflite.litert.lowering import Lowered
 from tests.models import INPUTS_ONLY, conv_bn_relu, inputs_for, trained
 
 

@@ -15,8 +15,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_qat_exporters._files import save_onnx
-from lightning_qat_exporters._streamed import STREAMED_BYTES, write_streamed
+from lightning_qat_exporters.onnx_files.streamed_write import STREAMED_BYTES, write_streamed
+from lightning_qat_exporters.onnx_files.write import save_onnx
 
 LARGE = 5 * STREAMED_BYTES
 

@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.convert import convert
-from lightning_qat.export import Artifact, MissingDependency, UnsupportedByTarget, export
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.recipe import ActivationSpec, Recipe
-from lightning_qat.verify import verify
-from lightning_qat_exporters import TFLiteExporter, _litert
-from lightning_qat_exporters._tflite_file import TFLiteFile, pack, read, unpack
-from lightning_qat_exporters._tflite_problems import problems_of
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.protocol import Artifact, MissingDependency, UnsupportedByTarget
+from lightning_qat.export.verify import verify
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec
+from lightning_qat_exporters import TFLiteExporter
+from lightning_qat_exporters.tflite.flatbuffer.file import TFLiteFile, pack, read, unpack
+from lightning_qat_exporters.tflite.litert import backend as _litert
+from lightning_qat_exporters.tflite.unsupported import problems_of
 from tests.exporters.contract import ExporterContract, converted
 from tests.models import Nested, inputs_for, linear, trained
 
@@ -291,7 +294,7 @@ def test_a_missing_backend_is_named_with_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(_litert, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"pip install 'lightning-qat\[tflite\]'"):
         TFLiteExporter(backend="litert").check_available()
-    monkeypatch.setitem(sys.modules, "lightning_qat_exporters._tinynn", None)
+    monkeypatch.setitem(sys.modules, "lightning_qat_exporters.tflite.tinynn.backend", None)
     with pytest.raises(MissingDependency, match=r"one of two backends.*tinynn.*Or: .*litert"):
         TFLiteExporter().check_available()
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_qat import convert, export, prepare, verify
-from lightning_qat.export import Artifact, MissingDependency, UnsupportedByTarget
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.export.protocol import Artifact, MissingDependency, UnsupportedByTarget
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters import TFLiteExporter
-from lightning_qat_exporters._tflite_file import read
-from lightning_qat_exporters._tflite_transposed import dense, dense_like
+from lightning_qat_exporters.tflite.decompose.conv_transpose import dense, dense_like
+from lightning_qat_exporters.tflite.flatbuffer.file import read
 from tests.exporters.test_convolutions import CASES, converted
 
 needs_litert = pytest.mark.skipif(

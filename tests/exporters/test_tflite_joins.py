@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_qat.convert import convert
-from lightning_qat.export import Artifact, as_arrays
-from lightning_qat.prepare import prepare
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.recipe import Recipe
-from lightning_qat.verify import verify
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.protocol import Artifact, as_arrays
+from lightning_qat.export.verify import verify
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.recipe.recipe import Recipe
 from lightning_qat_exporters import TFLiteExporter
-from lightning_qat_exporters._tflite_file import read
+from lightning_qat_exporters.tflite.flatbuffer.file import read
 from tests.exporters.litert_operators import assert_as_defined
 from tests.join_networks import CNNS, NETWORKS, inputs_for, train_steps
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, verify
 from lightning_qat_exporters import TFLiteExporter
-from lightning_qat_exporters._tflite_file import read
+from lightning_qat_exporters.tflite.flatbuffer.file import read
 
 pytest.importorskip("litert_torch")
 # One worker pays for the import.

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.arithmetic import quantize_bias
-from lightning_qat.convert import convert
-from lightning_qat.export import MissingDependency, UnsupportedByTarget
-from lightning_qat.prepare import prepare
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat.recipe import Recipe, WeightSpec
-from lightning_qat_exporters import _tinynn
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.protocol import MissingDependency, UnsupportedByTarget
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.numerics.arithmetic import quantize_bias
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import WeightSpec
+from lightning_qat_exporters.tflite.tinynn import backend as _tinynn
 from tests import join_networks, models
 from tests.exporters.litert_operators import assert_as_defined
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import QATCallback, Schedule
-from lightning_qat.export import Artifact
-from lightning_qat.phases import activation_quantizers
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.export.protocol import Artifact
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import Net
 
 SCHEDULE = Schedule(calibration_batches=2, freeze_observers=2, freeze_batchnorm=2)

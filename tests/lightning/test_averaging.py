@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning, Stocha
 from torch import Tensor, nn
 
 from lightning_qat import QATCallback, Recipe, strip_quantizers
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.layers import Conv2dQAT
-from lightning_qat.phases import activation_quantizers
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import BATCHES, Net, Planned, loader, qat, ranges, same
 
 averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")

@@ -9,8 +9,8 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_qat import ActivationSpec, QATCallback, Recipe, Schedule, WeightSpec
-from lightning_qat.recipe import PRESETS
-from lightning_qat.recipe_keys import ActivationKeys, RecipeKeys, WeightKeys
+from lightning_qat.recipe.recipe import PRESETS
+from lightning_qat.recipe.typed_dicts import ActivationKeys, RecipeKeys, WeightKeys
 from lightning_qat_exporters import CannExporter, FakeQuantOnnxExporter
 from tests.models import TinyModule, random_loader
 

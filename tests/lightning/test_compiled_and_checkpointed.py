@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qat import Recipe
-from lightning_qat.phases import activation_quantizers
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import BATCHES, Net, Planned, loader, qat, ranges
 
 # torch's compiler makes an object that torch deprecates.

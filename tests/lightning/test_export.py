@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_qat import CaptureError, QATCallback, Recipe, Schedule, load_qat_checkpoint
-from lightning_qat.export import Artifact, MissingDependency
+from lightning_qat.export.protocol import Artifact, MissingDependency
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.layers import Conv2dQAT
-from lightning_qat.quantized_model import QuantizedModel
 from tests.lightning.tiny import BATCHES, Net, loader, qat
 
 

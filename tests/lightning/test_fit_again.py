@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import QATCallback, Schedule, prepare
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.layers import Conv2dQAT
-from lightning_qat.quantized_model import QuantizedModel
 from tests.lightning.tiny import BATCHES, SHORT, Net, loader, qat, ranges
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import QATCallback, Schedule
-from lightning_qat.quantized_model import QuantizedModel
+from lightning_qat.ir.quantized_model import QuantizedModel
 from tests.lightning.tiny import BATCHES, Net, Planned, largest, loader, qat, ranges
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat.quantizers import WeightQuantizer
+from lightning_qat.quantizers.weight import WeightQuantizer
 from tests.lightning.tiny import BATCHES, Net, Planned, loader, qat, same
 
 
@@ -45,7 +45,7 @@ def test_training_is_the_same_to_the_bit(
     states = []
     for keeps in (True, False):
         if not keeps:
-            monkeypatch.setattr("lightning_qat.callback.keep_weights", lambda *_: None)
+            monkeypatch.setattr("lightning_qat.callback.qat_callback.keep_weights", lambda *_: None)
         L.seed_everything(0, verbose=False)
         net = Planned()
         trainer(qat(), max_epochs=3, accumulate_grad_batches=accumulate).fit(net, loader())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat import QATCallback, Schedule
-from lightning_qat.phases import activation_quantizers
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import BATCHES, Net, loader, qat, ranges
 
 OBSERVED = 2 * BATCHES

@@ -7,9 +7,9 @@ import lightning as L
 import pytest
 
 from lightning_qat import QATCallback
-from lightning_qat.interception import interception_of
-from lightning_qat.phases import activation_quantizers
-from lightning_qat.quantizers import WeightQuantizer
+from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import Net, Planned, loader, qat, same
 
 

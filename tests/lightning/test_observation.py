@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_qat.join_plan import plan_of
-from lightning_qat.phases import activation_quantizers
+from lightning_qat.joins.apply import plan_of
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import Net, Planned, largest, loader, qat, ranges
 
 

@@ -12,9 +12,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_qat import QATCallback, Schedule, kernels
-from lightning_qat.phases import activation_quantizers
-from lightning_qat.schedule import Phase
+from lightning_qat import QATCallback, Schedule
+from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import BATCHES, Net, largest, loader, qat, ranges
 
 

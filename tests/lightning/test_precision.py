@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_qat import QATCallback
-from lightning_qat.phases import activation_quantizers
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import BATCHES, Net, Planned, loader, qat, ranges, same
 
 BF16 = torch.bfloat16

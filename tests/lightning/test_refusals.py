@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat import QATCallback, Recipe, Schedule
-from lightning_qat.callback_checks import environment_problems
+from lightning_qat.callback.refusals import environment_problems
 from tests.lightning.tiny import Net, loader, qat
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
 
 from lightning_qat import convert
-from lightning_qat.phases import apply_phase, release_batchnorms
-from lightning_qat.schedule import Phase
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.phases import apply_phase, release_batchnorms
 from tests.lightning.tiny import Planned, loader, qat
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import QATCallback, Schedule
-from lightning_qat.phases import activation_quantizers
+from lightning_qat.training.range_sync import activation_quantizers
 
 BATCHES = 4
 """Batches per epoch: 32 samples in batches of 8."""

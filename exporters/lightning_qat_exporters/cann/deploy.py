@@ -1,0 +1,119 @@
+"""Rewrite a QDQ graph to a deploy model: AscendQuant, integer layers, AscendDequant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lightning_qat_exporters.cann.graph_writer import _DTYPES, GraphWriter
+from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, pack
+from lightning_qat_exporters.cann.qdq_graph.types import Activation, Array, QuantizedLayer
+from lightning_qat_exporters.cann.recurrent_nodes import ToDeviceNodes
+from lightning_qat_exporters.cann.rewrite import QuantizedForm, rewritten
+
+
+def to_deploy(
+    model: ir.Model, opset: int = 11, *, float_bias: bool = False, recurrent: bool = False
+) -> ir.Model:
+    """Write a QDQ model with Ascend's operators; the given model stays as it is.
+
+    Args:
+        model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
+        opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+        float_bias: Add biases in float after the layers.
+        recurrent: Write quantized LSTM and GRU as device nodes.
+
+    Returns:
+        A model with AscendQuant, AscendDequant and AscendAntiQuant in the default domain.
+
+    Raises:
+        NotExpressible: A pair, bias or operator cannot be expressed; all are named.
+        ValueError: ``opset`` is outside 11 to 18.
+    """
+    steps = (ToDeviceNodes(),) if recurrent else ()
+    return rewritten(model, (*steps, ToDeploy(float_bias)), opset)
+
+
+def dequant_param(layer: QuantizedLayer) -> NDArray[np.uint64]:
+    """AscendDequant's parameter: the bits of float32 ``scale_d * scale_w`` as uint64.
+
+    CANN's AscendDequant takes the low 32 bits as a float and wants the high 32 bits zero.
+    """
+    return layer.product_scale.view(np.uint32).astype(np.uint64)
+
+
+class ToDeploy(QuantizedForm):
+    """Ascend's spelling: AscendQuant, layers on integers, AscendDequant, AscendAntiQuant."""
+
+    def quantize(self, graph: GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+        """AscendQuant; its ``scale`` is the float32 reciprocal, as CANN multiplies by it."""
+        source = activation.source
+        name = activation.name
+        if activation.narrowed:
+            # AscendQuant saturates at its type; a smaller range is a float Clip before it.
+            ends = np.array([activation.low, activation.high]) - activation.offset_d
+            low, high = (ends.astype(np.float32) * activation.scale_d).astype(
+                activation.real.numpy()
+            )
+            bounds = [
+                graph.constant(f"{name}.quant.clip.min_val", low),
+                graph.constant(f"{name}.quant.clip.max_val", high),
+            ]
+            source = graph.insert(
+                anchor, "Clip", [source, *bounds], {}, f"{name}.quant.clip", dtype=activation.real
+            )
+        attributes = {
+            "scale": float(np.float32(1) / activation.scale_d),
+            "offset": float(activation.offset_d),
+            "dst_type": activation.dst_type,
+        }
+        dtype = ir.DataType[activation.dst_type]
+        return graph.insert(
+            anchor, "AscendQuant", [source], attributes, f"{name}.quant", dtype=dtype
+        )
+
+    def dequantize(
+        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """AscendAntiQuant; its ``scale`` is scale_d itself, CANN's parser negates the offset."""
+        attributes: dict[str, Any] = {
+            "scale": float(activation.scale_d),
+            "offset": float(activation.offset_d),
+        }
+        if activation.real == ir.DataType.FLOAT16:
+            attributes["dtype"] = _DTYPES[activation.real]
+        name = f"{activation.name}.antiquant"
+        return graph.insert(
+            anchor, "AscendAntiQuant", [read], attributes, name, dtype=activation.real
+        )
+
+    def integers(
+        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """What AscendQuant gives."""
+        return read
+
+    def scale(self, graph: GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+        """AscendDequant to float32 (``dtype`` 0) or float16 (1)."""
+        name = f"{layer.name}.dequant"
+        inputs = [accumulator, graph.constant(f"{name}.param", dequant_param(layer))]
+        attributes = {"dtype": _DTYPES[layer.real]}
+        result = graph.insert(
+            layer.node, "AscendDequant", inputs, attributes, name, dtype=layer.real, after=True
+        )
+        # Not .dtype: a clone shares the type object with the model it was made from.
+        accumulator.type = ir.TensorType(ir.DataType.INT32)
+        return result
+
+    def weight(self, layer: QuantizedLayer) -> Array:
+        """Integers as they are, or two of 4 bits in a byte."""
+        if layer.wts_type == "INT4":
+            return pack(layer.weight, INPUT_AXIS[layer.node.op_type])
+        return layer.weight
+
+    def operand(self, integers: Array) -> Array:
+        """Integers as they are."""
+        return integers

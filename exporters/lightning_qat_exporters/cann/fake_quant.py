@@ -1,0 +1,112 @@
+"""Rewrite a QDQ graph to AMCT's fake-quant model."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lightning_qat_exporters.cann.graph_writer import GraphWriter
+from lightning_qat_exporters.cann.qdq_graph.types import Activation, Array, QuantizedLayer
+from lightning_qat_exporters.cann.recurrent_nodes import RoundRecurrentBiases
+from lightning_qat_exporters.cann.rewrite import CONV_OPS, QuantizedForm, rewritten
+
+
+def to_fake_quant(
+    model: ir.Model, opset: int = 11, *, float_bias: bool = False, recurrent: bool = False
+) -> ir.Model:
+    """Write a QDQ model as float operators on integer values, in AMCT's form.
+
+    ``Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> layer on integer-valued float
+    weights -> Mul(scale_d * scale_w)``. Exact while an accumulator stays below 2**24.
+
+    Args:
+        model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
+        opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+        float_bias: Add biases in float after the layers.
+        recurrent: Round the biases of quantized LSTM and GRU as device nodes have them.
+
+    Returns:
+        A model of standard operators that any ONNX runtime runs.
+
+    Raises:
+        NotExpressible: A pair, bias or operator cannot be expressed; all are named.
+        ValueError: ``opset`` is outside 11 to 18.
+    """
+    steps = (RoundRecurrentBiases(),) if recurrent else ()
+    return rewritten(model, (*steps, ToFakeQuant(float_bias)), opset)
+
+
+class ToFakeQuant(QuantizedForm):
+    """AMCT's float spelling of the same arithmetic."""
+
+    def quantize(self, graph: GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+        """``Mul -> Round -> Add -> Clip -> Sub``: integers around zero, as float32."""
+        name = f"{activation.name}.quant.fakequant"
+        numbers = {
+            "scale": np.float32(1) / activation.scale_d,
+            "offset": np.float32(activation.offset_d),
+            "min_val": np.float32(activation.low),
+            "max_val": np.float32(activation.high),
+        }
+        of = {key: graph.constant(f"{name}.{key}", value) for key, value in numbers.items()}
+        value = activation.source
+        if activation.real == ir.DataType.FLOAT16:
+            value = graph.cast(anchor, value, ir.DataType.FLOAT, f"{name}.cast")
+        value = graph.insert(anchor, "Mul", [value, of["scale"]], {}, f"{name}.mul")
+        value = graph.insert(anchor, "Round", [value], {}, f"{name}.round")
+        value = graph.insert(anchor, "Add", [value, of["offset"]], {}, f"{name}.add")
+        bounds = [of["min_val"], of["max_val"]]
+        value = graph.insert(anchor, "Clip", [value, *bounds], {}, f"{name}.clip")
+        return graph.insert(anchor, "Sub", [value, of["offset"]], {}, f"{name}.sub")
+
+    def dequantize(
+        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """``Mul(scale_d)``."""
+        name = f"{activation.name}.fakeantiquant"
+        scale = graph.constant(f"{name}.scale", activation.scale_d)
+        value = graph.insert(anchor, "Mul", [read, scale], {}, f"{name}.mul")
+        if activation.real == ir.DataType.FLOAT16:
+            value = graph.cast(anchor, value, activation.real, f"{name}.cast")
+        return value
+
+    def integers(
+        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+    ) -> ir.Value:
+        """What Clip gives, cast to the integer type."""
+        subtract = read.producer()
+        assert subtract is not None  # quantize wrote it
+        clipped = subtract.inputs[0]
+        assert clipped is not None
+        dtype = ir.DataType[activation.dst_type]
+        return graph.cast(anchor, clipped, dtype, f"{activation.name}.quant.fakequant.integers")
+
+    def scale(self, graph: GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+        """``Mul(scale_d * scale_w)``, the product in float32."""
+        name = f"{layer.name}.fakedequant"
+        trailing = layer.weight.ndim - 2 if layer.node.op_type in CONV_OPS else 0
+        # A vector stays one.
+        leading = [] if accumulator.shape is not None and len(accumulator.shape) == 1 else [1]
+        product = layer.product_scale.reshape(*leading, -1, *[1] * trailing)
+        inputs = [accumulator, graph.constant(f"{name}.dqscale", product)]
+        value = graph.insert(layer.node, "Mul", inputs, {}, f"{name}.mul", after=True)
+        # Not .dtype: a clone shares the type object with the model it was made from.
+        accumulator.type = ir.TensorType(ir.DataType.FLOAT)
+        if layer.real == ir.DataType.FLOAT16:
+            anchor = value.producer()
+            assert anchor is not None  # just inserted
+            value = graph.cast(anchor, value, layer.real, f"{name}.cast", after=True)
+        return value
+
+    def weight(self, layer: QuantizedLayer) -> ir.LazyTensor:
+        """Integer-valued float32, computed when it is written: four times the integers' size."""
+        integers = layer.weight
+        return ir.LazyTensor(
+            lambda: ir.Tensor(self.operand(integers)),
+            dtype=ir.DataType.FLOAT,
+            shape=ir.Shape(integers.shape),
+        )
+
+    def operand(self, integers: Array) -> Array:
+        """Integer-valued float32."""
+        return integers.astype(np.float32)

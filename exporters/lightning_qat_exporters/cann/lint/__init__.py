@@ -1,0 +1,1 @@
+"""Check a deploy file against ATC's known rules, where no device is at hand."""

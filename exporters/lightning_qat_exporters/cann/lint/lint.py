@@ -1,0 +1,150 @@
+"""Check a deploy model against every rule that ATC's parser and kernels are known to have.
+
+Nothing here was tried with ATC or a device: the rules are those of CANN's public sources and
+documents, and of the files that AMCT writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_qat.export.lint import Finding, Severity
+from lightning_qat_exporters.cann.deploy_file import RNN_OPS, DeployFile, name_of
+from lightning_qat_exporters.cann.lint.layers import layer_findings
+from lightning_qat_exporters.cann.lint.quantize_nodes import quant_findings
+from lightning_qat_exporters.onnx_files.read import load_proto
+
+_SEVERITIES: tuple[Severity, ...] = ("error", "warning", "advice")
+_PARSED = range(8, 23)
+_PARSED_BY_ALL = range(8, 14)
+_RNN_PARSED = range(8, 19)
+
+
+def lint_deploy(path: Path) -> tuple[Finding, ...]:
+    """Everything that a deploy model breaks, errors first.
+
+    Args:
+        path: The deploy model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no ONNX model.
+    """
+    proto = load_proto(path)
+    if not proto.graph.node:
+        raise ValueError(f"{str(path)!r} must be an ONNX model with nodes; it has none.")
+    file = DeployFile(proto, path.parent)
+    found = (*_container(file), *quant_findings(file), *layer_findings(file))
+    return tuple(sorted(found, key=lambda finding: _SEVERITIES.index(finding.severity)))
+
+
+def _container(file: DeployFile) -> Iterator[Finding]:
+    """Rules on the file as a whole."""
+    for node in file.nodes:
+        if node.domain not in ("", "ai.onnx"):
+            yield Finding(
+                "error",
+                name_of(node),
+                "every node must be in the default domain, Ascend's as well",
+                f"{node.op_type} in the domain {node.domain!r}",
+                "Write the node without a domain, or use an operator of ONNX",
+            )
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "AscendWeightQuant"):
+            yield Finding(
+                "error",
+                name_of(node),
+                "quantization must be AscendQuant, AscendDequant and AscendAntiQuant",
+                node.op_type,
+                "Convert the QDQ model: lightning-qat convert model.onnx --to cann --out prefix",
+            )
+        if node.op_type in RNN_OPS:
+            yield Finding(
+                "warning",
+                name_of(node),
+                "the product must have this kernel; Huawei's documents list it for no current one, "
+                "and for a sequence length of 1",
+                node.op_type,
+                "Leave the recurrent layer float unless your product is known to have it",
+            )
+    yield from _opset(file)
+    yield from _names(file)
+    initializers = {tensor.name for tensor in file.proto.graph.initializer}
+    for value in file.proto.graph.input:
+        if value.name in initializers:
+            yield Finding(
+                "warning",
+                value.name,
+                "graph inputs must be real inputs only",
+                "a constant among the inputs",
+                "Remove it from the inputs; it stays an initializer",
+            )
+        elif None in file.shapes.get(value.name, (None,)):
+            yield Finding(
+                "advice",
+                value.name,
+                "ATC wants every input's shape",
+                f"{list(file.shapes.get(value.name, ()))}",
+                f'Call ATC with --input_shape="{value.name}:..." or export static shapes',
+            )
+
+
+def _opset(file: DeployFile) -> Iterator[Finding]:
+    versions = [(i.domain, i.version) for i in file.proto.opset_import]
+    if len(versions) != 1 or versions[0][0] not in ("", "ai.onnx"):
+        yield Finding(
+            "error",
+            "opset_import",
+            "there must be one opset, of the default domain",
+            f"{versions}",
+            "Remove the others; AMCT writes opset 11 alone",
+        )
+        return
+    version = versions[0][1]
+    if version not in _PARSED:
+        yield Finding(
+            "error",
+            "opset_import",
+            "CANN's parser knows the Ascend operators at opsets 8 to 22",
+            f"opset {version}",
+            "Export at opset 11",
+        )
+    elif version not in _PARSED_BY_ALL:
+        yield Finding(
+            "warning",
+            "opset_import",
+            "old CANN versions know the Ascend operators at opsets 8 to 13 only, 8.0 up to 16",
+            f"opset {version}",
+            "Export at opset 11 unless an operator needs more",
+        )
+    for node in file.nodes:
+        if node.op_type in RNN_OPS and version in _PARSED and version not in _RNN_PARSED:
+            yield Finding(
+                "error",
+                name_of(node),
+                f"CANN's parser knows {node.op_type} at opsets 8 to 18",
+                f"opset {version}",
+                "Export at opset 11",
+            )
+
+
+def _names(file: DeployFile) -> Iterator[Finding]:
+    for name, count in Counter(node.name for node in file.nodes if node.name).items():
+        if count > 1:
+            yield Finding(
+                "error",
+                name,
+                "node names must be unique; ATC and the record find layers by them",
+                f"{count} nodes of this name",
+                "Rename the nodes",
+            )
+    for node in file.nodes:
+        if not node.name:
+            yield Finding(
+                "advice",
+                name_of(node),
+                "nodes should have names; ATC's messages use them",
+                f"{node.op_type} without a name",
+                "Name the node",
+            )

@@ -1,0 +1,1 @@
+"""Bring a QDQ graph of any tool to one form, one pass per file."""

@@ -1,0 +1,104 @@
+"""Repeat a tensor's grid in front of a layer that reads the tensor moved, not changed."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lightning_qat_exporters.cann.qdq_graph.constants import (
+    constant,
+    is_constant,
+    weight_dequantize,
+)
+from lightning_qat_exporters.cann.qdq_graph.types import COMPUTE_OPS
+
+_MOVES = {
+    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand"),
+    *("DepthToSpace", "SpaceToDepth", "Tile", "Relu", "MaxPool", "GlobalMaxPool", "Dropout"),
+}
+"""Every element of the output is one of input 0, or real zero: all on the same grid."""
+
+
+class CarryGrids(ir.passes.InPlacePass):
+    """Quantize again, on the same grid, what a layer with a quantized weight reads moved.
+
+    Many tools put one pair behind an activation function and none behind the pool or reshape that
+    follows. The values lie on the grid, so the second quantization changes nothing, and the layer
+    computes on integers.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite ``model`` in place."""
+        carried: dict[ir.Value, ir.Value] = {}
+        for node in tuple(model.graph):
+            if node.op_type in COMPUTE_OPS and not node.domain and len(node.inputs) > 1:
+                moved = node.inputs[0]
+                pair = _pair_before(moved) if weight_dequantize(node.inputs[1]) else None
+                if moved is not None and pair is not None:
+                    if moved not in carried:
+                        carried[moved] = _requantized(model.graph, moved, pair)
+                    node.replace_input_with(0, carried[moved])
+        return ir.passes.PassResult(model, modified=bool(carried))
+
+
+def _pair_before(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear whose values arrive at ``value`` moved at least once."""
+    node = None if value is None else value.producer()
+    moves = 0
+    while node is not None and value is not None and (node.op_type in _MOVES or _pads_zero(node)):
+        if node.domain or value is not node.outputs[0]:
+            return None
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+        moves += 1
+    if not moves or node is None or node.op_type != "DequantizeLinear":
+        return None
+    return None if is_constant(node.inputs[0]) else node
+
+
+def _pads_zero(node: ir.Node) -> bool:
+    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
+        return False
+    fill = node.inputs[2] if len(node.inputs) > 2 else None
+    value = constant(fill)
+    return fill is None or (value is not None and not value.any())
+
+
+def _requantized(graph: ir.Graph, value: ir.Value, pair: ir.Node) -> ir.Value:
+    anchor = value.producer()
+    assert anchor is not None  # _pair_before walked through it
+    stored = pair.inputs[0]
+    quantize = None if stored is None else stored.producer()
+    clip = quantize if quantize is not None and quantize.op_type == "Clip" else None
+    if clip is not None:
+        unclipped = clip.inputs[0]
+        quantize = None if unclipped is None else unclipped.producer()
+    if stored is None or quantize is None or quantize.op_type != "QuantizeLinear":
+        return value
+    name = value.name or anchor.op_type
+    integers = ir.Value(name=f"{name}.carried", type=stored.type)
+    nodes = [
+        ir.Node(
+            quantize.domain,
+            "QuantizeLinear",
+            [value, *quantize.inputs[1:]],
+            list(quantize.attributes.values()),
+            outputs=[integers],
+            name=f"{name}.quantize",
+        )
+    ]
+    if clip is not None:
+        narrowed = ir.Value(name=f"{name}.carried.clip", type=integers.type)
+        inputs = [integers, *clip.inputs[1:]]
+        nodes.append(ir.node("Clip", inputs, outputs=[narrowed], name=f"{name}.quantize.clip"))
+        integers = narrowed
+    real = ir.Value(name=f"{name}.carried.real", type=value.type, shape=value.shape)
+    dequantize = ir.Node(
+        pair.domain,
+        "DequantizeLinear",
+        [integers, *pair.inputs[1:]],
+        list(pair.attributes.values()),
+        outputs=[real],
+        name=f"{name}.dequantize",
+    )
+    graph.insert_after(anchor, [*nodes, dequantize])
+    return real

@@ -1,0 +1,1 @@
+"""Find what a QDQ graph of any tool quantizes."""

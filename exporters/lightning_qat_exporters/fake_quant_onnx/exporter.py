@@ -1,0 +1,151 @@
+"""Fake-quant ONNX: QuantizeLinear and DequantizeLinear, for ONNX Runtime, TensorRT, OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+
+from lightning_qat.export.protocol import Array, Artifact
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat_exporters.fake_quant_onnx.int32_bias import quantize_biases
+from lightning_qat_exporters.fake_quant_onnx.read_back import (
+    _activation_differences,
+    _bias_differences,
+    _weight_differences,
+)
+from lightning_qat_exporters.onnx_files.run import has_vnni, run_onnx
+from lightning_qat_exporters.onnx_files.write import save_onnx
+from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
+from lightning_qat_exporters.qdq.translate import keys_of
+
+_RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
+
+
+class FakeQuantOnnxExporter:
+    """Writes ``<prefix>_qdq.onnx``: every quantized tensor explicit, weights stored as integers.
+
+    Nodes keep the names of their layers; batch norm is folded; the batch dimension is dynamic where
+    the model allows it. Activations of fewer than 8 bits get a ``Clip`` between Q and DQ, weights
+    of fewer bits are stored as int8, or those of 4 bits as ONNX's INT4.
+
+    Args:
+        activation_type: Type of 8-bit activations. ``uint8`` is what ONNX Runtime's integer
+            kernels want on x86; TensorRT wants ``int8`` (and symmetric activations).
+        quantize_bias: Store biases as int32 on the grid ``scale_input * scale_weight`` that integer
+            kernels add them on, instead of float.
+        opset: 18 or newer. ONNX Runtime 1.31 mis-propagates ``output_dtype`` at 21, so 20 is the
+            default; 16-bit activations need 21.
+        int4_weights: Store weights of 4 bits as INT4, two to a byte; needs opset 21.
+
+    Raises:
+        ValueError: An option is outside what is listed.
+    """
+
+    name = "fake_quant_onnx"
+
+    def __init__(
+        self,
+        activation_type: ActivationType = "uint8",
+        quantize_bias: bool = False,
+        opset: int = OPSET,
+        int4_weights: bool = False,
+    ) -> None:
+        if activation_type not in ("int8", "uint8"):
+            raise ValueError(f"activation_type must be 'int8' or 'uint8'; got {activation_type!r}.")
+        if opset < 18:
+            raise ValueError(f"opset must be 18 or newer; got {opset!r}.")
+        if int4_weights and opset < 21:
+            raise ValueError(f"int4_weights needs opset 21, the first with INT4; got {opset!r}.")
+        self.activation_type: ActivationType = activation_type
+        self.quantize_bias = quantize_bias
+        self.opset = opset
+        self.int4_weights = int4_weights
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """ONNX Runtime as the file is written, and with its default optimizations."""
+        return tuple(_RUNTIMES)
+
+    def check_available(self) -> None:
+        """Everything this exporter needs is a dependency of the package."""
+
+    def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
+        """Write ``<prefix>_qdq.onnx``, atomically.
+
+        Raises:
+            UnsupportedByTarget: 16-bit activations below opset 21; all are named.
+        """
+        onnx_model = build_qdq(
+            model,
+            target=self.name,
+            opset=self.opset,
+            activation_type=self.activation_type,
+            int4_weights=self.int4_weights,
+        )
+        if self.quantize_bias:
+            quantize_biases(onnx_model.graph)
+        path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
+        files = save_onnx(onnx_model, path)
+        notes = _int4_notes(model) if self.int4_weights else ()
+        return Artifact(self.name, dict(zip(("model", "weights"), files, strict=False)), notes)
+
+    def run(
+        self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
+        return run_onnx(artifact.files["model"], inputs, optimize=_RUNTIMES[runtime])
+
+    def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
+        """Say so where 8-bit products saturate: without VNNI instructions, in optimized kernels."""
+        literal, optimized = (max_steps[runtime] for runtime in _RUNTIMES)
+        if self.activation_type != "uint8" or optimized <= 2 or optimized <= 2 * literal:
+            return ()
+        if has_vnni():
+            return ()
+        return (
+            f"{optimized:.3g} steps in the optimized session: this CPU has no VNNI instructions, "
+            "so ONNX Runtime adds pairs of uint8 x int8 products in 16 bits, which may saturate. "
+            "A device with VNNI computes what the other session does; for those without, train "
+            "with WeightSpec(bits=7).",
+        )
+
+    def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
+        """Compare every number in the file with the model's: scales, zero points, integers."""
+        proto = onnx.load(artifact.files["model"])
+        stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+        nodes: dict[str, list[onnx.NodeProto]] = {}
+        for node in proto.graph.node:
+            for key in keys_of({prop.key: prop.value for prop in node.metadata_props}):
+                nodes.setdefault(key, []).append(node)
+        found: list[str] = []
+        for key, tensor in model.tensors.items():
+            of_key = nodes.get(key, [])
+            if not any(node.op_type == "DequantizeLinear" for node in of_key):
+                found.append(f"{key}: the file has no DequantizeLinear for it")
+                continue
+            differ = _weight_differences if tensor.kind == "weight" else _activation_differences
+            found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
+        found += _bias_differences(model, proto, stored)
+        return tuple(dict.fromkeys(found))
+
+
+def _int4_notes(model: QuantizedModel) -> tuple[str, ...]:
+    """How much smaller weights have become, and which have not."""
+    weights = [t for t in model.tensors.values() if t.kind == "weight"]
+    narrow = [t.integers for t in weights if t.qparams.grid == INT4_GRID]
+    sizes = [integers.numel() for integers in narrow if integers is not None]
+    notes = []
+    if sizes:
+        small = sum((size + 1) // 2 for size in sizes)
+        notes.append(f"Weights of 4 bits as INT4: {len(sizes)}, {small} bytes for {sum(sizes)}.")
+    mirrored = [t.key for t in weights if t.qparams.grid == Grid(INT4_GRID.qmin, -INT4_GRID.qmin)]
+    if mirrored:
+        notes.append(
+            f"{', '.join(mirrored)}: stored as INT8, because a negative factor of the batch norm "
+            "folded into it makes 8 of -8."
+        )
+    return tuple(notes) or ("int4_weights: no weight has 4 bits, so none is stored as INT4.",)

@@ -1,0 +1,1 @@
+"""Read, write and run ONNX files."""

@@ -1,0 +1,1 @@
+"""What LiteRT lacks, spelled in operators it has; shared by both backends."""

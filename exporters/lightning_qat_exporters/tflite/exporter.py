@@ -1,0 +1,170 @@
+"""TFLite: integer files for LiteRT on Android, iOS, microcontrollers and Edge TPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+from lightning_qat.atomic_write import replacing
+from lightning_qat.export.protocol import (
+    Array,
+    Artifact,
+    MissingDependency,
+    Unsupported,
+    UnsupportedByTarget,
+)
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.flatbuffer.file import read
+from lightning_qat_exporters.tflite.litert import backend as litert_backend
+from lightning_qat_exporters.tflite.metadata import described
+from lightning_qat_exporters.tflite.notes import notes_on
+from lightning_qat_exporters.tflite.read_back import tflite_differences
+from lightning_qat_exporters.tflite.run import RUNTIMES, check_runs, run
+from lightning_qat_exporters.tflite.tinynn import backend as tinynn_backend
+from lightning_qat_exporters.tflite.unsupported import problems_of
+
+BackendName = Literal["auto", "tinynn", "litert"]
+IO = Literal["float", "int8", "uint8"]
+Granularity = Literal["per_channel", "per_tensor"]
+Layout = Literal["nhwc", "nchw"]
+
+
+class Backend(Protocol):
+    """A module that turns a converted model into the bytes of a file."""
+
+    def check_available(self) -> None:
+        """Raise ``MissingDependency`` when a package is missing."""
+
+    def convert(self, model: QuantizedModel, *, io: str, layout: str) -> bytes:
+        """Convert; raise ``UnsupportedByTarget`` with everything that has no form."""
+        ...
+
+
+class TFLiteExporter:
+    """Writes ``<prefix>.tflite`` with the integers and scales of the model, to the bit.
+
+    A tensor is computed in integers where the recipe quantized what an operator reads and writes;
+    what it left float stays float behind DEQUANTIZE, exactly, and the artifact's notes name it. The
+    file takes one sample at a time where the model's batch is dynamic, because delegates and
+    microcontrollers want fixed shapes.
+
+    Args:
+        backend: ``tinynn`` is TinyNeuralNetwork, ``litert`` Google's litert-torch; ``auto`` takes
+            the first of the two that is installed.
+        io: Type of quantized inputs and outputs in the file: ``float`` puts QUANTIZE and DEQUANTIZE
+            at its ends, ``int8`` and ``uint8`` leave the integers to the caller.
+        weight_granularity_linear: ``per_tensor`` refuses Linear layers whose weight has a scale
+            per channel, which TFLite-Micro does not run. It never rounds a weight anew.
+        layout: Of 4-D inputs and outputs: ``nhwc`` is LiteRT's own, ``nchw`` torch's.
+
+    Raises:
+        ValueError: An option is none of these.
+    """
+
+    name = "tflite"
+
+    def __init__(
+        self,
+        backend: BackendName = "auto",
+        io: IO = "float",
+        weight_granularity_linear: Granularity = "per_channel",
+        layout: Layout = "nhwc",
+    ) -> None:
+        for option, value, choices in (
+            ("backend", backend, get_args(BackendName)),
+            ("io", io, get_args(IO)),
+            ("weight_granularity_linear", weight_granularity_linear, get_args(Granularity)),
+            ("layout", layout, get_args(Layout)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{option} must be one of {choices}; got {value!r}.")
+        self.backend: BackendName = backend
+        self.io: IO = io
+        self.weight_granularity_linear: Granularity = weight_granularity_linear
+        self.layout: Layout = layout
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """LiteRT with each of its sets of kernels; XNNPACK is what runs by default."""
+        return tuple(RUNTIMES)
+
+    def check_available(self) -> None:
+        """Find the backend.
+
+        Raises:
+            MissingDependency: It is not installed, or with ``auto`` none of the two.
+        """
+        self._choose()
+
+    def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
+        """Write ``<prefix>.tflite``, atomically.
+
+        Returns:
+            The artifact; its notes name every layer and function that is computed in float.
+
+        Raises:
+            MissingDependency: As ``check_available``.
+            UnsupportedByTarget: Parts of the model have no form; all that can be known are named.
+        """
+        problems = problems_of(
+            model, linear_per_tensor=self.weight_granularity_linear == "per_tensor"
+        )
+        if problems:
+            raise UnsupportedByTarget(self.name, problems)
+        backend_name, backend = self._choose()
+        content = backend.convert(model, io=self.io, layout=self.layout)
+        content = described(content, model, backend=backend_name, layout=self.layout)
+        failure = check_runs(content)
+        if failure is not None:
+            problem = Unsupported(
+                "the model",
+                f"LiteRT cannot prepare the file that {backend_name} wrote: {failure}",
+                "Replace that operator, or leave its inputs or output unquantized (exclude)",
+            )
+            raise UnsupportedByTarget(self.name, (problem,))
+        path = path_prefix.with_name(f"{path_prefix.name}.tflite")
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+        return Artifact(self.name, {"model": path}, notes_on(model, read(content)))
+
+    def run(
+        self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
+        return run(artifact.files["model"].read_bytes(), RUNTIMES[runtime], inputs)
+
+    def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
+        """Say so where LiteRT's own kernels are farther away than XNNPACK."""
+        xnnpack, *others = (max_steps[runtime] for runtime in RUNTIMES)
+        if max(others) <= 2 or max(others) <= 2 * xnnpack:
+            return ()
+        return (
+            f"{max(others):.3g} steps with LiteRT's own kernels: they round an accumulator twice "
+            "and a mean downwards, XNNPACK rounds once. Devices where XNNPACK runs (Android, iOS, "
+            "Linux) compute what it does; microcontrollers compute what the reference kernels do.",
+        )
+
+    def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
+        """Compare every number in the file with the model's: integers, scales, biases."""
+        return tflite_differences(model, read(artifact.files["model"].read_bytes()))
+
+    def _choose(self) -> tuple[str, Backend]:
+        wanted = ("tinynn", "litert") if self.backend == "auto" else (self.backend,)
+        missing: list[str] = []
+        for name in wanted:
+            try:
+                backend = _BACKENDS[name]
+                backend.check_available()
+            except MissingDependency as error:
+                missing.append(str(error))
+            else:
+                return name, backend
+        raise MissingDependency(
+            missing[0]
+            if len(missing) == 1
+            else "TFLite export needs one of two backends. " + " Or: ".join(missing)
+        )
+
+
+_BACKENDS: Mapping[str, Backend] = {"tinynn": tinynn_backend, "litert": litert_backend}

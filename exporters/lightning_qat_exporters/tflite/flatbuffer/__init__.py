@@ -1,0 +1,1 @@
+"""Read and write a TFLite file, and find the converted model's tensors in it."""

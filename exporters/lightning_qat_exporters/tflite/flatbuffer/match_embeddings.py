@@ -1,0 +1,48 @@
+"""Tables of embeddings in a ``.tflite`` file: found by their values, stored as integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
+from lightning_qat.numerics.arithmetic import along_axis, dequantize
+from lightning_qat_exporters.tflite.flatbuffer.file import FileTensor, TFLiteFile
+
+_TABLE = {"EMBEDDING_LOOKUP": 1, "GATHER": 0}
+"""Operator to the place of its table."""
+
+
+def tables(file: TFLiteFile, model: QuantizedModel) -> Iterator[tuple[QuantizedTensor, int | None]]:
+    """Every quantized weight that no layer multiplies with, and the file's constant for it.
+
+    Either its integers, which may stand behind DEQUANTIZE, or real values, as litert-torch writes
+    them: the product of integers and scale, to the bit. ``None``: no operator reads it.
+    """
+    stored = {
+        _origin(file, op.inputs[_TABLE[op.kind]]) for op in file.operators if op.kind in _TABLE
+    }
+    multiplied = {layer.weight_key for layer in model.layers}
+    for key, table in model.tensors.items():
+        if table.kind == "weight" and key not in multiplied:
+            found = (index for index in stored if _is_table(file.tensors[index], table))
+            yield table, next(found, None)
+
+
+def _origin(file: TFLiteFile, index: int) -> int:
+    maker = file.maker(index)
+    return maker.inputs[0] if maker is not None and maker.kind == "DEQUANTIZE" else index
+
+
+def _is_table(stored: FileTensor, table: QuantizedTensor) -> bool:
+    integers, qparams = table.integers, table.qparams
+    if integers is None or stored.data is None or stored.shape != tuple(integers.shape):
+        return False
+    if stored.quantized:
+        same = np.array_equal(stored.scale, qparams.scale.numpy().reshape(-1))
+        zero = not stored.zero_point.any()
+        return same and zero and np.array_equal(stored.data, integers.numpy())
+    scale = along_axis(qparams.scale, integers.dim(), qparams.axis)
+    return np.array_equal(stored.data, dequantize(integers, scale, torch.tensor(0)).numpy())

@@ -1,0 +1,1 @@
+"""The backend that converts with litert-torch."""

@@ -1,0 +1,170 @@
+"""The ``litert`` backend: Google's litert-torch, from the package index alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.requirements import Requirement
+
+from lightning_qat.export.protocol import MissingDependency, Unsupported, UnsupportedByTarget
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.quiet import last_lines, quietly
+from lightning_qat_exporters.tflite.flatbuffer.file import kind_of, pack, prune, schema, unpack
+from lightning_qat_exporters.tflite.litert.conv_transpose_op import register, without_biases
+from lightning_qat_exporters.tflite.litert.int8_constants import store_integers
+from lightning_qat_exporters.tflite.litert.io_types import give_types
+from lightning_qat_exporters.tflite.litert.lowering import Lowered
+from lightning_qat_exporters.tflite.litert.requantize import remove_marks
+
+INSTALL = "pip install 'lightning-qat[tflite]'"
+
+
+def check_available() -> None:
+    """Find litert-torch without importing it, which takes seconds.
+
+    Raises:
+        MissingDependency: It is not installed, or made for another torch.
+    """
+    if find_spec("litert_torch") is None:
+        raise MissingDependency(
+            f"TFLite export with backend 'litert' needs the package litert-torch: {INSTALL} "
+            "(about 2 GB)."
+        )
+    for text in _requirements():
+        wanted = Requirement(text)
+        if wanted.name == "torch" and not wanted.specifier.contains(
+            torch.__version__, prereleases=True
+        ):
+            raise MissingDependency(
+                f"litert-torch {version('litert-torch')} needs torch{wanted.specifier}; this is "
+                f"torch {torch.__version__}. Install versions that fit: {INSTALL}."
+            )
+
+
+def _requirements() -> list[str]:
+    try:
+        return requires("litert-torch") or []
+    except PackageNotFoundError:
+        # Put on the path without being installed: nothing says which torch it wants.
+        return []
+
+
+def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
+    """Write a model as a ``.tflite`` file with the model's own integers and scales.
+
+    litert-torch runs in its static mode, in which the converter turns every operator between
+    quantized tensors into an integer one and leaves all others float behind DEQUANTIZE. The
+    quantizer object only selects that mode; nothing is calibrated.
+
+    Args:
+        model: The neutral description.
+        io: Type of inputs and outputs: ``float``, ``int8`` or ``uint8``.
+        layout: ``nhwc`` or ``nchw``, of 4-D inputs and outputs.
+
+    Returns:
+        The file, with one signature that has the model's names.
+
+    Raises:
+        UnsupportedByTarget: litert-torch has no form of an operator, or an input or output has no
+            integers; all of the latter are named.
+    """
+    lowered = Lowered(model, channels_last=layout == "nhwc")
+    with _no_progress_of_its_own(), quietly("TFLite: converting with litert-torch") as printed:
+        import litert_torch
+        from litert_torch.quantize import pt2e_quantizer
+        from litert_torch.quantize.quant_config import QuantConfig
+
+        register()
+        static = pt2e_quantizer.get_symmetric_quantization_config(
+            is_per_channel=True, is_dynamic=False
+        )
+        quantizer = pt2e_quantizer.PT2EQuantizer().set_global(static)
+        try:
+            converted = litert_torch.convert(
+                lowered, lowered.example_inputs, quant_config=QuantConfig(quantizer)
+            )
+            content = converted.model_content()
+        except Exception as error:
+            raise _unsupported(error, last_lines(printed)) from error
+    file = unpack(content)
+    remove_marks(file, lowered.mark)
+    without_biases(file)
+    prune(file)
+    store_integers(file, model)
+    _name_ends(file, model)
+    problems = give_types(file, io)
+    if problems:
+        raise UnsupportedByTarget("tflite", problems)
+    _widen_biases(file)
+    return pack(file)
+
+
+@contextmanager
+def _no_progress_of_its_own() -> Iterator[None]:
+    """litert-torch reads its settings from the environment whenever it needs them."""
+    settings = {"LITERT_TORCH_SHOW_PROGRESS": "n", "LITERT_TORCH_SILENCE_TORCH_LOGS": "n"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _unsupported(error: Exception, printed: str) -> UnsupportedByTarget:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    said = f"; it printed: {printed}" if printed else ""
+    return UnsupportedByTarget(
+        "tflite",
+        (
+            Unsupported(
+                "the model",
+                f"litert-torch could not convert it: {type(error).__name__}: {first}{said}",
+                "Replace the operator that it names by one that LiteRT has, or try "
+                "backend='tinynn'",
+            ),
+        ),
+    )
+
+
+def _name_ends(file: Any, model: QuantizedModel) -> None:
+    """litert-torch calls inputs ``args_0`` and outputs ``output_0``, counted in our order."""
+    (signature,) = file.signatureDefs
+    for entries, prefix, names in (
+        (signature.inputs, b"args_", model.input_names),
+        (signature.outputs, b"output_", model.output_names),
+    ):
+        for entry in entries:
+            entry.name = names[int(entry.name.removeprefix(prefix))].encode()
+
+
+def _widen_biases(file: Any) -> None:
+    """Biases of layers with 16-bit inputs are int64 in LiteRT's specification.
+
+    litert-torch writes int32, which DEPTHWISE_CONV_2D refuses and the reference kernel of
+    FULLY_CONNECTED misreads.
+    """
+    s, graph = schema(), file.subgraphs[0]
+    types = s.TensorType
+    for operator in graph.operators:
+        of_layer = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+        if kind_of(file, operator) not in of_layer or len(operator.inputs) < 3:
+            continue
+        source, bias = (graph.tensors[operator.inputs[index]] for index in (0, 2))
+        if source.type == types.INT16 and bias.type == types.INT32:
+            narrow = np.asarray(file.buffers[bias.buffer].data, np.uint8).view(np.int32)
+            wide = s.BufferT()
+            wide.data = narrow.astype(np.int64).view(np.uint8)
+            file.buffers.append(wide)
+            bias.type, bias.buffer = types.INT64, len(file.buffers) - 1

@@ -1,0 +1,78 @@
+"""Store the integers of weights that litert-torch's converter has multiplied out.
+
+Where a layer is computed in float, the converter keeps the weight of a convolution as int8 behind
+DEQUANTIZE, but writes those of FULLY_CONNECTED and CONV_3D_TRANSPOSE and the tables of embeddings
+as float32: four times the bytes for the same numbers. LiteRT dequantizes a constant once, when it
+prepares the file.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.decompose.conv_transpose import dense_scale
+from lightning_qat_exporters.tflite.flatbuffer.file import code_of, pack, read, schema
+from lightning_qat_exporters.tflite.flatbuffer.match_embeddings import tables
+from lightning_qat_exporters.tflite.flatbuffer.match_layers import matched
+
+_CHANNELS = {"FULLY_CONNECTED": 0, "CONV_3D_TRANSPOSE": 3}
+"""The axis of output channels in a stored weight."""
+
+
+def store_integers(file: Any, model: QuantizedModel) -> None:
+    """Put int8 and DEQUANTIZE in the place of every float weight that is a model's, in place."""
+    plain = read(pack(file))
+    done: set[int] = set()
+    for layer, stored in matched(plain, model):
+        if stored is None or stored.weight in done or stored.operator.kind not in _CHANNELS:
+            continue
+        values, axis = plain.tensors[stored.weight], _CHANNELS[stored.operator.kind]
+        if values.quantized or values.data is None:
+            continue
+        done.add(stored.weight)
+        qparams = model.tensors[layer.weight_key].qparams
+        channels = values.shape[axis]
+        scale = dense_scale(qparams, max(channels // qparams.scale.numel(), 1)).numpy().reshape(-1)
+        shape = [-1 if place == axis else 1 for place in range(values.data.ndim)]
+        # Exact: the values are products of the integers and the scale.
+        integers = np.rint(values.data / scale.reshape(shape)).astype(np.int8)
+        _dequantized(file, stored.weight, integers, scale, axis)
+
+    for table, index in tables(plain, model):
+        if index is None or index in done or plain.tensors[index].quantized:
+            continue
+        done.add(index)
+        assert table.integers is not None
+        scale = table.qparams.scale.numpy().reshape(-1)
+        _dequantized(file, index, table.integers.numpy().astype(np.int8), scale, 0)
+
+
+def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) -> None:
+    s, graph = schema(), file.subgraphs[0]
+    real = graph.tensors[index]
+    tensor, grid, buffer = copy.copy(real), s.QuantizationParametersT(), s.BufferT()
+    grid.scale, grid.zeroPoint = scale, np.zeros(scale.size, np.int64)
+    grid.quantizedDimension = axis if scale.size > 1 else 0
+    buffer.data = integers.reshape(-1).view(np.uint8)
+    file.buffers.append(buffer)
+    tensor.name, tensor.type, tensor.quantization = (
+        real.name + b"_integers",
+        s.TensorType.INT8,
+        grid,
+    )
+    tensor.buffer = len(file.buffers) - 1
+    graph.tensors.append(tensor)
+    if sum(other.buffer == real.buffer for other in graph.tensors) == 1:
+        file.buffers[real.buffer].data = None
+    # The first buffer is the empty one, of tensors that are computed.
+    real.buffer = 0
+    operator = s.OperatorT()
+    operator.opcodeIndex = code_of(file, "DEQUANTIZE")
+    operator.inputs, operator.outputs = [len(graph.tensors) - 1], [index]
+    operator.builtinOptions = s.DequantizeOptionsT()
+    operator.builtinOptionsType = s.BuiltinOptions.DequantizeOptions
+    graph.operators.insert(0, operator)

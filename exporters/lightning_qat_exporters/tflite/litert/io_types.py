@@ -1,0 +1,88 @@
+"""Give the inputs and outputs of an integer ``.tflite`` file the type that was asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from lightning_qat.export.protocol import Unsupported
+from lightning_qat_exporters.tflite.flatbuffer.file import code_of, schema
+
+
+def give_types(model: Any, io: str) -> tuple[Unsupported, ...]:
+    """Put QUANTIZE and DEQUANTIZE at the ends of a file's main graph, in place.
+
+    ``float`` makes every quantized input and output float32; ``uint8`` makes every int8 one uint8,
+    the same real numbers with the zero point up by 128; ``int8`` leaves them as they are.
+
+    Args:
+        model: A file as ``unpack`` gives it, with a signature.
+        io: ``float``, ``int8`` or ``uint8``.
+
+    Returns:
+        Float inputs and outputs, which have no grid to store integers on; empty for ``float``.
+        Tensors that are no reals (indices, masks) stay as they are.
+    """
+    signature = model.signatureDefs[0]
+    problems: list[Unsupported] = []
+    for entry in signature.inputs:
+        problems += _check(model, entry, io, "read")
+        _replace(model, entry, io, is_input=True)
+    for entry in signature.outputs:
+        problems += _check(model, entry, io, "written")
+        _replace(model, entry, io, is_input=False)
+    return tuple(problems)
+
+
+def _check(model: Any, entry: Any, io: str, verb: str) -> Iterator[Unsupported]:
+    s = schema()
+    kind = model.subgraphs[0].tensors[entry.tensorIndex].type
+    wanted = {"int8": (s.TensorType.INT8,), "uint8": (s.TensorType.INT8, s.TensorType.UINT8)}
+    reals = (s.TensorType.FLOAT32, s.TensorType.INT16, s.TensorType.INT8, s.TensorType.UINT8)
+    if io in wanted and kind in reals and kind not in wanted[io]:
+        what = "16-bit integers" if kind == s.TensorType.INT16 else "float"
+        yield Unsupported(
+            entry.name.decode(),
+            f"it is {verb} as {what}, so it cannot be {io}",
+            "Use io='float', or quantize it to 8 bits in training (Recipe(joins=True, "
+            "outputs=True); the first operation on an input must have a quantized form)",
+        )
+
+
+def _replace(model: Any, entry: Any, io: str, *, is_input: bool) -> None:
+    s, graph = schema(), model.subgraphs[0]
+    inner = int(entry.tensorIndex)
+    outer = copy.copy(graph.tensors[inner])
+    grid = outer.quantization
+    integers = (s.TensorType.INT8, s.TensorType.INT16, s.TensorType.UINT8)
+    if outer.type not in integers or grid is None or grid.scale is None or not len(grid.scale):
+        return
+    if io == "float":
+        outer.type, outer.quantization = s.TensorType.FLOAT32, None
+    elif io == "uint8" and outer.type == s.TensorType.INT8:
+        outer.type, outer.quantization = s.TensorType.UINT8, copy.copy(grid)
+        outer.quantization.zeroPoint = [int(z) + 128 for z in grid.zeroPoint]
+    else:
+        return
+    graph.tensors[inner].name += b"_quantized"
+    graph.tensors.append(outer)
+    new = len(graph.tensors) - 1
+    entry.tensorIndex = new
+    ends = graph.inputs if is_input else graph.outputs
+    ends = [new if int(index) == inner else int(index) for index in ends]
+    operator = s.OperatorT()
+    dequantizes = io == "float" and not is_input
+    operator.opcodeIndex = code_of(model, "DEQUANTIZE" if dequantizes else "QUANTIZE")
+    operator.inputs, operator.outputs = ([new], [inner]) if is_input else ([inner], [new])
+    options = s.DequantizeOptionsT() if dequantizes else s.QuantizeOptionsT()
+    operator.builtinOptions = options
+    operator.builtinOptionsType = (
+        s.BuiltinOptions.DequantizeOptions if dequantizes else s.BuiltinOptions.QuantizeOptions
+    )
+    if is_input:
+        graph.inputs = ends
+        graph.operators.insert(0, operator)
+    else:
+        graph.outputs = ends
+        graph.operators.append(operator)

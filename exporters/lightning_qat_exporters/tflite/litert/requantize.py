@@ -1,0 +1,276 @@
+"""Leave litert-torch's converter nothing to decide about grids.
+
+The converter knows operators whose output must have the grid of their input (pools, reshapes,
+selections) and moves grids through them, against the graph's direction too. Where two grids meet it
+keeps one of them, and values saturate on a grid that was never theirs: a softplus, which is
+decomposed to a selection, came out 38 steps off, a bilinear resize 13. These rules come before it:
+
+1. A tensor that is read on two grids, or on a grid and in float, is written in float.
+2. An operator that hands values on, or averages them, between two grids is computed on the grid of
+   its input and requantized.
+3. An operator with a fixed output grid (sigmoid, softmax, tanh) is requantized from that.
+4. A layer that is read in float is kept apart, else the converter multiplies constants that come
+   later into its weight.
+5. An operator that is none of those known to be safe, or reads a float tensor, is computed in
+   float; else a float reader of its output may get values that were never rounded.
+
+To keep apart means to put a mark between two operators: one that the converter knows in float only.
+``remove_marks`` takes the marks out of the finished file.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from lightning_qat_exporters.tflite.decompose.constant_nodes import fixed_nodes
+from lightning_qat_exporters.tflite.flatbuffer.file import kind_of
+from lightning_qat_exporters.tflite.litert import (
+    conv_transpose_op as conv_transpose_op,  # its operator
+)
+
+_ATEN = torch.ops.aten
+
+MARKS = {_ATEN.ceil: "CEIL", _ATEN.sin: "SIN", _ATEN.cos: "COS"}
+"""Operators that can be a mark, in torch and in a file; the first that a model does not use is."""
+
+
+class Quantization(NamedTuple):
+    """A grid as plain numbers, to be compared and hashed."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+    dtype: torch.dtype
+
+
+_LAYERS = (
+    *(_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d, _ATEN.linear),
+    torch.ops.lightning_qat_litert.transpose_conv,
+)
+
+_COMPUTES = (
+    *(_ATEN.add, _ATEN.sub, _ATEN.mul, _ATEN.mean, _ATEN.matmul, _ATEN.bmm),
+    *(_ATEN.hardswish, _ATEN.gelu, _ATEN.leaky_relu, _ATEN.scaled_dot_product_attention),
+    # Float, and decomposed to nothing that moves grids.
+    *(_ATEN.layer_norm, _ATEN.group_norm, _ATEN.silu),
+)
+"""Operators whose inputs and output may have grids of their own."""
+
+_FIXED = {
+    _ATEN.sigmoid: Quantization(1 / 256, -128, -128, 127, torch.int8),
+    _ATEN.softmax: Quantization(1 / 256, -128, -128, 127, torch.int8),
+    _ATEN.tanh: Quantization(1 / 128, 0, -128, 127, torch.int8),
+}
+"""Operators whose output grid LiteRT's specification prescribes, at 8 bits."""
+
+_HANDS_ON = (
+    *(_ATEN.view, _ATEN.reshape, _ATEN.flatten, _ATEN.unflatten, _ATEN.squeeze, _ATEN.unsqueeze),
+    *(_ATEN.permute, _ATEN.transpose, _ATEN.t, _ATEN.expand, _ATEN.repeat, _ATEN.flip, _ATEN.roll),
+    *(_ATEN.slice, _ATEN.select, _ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk, _ATEN.unbind),
+    *(_ATEN.cat, _ATEN.stack, _ATEN.embedding, _ATEN.contiguous, _ATEN.dropout),
+    *(_ATEN.relu, _ATEN.max_pool1d, _ATEN.max_pool2d, _ATEN.upsample_nearest2d),
+    *(_ATEN.pixel_shuffle, _ATEN.pixel_unshuffle),
+)
+"""Operators that output values of their input, on its grid."""
+
+_AVERAGES = (
+    *(_ATEN.avg_pool1d, _ATEN.avg_pool2d, _ATEN.adaptive_avg_pool2d),
+    _ATEN.upsample_bilinear2d,
+)
+"""Operators that LiteRT computes on one grid although their values lie between its steps."""
+
+
+class Annotated:
+    """A functional graph with the grids of its fake quantizations.
+
+    Args:
+        graph: Without operators that write in place.
+        grids: Every fake quantization with its grid; those that are added are entered.
+
+    Attributes:
+        mark: The operator that stands between others as a mark.
+    """
+
+    def __init__(self, graph: fx.Graph, grids: dict[fx.Node, Quantization]) -> None:
+        self.graph, self.grids = graph, grids
+        taken = {kind(node) for node in graph.nodes}
+        self.mark = next(mark for mark in MARKS if mark not in taken)
+        # The converter computes these, a mark among them as what it is, before it can be removed.
+        self._fixed = fixed_nodes(graph, set())
+
+    def make_explicit(self) -> None:
+        """Apply the rules, in place."""
+        # Backwards, so that what reads a tensor is settled before the tensor is.
+        for node in reversed(list(self.graph.nodes)):
+            if node in self.grids or is_constant(node) or not is_real(node) or not node.users:
+                continue
+            if node.op == "call_function":
+                self._settle(node)
+            if len(self.reached(node)) > 1:
+                self.part(node, list(node.users))
+        self.graph.lint()
+
+    def _settle(self, node: fx.Node) -> None:
+        """Rules 2 to 5 for one operator."""
+        source, written = self.source(node), self.written(node)
+        if kind(node) in _LAYERS:
+            end = node
+            while len(end.users) == 1 and activates(following := next(iter(end.users))):
+                end = following
+            if None in self.reached(end):
+                self.part(end, list(end.users))
+        elif hands_on(node):
+            if source is not None and written is not None and source != written:
+                self.requantize(node, source)
+            elif len(self.read(node)) > 1:
+                self.compute_in_float(node)
+        elif kind(node) in _FIXED and source is not None and written is not None:
+            fixed = _FIXED[kind(node)]
+            if written.dtype is not torch.int8:
+                self.compute_in_float(node)
+            elif written != fixed:
+                self.requantize(node, fixed)
+        elif kind(node) in _AVERAGES and not is_mean(node) and source and written:
+            self.requantize(node, source)
+        elif None in self.read(node) or (
+            kind(node) not in (*_COMPUTES, *_FIXED) and not is_mean(node)
+        ):
+            self.compute_in_float(node)
+
+    def read(self, node: fx.Node) -> set[Quantization | None]:
+        """The grids of an operator's real inputs; None: float."""
+        inputs = [x for x in node.all_input_nodes if is_real(x) and not is_constant(x)]
+        return {self.grids.get(x) for x in inputs}
+
+    def source(self, node: fx.Node) -> Quantization | None:
+        """The one grid of an operator's real inputs."""
+        found = self.read(node)
+        return found.pop() if len(found) == 1 else None
+
+    def written(self, node: fx.Node) -> Quantization | None:
+        """The one grid that an operator's output is read on."""
+        found = self.reached(node)
+        return found.pop() if len(found) == 1 else None
+
+    def reached(self, node: fx.Node) -> set[Quantization | None]:
+        """The grids that a tensor is read on, through operators that hand it on; None: float."""
+        found: set[Quantization | None] = set()
+        for user in node.users:
+            if user in self.grids:
+                found.add(self.grids[user])
+            elif hands_on(user):
+                found |= self.reached(user)
+            elif is_real(user) or user.op == "output":
+                found.add(None)
+        return found
+
+    def requantize(self, node: fx.Node, grid: Quantization) -> None:
+        """Quantize an operator's output to a grid before it is quantized to another."""
+        users = list(node.users)
+        with self.graph.inserting_after(node):
+            new = self.graph.call_function(torch.ops.lightning_qat.fake_quantize.default, (node,))
+        new.meta["val"] = node.meta["val"]
+        self.grids[new] = grid
+        for user in users:
+            user.replace_input_with(node, new)
+        self.part(new, users)
+
+    def compute_in_float(self, node: fx.Node) -> None:
+        """Keep an operator apart from the quantizations before and after it."""
+        for source in node.all_input_nodes:
+            if source in self.grids:
+                self.part(source, [node])
+        if self.reached(node) - {None}:
+            self.part(node, list(node.users))
+
+    def part(self, node: fx.Node, users: list[fx.Node]) -> None:
+        """Put a mark between a tensor and some of the operators that read it."""
+        if not isinstance(node.meta["val"], Tensor) or node in self._fixed:
+            return
+        with self.graph.inserting_after(node):
+            mark = self.graph.call_function(self.mark.default, (node,))
+        mark.meta["val"] = node.meta["val"]
+        for user in users:
+            if is_real(user) or user.op == "output":
+                user.replace_input_with(node, mark)
+
+
+def remove_marks(file: Any, mark: str) -> None:
+    """Take the marks out of a file, in place, and join what stood around them.
+
+    DEQUANTIZE and QUANTIZE that meet become one QUANTIZE from integers to integers.
+
+    Args:
+        file: As ``unpack`` gives it.
+        mark: The file's name of the operator that was the mark.
+    """
+    graph = file.subgraphs[0]
+    for operator_ in [op for op in graph.operators if kind_of(file, op) == mark]:
+        _replace_tensor(file, int(operator_.outputs[0]), int(operator_.inputs[0]))
+        graph.operators.remove(operator_)
+    made_by = {
+        int(op.outputs[0]): op for op in graph.operators if kind_of(file, op) == "DEQUANTIZE"
+    }
+    for operator_ in graph.operators:
+        if kind_of(file, operator_) == "QUANTIZE" and int(operator_.inputs[0]) in made_by:
+            operator_.inputs = [int(made_by[int(operator_.inputs[0])].inputs[0])]
+    read = {int(i) for op in graph.operators for i in op.inputs} | set(map(int, graph.outputs))
+    for output, dequantize in made_by.items():
+        if output not in read:
+            graph.operators.remove(dequantize)
+
+
+def _replace_tensor(file: Any, old: int, new: int) -> None:
+    graph = file.subgraphs[0]
+    for holder in graph.operators:
+        holder.inputs = [new if int(index) == old else int(index) for index in holder.inputs]
+    graph.outputs = [new if int(index) == old else int(index) for index in graph.outputs]
+    for entry in file.signatureDefs[0].outputs:
+        if int(entry.tensorIndex) == old:
+            entry.tensorIndex = new
+
+
+def kind(node: fx.Node) -> Any:
+    """An operator without its overload."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_real(node: fx.Node) -> bool:
+    """Whether a node is a tensor of real numbers, or several."""
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list):
+        value = value[0] if value else None
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node is a weight or another constant."""
+    return node.op == "get_attr" or node.target is torch.ops.lightning_qat.dequantize.default
+
+
+def is_mean(node: fx.Node) -> bool:
+    """Whether a node is pooling to size 1, which LiteRT computes as MEAN."""
+    return kind(node) is _ATEN.adaptive_avg_pool2d and set(node.args[1]) == {1}  # type: ignore[arg-type]
+
+
+def hands_on(node: fx.Node) -> bool:
+    """Whether a node outputs values of its input, on its grid."""
+    arguments: Any = node.args
+    if kind(node) in (_ATEN.constant_pad_nd, _ATEN.pad):
+        # Another value than zero may lie between two steps.
+        return set(arguments[2:]) <= {"constant", None, 0}
+    if kind(node) in (_ATEN.hardtanh, _ATEN.relu6):
+        return kind(node) is _ATEN.relu6 or tuple(arguments[1:3]) == (0.0, 6.0)
+    if node.target is operator.getitem:
+        return hands_on(arguments[0])
+    return kind(node) in _HANDS_ON
+
+
+def activates(node: fx.Node) -> bool:
+    """Whether LiteRT fuses a node to the layer before it."""
+    return kind(node) in (_ATEN.relu, _ATEN.relu6, _ATEN.hardtanh)

@@ -1,0 +1,68 @@
+"""What a reader of a ``.tflite`` file should know: what in it is not integer, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
+from lightning_qat_exporters.tflite.flatbuffer.match_layers import matched
+
+
+def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
+    """A sentence per layer in float; one on other floats, on double rounding, on narrow grids."""
+    notes, explained = [], set()
+    for layer, stored in matched(file, model):
+        if stored is None or stored.operator not in file.float_operators:
+            continue
+        explained.add(stored.operator)
+        why = "its output is not quantized" if stored.source else "its input is not quantized"
+        remedy = "A recipe with joins=True and outputs=True quantizes it."
+        if "3D" in stored.operator.kind:
+            why, remedy = f"LiteRT has {stored.operator.kind} in float only", ""
+        says = f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}"
+        notes.append(says.rstrip())
+    others = Counter(op.kind for op in file.float_operators if op not in explained)
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        notes.append(f"Computed in float, because what they read or write is not: {kinds}.")
+    twice = Counter(op.kind for op in file.operators if _is_rounded_twice(file, op))
+    if twice:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(twice.items()))
+        notes.append(
+            "Rounded on the grid of the input and then on that of the output, so up to two steps "
+            f"from training instead of one: {kinds}."
+        )
+    narrow = [
+        key
+        for key, t in model.tensors.items()
+        if t.integers is not None and t.qparams.grid.qmax < 127
+    ]
+    if narrow:
+        names = ", ".join(narrow)
+        notes.append(
+            f"Weights of fewer than 8 bits are stored as int8, the same integers: {names}."
+        )
+    lowest = [
+        key
+        for key, t in model.tensors.items()
+        if t.integers is not None and t.integers.numel() and int(t.integers.min()) == -128
+    ]
+    if lowest:
+        notes.append(
+            "Weights hold -128, which LiteRT's specification excludes: ARM kernels without dot "
+            "products add two products in 16 bits and overflow where both inputs are -128 too. On "
+            f"x86 all kernels compute them. WeightSpec's own grid avoids it: {', '.join(lowest)}."
+        )
+    return tuple(notes)
+
+
+def _is_rounded_twice(file: TFLiteFile, operator: FileOperator) -> bool:
+    """Whether an operator averages on the grid of its input and is requantized."""
+    written = operator.outputs[0]
+    readers = [op for op in file.operators if written in op.inputs]
+    return (
+        operator.kind in ("AVERAGE_POOL_2D", "RESIZE_BILINEAR")
+        and file.tensors[written].quantized
+        and any(op.kind == "QUANTIZE" for op in readers)
+    )

@@ -1,0 +1,167 @@
+"""TFLite through TinyNeuralNetwork's converter.
+
+The captured program is lowered to integer operators (``_tinynn_lowering``), traced, and handed to
+``TFLiteConverter``, which knows these operators for the time of the call (``_tinynn_converters``).
+It lays tensors out, folds constants, removes transposes and writes the file; every number in it is
+the model's. No quantized kernel of torch computes anything, so its engine does not matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io as streams
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_qat.export.protocol import MissingDependency, Unsupported, UnsupportedByTarget
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.tinynn.lower_ops import FORMS
+from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import PASSING
+from lightning_qat_exporters.tflite.tinynn.lowering import LITERT, Lowering
+
+_INSTALL = (
+    "pip install igraph flatbuffers PyYAML 'ruamel.yaml<0.18', then pip install --no-deps "
+    "git+https://github.com/alibaba/TinyNeuralNetwork"
+)
+_ELSE = 'Or use backend="litert"'
+
+_WARNINGS = (
+    # The converter knows integers by torch's quantized dtypes, whose removal is announced.
+    ("torch.quantize_per_tensor.*quantized tensor creation functions", UserWarning),
+    # It reads TorchScript.
+    (r"`torch\.jit\..*` is deprecated", DeprecationWarning),
+    # torch's own deepcopy of a program.
+    (".*LeafSpec.*is deprecated", FutureWarning),
+    # It compares versions with distutils and calls flatbuffers by an old name.
+    ("(The distutils package|distutils Version classes).* deprecated", DeprecationWarning),
+    ("numElems is deprecated", DeprecationWarning),
+)
+
+
+def check_available() -> None:
+    """See whether TinyNeuralNetwork can be imported.
+
+    Raises:
+        MissingDependency: It is not installed, another package has its name, or its import fails.
+    """
+    with _contained():
+        _converter_class()
+
+
+def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
+    """Make a TFLite file of a converted model.
+
+    The file takes one sample where the model's batch is dynamic. Its graph is int8 also with
+    ``io="uint8"``, where a QUANTIZE at either end moves integers by 128, which is exact: TFLite's
+    specification defines int8 only, uint8 kernels are a subset kept for old files, and integers
+    of weights stay the model's.
+
+    Args:
+        model: The neutral description.
+        io: Type of inputs and outputs: ``float``, ``int8`` or ``uint8``.
+        layout: Layout of four-dimensional inputs and outputs: ``nhwc`` or ``nchw``.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        MissingDependency: TinyNeuralNetwork cannot be imported.
+        UnsupportedByTarget: With everything this backend cannot express.
+    """
+    with _contained(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        converter_class = _converter_class()
+        graph, samples = Lowering(model, FORMS, PASSING, integer_io=io != "float").run()
+        # Needs TinyNeuralNetwork at its top.
+        from lightning_qat_exporters.tflite.tinynn.converters import extended
+
+        path = Path(folder) / "model.tflite"
+        with extended():
+            converter = converter_class(
+                graph,
+                samples,
+                str(path),
+                nchw_transpose=layout == "nhwc",
+                quantize_target_type="int8",
+                fuse_quant_dequant=io == "uint8",
+                quantize_input_output_type="uint8" if io == "uint8" else None,
+            )
+            try:
+                converter.convert()
+            except Exception as error:
+                # It asserts what it does not support, deep inside and of many types.
+                reason = f"TinyNeuralNetwork's converter failed: {type(error).__name__}: {error}"
+                problem = Unsupported("the network", reason.splitlines()[0].rstrip("."), LITERT)
+                raise UnsupportedByTarget("tflite", (problem,)) from error
+        return path.read_bytes()
+
+
+def _converter_class() -> Any:
+    try:
+        importlib.import_module("tinynn")
+        module = importlib.import_module("tinynn.converter")
+    except ModuleNotFoundError as error:
+        if error.name == "tinynn":
+            raise MissingDependency(
+                "TinyNeuralNetwork is not installed. It is not on the package index, where "
+                f"'tinynn' is another project. Install it from its repository: {_INSTALL}. "
+                f"{_ELSE}."
+            ) from error
+        if error.name == "tinynn.converter":
+            raise _wrong_package() from error
+        raise _import_failed(error) from error
+    except Exception as error:
+        raise _import_failed(error) from error
+    found = getattr(module, "TFLiteConverter", None)
+    if found is None:
+        raise _wrong_package()
+    return found
+
+
+def _wrong_package() -> MissingDependency:
+    return MissingDependency(
+        "The installed package 'tinynn' is not TinyNeuralNetwork: it has no "
+        "tinynn.converter.TFLiteConverter. The package index's 'tinynn' is another project. "
+        f"Remove it (pip uninstall tinynn) and install the right one from its repository: "
+        f"{_INSTALL}. {_ELSE}."
+    )
+
+
+def _import_failed(error: Exception) -> MissingDependency:
+    return MissingDependency(
+        f"TinyNeuralNetwork is installed and cannot be imported: {type(error).__name__}: {error}. "
+        "It needs igraph, flatbuffers, PyYAML, ruamel.yaml below 0.18 and, from Python 3.12 on, "
+        f"setuptools; a torchvision that does not fit torch breaks it too. {_ELSE}."
+    )
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Everything that TinyNeuralNetwork changes in the process, as it was afterwards.
+
+    Importing it installs a handler on the root logger; its loggers and some operators talk.
+    """
+    root, own = logging.getLogger(), logging.getLogger("tinynn")
+    handlers, propagate, dtype = list(root.handlers), own.propagate, torch.get_default_dtype()
+    silent = logging.NullHandler()
+    own.addHandler(silent)
+    own.propagate = False
+    torch.set_default_dtype(torch.float32)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(streams.StringIO()):
+            for message, category in _WARNINGS:
+                warnings.filterwarnings("ignore", message, category)
+            # torch says this once in a process; from inside the tracer it would reach stderr.
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        own.propagate = propagate
+        own.removeHandler(silent)
+        root.handlers[:] = handlers

@@ -1,0 +1,206 @@
+"""What the callback does when ``fit`` ends: choose the weights, convert, export, tell everybody."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_qat.checkpoint.contents import was_quantizing
+from lightning_qat.convert.convert import check_capture, convert
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.manifest import Delivered, deliver, refuse_repeated
+from lightning_qat.export.protocol import Exporter
+from lightning_qat.recipe.recipe import Recipe
+
+
+class Export:
+    """The exports of one run, checked before it starts and made after it.
+
+    Args:
+        exporters: Names or exporters.
+        folder: Where files go; ``None``: ``qat_export`` in the logger's folder.
+        source: ``last`` or ``best``.
+        verify: Compare every file with the trained model.
+    """
+
+    def __init__(
+        self,
+        exporters: Sequence[str | Exporter],
+        folder: str | Path | None,
+        source: Literal["last", "best"],
+        verify: bool,
+    ) -> None:
+        self._wanted, self._folder, self._source = exporters, folder, source
+        self._verify = verify
+        self._loaded: tuple[Exporter, ...] = ()
+
+    def problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Everything that would keep the exports from being made, one message each."""
+        problems = []
+        loaded: list[Exporter] = []
+        for exporter in self._wanted:
+            try:
+                loaded.append(load_exporter(exporter))
+                loaded[-1].check_available()
+            except (ValueError, TypeError, ImportError) as error:
+                problems.append(str(error))
+        self._loaded = tuple(loaded)
+        try:
+            refuse_repeated(loaded)
+        except ValueError as error:
+            problems.append(str(error))
+        if not is_overridden("forward", pl_module, LightningModule):
+            problems.append(
+                f"{type(pl_module).__name__} must implement forward(): it is what is exported. "
+                "Add a forward that calls your network, and call self(...) in training_step."
+            )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return problems
+        if self._source == "best" and _monitored(trainer) is None:
+            problems.append(
+                "export_from='best' needs a checkpoint callback that knows which one is best; got "
+                "none with a monitor. Add ModelCheckpoint(monitor='val_loss') to the callbacks, or "
+                "use export_from='last'."
+            )
+        self._folder = Path(
+            self._folder or Path(trainer.log_dir or trainer.default_root_dir, "qat_export")
+        )
+        if trainer.is_global_zero:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self._folder).close()
+            except OSError as error:
+                problems.append(
+                    f"The export directory {str(self._folder)!r} must be writable: {error}. "
+                    "Choose another one with export_dir."
+                )
+        return problems
+
+    def check_capture(self, pl_module: LightningModule, inputs: Any) -> None:
+        """Raise ``CaptureError`` when the module's forward cannot be turned into a graph."""
+        check_capture(_in_float32(pl_module), inputs)
+
+    def make(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        inputs: Any,
+        recipe: Recipe,
+        calibration_batches: int,
+    ) -> tuple[Delivered, ...]:
+        """Convert a copy of the module and write every target; call it on the first process.
+
+        Returns:
+            What became of each target; their errors are in it.
+
+        Raises:
+            RuntimeError: The best checkpoint is missing, or from before the network was quantized.
+        """
+        rank_zero_info("QAT: converting")
+        model = self._chosen(trainer, pl_module, calibration_batches)
+        quantized = convert(_in_float32(model), inputs, recipe=recipe)
+        with self._folder_for(trainer) as folder:
+            rank_zero_info(f"QAT: exporting {[e.name for e in self._loaded]} to {folder}")
+            name = type(pl_module).__name__.lower()
+            quantized.save(folder / f"{name}.pt2")
+            delivered = deliver(quantized, self._loaded, folder, name, check=self._verify)
+        for result in delivered:
+            if result.agreement is not None:
+                rank_zero_info(f"QAT: {result.agreement}")
+                _log_agreement(trainer, result)
+        return delivered
+
+    def failure(self, delivered: Sequence[Delivered]) -> RuntimeError | None:
+        """One error that names every target that failed."""
+        failed = [result for result in delivered if result.error is not None]
+        if not failed:
+            return None
+        lines = "\n".join(f"{r.target}: {type(r.error).__name__}: {r.error}" for r in failed)
+        error = RuntimeError(
+            f"{len(failed)} of {len(delivered)} exports failed; the others are in "
+            f"{str(self._folder)!r}.\n{lines}"
+        )
+        error.__cause__ = failed[0].error
+        return error
+
+    def _chosen(
+        self, trainer: Trainer, pl_module: LightningModule, calibration_batches: int
+    ) -> LightningModule:
+        if self._source == "last" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return pl_module
+        monitored = _monitored(trainer)
+        assert monitored is not None
+        path = monitored.best_model_path
+        if not path:
+            raise RuntimeError(
+                f"export_from='best' needs a best checkpoint, but the monitored "
+                f"{monitored.monitor!r} was never saved as one. Log it in validation_step, check "
+                "that validation runs before training ends, or use export_from='last'. The trained "
+                "weights are still in the trainer: export them with convert and export."
+            )
+        # This run wrote it, with whatever the module's hyperparameters are.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        if not was_quantizing(checkpoint, calibration_batches):
+            raise RuntimeError(
+                f"The best checkpoint {path!r} was saved before the network was quantized, so its "
+                "score is not that of the export. Use export_from='last', start quantizing earlier "
+                "(Schedule.quantize_from, calibration_batches), or monitor from then on."
+            )
+        # Into a copy: the live weights stay what training ended with.
+        best = copy.deepcopy(pl_module)
+        best.load_state_dict(checkpoint["state_dict"])
+        return best
+
+    @contextmanager
+    def _folder_for(self, trainer: Trainer) -> Iterator[Path]:
+        """The export folder; a temporary one for ``fast_dev_run``, which tries, leaves nothing."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with tempfile.TemporaryDirectory(prefix="qat_export_") as temporary:
+                yield Path(temporary)
+        else:
+            assert isinstance(self._folder, Path)
+            yield self._folder
+
+
+def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            return callback
+    return None
+
+
+def _in_float32(pl_module: LightningModule) -> LightningModule:
+    """The module, or a float32 copy of one that trained in another precision: files are float32."""
+    if all(p.dtype == torch.float32 for p in pl_module.parameters()):
+        return pl_module
+    return copy.deepcopy(pl_module).float()
+
+
+def as_float32(inputs: Any) -> Any:
+    """Example inputs with their floating tensors in float32, as the exported forward takes them."""
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.float() if leaf.is_floating_point() else leaf
+
+    return pytree.tree_map_only(Tensor, cast, inputs)
+
+
+def _log_agreement(trainer: Trainer, result: Delivered) -> None:
+    agreement = result.agreement
+    assert agreement is not None
+    if agreement.runtimes:
+        metrics = {f"qat/{result.target}/max_steps": agreement.max_steps}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)

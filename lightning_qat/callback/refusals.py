@@ -1,0 +1,165 @@
+"""What of a Trainer's surroundings cannot train quantized layers, found before anything starts."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import (  # type: ignore[attr-defined] # XLA: not in __all__
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.schedule import Schedule
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging
+except ImportError:  # lightning < 2.6
+    _COPIES_BUFFERS: tuple[type[Callback], ...] = ()
+else:
+    _COPIES_BUFFERS = (WeightAveraging,)
+_AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging, *_COPIES_BUFFERS)
+
+# DeepSpeed and XLA strategies subclass those that are supported, so they are named.
+_REFUSED = (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+_REFUSED_PRECISION = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+
+
+def environment_problems(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    callback: Callback,
+    recipe: Recipe,
+    schedule: Schedule,
+    inputs_known: bool,
+) -> list[str]:
+    """Everything about the trainer that must be changed, one message each.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module.
+        callback: The QAT callback.
+        recipe: Its recipe.
+        schedule: Its schedule.
+        inputs_known: Whether there are example inputs before training.
+    """
+    if type(trainer).__module__.startswith("pytorch_lightning"):
+        return [
+            "QATCallback belongs to the lightning package; got a Trainer of pytorch_lightning, "
+            "whose classes are not the same. Import Trainer from lightning.pytorch."
+        ]
+    return [
+        *_strategy_problems(trainer),
+        *_precision_problems(trainer),
+        *data_parallel_problems(pl_module),
+        *_averaging_problems(trainer, pl_module, callback, recipe, schedule, inputs_known),
+    ]
+
+
+def _strategy_problems(trainer: Trainer) -> list[str]:
+    strategy = trainer.strategy
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    # Weights that come after the model is wrapped come after the swap has been relied on.
+    if not supported or isinstance(strategy, _REFUSED) or strategy.restore_checkpoint_after_setup:
+        return [
+            "QATCallback supports single-device and DistributedDataParallel training only; got "
+            f"{type(strategy).__name__}. Use Trainer(strategy='ddp')."
+        ]
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        rank_zero_warn(
+            f"QATCallback has not been tried with {type(strategy).__name__}; it is treated as the "
+            "strategy it is derived from."
+        )
+    return []
+
+
+def _precision_problems(trainer: Trainer) -> list[str]:
+    precision = type(trainer.precision_plugin).__name__
+    if precision not in _REFUSED_PRECISION:
+        return []
+    return [
+        f"The precision plugin {precision} replaces Linear layers, so QATCallback cannot quantize "
+        "them. Use precision='32-true' or a mixed precision."
+    ]
+
+
+def data_parallel_problems(pl_module: nn.Module) -> list[str]:
+    """One message per ``nn.DataParallel`` anywhere in the module."""
+    return [
+        f"{name or 'The module'} is wrapped in torch.nn.DataParallel: its replicas are discarded "
+        "after each forward, and observed ranges with them. Remove the wrapper and use "
+        "Trainer(strategy='ddp', devices=N)."
+        for name, module in pl_module.named_modules()
+        if isinstance(module, nn.DataParallel)
+    ]
+
+
+def _averaging_problems(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    callback: Callback,
+    recipe: Recipe,
+    schedule: Schedule,
+    inputs_known: bool,
+) -> list[str]:
+    """Callbacks that copy the model in ``setup`` and later pair its tensors with the copy's."""
+    problems = []
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    own = callbacks.index(callback)
+    for position, other in enumerate(callbacks):
+        name = type(other).__name__
+        if isinstance(other, _AVERAGING) and position < own:
+            problems.append(
+                f"{name} copies the model before QATCallback has quantized it. Put QATCallback "
+                f"before {name} in the list of callbacks."
+            )
+        elif isinstance(other, _COPIES_BUFFERS) and not inputs_known:
+            if recipe.joins or recipe.outputs:
+                problems.append(
+                    f"{name} copies the model before the first batch has shown which tensors to "
+                    "quantize. Set example_input_array or pass QATCallback(example_inputs=...), or "
+                    "use a recipe with joins=False and outputs=False."
+                )
+        elif isinstance(other, StochasticWeightAveraging):
+            norms = any(isinstance(m, _BatchNorm) for m in pl_module.modules())
+            if norms and schedule.freeze_batchnorm is not None:
+                problems.append(
+                    f"{name} resets the statistics of batch norm after the last epoch and collects "
+                    "them anew, which frozen batch norms do not. Use "
+                    "Schedule(freeze_batchnorm=None)."
+                )
+    return problems
+
+
+def learning_rate_problem(trainer: Trainer, float_learning_rate: float) -> str | None:
+    """A message when an optimizer starts far above what fine-tuning should start with.
+
+    A hundredth of the float training's first learning rate is what Wu et al. recommend
+    (arXiv:2004.09602); ten times that is taken for an oversight.
+    """
+    advised = 0.01 * float_learning_rate
+    highest = max(
+        (float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups),
+        default=0.0,
+    )
+    if highest <= 10 * advised:
+        return None
+    return (
+        f"Quantized fine-tuning should start with about 1 % of the float training's learning rate, "
+        f"{advised:g}; got {highest:g}. Lower it and anneal it to 0 over about a tenth of the "
+        "original epochs (examples/fine_tune.py), or drop float_learning_rate."
+    )

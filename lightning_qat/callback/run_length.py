@@ -1,0 +1,64 @@
+"""How long a Trainer's run is, in the unit that a schedule counts in."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_qat.recipe.schedule import Milestones, Schedule
+
+
+def resolve(schedule: Schedule, trainer: Trainer, pl_module: LightningModule) -> Milestones:
+    """The milestones of a schedule in this run.
+
+    Raises:
+        ValueError: A fraction is given and the run has no end or none that is known, or the run
+            ends before it is quantized.
+    """
+    total = run_length(schedule, trainer, pl_module)
+    milestones = schedule.resolve(total)
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _check_reached(schedule, total)
+    return milestones
+
+
+def run_length(schedule: Schedule, trainer: Trainer, pl_module: LightningModule) -> float:
+    """Epochs or optimizer steps of the run; infinite when it has no end, or none that is known."""
+    steps = float(trainer.estimated_stepping_batches)
+    if steps < 0:  # what Lightning says of data without a length
+        steps = math.inf
+    if schedule.interval == "step":
+        if not pl_module.automatic_optimization:
+            # Each optimizer's steps count, and only the module knows how many it takes.
+            return trainer.max_steps if trainer.max_steps > 0 else math.inf
+        return steps
+    epochs = math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        epochs = trainer.max_epochs
+    if math.isfinite(steps) and trainer.max_steps > 0:
+        # Not yet done where max_steps alone limits the run.
+        trainer.fit_loop.setup_data()
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        epochs = min(epochs, math.ceil(steps / max(per_epoch, 1)))
+    return epochs
+
+
+def _check_reached(schedule: Schedule, total: float) -> None:
+    """Refuse, or warn of, milestones that the run ends before."""
+    what = f"this run ends after {total:g} {schedule.interval}s"
+    start = schedule.quantize_from
+    if isinstance(start, int) and start >= total:
+        raise ValueError(
+            f"Schedule: quantize_from={start}, but {what}, so nothing would ever be quantized. "
+            "Start earlier, or train longer."
+        )
+    for name in ("freeze_observers", "freeze_batchnorm"):
+        value = getattr(schedule, name)
+        # A fraction of a short run may round up to its end; it was not meant as a date.
+        if isinstance(value, int) and value >= total:
+            rank_zero_warn(
+                f"Schedule: {name}={value}, but {what}, so it never happens. Write {name}=None to "
+                "say so, or an earlier one."
+            )

@@ -1,0 +1,5 @@
+"""What a checkpoint says of quantization, and loading one without a Trainer."""
+
+from lightning_qat.checkpoint.load import load_qat_checkpoint, strip_quantizers
+
+__all__ = ["load_qat_checkpoint", "strip_quantizers"]

@@ -1,0 +1,137 @@
+"""What a checkpoint says of quantization, and whether it fits a model: pure reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_qat.joins.plan import STATE_KEY
+from lightning_qat.layers import QATLayer, quantizer_role
+from lightning_qat.model.torch_compile import plain_path
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.recipe.recipe import Recipe
+
+CALLBACK_KEY = "QATCallback"
+"""Where a checkpoint's ``callbacks`` hold the state of the callback."""
+
+STATE_VERSION = 1
+"""Of the callback's state; a newer one is refused."""
+
+_STATE = "_extra_state"
+
+
+def quantizer_prefixes(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the keys of each quantizer begin with, such as ``net.conv.input_quantizer.``."""
+    prefixes = []
+    for key in state_dict:
+        path, _, name = key.rpartition(".")
+        parent, _, role = path.rpartition(".")
+        joined = parent.rpartition(".")[2] == "qat_joins"
+        if name == _STATE and (quantizer_role(role) is not None or joined):
+            prefixes.append(f"{path}.")
+    return tuple(prefixes)
+
+
+def is_quantized(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state_dict is of a QAT model."""
+    return bool(quantizer_prefixes(state_dict))
+
+
+def missing_keys(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Keys that a QAT checkpoint must have for the layers of a model and for its own plan."""
+    names = []
+    for path, layer in model.named_modules():
+        for role in layer.quantizer_names() if isinstance(layer, QATLayer) else ():
+            prefix = f"{path}.{role}.".lstrip(".")
+            names += [f"{prefix}{name}" for name in _names(layer.get_submodule(role))]
+    plan = state_dict.get(STATE_KEY, {})
+    observed = ("min_val", "max_val", "batches", _STATE)
+    names += [f"{t['quantizer']}.{name}" for t in plan.get("tensors", ()) for name in observed]
+    there = {plain_path(name) for name in state_dict}
+    return sorted({name for name in map(plain_path, names) if name not in there})
+
+
+def _names(quantizer: nn.Module) -> Iterator[str]:
+    yield from (name for name, _ in quantizer.named_buffers(recurse=False))
+    yield from (name for name, _ in quantizer.named_parameters(recurse=False))
+    yield _STATE
+
+
+def missing_problem(state_dict: Mapping[str, Any], model: nn.Module) -> str | None:
+    """A message when quantizers of the model are missing from a QAT checkpoint."""
+    missing = missing_keys(state_dict, model)
+    if not missing:
+        return None
+    shown = ", ".join(repr(name) for name in missing[:6]) + (", ..." if missing[6:] else "")
+    return (
+        f"A QAT checkpoint must hold every quantizer of the model; {len(missing)} keys are "
+        f"missing: {shown}. It was edited, or is of another recipe or network; use the one that "
+        "training wrote."
+    )
+
+
+def version_problem(state: Mapping[str, Any]) -> str | None:
+    """A message when the callback's state is of a newer format."""
+    version = state.get("version", STATE_VERSION)
+    if version <= STATE_VERSION:
+        return None
+    return (
+        f"The checkpoint's QAT state must be of format version {STATE_VERSION} or older; got "
+        f"{version}. It was written by a newer lightning-qat: upgrade with "
+        "pip install -U lightning-qat."
+    )
+
+
+def recipe_problem(state: Mapping[str, Any], recipe: Recipe) -> str | None:
+    """A message that names every key in which the checkpoint's recipe differs."""
+    if "recipe" not in state:
+        return None
+    stored, own = _flat(state["recipe"]), _flat(recipe.to_dict())
+    different = [
+        f"{key}: checkpoint {stored.get(key)!r}, callback {own.get(key)!r}"
+        for key in sorted({*stored, *own})
+        if stored.get(key) != own.get(key)
+    ]
+    if not different:
+        return None
+    return (
+        "The checkpoint must be of the same recipe; it differs in "
+        + "; ".join(different)
+        + ". Use the recipe the checkpoint was trained with, or start anew from its float weights: "
+        "strip_quantizers(checkpoint)."
+    )
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = sorted(value) if key in ("include", "exclude") else value
+    return flat
+
+
+def was_quantizing(checkpoint: Mapping[str, Any], calibration_batches: int) -> bool:
+    """Whether the network of a checkpoint was quantized when it was saved.
+
+    The callback's state says so; a checkpoint of weights only has none, and there the batches that
+    its ranges stand for tell.
+    """
+    state = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
+    if state is not None:
+        return bool(state["phase"]["quantizing"])
+    weights = checkpoint["state_dict"]
+    seen = [
+        float(weights[f"{prefix}batches"])
+        for prefix in quantizer_prefixes(weights)
+        if f"{prefix}batches" in weights
+    ]
+    return max(seen, default=0.0) >= max(calibration_batches, 1)
+
+
+def has_ranges(model: nn.Module) -> bool:
+    """Whether any activation of a model has a range."""
+    return any(m.calibrated for m in model.modules() if isinstance(m, ActivationQuantizer))

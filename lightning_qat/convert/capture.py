@@ -1,0 +1,151 @@
+"""Capture a model's forward with ``torch.export``, with a dynamic batch where it allows one."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree
+
+from lightning_qat.function_hooks.hooks import unwind
+
+
+class CaptureError(RuntimeError):
+    """``torch.export`` could not turn the model's forward into a graph."""
+
+
+def capture_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ExportedProgram:
+    """Export with a dynamic batch where the model allows it, else as the inputs are."""
+    # A recurrent layer's batch may be the second dimension, and is that of its state.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    axes = (0, 1) if recurrent else (0,)
+    fixed = None
+    for axis in axes:
+        program, grown = _capture_batch(model, args, kwargs, axis, axes)
+        if program is not None and _has_dynamic_input(program):
+            return program
+        fixed = fixed or (None if grown else program)
+    return fixed or export_program(model, args, kwargs, None)
+
+
+def _capture_batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axis: int,
+    axes: tuple[int, ...],
+) -> tuple[ExportedProgram | None, bool]:
+    """Export with the first input's ``axis`` as the batch, dynamic wherever its size stands.
+
+    Returns:
+        The program, ``None`` where that cannot be exported, and whether the batch was shown larger
+        than it is.
+    """
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+    batch = tensors[0].shape[axis] if tensors and tensors[0].dim() > axis else 0
+    grows = batch == 1
+
+    def batch_axes(leaf: object, size: int) -> list[int]:
+        """Where a leaf has the batch, the likeliest axis first."""
+        candidates = sorted(axes, key=lambda other: other != axis)
+        return [
+            a
+            for a in candidates
+            if isinstance(leaf, Tensor) and leaf.dim() > a and leaf.shape[a] == size
+        ]
+
+    def shown(leaf: Any) -> Any:
+        # A size of 1 is always taken literally by torch.export, so the batch is shown as 2.
+        found = batch_axes(leaf, batch) if grows else []
+        return torch.cat((leaf, leaf), found[0]) if found else leaf
+
+    grown = pytree.tree_map(shown, (args, kwargs))
+    size = 2 if grows else batch
+    dynamic = pytree.tree_map(
+        lambda leaf: {a: Dim.AUTO for a in batch_axes(leaf, size)} or None, grown
+    )
+    try:
+        return export_program(model, grown[0], grown[1], dynamic), grows
+    except CaptureError:
+        # The batch may be the very thing that the forward cannot take as dynamic.
+        return None, grows
+
+
+def _has_dynamic_input(program: ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    return any(
+        bool(free_symbols(size))
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names
+        for size in getattr(node.meta.get("val"), "shape", ())
+    )
+
+
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> ExportedProgram:
+    # torch.export wants the dynamic shapes by argument, as the call has them.
+    shapes = dynamic and (dynamic[1] or dynamic[0])
+    with _running_module(model) as running, torch.no_grad(), warnings.catch_warnings():
+        # What a hook computes and puts on its module (weight_norm) is read in the same forward; a
+        # float recurrent layer keeps a list of its weights.
+        warnings.filterwarnings(
+            "ignore", "The tensor attributes? .* (was|were) assigned during export"
+        )
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            unwind()
+            where = running[-1] if running else "the model's forward"
+            raise CaptureError(
+                f"torch.export could not capture {type(model).__name__}.forward: it failed in "
+                f"{where}{_user_line(error)} with {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}. "
+                "Training does not need the capture; export does. Replace Python control flow on "
+                "tensor values (torch.where, torch.cond), or wrap that part in an operator of "
+                "your own (torch.library.custom_op)."
+            ) from error
+
+
+@contextmanager
+def _running_module(model: nn.Module) -> Iterator[list[str]]:
+    """The stack of modules whose forward is running; left as it stood when one raised."""
+    stack: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        label = f"module {name!r} ({type(module).__name__})" if name else "the root's own forward"
+
+        def enter(_module: nn.Module, _args: Any, label: str = label) -> None:
+            stack.append(label)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            stack.pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _user_line(error: BaseException) -> str:
+    """`` (file, line 12: code)`` of the innermost frame outside torch and this package."""
+    own = Path(__file__).parents[1]
+    torch_folder = Path(torch.__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        inside = own in path.parents or torch_folder in path.parents
+        if not inside and not frame.filename.startswith("<"):
+            return f" ({path.name}, line {frame.lineno}: {frame.line})"
+    return ""

@@ -1,0 +1,132 @@
+"""A copy of the trained model whose quantizers hold final numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.joins.apply import forget_plan, plan_of
+from lightning_qat.joins.first_forward import finish_plan
+from lightning_qat.layers import QATLayer, weight_quantizer_name
+from lightning_qat.model.torch_compile import modules_by_path, plain_path, unwrapped
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.weight import WeightQuantizer
+
+
+def finalized_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode on the CPU whose quantizers hold final numbers.
+
+    Raises:
+        ValueError: As ``convert``.
+    """
+    finish_plan(model)
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no QAT layers, so there is nothing to convert. Call "
+            "prepare(model, recipe) and train first."
+        )
+    problems = [
+        f"{key.removesuffix('.input')}: {why}"
+        for quantizer, key in tensor_keys(model).items()
+        if (why := quantizer.why_not_final) is not None
+    ]
+    for name, layer in layers.items():
+        for weight in layer.weight_names(layer):
+            quantizer = getattr(layer, weight_quantizer_name(weight))
+            if not isinstance(quantizer, WeightQuantizer):
+                continue
+            if not bool(torch.isfinite(getattr(layer, weight)).all()):
+                problems.append(f"{name}: its {weight} is not finite")
+            elif not quantizer.has_finite_scale(getattr(layer, weight)):
+                problems.append(f"{name}: the learned scale of its {weight} is not finite")
+    if problems:
+        raise ValueError(
+            "Every quantized tensor needs an observed range, and ranges and weights must be "
+            "finite. "
+            + "; ".join(problems)
+            + ". Train for at least one batch in which it runs, or exclude its module."
+        )
+    return finalize_model(detached_copy(model))
+
+
+def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
+    """Every activation quantizer and the key of its tensor; shared ones by their owner's name."""
+    plan = plan_of(model)
+    modules = modules_by_path(model)
+    paths = [t.quantizer for t in plan.tensors] if plan is not None else []
+    found: dict[ActivationQuantizer, str] = {}
+    for path in (*paths, *modules):
+        module = modules.get(path)
+        if isinstance(module, ActivationQuantizer):
+            owner, dot, name = path.replace("qat_joins.", "").rpartition(".")
+            found.setdefault(module, f"{owner}{dot}{name.replace('_quantizer', '')}")
+    # A part of a planned model quantizes with what belongs to another part.
+    for name, module in modules.items():
+        interception = interception_of(module)
+        for call, operands in interception.sites.items() if interception else ():
+            for index, quantizer in operands.items():
+                if isinstance(quantizer, ActivationQuantizer):
+                    place = f"{call.replace(':', '_')}_{index}"
+                    found.setdefault(quantizer, f"{name}.{place}" if name else place)
+    return found
+
+
+def detached_copy(model: nn.Module) -> nn.Module:
+    # Hooks such as weight_norm's leave tensors with a graph on a module; deepcopy refuses those.
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    return _without_compile(copy.deepcopy(model, memo)).cpu().eval().requires_grad_(False)
+
+
+def _without_compile(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped, at every level, in place."""
+    module = unwrapped(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _without_compile(child)
+    return module
+
+
+def finalize_model(model: nn.Module) -> nn.Module:
+    finals = {q: FinalActivation(q.qparams(), key) for q, key in tensor_keys(model).items()}
+    for name, layer in _layers(model).items():
+        for child in layer.activation_quantizer_names():
+            quantizer = getattr(layer, child)
+            if isinstance(quantizer, ActivationQuantizer):
+                setattr(layer, child, finals[quantizer])
+        for weight in layer.weight_names(layer):
+            child = weight_quantizer_name(weight)
+            value, quantizer = getattr(layer, weight), getattr(layer, child)
+            if isinstance(quantizer, WeightQuantizer):
+                key = f"{name}.{weight}" if name else weight
+                final = FinalWeight.from_weight(value, quantizer.qparams(value), key)
+                setattr(layer, child, final)
+    for module in model.modules():
+        if "qat_joins" in module._modules:
+            joins: Any = module._modules["qat_joins"]
+            for name, quantizer in joins.items():
+                joins[name] = finals[quantizer]
+        interception = interception_of(module)
+        for operands in interception.sites.values() if interception else ():
+            operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
+    forget_plan(model)
+    return model.eval()
+
+
+def _layers(model: nn.Module) -> dict[str, QATLayer]:
+    return {
+        plain_path(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, QATLayer)
+    }

@@ -1,0 +1,186 @@
+"""Fold batch norms of a captured graph into the layers before them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from lightning_qat.convert.batchnorm import BatchNormStatistics
+from lightning_qat.ir.exported_program import Constants, module_path
+from lightning_qat.ir.ops import DequantizeCall, as_dequantize, as_fake_quantize, new_dequantize
+from lightning_qat.numerics.qparams import QParams
+
+_ATEN = torch.ops.aten
+
+# Layer operator to the weight's output-channel axis.
+_LAYERS = {
+    _ATEN.conv1d.default: 0,
+    _ATEN.conv2d.default: 0,
+    _ATEN.conv3d.default: 0,
+    _ATEN.conv1d.padding: 0,
+    _ATEN.conv2d.padding: 0,
+    _ATEN.conv3d.padding: 0,
+    _ATEN.linear.default: 0,
+    _ATEN.conv_transpose1d.default: 1,
+    _ATEN.conv_transpose2d.input: 1,
+    _ATEN.conv_transpose3d.input: 1,
+}
+
+_DROPOUTS = (
+    _ATEN.dropout.default,
+    _ATEN.feature_dropout.default,
+    _ATEN.alpha_dropout.default,
+    _ATEN.feature_alpha_dropout.default,
+)
+
+
+def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
+    """Fold every evaluating batch norm whose input is a layer's output and nothing else reads it.
+
+    The folded program computes the same function: integers are negated where a factor is negative,
+    scales multiplied by its size (see ``batchnorm``). Float layers are folded too. Dropout, which
+    does nothing in eval mode, is removed on the way so that it does not stand in between.
+
+    Args:
+        program: Changed in place; constants that are no longer read stay until they are dropped.
+
+    Returns:
+        Key of each weight whose integers saturated, with how many did. Empty for the grids of
+        ``Grid.weight``.
+    """
+    saturated: dict[str, int] = {}
+    constants = Constants(program)
+    calls = [as_dequantize(node) for node in program.graph.nodes]
+    uses = Counter(call.key for call in calls if call is not None)
+    for node in list(program.graph.nodes):
+        # A forward may keep dropout on in eval mode (Monte-Carlo dropout): that one stays.
+        if node.target in _DROPOUTS and node.args[2] is False:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+        elif node.target is _ATEN.cat.default and len(node.args[0]) == 1:
+            # torch.onnx drops it, and would leave two quantizations in a row.
+            node.replace_all_uses_with(node.args[0][0])
+            program.graph.erase_node(node)
+    _drop_repeated(program)
+    _slice_constants(program)
+    for node in list(program.graph.nodes):
+        if node.target is not _ATEN.batch_norm.default:
+            continue
+        layer = node.args[0]
+        if not isinstance(layer, fx.Node) or layer.target not in _LAYERS or len(layer.users) != 1:
+            continue
+        # A batch norm normalises axis 1, which is a linear layer's feature axis in 2-D only.
+        if layer.target is _ATEN.linear.default and layer.meta["val"].dim() != 2:
+            continue
+        if _groups_of_transposed(layer) != 1:
+            # One scale serves a channel of every group, and their factors differ.
+            continue
+        statistics = _statistics(constants, node)
+        weight = layer.args[1]
+        if statistics is None or not isinstance(weight, fx.Node):
+            continue
+        arguments: list[Any] = list(layer.args)
+        bias_node = arguments[2] if len(arguments) > 2 else None
+        bias = constants.value(bias_node)
+        if bias is None and bias_node is not None:
+            continue
+        new_weight = _fold_weight(constants, layer, weight, statistics, uses, saturated)
+        if new_weight is None:
+            continue
+        name = f"{module_path(layer)}.folded_bias".lstrip(".")
+        new_bias = constants.add(name, statistics.fold_bias(bias))
+        layer.args = (arguments[0], new_weight, new_bias, *arguments[3:])
+        node.replace_all_uses_with(layer)
+        program.graph.erase_node(node)
+    return saturated
+
+
+def _groups_of_transposed(layer: fx.Node) -> int:
+    if _LAYERS[layer.target] == 0:  # type: ignore[index]
+        return 1
+    groups: Any = layer.args[6] if len(layer.args) > 6 else 1
+    return int(groups)
+
+
+def _slice_constants(program: ExportedProgram) -> None:
+    """A slice of a constant becomes a constant: attention packs the biases of its projections."""
+    constants = Constants(program)
+    for node in list(program.graph.nodes):
+        value = constants.value(node.args[0]) if node.target is _ATEN.slice.Tensor else None
+        if value is not None and all(isinstance(arg, int) for arg in node.args[1:]):
+            sliced = _ATEN.slice.Tensor(value, *node.args[1:]).contiguous()
+            name = f"{module_path(node)}.{node.name}".lstrip(".")
+            node.replace_all_uses_with(constants.add(name, sliced))
+            program.graph.erase_node(node)
+
+
+def _drop_repeated(program: ExportedProgram) -> None:
+    """Without dropout in between, some tensors stand behind the same quantization twice."""
+    first: dict[tuple[fx.Node, str], fx.Node] = {}
+    for node in list(program.graph.nodes):
+        call = as_fake_quantize(node)
+        if call is None:
+            continue
+        before = as_fake_quantize(call.x)
+        same = call.x if before is not None and before.key == call.key else None
+        same = same or first.setdefault((call.x, call.key), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            program.graph.erase_node(node)
+
+
+def _fold_weight(
+    constants: Constants,
+    layer: fx.Node,
+    weight: fx.Node,
+    statistics: BatchNormStatistics,
+    uses: Counter[str],
+    saturated: dict[str, int],
+) -> fx.Node | None:
+    axis = _LAYERS[layer.target]  # type: ignore[index]
+    path = module_path(layer)
+    value = constants.value(weight)
+    if value is not None:
+        name = f"{path}.folded_weight".lstrip(".")
+        return constants.add(name, statistics.fold_weight(value, axis))
+    call = as_dequantize(weight)
+    if call is None:
+        return None
+    integers, scale = constants.value(call.integers), constants.value(call.scale)
+    if integers is None or scale is None:
+        return None
+    qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), call.grid, call.axis)
+    integers, folded, lost = statistics.fold_integers(integers, qparams, axis)
+    key = call.key
+    if uses[key] > 1:
+        # A layer called several times may meet a different batch norm each time.
+        uses[key] -= 1
+        key = f"{key}_{uses[key]}"
+    if lost:
+        saturated[key] = lost
+    nodes = [
+        constants.add(f"{path}.{name}".lstrip("."), tensor)
+        for name, tensor in (("folded_integers", integers), ("folded_scale", folded.scale))
+    ]
+    with layer.graph.inserting_before(layer):
+        node = new_dequantize(
+            layer.graph, DequantizeCall(nodes[0], nodes[1], folded.grid, folded.axis, key)
+        )
+    node.meta.update(weight.meta)
+    return node
+
+
+def _statistics(constants: Constants, node: fx.Node) -> BatchNormStatistics | None:
+    args: Any = node.args
+    _, gamma, beta, mean, var, training, _, eps = args[:8]
+    values = {n: constants.value(n) for n in (gamma, beta, mean, var) if n is not None}
+    if training or mean is None or any(value is None for value in values.values()):
+        return None
+    found: Any = values
+    return BatchNormStatistics(
+        found.get(gamma), found.get(beta), found[mean], found[var], float(eps)
+    )

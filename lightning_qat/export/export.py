@@ -1,0 +1,40 @@
+"""The exporter protocol, the way to an exporter by name, and ``export``. Knows no file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.protocol import Artifact, Exporter
+from lightning_qat.ir.quantized_model import QuantizedModel
+
+
+def export(
+    model: QuantizedModel,
+    exporter: str | Exporter | type[Exporter],
+    path_prefix: str | Path,
+) -> Artifact:
+    """Write a converted model for one target.
+
+    Args:
+        model: What ``convert`` returned.
+        exporter: A name such as ``"fake_quant_onnx"`` or ``"cann"``, an exporter or its class.
+        path_prefix: Folder and beginning of every file's name: ``out/net`` gives ``out/net_...``.
+
+    Returns:
+        The files.
+
+    Raises:
+        TypeError: ``model`` is not a converted model.
+        ValueError: No such exporter.
+        MissingDependency: The exporter needs a package that is not installed.
+        UnsupportedByTarget: With everything the target cannot express; nothing was written.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise TypeError(
+            f"export takes a QuantizedModel; got {type(model).__name__}. Call "
+            "convert(model, example_inputs) first."
+        )
+    loaded = load_exporter(exporter)
+    loaded.check_available()
+    return loaded.export(model, Path(path_prefix))

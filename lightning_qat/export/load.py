@@ -1,0 +1,45 @@
+"""Find an exporter by name, through entry points."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from lightning_qat.export.protocol import Exporter, MissingDependency
+from lightning_qat.recipe.suggest import closest
+
+ENTRY_POINT_GROUP = "lightning_qat.exporters"
+
+
+def load_exporter(exporter: str | Exporter | type[Exporter]) -> Exporter:
+    """An exporter from its name, itself or its class.
+
+    Names are those of the entry points in the group ``lightning_qat.exporters``; nothing is
+    imported but the one that is asked for.
+
+    Raises:
+        ValueError: No exporter of that name is installed; the message lists those that are.
+        MissingDependency: Its module needs a package that is not installed.
+        TypeError: It is no exporter.
+    """
+    if isinstance(exporter, str):
+        found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+        if exporter not in found:
+            raise ValueError(
+                f"No exporter named {exporter!r}; {closest(exporter, found)}. "
+                f"Installed exporters: {sorted(found)}."
+            )
+        try:
+            exporter = found[exporter].load()
+        except ImportError as error:
+            raise MissingDependency(
+                f"The exporter {found[exporter].name!r} needs a package that is not installed: "  # type: ignore[index]
+                f"{error}. Install it, or leave the exporter out."
+            ) from error
+    if isinstance(exporter, type):
+        exporter = exporter()
+    if not isinstance(exporter, Exporter):
+        raise TypeError(
+            "An exporter must have name, check_available() and export(); got "
+            f"{type(exporter).__name__}."
+        )
+    return exporter

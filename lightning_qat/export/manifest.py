@@ -1,0 +1,136 @@
+"""Write a converted model for every target, check each file, and list it all in a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_qat.atomic_write import replacing
+from lightning_qat.export.protocol import Artifact, Exporter
+from lightning_qat.export.verify import Agreement, verify
+from lightning_qat.ir.quantized_model import QuantizedModel
+
+MANIFEST = "manifest.json"
+_PACKAGES = (
+    *("lightning-qat", "torch", "lightning", "numpy", "onnx", "onnxruntime", "onnxscript"),
+    *("litert-torch", "ai-edge-litert"),
+)
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What became of one target: an artifact with its agreement, or an error.
+
+    Args:
+        target: Name of the exporter.
+        artifact: Its files; ``None`` when the export failed.
+        agreement: How far they are from the model; ``None`` when not asked for or not reached.
+        error: What failed; ``None`` when nothing did.
+    """
+
+    target: str
+    artifact: Artifact | None = None
+    agreement: Agreement | None = None
+    error: Exception | None = None
+
+
+def deliver(
+    model: QuantizedModel,
+    exporters: Sequence[Exporter],
+    folder: Path,
+    name: str,
+    *,
+    check: bool = True,
+    inputs: Any = None,
+) -> tuple[Delivered, ...]:
+    """Export to every target and write ``manifest.json`` beside the files.
+
+    A target that fails does not keep the others from being written; its error is in the result and
+    in the manifest.
+
+    Args:
+        model: The converted model.
+        exporters: One per target.
+        folder: Where the files go; made when it is missing.
+        name: Beginning of every file's name.
+        check: Verify every artifact.
+        inputs: What to verify with; the model's example inputs by default.
+
+    Returns:
+        One entry per exporter, in their order.
+
+    Raises:
+        ValueError: Two exporters have the same name, so they would write the same files.
+    """
+    refuse_repeated(exporters)
+    results = tuple(_deliver(model, e, folder / name, check, inputs) for e in exporters)
+    manifest = {
+        "versions": _versions(),
+        "python": platform.python_version(),
+        "recipe": model.recipe,
+        "inputs": model.input_names,
+        "outputs": model.output_names,
+        "targets": {result.target: _entry(result, folder) for result in results},
+    }
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def refuse_repeated(exporters: Sequence[Exporter]) -> None:
+    """Raise ``ValueError`` when two exporters have one name: they would write the same files."""
+    names = [exporter.name for exporter in exporters]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(
+            f"Each target may be asked for once, else its files overwrite each other; got "
+            f"{repeated} more than once. Keep one, and write the other after training to another "
+            "path: export(QuantizedModel.load('...pt2'), exporter, path_prefix)."
+        )
+
+
+def _deliver(
+    model: QuantizedModel, exporter: Exporter, prefix: Path, check: bool, inputs: Any
+) -> Delivered:
+    artifact = None
+    try:
+        artifact = exporter.export(model, prefix)
+        agreement = verify(model, artifact, inputs, exporter) if check else None
+    except Exception as error:
+        return Delivered(exporter.name, artifact, None, error)
+    return Delivered(exporter.name, artifact, agreement)
+
+
+def _entry(result: Delivered, folder: Path) -> dict[str, Any]:
+    entry: dict[str, Any] = {}
+    if result.artifact is not None:
+        entry["files"] = {
+            role: {
+                "path": path.relative_to(folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            for role, path in result.artifact.files.items()
+        }
+        entry["notes"] = result.artifact.notes
+    if result.agreement is not None:
+        entry["agreement"] = result.agreement.to_dict()
+    if result.error is not None:
+        entry["error"] = f"{type(result.error).__name__}: {result.error}"
+    return entry
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

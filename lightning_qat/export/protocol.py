@@ -1,0 +1,124 @@
+"""What an exporter is: its protocols, what it returns and what it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_qat.ir.quantized_model import QuantizedModel
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The files of one target.
+
+    Args:
+        target: Name of the exporter that wrote them.
+        files: What each file is (``model``, ``record``, ...) and where.
+        notes: What a reader of the files should know, one sentence each.
+    """
+
+    target: str
+    files: Mapping[str, Path]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One thing that a target cannot express."""
+
+    layer: str
+    reason: str
+    remedy: str
+
+
+class UnsupportedByTarget(ValueError):
+    """A target cannot express parts of a model; all of them are named.
+
+    Args:
+        target: Name of the exporter.
+        problems: What it cannot express.
+    """
+
+    def __init__(self, target: str, problems: tuple[Unsupported, ...]) -> None:
+        self.target, self.problems = target, problems
+        lines = "".join(f"\n  {p.layer}: {p.reason}. {p.remedy}" for p in problems)
+        super().__init__(f"The target {target!r} cannot express:{lines}")
+
+
+class MissingDependency(ImportError):
+    """An exporter needs a package that is not installed."""
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """What an exporter is; no base class is needed.
+
+    Options are constructor arguments, and a constructor does no work and imports nothing heavy.
+    """
+
+    @property
+    def name(self) -> str:
+        """The target's name, that of its entry point."""
+        ...
+
+    def check_available(self) -> None:
+        """Raise ``MissingDependency`` when a package is missing; called before training."""
+
+    def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
+        """Write the files, atomically.
+
+        Args:
+            model: The neutral description; the only thing an exporter may read.
+            path_prefix: Folder and beginning of every file's name.
+
+        Raises:
+            UnsupportedByTarget: With everything the target cannot express.
+        """
+        ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An exporter that reads its files' numbers back."""
+
+    def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
+        """Every scale, zero point and integer in the files that is not the model's, in words."""
+        ...
+
+
+@runtime_checkable
+class Runnable(Protocol):
+    """An exporter whose files run here."""
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Names of the runtimes, the most literal first."""
+        ...
+
+    def run(
+        self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Run the files on a batch: outputs by name."""
+        ...
+
+
+@runtime_checkable
+class Explaining(Protocol):
+    """A runnable exporter that knows why a runtime may differ."""
+
+    def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
+        """What is behind the differences, given the largest one of each runtime in steps."""
+        ...
+
+
+def as_arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """Torch tensors by name as NumPy arrays by name."""
+    return {name: np.asarray(tensor.detach().cpu()) for name, tensor in tensors.items()}

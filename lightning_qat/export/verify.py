@@ -1,0 +1,206 @@
+"""Proof that a file computes what was trained: its numbers read back, its outputs compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_qat.export.load import load_exporter
+from lightning_qat.export.protocol import (
+    Array,
+    Artifact,
+    Explaining,
+    Exporter,
+    Readable,
+    Runnable,
+    as_arrays,
+)
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.model.inputs import Inputs, as_call
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """How far one output of one runtime is from the converted model in torch.
+
+    Args:
+        output: Name of the output.
+        step: The unit of the ``_steps`` figures: the scale of a quantized output, else 1/255 of
+            the range that the reference takes on these inputs.
+        max_steps: Largest difference, in steps.
+        mean_steps: Mean difference, in steps.
+        max_abs: Largest difference.
+        fraction_differing: Share of elements more than half a step away.
+        same_argmax: Share of rows (last axis) with the same largest element; ``None`` where the
+            last axis has one element or none.
+    """
+
+    output: str
+    step: float
+    max_steps: float
+    mean_steps: float
+    max_abs: float
+    fraction_differing: float
+    same_argmax: float | None
+
+
+@dataclass(frozen=True)
+class RuntimeAgreement:
+    """All outputs of one runtime."""
+
+    runtime: str
+    outputs: tuple[OutputAgreement, ...]
+
+    @property
+    def max_steps(self) -> float:
+        """The largest difference of any output, in steps."""
+        return max((o.max_steps for o in self.outputs), default=0.0)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an artifact is from the model it was made of. ``print`` shows a table.
+
+    Args:
+        target: Name of the exporter.
+        parameter_differences: Every number in the files that is not the model's, in words; empty
+            when all are equal to the bit. ``None``: this target's files cannot be read back.
+        runtimes: One entry per runtime the files were run in; empty where none exists.
+        samples: Size of the batch that was run.
+        remarks: What the exporter knows to be behind a difference.
+    """
+
+    target: str
+    parameter_differences: tuple[str, ...] | None
+    runtimes: tuple[RuntimeAgreement, ...]
+    samples: int
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def parameters_equal(self) -> bool:
+        """Whether every scale, zero point and integer was read back and is the model's."""
+        return self.parameter_differences == ()
+
+    @property
+    def max_steps(self) -> float:
+        """The largest difference in the most literal runtime, in steps."""
+        return self.runtimes[0].max_steps if self.runtimes else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives, for the manifest."""
+        return {**asdict(self), "parameters_equal": self.parameters_equal}
+
+    def __str__(self) -> str:
+        """One line on the numbers, one per output and runtime."""
+        if self.parameter_differences is None:
+            numbers = "numbers cannot be read back"
+        elif self.parameters_equal:
+            numbers = "numbers equal to the bit"
+        else:
+            numbers = f"{len(self.parameter_differences)} numbers differ"
+        lines = [f"{self.target}: {numbers}; {self.samples} samples"]
+        lines += [f"  {difference}" for difference in (self.parameter_differences or ())[:10]]
+        for runtime in self.runtimes:
+            for o in runtime.outputs:
+                same = "" if o.same_argmax is None else f", argmax equal {o.same_argmax:.2%}"
+                lines.append(
+                    f"  {runtime.runtime}, {o.output}: max {o.max_steps:.3g} steps "
+                    f"({o.max_abs:.3g}), mean {o.mean_steps:.2g} steps, "
+                    f"{o.fraction_differing:.2%} differ{same}"
+                )
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
+
+
+def verify(
+    model: QuantizedModel,
+    artifact: Artifact,
+    inputs: Inputs | None = None,
+    exporter: Exporter | None = None,
+) -> Agreement:
+    """Read an artifact's numbers back and run it where a runtime exists.
+
+    Args:
+        model: The converted model the artifact was made of: the reference.
+        artifact: What ``export`` returned.
+        inputs: A tensor, a tuple of positional or a mapping of keyword arguments; the model's
+            example inputs by default. Real data tell more than noise.
+        exporter: The exporter that wrote it, when it has options; found by name otherwise.
+
+    Returns:
+        The agreement. Disagreement is reported, not raised.
+
+    Raises:
+        TypeError: ``model`` is not a converted model.
+        ValueError: The inputs do not fit the model.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise TypeError(
+            f"verify takes a QuantizedModel; got {type(model).__name__}. Call "
+            "convert(model, example_inputs) first."
+        )
+    target = exporter or load_exporter(artifact.target)
+    args, kwargs = model.example_inputs if inputs is None else as_call(inputs)
+    reference = as_arrays(model.flat_outputs(model(*args, **kwargs)))
+    arrays = as_arrays(model.flat_inputs(args, kwargs))
+    runtimes = []
+    if isinstance(target, Runnable):
+        for runtime in target.runtimes:
+            outputs = target.run(artifact, runtime, arrays)
+            compared = (
+                compare(name, reference[name], outputs[name], model.output_steps.get(name))
+                for name in reference
+            )
+            runtimes.append(RuntimeAgreement(runtime, tuple(compared)))
+    differences = None
+    if isinstance(target, Readable):
+        differences = target.differences(model, artifact)
+    remarks: tuple[str, ...] = ()
+    if isinstance(target, Explaining):
+        remarks = target.explain({r.runtime: r.max_steps for r in runtimes})
+    samples = max((len(a) for a in arrays.values() if a.ndim), default=1)
+    return Agreement(artifact.target, differences, tuple(runtimes), samples, remarks)
+
+
+def compare(
+    name: str, reference: Array, output: Array, step: float | None = None
+) -> OutputAgreement:
+    """Compare one output with its reference.
+
+    Args:
+        name: Name of the output.
+        reference: What the converted model computes.
+        output: What a file computes, the same shape.
+        step: The output's quantization step; 1/255 of the reference's range by default.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> compare("y", np.array([0.0, 255.0]), np.array([0.0, 254.0])).max_steps
+        1.0
+    """
+    if reference.shape != output.shape:
+        raise ValueError(
+            f"Output {name!r} must have shape {reference.shape}; the file gives {output.shape}."
+        )
+    if not reference.size:
+        return OutputAgreement(name, 0.0, 0.0, 0.0, 0.0, 0.0, None)
+    difference = np.abs(reference.astype(np.float64) - output.astype(np.float64))
+    if step is None:
+        step = float(np.ptp(reference.astype(np.float64))) / 255.0
+    # A constant output has no range; count its differences as they are.
+    steps = difference / step if step > 0 else difference
+    same = None
+    if reference.ndim > 1 and reference.shape[-1] > 1:
+        same = float(np.mean(reference.argmax(-1) == output.argmax(-1)))
+    return OutputAgreement(
+        name,
+        step,
+        float(steps.max()),
+        float(steps.mean()),
+        float(difference.max()),
+        float(np.mean(steps > 0.5)),
+        same,
+    )

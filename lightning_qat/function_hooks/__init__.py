@@ -1,0 +1,1 @@
+"""Quantize the inputs of functional calls while a forward runs (``TorchFunctionMode``)."""

@@ -1,0 +1,50 @@
+"""The planned operands of one call, quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qat.function_hooks.function_table import JoinFunction
+
+_KEYWORDS = (("input", "self", "query", "tensors"), ("other", "mat2", "key"), ("value",))
+
+
+class AnotherPath(Exception):
+    """A call does not have the tensors that the plan knows."""
+
+
+def quantize_operands(
+    known: JoinFunction,
+    operands: Mapping[int, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with its planned operands quantized."""
+    new_args, new_kwargs = list(args), dict(kwargs)
+    for index, quantizer in operands.items():
+        holder: Any = new_args
+        slot: Any = index
+        if index >= len(new_args):
+            holder = new_kwargs
+            slot = next((name for name in _KEYWORDS[index] if name in kwargs), None)
+        value = holder[slot] if slot is not None else None
+        if known.kind == "tie" and isinstance(value, list | tuple):
+            tied = getattr(quantizer, "quantize_tied", None)
+            if tied is not None:
+                holder[slot] = tied(list(value))
+            else:
+                holder[slot] = [_quantized(item, quantizer) for item in value]
+        else:
+            holder[slot] = _quantized(value, quantizer)
+    return tuple(new_args), new_kwargs
+
+
+def _quantized(value: Any, quantizer: nn.Module) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise AnotherPath(f"expected a float tensor, got {kind}")
+    result: Tensor = quantizer(value)
+    return result

@@ -1,0 +1,1 @@
+"""The intermediate representation: the converted model that every exporter reads."""

@@ -1,0 +1,241 @@
+"""The neutral description of a converted model: plain frozen data that every exporter reads."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lightning_qat.atomic_write import replacing
+from lightning_qat.ir.exported_program import Constants, module_path
+from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
+from lightning_qat.numerics.qparams import QParams
+
+FORMAT_VERSION = 1
+_EXTRA_FILE = "lightning_qat.json"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """One quantized tensor of a model.
+
+    Args:
+        key: ``<layer>.input`` or ``<layer>.weight``, with the layer's dotted module path.
+        kind: What the tensor is.
+        qparams: Its scale, zero point and grid.
+        integers: The weight's integers; ``None`` for an activation.
+
+    Raises:
+        ValueError: Integers outside the grid, or an axis that does not fit them.
+    """
+
+    key: str
+    kind: Literal["activation", "weight"]
+    qparams: QParams
+    integers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.integers is None:
+            return
+        grid, axis = self.qparams.grid, self.qparams.axis
+        if self.integers.numel():
+            low, high = int(self.integers.min()), int(self.integers.max())
+            if low < grid.qmin or high > grid.qmax:
+                raise ValueError(f"{self.key!r}: integers must lie in {grid}; got {low} .. {high}.")
+        if axis is not None and self.integers.shape[axis] != self.qparams.scale.numel():
+            raise ValueError(
+                f"{self.key!r}: one scale per channel of axis {axis} is needed; got "
+                f"{self.qparams.scale.numel()} scales for shape {tuple(self.integers.shape)}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """One call of a layer with quantized weight, in a converted model.
+
+    Args:
+        name: Dotted module path.
+        input_key: Key of its quantized input.
+        weight_key: Key of its quantized weight.
+        bias: Its float bias with batch norm folded; ``None`` without one.
+        node: Name of its node in the program's graph.
+    """
+
+    name: str
+    input_key: str
+    weight_key: str
+    bias: Tensor | None
+    node: str
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A trained model with every number final.
+
+    The program computes in float what an integer target computes in integers: every quantized
+    activation passes a ``lightning_qat::fake_quantize`` node, every quantized weight is an integer
+    constant behind a ``lightning_qat::dequantize`` node, batch norm is folded.
+
+    Args:
+        program: The captured graph, in eval mode, on the CPU.
+        input_names: One name per tensor input, in the order of the flattened inputs.
+        output_names: One name per tensor output, in the order of the flattened outputs.
+        recipe: The recipe as primitives, for the record; may be empty.
+
+    Raises:
+        ValueError: The program breaks a rule of ``QParams`` or ``QuantizedTensor``.
+    """
+
+    program: ExportedProgram
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _ = self.tensors
+
+    @cached_property
+    def tensors(self) -> Mapping[str, QuantizedTensor]:
+        """Every quantized tensor by its key, in the order of the graph."""
+        found: dict[str, QuantizedTensor] = {}
+        constants = Constants(self.program)
+        for node in self.program.graph.nodes:
+            activation, weight = as_fake_quantize(node), as_dequantize(node)
+            if activation is not None and activation.key not in found:
+                key = activation.key
+                scale = _constant(constants, activation.scale, key)
+                zero_point = _constant(constants, activation.zero_point, key)
+                qparams = QParams(scale, zero_point, activation.grid)
+                found[key] = QuantizedTensor(key, "activation", qparams)
+            elif weight is not None and weight.key not in found:
+                key = weight.key
+                scale = _constant(constants, weight.scale, key)
+                zero_point = torch.zeros_like(scale, dtype=torch.int32)
+                qparams = QParams(scale, zero_point, weight.grid, weight.axis)
+                integers = _constant(constants, weight.integers, key)
+                found[key] = QuantizedTensor(key, "weight", qparams, integers)
+        return found
+
+    @cached_property
+    def layers(self) -> tuple[QuantizedLayer, ...]:
+        """Every call of a layer whose input and weight are quantized, in the order of the graph."""
+        found = []
+        constants = Constants(self.program)
+        for node in self.program.graph.nodes:
+            operands = [arg for arg in node.args[:3] if isinstance(arg, fx.Node)]
+            if node.op != "call_function" or len(operands) < 2:
+                continue
+            source, weight = as_fake_quantize(operands[0]), as_dequantize(operands[1])
+            if source is not None and weight is not None:
+                bias = constants.value(operands[2]) if len(operands) > 2 else None
+                path = module_path(node)
+                found.append(QuantizedLayer(path, source.key, weight.key, bias, node.name))
+        return tuple(found)
+
+    @cached_property
+    def output_steps(self) -> Mapping[str, float]:
+        """The scale of every output that is quantized, by its name."""
+        values: Any = self.program.graph.output_node().args[0]
+        nodes = [value for value in values if isinstance(value, fx.Node)]
+        calls = {n: as_fake_quantize(v) for n, v in zip(self.output_names, nodes, strict=True)}
+        return {
+            name: float(self.tensors[call.key].qparams.scale)
+            for name, call in calls.items()
+            if call is not None
+        }
+
+    @property
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs that the graph was captured with."""
+        args, kwargs = self.program.example_inputs or ((), {})
+        return args, dict(kwargs)
+
+    @cached_property
+    def _module(self) -> torch.nn.Module:
+        return self.program.module()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model: the reference that files are compared with.
+
+        Raises:
+            ValueError: A size differs that the conversion fixed, such as the length of a sequence.
+        """
+        with torch.no_grad():
+            try:
+                return self._module(*args, **kwargs)
+            except AssertionError as error:
+                # How torch.export's own guards speak.
+                raise ValueError(
+                    "Inputs must have the sizes of the example that the model was converted with, "
+                    f"but for a dynamic batch: {error}. A recurrent layer's steps are unrolled "
+                    "for the example's length. Call convert with an example of the size wanted."
+                ) from error
+
+    def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensor inputs of a call by name, as a runtime wants them."""
+        order = {name: kwargs[name] for name in self.example_inputs[1] if name in kwargs}
+        leaves = pytree.tree_leaves((args, {**order, **kwargs}))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return dict(zip(self.input_names, tensors, strict=True))
+
+    def flat_outputs(self, outputs: Any) -> dict[str, Tensor]:
+        """The tensor outputs of a call by name."""
+        tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        return dict(zip(self.output_names, tensors, strict=True))
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to one file, atomically; ``QuantizedModel.load`` reads it."""
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "input_names": self.input_names,
+            "output_names": self.output_names,
+            "recipe": self.recipe,
+        }
+        with replacing(Path(path)) as temporary:
+            torch.export.save(self.program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantizedModel:
+        """Read a model that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no converted model, or of a newer format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no converted model at {str(path)!r}.")
+        extra = {_EXTRA_FILE: ""}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if not any(name.endswith(_EXTRA_FILE) for name in archive.namelist()):
+                    raise ValueError(f"it holds no {_EXTRA_FILE}")
+            program = torch.export.load(path, extra_files=extra)
+            facts = json.loads(extra[_EXTRA_FILE])
+        except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{str(path)!r} is not a model that QuantizedModel.save wrote: {error}"
+            ) from error
+        if facts["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{str(path)!r} has format version {facts['format_version']}; this version of "
+                f"lightning-qat reads up to {FORMAT_VERSION}. Upgrade lightning-qat."
+            )
+        return cls(
+            program, tuple(facts["input_names"]), tuple(facts["output_names"]), facts["recipe"]
+        )
+
+
+def _constant(constants: Constants, node: object, key: str) -> Tensor:
+    value = constants.value(node)
+    if value is None:
+        raise ValueError(f"{key!r}: scale, zero point and integers must be constants.")
+    return value

@@ -1,0 +1,142 @@
+"""Which quantizer serves which tensor of a model: plain data, and how it is put into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_qat.function_hooks.hooks import Interception, interception_of
+from lightning_qat.joins.plan import STATE_KEY, JoinPlan, PlannedTensor
+from lightning_qat.model.torch_compile import modules_by_path, trace_hooks
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.factory import activation_quantizer
+
+
+def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
+    """Give a model the quantizers of a plan and watch over the modules that make planned calls.
+
+    Args:
+        model: The model that the plan was made for, with its QAT layers; changed in place. A plan
+            that it has already is replaced, but quantizers whose spec stays keep their ranges.
+        plan: The plan.
+
+    Raises:
+        ValueError: The plan names modules that the model does not have.
+    """
+    modules = modules_by_path(model)
+    like = next((m for m in modules.values() if isinstance(m, ActivationQuantizer)), None)
+    paths = {*plan.sites, *plan.links, *(_owner(t.quantizer) for t in plan.tensors)}
+    unknown = sorted(path for path in paths if path not in modules)
+    if unknown:
+        raise ValueError(
+            f"The plan of quantized tensors names {unknown}, which {type(model).__name__} does not "
+            "have. Build the model that was trained."
+        )
+    quantizers = {t.quantizer: _placed(modules, t, like) for t in plan.tensors}
+    for layer, path in plan.links.items():
+        modules[layer].input_quantizer = quantizers[path]
+    for path, calls in plan.sites.items():
+        sites = {
+            call: {int(k): quantizers[q] for k, q in operands.items()}
+            for call, operands in calls.items()
+        }
+        interception = Interception(path, sites)
+        interception.compact = like is not None and like.compact
+        interception.attach(modules[path])
+    watch_layers(model)
+    keep_plan(model, plan)
+
+
+def watch_layers(model: nn.Module) -> None:
+    """Watch over what is around the layers, where nothing need be quantized; see ``relus``."""
+    paths = modules_by_path(model)
+    owners = {path.rpartition(".")[0] for path, module in paths.items() if _quantizes(module)}
+    around = {owner[:end] for owner in owners for end, c in enumerate(f"{owner}.") if c == "."}
+    for path in sorted({"", *around} if owners else ()):
+        if interception_of(paths[path]) is None and not _quantizes(paths[path]):
+            Interception(path, {}).attach(paths[path])
+    trace_hooks(model)
+
+
+def _quantizes(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
+
+
+def _owner(quantizer: str) -> str:
+    """Path of the module that holds a quantizer."""
+    owner = quantizer.rpartition(".")[0]
+    return owner.removesuffix("qat_joins").removesuffix(".")
+
+
+def _placed(
+    modules: Mapping[str, nn.Module], tensor: PlannedTensor, like: ActivationQuantizer | None
+) -> ActivationQuantizer:
+    owner: Any = modules[_owner(tensor.quantizer)]
+    name = tensor.quantizer.rpartition(".")[2]
+    joins: Any = None
+    if name == "input_quantizer":
+        found: Any = owner.input_quantizer
+    else:
+        if "qat_joins" not in owner._modules:
+            owner.add_module("qat_joins", nn.ModuleDict())
+        joins = owner.qat_joins
+        found = joins[name] if name in joins else None
+    if isinstance(found, ActivationQuantizer) and found.spec == tensor.spec:
+        return found
+    quantizer = activation_quantizer(tensor.spec)
+    if like is not None:
+        quantizer.to(like.min_val.device)
+        quantizer.train(like.training)
+        quantizer.observing, quantizer.quantizing = like.observing, like.quantizing
+        quantizer.deferred, quantizer.compact = like.deferred, like.compact
+    if name == "input_quantizer":
+        owner.input_quantizer = quantizer
+    else:
+        joins[name] = quantizer
+    return quantizer
+
+
+class _PlanKeeper:
+    """Writes a model's plan into its state_dict, and follows the plan of one that is loaded."""
+
+    def __init__(self, plan: JoinPlan | None) -> None:
+        self.plan = plan
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
+        if self.plan is not None:
+            state_dict[prefix + STATE_KEY] = self.plan.to_dict()
+
+    def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.pop(prefix + STATE_KEY, None)
+        if stored is not None and (self.plan is None or self.plan.to_dict() != stored):
+            apply_plan(module, JoinPlan.from_dict(stored))
+
+
+def keep_plan(model: nn.Module, plan: JoinPlan | None) -> None:
+    """Let a model's state_dict carry its plan; ``None``: only follow a plan that is loaded."""
+    keeper = model.__dict__.get("_qat_plan_keeper")
+    if keeper is None:
+        keeper = _PlanKeeper(plan)
+        model.__dict__["_qat_plan_keeper"] = keeper
+        model.__dict__["_qat_plan_handles"] = (
+            model.register_state_dict_post_hook(keeper),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(keeper.load),  # type: ignore[no-untyped-call]
+        )
+    keeper.plan = plan
+
+
+def plan_of(model: nn.Module) -> JoinPlan | None:
+    """The plan that a model follows."""
+    keeper: _PlanKeeper | None = model.__dict__.get("_qat_plan_keeper")
+    return None if keeper is None else keeper.plan
+
+
+def forget_plan(model: nn.Module) -> None:
+    """Take the plan out of a model's state_dict; the model goes on following it."""
+    for handle in model.__dict__.pop("_qat_plan_handles", ()):
+        handle.remove()
+    model.__dict__.pop("_qat_plan_keeper", None)

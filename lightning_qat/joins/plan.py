@@ -1,0 +1,102 @@
+"""The plan: which quantizer serves which tensors of a model, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_qat.recipe.specs import ActivationSpec
+
+STATE_KEY = "_qat_plan"
+"""Where a model's state_dict holds its plan."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor (or several tied ones) with one quantizer.
+
+    Args:
+        quantizer: Dotted path of the quantizer.
+        spec: Its spec.
+        producers: What makes the tensors: a module path and a function, or ``input``.
+        consumers: Where they are quantized: layers, joins (``block.add:0[1]``) and outputs.
+    """
+
+    quantizer: str
+    spec: ActivationSpec
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JoinPlan:
+    """Every quantized tensor of a model. ``print`` shows a table.
+
+    Args:
+        tensors: In the order of the forward.
+        sites: Module path to call (``add@forward+3:0``, a line of its forward) to operand number
+            to quantizer path; calls that stay float have no operands.
+        links: Layer path to the path of the quantizer that it shares.
+        left_float: Calls that stay float, and why.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    sites: Mapping[str, Mapping[str, Mapping[str, str]]]
+    links: Mapping[str, str]
+    left_float: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives, for checkpoints."""
+        return {
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "sites": {m: {c: dict(o) for c, o in s.items()} for m, s in self.sites.items()},
+            "links": dict(self.links),
+            "left_float": list(self.left_float),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> JoinPlan:
+        """Read what ``to_dict`` gave."""
+        tensors = tuple(
+            PlannedTensor(
+                t["quantizer"],
+                ActivationSpec(**t["spec"]),
+                tuple(t["producers"]),
+                tuple(t["consumers"]),
+            )
+            for t in values["tensors"]
+        )
+        return cls(tensors, values["sites"], values["links"], tuple(values["left_float"]))
+
+    def __str__(self) -> str:
+        """One line per quantized tensor."""
+        lines = [f"{len(self.tensors)} tensors quantized, {len(self.left_float)} calls left float"]
+        for tensor in self.tensors:
+            lines.append(
+                f"  {', '.join(tensor.producers) or 'input'} -> {tensor.quantizer} "
+                f"({_spec(tensor.spec)}) -> {', '.join(tensor.consumers)}"
+            )
+        lines += [f"  left float: {call}" for call in self.left_float]
+        return "\n".join(lines)
+
+    def mermaid(self) -> str:
+        """The plan as a Mermaid flow chart: producers, quantizers, consumers."""
+        lines = ["flowchart TD"]
+        for number, tensor in enumerate(self.tensors):
+            lines.append(f'  q{number}(["{tensor.quantizer}<br/>{_spec(tensor.spec)}"])')
+            lines += [f"  {_node(p)} --> q{number}" for p in tensor.producers or ("input",)]
+            lines += [f"  q{number} --> {_node(c)}" for c in tensor.consumers]
+        return "\n".join(lines) + "\n"
+
+
+def _spec(spec: ActivationSpec) -> str:
+    text = f"{spec.bits} bits"
+    if spec.clip is not None:
+        return f"{text}, {spec.clip[0]:g} .. {spec.clip[1]:g}"
+    return f"{text}, from 0" if spec.fixed_min else text
+
+
+def _node(name: str) -> str:
+    letters = "".join(c if c.isalnum() else "_" for c in name)
+    return f'n_{letters}["{name}"]'

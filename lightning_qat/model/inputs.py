@@ -1,0 +1,39 @@
+"""Example inputs in the form of a call, and the device they belong on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""What ``forward`` takes: a tensor, positional arguments, or keyword arguments by name."""
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, every tensor detached and on the CPU.
+
+    Raises:
+        ValueError: There is no tensor among them.
+    """
+    if isinstance(inputs, Mapping):
+        call: tuple[tuple[Any, ...], dict[str, Any]] = (), dict(inputs)
+    else:
+        call = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(call)):
+        raise ValueError(
+            "Inputs must hold at least one tensor: a tensor, a tuple of positional arguments or a "
+            f"mapping of keyword arguments; got {type(inputs).__name__}."
+        )
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        Tensor, lambda tensor: tensor.detach().cpu(), call
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,1 @@
+"""What quantization computes: pure functions of tensors and their fused CPU loops."""

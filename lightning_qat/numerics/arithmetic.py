@@ -1,0 +1,176 @@
+"""The arithmetic of quantization: pure functions of tensors.
+
+``real = scale * (integer - zero_point)``. Everything is computed in float32, rounds half to even
+and saturates, as ONNX ``QuantizeLinear`` and ``DequantizeLinear`` define it, so that a trained
+model and its files compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_qat.numerics.qparams import Grid
+
+MIN_SCALE = torch.finfo(torch.float32).tiny
+"""A range too small for a normal float32 scale gets scale 1: such a tensor is zero."""
+
+AMCT_MIN_SCALE = torch.finfo(torch.float32).eps
+"""The same threshold in AMCT (1.192e-7)."""
+
+
+def affine_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an affine grid that covers ``[low, high]`` and zero.
+
+    ``scale = (max(high, 0) - min(low, 0)) / (qmax - qmin)`` and
+    ``zero_point = round(qmin - min(low, 0) / scale)``: real zero falls on an integer, so zero
+    padding and relu are exact. AMCT and torch's observers use the same rule.
+
+    Args:
+        low: Smallest real value, any shape, float32.
+        high: Largest real value, the shape of ``low``.
+        grid: The integers in use.
+
+    Returns:
+        ``scale`` (float32) and ``zero_point`` (float32 holding integers), the shape of ``low``.
+
+    Example:
+        >>> affine_qparams(torch.tensor(-1.0), torch.tensor(1.55), Grid(-128, 127))
+        (tensor(0.0100), tensor(-28.))
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / (grid.qmax - grid.qmin)
+    scale = torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
+    return scale, zero_point_of(low, scale, grid)
+
+
+def zero_point_of(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The integer that stands for real zero on a grid that starts at ``low``, in float32.
+
+    Example:
+        >>> zero_point_of(torch.tensor(-1.0), torch.tensor(0.01), Grid(-128, 127))
+        tensor(-28.)
+    """
+    return torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
+
+
+def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
+    """Scale of a symmetric grid (zero point 0) for values within ``[-largest, largest]``.
+
+    ``scale = largest / ((qmax - qmin) / 2)``: for -127..127 the largest value lands on 127; for
+    -8..7 it lands on 7.5, half a step of saturation on either side, so that all 16 levels are
+    used (the rule of torch's symmetric observers). For a grid of odd count the rule is
+    equivariant, which makes batch-norm folding exact.
+
+    Args:
+        largest: Largest absolute value, any shape, float32, not negative.
+        grid: The integers in use.
+
+    Returns:
+        The scale, float32, the shape of ``largest``.
+
+    Example:
+        >>> symmetric_scale(torch.tensor(12.7), Grid(-127, 127))
+        tensor(0.1000)
+    """
+    scale = largest / ((grid.qmax - grid.qmin) / 2)
+    return torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
+
+
+def arq_scale(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+    """AMCT's scale of a weight (ARQ): the side that reaches farther touches its end of the grid.
+
+    ``max|w| / qmax``, or ``max|w| / -qmin`` where ``|low| > |high|``; below 1.192e-7 it is 1.
+    Source: AMCT's retrain algorithm ARQ, observed in the files it writes.
+
+    Args:
+        low: Smallest weight, any shape, float32.
+        high: Largest weight, the shape of ``low``.
+        grid: The integers in use, -128..127 in AMCT.
+
+    Returns:
+        The scale, float32, the shape of ``low``.
+
+    Example:
+        >>> arq_scale(torch.tensor(-1.28), torch.tensor(1.0), Grid(-128, 127))
+        tensor(0.0100)
+    """
+    largest = torch.maximum(low.abs(), high.abs())
+    scale = torch.where(low.abs() > high.abs(), largest / -grid.qmin, largest / grid.qmax)
+    return torch.where(scale < AMCT_MIN_SCALE, torch.ones_like(scale), scale)
+
+
+def along_axis(values: Tensor, dims: int, axis: int | None) -> Tensor:
+    """Reshape per-channel values so that they broadcast along ``axis`` of a ``dims``-d tensor."""
+    if axis is None:
+        return values
+    shape = [1] * dims
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Map real values to the integer grid: ``clip(round(x / scale) + zero_point)``.
+
+    Args:
+        x: Real values, any shape, float32.
+        scale: Real size of one integer step, positive. Broadcasts against ``x``.
+        zero_point: Integer that stands for real zero. Broadcasts against ``x``.
+        grid: The integers in use.
+
+    Returns:
+        Integers in the grid's dtype, the shape of ``x``.
+
+    Example:
+        >>> x, scale = torch.tensor([-9.0, 0.2, 0.625]), torch.tensor(0.25)
+        >>> quantize(x, scale, torch.tensor(0), Grid(-8, 7))
+        tensor([-8,  1,  2], dtype=torch.int8)
+    """
+    return torch.clamp(torch.round(x / scale) + zero_point, grid.qmin, grid.qmax).to(grid.dtype)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Map integers back to real values, float32: ``scale * (integer - zero_point)``."""
+    return (integers.to(torch.float32) - zero_point) * scale
+
+
+def accumulator_scale(scale_input: Tensor, scale_weight: Tensor, channels: int) -> Tensor:
+    """What one unit of an integer layer's accumulator is worth, ``s_in * s_w``, in float32.
+
+    Args:
+        scale_input: Scale of the layer's input, scalar, float32.
+        scale_weight: Scale of the layer's weight, float32: scalar, ``(channels,)``, or
+            ``(channels / groups,)`` for a transposed convolution, whose groups share their scales.
+        channels: Channels of the layer's output.
+
+    Returns:
+        Shape ``(channels,)``.
+
+    Example:
+        >>> accumulator_scale(torch.tensor(0.5), torch.tensor([1.0, 2.0]), 4)
+        tensor([0.5000, 1.0000, 0.5000, 1.0000])
+    """
+    step = (scale_input * scale_weight).reshape(-1)
+    return step.repeat(channels // len(step))
+
+
+def quantize_bias(bias: Tensor, scale_input: Tensor, scale_weight: Tensor) -> Tensor:
+    """The bias on the grid of an integer layer's accumulator: ``round(b / (s_in * s_w))``.
+
+    The product of the scales is taken in float32 and the division in float64, as AMCT does; ties
+    go to even.
+
+    Args:
+        bias: Real bias, ``(channels,)``, float32.
+        scale_input: Scale of the layer's input, scalar, float32.
+        scale_weight: Scale of the layer's weight, float32; see ``accumulator_scale``.
+
+    Returns:
+        Integers, int64, not clipped: a target that stores int32 must check them.
+
+    Example:
+        >>> quantize_bias(torch.tensor([1.0]), torch.tensor(0.5), torch.tensor([0.25]))
+        tensor([8])
+    """
+    step = accumulator_scale(scale_input, scale_weight, len(bias)).to(torch.float64)
+    return torch.round(bias.to(torch.float64) / step).to(torch.int64)

@@ -1,0 +1,1 @@
+"""From batches to a range: running updates, searches over one batch, a histogram of all."""

@@ -1,0 +1,220 @@
+"""Fake quantization, the hot path: what is rounded, where gradients pass, what backward keeps.
+
+One function chooses among the ways to do it, which give the same numbers:
+
+* on CPUs with a compiler: a loop that goes over the tensor once, ``kernels``; backward keeps a bit
+  per element;
+* on CPUs without, where a reader of the result keeps its input anyway (layers): backward looks at
+  the input again, one vectorised pass (``hardtanh_backward``);
+* otherwise operations of torch in place over one temporary; backward keeps a bit per element;
+* while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse.
+
+ATen's own fake-quantize kernels are not vectorised on CPUs (``benchmarks/step.py --kernels`` prints
+the times of all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from lightning_qat.numerics.int_repr import Codes, carry_codes
+from lightning_qat.numerics.min_max import Observe, batch_range
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.rounding import (
+    CACHED_GRIDS,
+    RoundingCall,
+    SurrogatePass,
+    TracedRounding,
+    edges_of,
+    number_of,
+    on_grid,
+    quantize_call,
+)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    *,
+    gradient_everywhere: bool = False,
+    saves_input: bool = False,
+    carries_codes: bool = False,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Round real values to the grid and stay in real numbers.
+
+    ``scale * (clip(round(x / scale) + zero_point, qmin, qmax) - zero_point)``, in float32 whatever
+    the dtype of ``x`` or of autocast; the result has the dtype of ``x``.
+
+    Gradient: straight-through, ``dy/dx = 1`` where the integer lies in the grid before clipping and
+    0 elsewhere (Jacob et al., arXiv:1712.05877); 1 everywhere with ``gradient_everywhere``, which
+    is right for a range that follows the values themselves, as a weight's does. Scale and zero
+    point get none.
+
+    Args:
+        x: Real values, any shape and floating dtype.
+        scale: Real size of one integer step, float32, positive. Broadcasts against ``x``.
+        zero_point: Integer that stands for real zero. Broadcasts against ``x``.
+        grid: The integers in use.
+        gradient_everywhere: Pass the gradient of saturated values too.
+        saves_input: Backward may look at ``x`` again instead of keeping a bit per element, where
+            that is faster; for readers that keep ``x`` anyway. ``x`` must not be changed in place
+            before backward.
+        carries_codes: The result shall carry its integers, so that what reads it within
+            ``keeping_codes`` keeps those; overrides ``saves_input``.
+        observe: Is given the range of ``x`` (``batch_range``), found in the same pass where that is
+            possible.
+
+    Returns:
+        Real values on the grid, the shape and dtype of ``x``.
+
+    Example:
+        >>> x = torch.tensor([-9.0, 0.2, 0.625], requires_grad=True)
+        >>> y = fake_quantize(x, torch.tensor(0.25), torch.tensor(0.0), Grid(-8, 7))
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
+    """
+    if is_compiling():
+        if observe is not None:
+            observe(batch_range(x))
+        result: Tensor = TracedRounding.apply(  # type: ignore[no-untyped-call]
+            x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
+        )
+        return result
+    origin = number_of(zero_point)
+    low, high = grid.qmin - origin, grid.qmax - origin
+    keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
+    edges = None
+    if keeps_bits and isinstance(origin, float) and scale.numel() == 1:
+        edges = edges_of(low, high, scale.item())
+    call = RoundingCall(
+        x,
+        scale,
+        origin,
+        grid,
+        low,
+        high,
+        edges,
+        ends=None,
+        keeps_bits=keeps_bits,
+        saves_input=saves_input,
+        carries_codes=carries_codes,
+    )
+    return quantize_call(call, observe)
+
+
+def clamp_and_quantize(
+    x: Tensor,
+    ends: tuple[float, float],
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    *,
+    carries_codes: bool = False,
+    observe: Observe | None = None,
+) -> Tensor:
+    """``fake_quantize`` of relu, relu6 or hardtanh of ``x``, in one pass with one gradient.
+
+    To round never changes the order of two values, so the grid is clamped instead of the tensor.
+
+    Args:
+        x: Real values, float32, on a device where looking at a number costs nothing; see
+            ``clamps``. It must not be changed in place before backward.
+        ends: Of the clamp, the upper one infinity for relu. The gradient passes strictly between.
+        scale: As there, a scalar.
+        zero_point: As there, a scalar.
+        grid: As there.
+        carries_codes: As there.
+        observe: Is given the range of the clamped values.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.1, 3.0, 7.0], requires_grad=True)
+        >>> y = clamp_and_quantize(
+        ...     x, (0.0, 6.0), torch.tensor(0.5), torch.tensor(0.0), Grid(-128, 127)
+        ... )
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
+    """
+    origin = number_of(zero_point)
+    low, high, edges = _clamped(grid.qmin - origin, grid.qmax - origin, scale.item(), ends)
+    keeps_bits = x.requires_grad and torch.is_grad_enabled()
+    call = RoundingCall(
+        x,
+        scale,
+        origin,
+        grid,
+        low,
+        high,
+        edges,
+        ends,
+        keeps_bits=keeps_bits,
+        saves_input=True,
+        carries_codes=carries_codes,
+    )
+    return quantize_call(call, observe)
+
+
+@lru_cache(maxsize=CACHED_GRIDS)
+def _clamped(
+    first: float, last: float, scale: float, ends: tuple[float, float]
+) -> tuple[float, float, tuple[float, float]]:
+    """The steps that are left of a grid, and where the gradient passes, behind a clamp."""
+    below, above = edges_of(first, last, scale)
+    steps = (np.rint(np.float32(end) / np.float32(scale)) for end in ends)
+    low, high = (float(np.clip(step, first, last)) for step in steps)
+    return low, high, (max(below, ends[0]), min(above, ends[1]))
+
+
+def clamps(x: Tensor, zero_point: Tensor) -> bool:
+    """Whether ``clamp_and_quantize`` can be given these."""
+    single = zero_point.numel() == 1 and zero_point.device.type == "cpu"
+    return single and x.dtype == torch.float32 and not is_compiling()
+
+
+def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[Tensor], Tensor]:
+    """``fake_quantize`` with ``saves_input`` for many small tensors on one grid.
+
+    Its numbers are looked up once, and no call goes through Python in backward.
+    """
+    origin = zero_point if is_compiling() else number_of(zero_point)
+    if isinstance(origin, Tensor):
+        return lambda x: fake_quantize(x, scale, zero_point, grid, saves_input=True)
+    low, high = grid.qmin - origin, grid.qmax - origin
+    edges = edges_of(low, high, scale.item())
+
+    def call(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return fake_quantize(x, scale, zero_point, grid, saves_input=True)
+        # ATen's own node has the gradient, from x alone; its result is written over.
+        result: Tensor = torch.nn.functional.hardtanh(x, *edges)
+        on_grid(x.detach(), scale, low, high, out=result.detach())
+        return result
+
+    return call
+
+
+def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
+    """A quantized weight that is known, with the gradient of ``gradient_everywhere``.
+
+    Args:
+        weight: The float weight, to which the gradient goes.
+        known: Its quantized values, or their integers.
+    """
+    result: Tensor
+    if isinstance(known, Codes):
+        result = SurrogatePass.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
+        carry_codes(result, known)
+        return result
+    # Another tensor of the same memory: a graph of its own.
+    result = SurrogatePass.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
+    return result

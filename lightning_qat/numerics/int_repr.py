@@ -1,0 +1,87 @@
+"""Tensors on a grid as their integers: what backward keeps of them in the compact form.
+
+A tensor on a grid *is* its integers times a scale, so a convolution need not keep a float copy of
+its input: backward gets the very same numbers back.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_dynamo_compiling
+
+from lightning_qat.numerics.kernels import loops as kernels
+
+
+class Codes:
+    """A tensor on a grid as its integers.
+
+    Args:
+        integers: Of any type.
+        scale: Broadcasts against them.
+        zero_point: Likewise, or a number.
+    """
+
+    __slots__ = ("integers", "scale", "zero_point")
+
+    def __init__(self, integers: Tensor, scale: Tensor, zero_point: Tensor | float) -> None:
+        self.integers, self.scale, self.zero_point = integers, scale, zero_point
+
+    def restore(self) -> Tensor:
+        """The real values, float32: ``(integer - zero_point) * scale``."""
+        if isinstance(self.zero_point, float):
+            restored = kernels.restore(self.integers, self.scale, self.zero_point)
+            if restored is not None:
+                return restored
+        values = self.integers.to(torch.float32)
+        if not (isinstance(self.zero_point, float) and self.zero_point == 0):
+            values.sub_(self.zero_point)
+        return values.mul_(self.scale)
+
+
+def carry_codes(x: Tensor, codes: Codes) -> None:
+    """Let a tensor on a grid be known by its integers, as long as it lives."""
+    x._qat_codes = codes  # type: ignore[attr-defined]
+
+
+def codes_of(x: object) -> Codes | None:
+    """The integers that a tensor carries."""
+    codes: Codes | None = getattr(x, "_qat_codes", None)
+    return codes
+
+
+def keeping_codes(*operands: object) -> AbstractContextManager[object]:
+    """What an operation keeps of its operands for backward: their integers, where they carry any.
+
+    Args:
+        operands: What the operation is given; views of their memory are recognised too.
+    """
+    if is_dynamo_compiling():
+        return nullcontext()
+    known = {}
+    for operand in operands:
+        codes = codes_of(operand)
+        if codes is not None and isinstance(operand, Tensor):
+            known[operand.untyped_storage().data_ptr()] = codes
+    if not known:
+        return nullcontext()
+
+    def pack(x: Tensor) -> object:
+        codes = known.get(x.untyped_storage().data_ptr())
+        if codes is None or x.dtype != torch.float32:
+            return x
+        return codes, x.shape, x.stride(), x.storage_offset()
+
+    return saved_tensors_hooks(pack, _unpacked)
+
+
+def _unpacked(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    codes, *layout = kept
+    restored: Tensor = codes.restore()
+    return restored.as_strided(*layout)

@@ -1,0 +1,1 @@
+"""Fused CPU loops in C, compiled on the machine that runs them."""

@@ -1,0 +1,255 @@
+"""Fused loops for CPUs: what torch does in several operations, in one pass over a tensor.
+
+``kernels.c`` beside this module is compiled when a quantizer first needs it, in every process anew:
+that takes half a second, and nothing can be out of date. It uses torch's threads. Where there is no
+compiler, and for tensors that the loops do not know, every function gives ``None`` and its caller
+takes torch's operations, whose numbers are the same.
+
+``torch.compile`` makes loops that are as fast, but takes ten seconds for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from lightning_qat.numerics.kernels.build import BLOCK, RUN, compiled_loops
+
+ALL = -math.inf, math.inf
+"""Ends that clamp nothing."""
+
+
+class Quantized(NamedTuple):
+    """What ``fake_quantize`` gives.
+
+    Args:
+        values: Real values on the grid.
+        codes: Its integers.
+        bits: Where the gradient passes.
+        seen: ``value_range`` of the input.
+    """
+
+    values: Tensor
+    codes: Tensor | None
+    bits: Tensor | None
+    seen: Tensor | None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    zero: float = 0.0,
+    edges: tuple[float, float] | None = None,
+    ends: tuple[float, float] | None = None,
+) -> Quantized | None:
+    """``clip(round(x / scale), low, high) * scale``, and what else is wanted, in one pass.
+
+    Args:
+        x: Real values.
+        scale: Size of a step, float32; a scalar, or one per row of the first axis.
+        low: Lowest step from real zero.
+        high: Highest step from real zero.
+        out: Where to write; like ``x`` in shape and strides.
+        dtype: Integers are wanted, of this type: int8 or uint8.
+        zero: Is added to the steps from real zero to give them.
+        edges: Bits are wanted, set for values strictly between; with a scalar scale.
+        ends: The range is wanted, of values clamped to these.
+
+    Example:
+        >>> found = fake_quantize(torch.tensor([-9.0, 0.2, 0.625]), torch.tensor(0.25), -8, 7)
+        >>> found is None or found.values.tolist() == [-2.0, 0.25, 0.5]
+        True
+    """
+    rows = _rows(x, scale)
+    if not rows or dtype not in (torch.int8, torch.uint8, None) or (edges and rows > 1):
+        return None
+    found = Quantized(
+        torch.empty_like(x) if out is None else out,
+        None if dtype is None else torch.empty_like(x, dtype=dtype),
+        None if edges is None else _room_for_bits(x),
+        None if ends is None else torch.empty(2, dtype=torch.float32),
+    )
+    _call(
+        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.codes, zero),
+        *(found.bits, *(edges or ALL), found.seen, *(ends or ALL)),
+    )
+    return found
+
+
+def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
+    """``(-min, max)`` of values clamped to ``ends``, float32; infinity where one is NaN."""
+    if not _suits(x):
+        return None
+    found = torch.empty(2, dtype=torch.float32)
+    _call("value_range", x, 1, x, found, *ends)
+    return found
+
+
+def row_ranges(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Minimum and maximum of each row of the first axis, NaN where it holds one."""
+    if not (_suits(x) and x.dim() and _has_rows(x)):
+        return None
+    rows = x.shape[0]
+    low, high = x.new_empty(rows), x.new_empty(rows)
+    _call("row_ranges", x, rows, x, low, high)
+    return low, high
+
+
+class Stops(IntEnum):
+    """Which values of a learned grid get no gradient; as in ``kernels.c``."""
+
+    BY_EDGES = 0
+    """Those that are not strictly between two edges."""
+    BY_STEPS = 1
+    """Those whose step is not on the grid."""
+    CLAMPED = 2
+    """As by edges; those below are clamped before they are rounded, and not outside the range."""
+
+
+def learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    stops: Stops,
+    edges: tuple[float, float],
+    share: float,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of a learned grid; the formulas are in ``learned.py``.
+
+    Args:
+        grad: Of the result.
+        x: What was quantized.
+        scale: As for ``fake_quantize``.
+        low: As there.
+        high: As there.
+        stops: Which values get no gradient.
+        edges: For ``stops``.
+        share: How much of a value beyond the edges the scale moves.
+        factor: Of the last two gradients.
+
+    Returns:
+        The gradients of ``x`` and of the scale, and the sum of what comes from outside the range;
+        the last two per row, shape ``(rows,)``.
+    """
+    rows = _rows(x, scale)
+    if not rows or grad.dtype != torch.float32 or not grad.is_cpu:
+        return None
+    of_x = torch.empty_like(x)
+    grad = _laid_out_as(of_x, grad)
+    sums = torch.empty(rows, -(-x.numel() // rows // BLOCK), 3, dtype=torch.float64)
+    of_scale, outside = x.new_empty(rows), x.new_empty(rows)
+    _call(
+        *("learned_backward", x, rows, grad, x, of_x, scale, low, high),
+        *(*edges, stops, share, factor, sums, of_scale, outside),
+    )
+    return of_x, of_scale, outside
+
+
+def bits_between(x: Tensor, low: float, high: float) -> Tensor | None:
+    """Whether each value is strictly between two ends; laid out as ``bits.pack_bits`` does."""
+    if not _suits(x):
+        return None
+    bits = _room_for_bits(x)
+    _call("bits_between", x, 1, x, bits, low, high)
+    return bits
+
+
+def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor | None:
+    """A gradient where its bit is set, zero elsewhere.
+
+    Args:
+        grad: Of any strides.
+        bits: In the order of memory of the tensor that they were made for.
+        shape: Of that tensor.
+        stride: Of that tensor, and of the result.
+    """
+    if grad.dtype != torch.float32 or not grad.is_cpu:
+        return None
+    result = torch.empty_strided(shape, stride, dtype=torch.float32)
+    if not _suits(result):
+        return None
+    grad = _laid_out_as(result, grad)
+    _call("masked", result, 1, grad, bits, result)
+    return result
+
+
+def restore(codes: Tensor, scale: Tensor, zero: float) -> Tensor | None:
+    """``(codes - zero) * scale``, float32, of int8 or uint8."""
+    rows = _rows(codes, scale, (torch.int8, torch.uint8))
+    if not rows:
+        return None
+    values = torch.empty_like(codes, dtype=torch.float32)
+    _call("restore", codes, rows, codes, codes.dtype is torch.int8, values, scale, zero)
+    return values
+
+
+def way() -> str:
+    """How quantizers run on this machine's CPU, in words; compiles where that was not done yet."""
+    return "operations of torch" if compiled_loops() is None else "compiled loops"
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """The values in the same order of memory."""
+    same = x.stride() == like.stride() and _suits(x)
+    return x if same else torch.empty_like(like).copy_(x)
+
+
+def _room_for_bits(x: Tensor) -> Tensor:
+    return torch.empty(-(-x.numel() // RUN) * (RUN // 8), dtype=torch.uint8)
+
+
+def _rows(
+    x: Tensor, scale: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> int | None:
+    """Into how many rows that share a scale a tensor falls; ``None``: the loops do not know it."""
+    if not scale.is_cpu or scale.dtype != torch.float32 or not _suits(x, dtypes):
+        return None
+    if scale.numel() == 1:
+        return 1
+    rows = x.shape[0] if x.dim() else 0
+    of_first_axis = scale.dim() == x.dim() and scale.numel() == scale.shape[0] == rows
+    return rows if of_first_axis and scale.is_contiguous() and _has_rows(x) else None
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether a dense tensor has the parts along its first axis one after the other."""
+    return x.stride(0) * x.shape[0] == x.numel()
+
+
+def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether the loops know such a tensor: on a CPU, plain, filled, without gaps in memory."""
+    return (
+        not is_compiling()
+        and x.is_cpu
+        and x.dtype in dtypes
+        and type(x) in (Tensor, nn.Parameter)
+        and (x.is_contiguous() or _fills_its_memory(x))
+        and x.data_ptr() != 0  # Nothing, or what torch knows to be zeros.
+        and compiled_loops() is not None
+    )
+
+
+def _fills_its_memory(x: Tensor) -> bool:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    # torch gives a tensor without gaps or overlap its own strides.
+    return torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def _call(name: str, x: Tensor, rows: int, *arguments: Any) -> None:
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    loop = getattr(compiled_loops(), name)
+    loop(rows, x.numel() // rows, *given, torch.get_num_threads())

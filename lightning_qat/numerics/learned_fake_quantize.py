@@ -1,0 +1,315 @@
+"""Fake quantization whose step is learned with the network: LSQ, LSQ+ and AMCT's ULQ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, zero_point_of
+from lightning_qat.numerics.int_repr import Codes, carry_codes
+from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.numerics.kernels.loops import Stops
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.rounding import edges_of, number_of, on_grid
+
+
+def learned_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor | None,
+    grid: Grid,
+    *,
+    axis: int | None = None,
+    normalized: bool = True,
+    saves_input: bool = False,
+    carries_codes: bool = False,
+    known: Tensor | Codes | None = None,
+) -> Tensor:
+    r"""Round real values to a grid whose scale, and lower end, receive gradients.
+
+    .. math:: \hat x = s \cdot (\mathrm{clip}(\mathrm{round}(x / s) + z, q_{min}, q_{max}) - z)
+
+    with :math:`z = \mathrm{round}(q_{min} - low / s)`, or 0 without ``low``. The gradient of ``x``
+    is straight-through inside the range and zero outside. That of the scale is, summed over what
+    shares it (LSQ, arXiv:1902.08153; LSQ+, arXiv:2004.09576, with the zero point an integer):
+
+    * inside: :math:`\mathrm{round}(x / s) - x / s`;
+    * above: :math:`q_{max} - z` without ``low``, :math:`q_{max} - q_{min}` with it;
+    * below: :math:`q_{min} - z` without ``low``, 0 with it;
+
+    and that of ``low`` is 1 outside, 0 inside. AMCT's ULQ is the same function of two clips, with
+    ``scale = (clip_max - clip_min) / (qmax - qmin)`` and ``low = clip_min``.
+
+    Args:
+        x: Real values, any shape and floating dtype.
+        scale: Scalar, or one per channel of ``axis``, float32, positive.
+        low: Lower end of the range, scalar float32, not positive; ``None``: the zero point is 0,
+            or ``grid.qmin`` for a grid that starts at real zero, by a constant ``low`` of 0.
+        grid: The integers in use.
+        axis: Channel axis of ``scale``.
+        normalized: Divide the gradients of ``scale`` and ``low`` by ``sqrt(n * q)``, where ``n``
+            values share a scale and ``q`` is the largest number of steps (``qmax``, or
+            ``qmax - qmin`` with ``low``), so that one learning rate serves them and the weights.
+        saves_input: See ``fake_quantize``. The gradient of the scale depends on what rounding took
+            away, so backward keeps ``x`` itself with it and a copy without it.
+        carries_codes: See ``fake_quantize``.
+        known: The result's values or integers, where they are known.
+
+    Returns:
+        Real values on the grid, the shape and dtype of ``x``.
+
+    Example:
+        >>> x = torch.tensor([0.3, 5.0])
+        >>> scale = torch.tensor(0.5, requires_grad=True)
+        >>> y = learned_fake_quantize(x, scale, None, Grid(-8, 7), normalized=False)
+        >>> y.sum().backward()
+        >>> y.detach(), scale.grad  # (1 - 0.6) + 7
+        (tensor([0.5000, 3.5000]), tensor(7.4000))
+    """
+    quantize = learned_fake_quantizer(
+        scale,
+        low,
+        grid,
+        x.numel() if normalized else None,
+        axis,
+        saves_input=saves_input,
+        carries_codes=carries_codes,
+        known=known,
+    )
+    return quantize(x)
+
+
+def learned_fake_quantizer(
+    scale: Tensor,
+    low: Tensor | None,
+    grid: Grid,
+    values: int | None,
+    axis: int | None = None,
+    *,
+    saves_input: bool = False,
+    carries_codes: bool = False,
+    known: Tensor | Codes | None = None,
+    clamped: tuple[float, float] | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """``learned_fake_quantize`` for many tensors on one grid, such as the steps of a sequence.
+
+    Args:
+        scale: As there.
+        low: As there.
+        grid: As there.
+        values: Of how many values all tensors together are: ``n`` times the number of scales, by
+            which gradients are normalized. ``None``: they are not.
+        axis: As there.
+        saves_input: As there.
+        carries_codes: As there.
+        known: As there; for one tensor.
+        clamped: Clamp each tensor to these ends first, as relu does, in the same pass; the lower
+            one is 0, the upper one is at least a step and may be infinity. For one scale and
+            float32 tensors on a CPU.
+    """
+    factor = 1.0
+    if values is not None:
+        highest = grid.qmax if low is None else grid.qmax - grid.qmin
+        factor = (max(values // scale.numel(), 1) * highest) ** -0.5
+    # Without a lower end it is 0 on every device.
+    origin: Any = 0.0
+    if low is not None:
+        with torch.no_grad():
+            origin = zero_point_of(low, scale, grid)
+        origin = origin if is_compiling() else number_of(origin)
+    step = None
+    if scale.numel() == 1 and scale.device.type == "cpu" and not is_compiling():
+        step = float(scale.detach())
+
+    def call(x: Tensor) -> Tensor:
+        wide = along_axis(scale.detach(), x.dim(), axis)
+        fake = _Rounding(wide, origin, grid, axis, step)
+        if clamped is not None:
+            fake.clamp(clamped[1])
+        fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
+        result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
+            x, scale, low, fake, factor, saves_input
+        )
+        if isinstance(known, Codes):
+            carry_codes(result, known)
+        elif fake.keeps_codes:
+            carry_codes(result, fake.take_codes())
+        return result
+
+    return call
+
+
+class _Rounding:
+    """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
+
+    def __init__(
+        self, scale: Tensor, origin: Any, grid: Grid, axis: int | None, step: float | None
+    ) -> None:
+        self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
+        self.step = step
+        """The scale as a number, where there is one and looking at it costs nothing."""
+        self.first, self.last = grid.qmin - origin, grid.qmax - origin
+        self.keeps_codes = False
+        self.known: Tensor | Codes | None = None
+        self._integers: Tensor | None = None
+        self._lowest, self._highest = self.first, self.last
+        self._clamped_at: float | None = None
+        self.saturates = True
+        """Whether values reach beyond the grid; a clamp may end before it."""
+        self._share = 1.0
+        """How much of a value beyond the edges the scale moves."""
+
+    def clamp(self, high: float) -> None:
+        """Let values be clamped to 0 and ``high`` before they are rounded."""
+        assert self.step is not None
+        above = edges_of(self.first, self.last, self.step)[1]
+        self._clamped_at = min(above, high)
+        self._lowest = 0.0
+        if high < above:
+            self.saturates = False
+            self._highest = min(float(np.rint(np.float32(high) / np.float32(self.step))), self.last)
+            # All of them are ``high``, and that is what rounding took from.
+            point = self._highest * self.step
+            self._share = (point - high) / point
+
+    def steps(self, x: Tensor) -> Tensor:
+        """The step of the grid, counted from real zero, that each value is rounded to."""
+        steps = torch.div(x.to(torch.float32), self.scale).round_()
+        return steps.clamp_(self._lowest, self._highest)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Real values on the grid; their integers are kept aside where they are wanted."""
+        known, self.known = self.known, None
+        if known is not None:
+            return known.restore() if isinstance(known, Codes) else known.detach()
+        if not self.keeps_codes:
+            return on_grid(x, self.scale, self._lowest, self._highest)
+        if isinstance(self.first, float):
+            found = kernels.fake_quantize(
+                *(x.to(torch.float32), self.scale, self._lowest, self._highest),
+                dtype=self.grid.dtype,
+                zero=self.origin,
+            )
+            if found is not None:
+                self._integers = found.codes
+                return found.values.to(x.dtype)
+        steps = self.steps(x)
+        self._integers = (steps + self.origin).to(self.grid.dtype)
+        return steps.mul_(self.scale).to(x.dtype)
+
+    def take_codes(self) -> Codes:
+        """What ``values`` has kept; it is no longer kept here."""
+        assert self._integers is not None
+        integers, self._integers = self._integers, None
+        return Codes(integers, self.scale, self.origin)
+
+    def gradients(self, grad: Tensor, x: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of values and of their scale, and the sum of what comes from outside the range.
+
+        The last two times ``factor``, one per scale.
+        """
+        x = x.to(torch.float32)
+        stops, edges = Stops.BY_STEPS, (0.0, 0.0)
+        if self._clamped_at is not None:
+            stops, edges = Stops.CLAMPED, (0.0, self._clamped_at)
+        elif self.step is not None and isinstance(self.first, float):
+            stops, edges = Stops.BY_EDGES, edges_of(self.first, self.last, self.step)
+        if isinstance(self.first, float) and not torch.is_grad_enabled():
+            found = kernels.learned_backward(
+                *(grad, x, self.scale, self._lowest, self._highest),
+                *(stops, edges, self._share, factor),
+            )
+            if found is not None:
+                return found
+        if stops is Stops.BY_STEPS:
+            steps = torch.round(x / self.scale)
+            # Not a comparison; see ``TracedRounding`` in fake_quantization.py.
+            beyond = (steps - steps.clamp(self.first, self.last)).abs().clamp(max=1.0)
+            of_x = grad * (1.0 - beyond)
+        else:
+            of_x = torch.ops.aten.hardtanh_backward(grad, x, *edges)
+        stopped, points = grad - of_x, self.steps(x) * self.scale
+        # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
+        # the steps from what stays: from real zero, or from the lower end.
+        moved = self._total(of_x, points - x) + self._total(stopped, points) * self._share
+        if stops is Stops.CLAMPED:
+            stopped = torch.ops.aten.hardtanh_backward(stopped, x, 0.0, math.inf)
+        return of_x, moved / self.scale.flatten() * factor, self._total(stopped) * factor
+
+    def _total(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum over what shares a scale; of products, where weights are given."""
+        if self.axis is None and weights is not None:
+            # New memory for the products would cost more than they do.
+            return torch.dot(values.flatten(), weights.flatten())
+        if weights is not None:
+            values = values * weights
+        if self.axis is None:
+            return values.sum()
+        others = [axis for axis in range(values.dim()) if axis != self.axis]
+        return values.sum(others) if others else values
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """Keeps the input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        low: Tensor | None,
+        fake: _Rounding,
+        factor: float,
+        saves_input: bool,
+    ) -> Tensor:
+        result = fake.values(x)
+        ctx.save_for_backward(x if saves_input else x.clone())
+        ctx.fake, ctx.factor, ctx.shape = fake, factor, scale.shape
+        # A lower end that is no parameter is real zero, where the grid then starts.
+        ctx.has_low = low is not None and low.requires_grad
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,), fake, grad = ctx.saved_tensors, ctx.fake, grads[0]
+        of_x, of_scale, outside = fake.gradients(grad.to(torch.float32), x, ctx.factor)
+        of_low = None
+        if ctx.has_low:
+            outside = outside * float(fake.saturates)
+            of_scale, of_low = of_scale - fake.first * outside, outside.reshape(())
+        return of_x.to(grad.dtype), of_scale.reshape(ctx.shape), of_low, None, None, None
+
+
+def least_squares_scale(x: Tensor, scale: Tensor, grid: Grid, axis: int | None = None) -> Tensor:
+    """The scale with the least squared error of a symmetric grid, near a given one.
+
+    Args:
+        x: Real values, float32.
+        scale: Where to search: 0.1 to 1.2 of it, in steps of 0.01; per tensor or per channel.
+        grid: The integers in use.
+        axis: Channel axis of ``scale``.
+
+    Returns:
+        The shape of ``scale``.
+
+    Example:
+        >>> least_squares_scale(torch.tensor([-1.0, 0.0, 1.0, 1.4]), torch.tensor(1.4), Grid(-1, 1))
+        tensor(1.1340)
+    """
+    x = x.detach().to(torch.float32)
+    best, least = scale.clone(), torch.full_like(scale, torch.inf)
+    others = [a for a in range(x.dim()) if a != axis]
+    for ratio in torch.arange(0.1, 1.2, 0.01).tolist():
+        candidate = (scale * ratio).clamp(min=MIN_SCALE)
+        wide = along_axis(candidate, x.dim(), axis)
+        error = (torch.clamp(torch.round(x / wide), grid.qmin, grid.qmax) * wide - x).square()
+        total = error.sum() if axis is None else (error.sum(others) if others else error)
+        better = total < least
+        best, least = torch.where(better, candidate, best), torch.where(better, total, least)
+    return best

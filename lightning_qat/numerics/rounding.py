@@ -1,0 +1,297 @@
+"""Rounding to a grid and its backward: compiled loops, torch operations, traced graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_qat.numerics.bitmask import masked, pack_between, pack_bits
+from lightning_qat.numerics.int_repr import Codes, carry_codes
+from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.numerics.min_max import Observe, batch_range
+from lightning_qat.numerics.qparams import Grid
+
+CACHED_GRIDS = 2**12
+"""Numbers of so many grids are kept: those of frozen ranges are asked for in every forward."""
+
+
+def on_grid(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
+    """Values rounded to the steps ``low`` to ``high`` from real zero, without a gradient.
+
+    Args:
+        x: Real values.
+        scale: Size of a step; broadcasts against them.
+        low: Lowest step, a number or a tensor.
+        high: Highest step, alike.
+        out: Where to write, of the shape, strides and type of ``x``; float32 only.
+    """
+    wide = x.to(torch.float32)
+    if isinstance(low, float):
+        found = kernels.fake_quantize(wide, scale, low, high, out=out)
+        if found is not None:
+            return found.values.to(x.dtype)
+    return _by_steps(wide, scale, low, high, out).to(x.dtype)
+
+
+def _by_steps(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
+    """``on_grid`` of float32 by operations of torch."""
+    return torch.div(x, scale, out=out).round_().clamp_(low, high).mul_(scale)
+
+
+class RoundingCall(NamedTuple):
+    """One tensor on its way to the grid, and what is wanted of it.
+
+    Args:
+        x: Real values.
+        scale: As for ``fake_quantize``.
+        origin: The zero point; a number where looking at it costs nothing.
+        grid: The integers in use.
+        low: Lowest step from real zero that is reached; a number where the origin is one.
+        high: Highest step.
+        edges: Between which values, both excluded, the gradient passes; where that is known.
+        ends: What the values are clamped to before.
+        keeps_bits: A bit per element tells backward where the gradient passes.
+        saves_input: As for ``fake_quantize``.
+        carries_codes: As for ``fake_quantize``.
+    """
+
+    x: Tensor
+    scale: Tensor
+    origin: Any
+    grid: Grid
+    low: Any
+    high: Any
+    edges: tuple[float, float] | None
+    ends: tuple[float, float] | None
+    keeps_bits: bool
+    saves_input: bool
+    carries_codes: bool
+
+
+class _OnGrid(NamedTuple):
+    """A tensor on a grid.
+
+    Args:
+        values: Real values.
+        codes: Its integers.
+        bits: Where the gradient passes.
+    """
+
+    values: Tensor
+    codes: Codes | None
+    bits: Tensor | None
+
+
+def quantize_call(call: RoundingCall, observe: Observe | None) -> Tensor:
+    """The fastest way to the grid: a loop; else what needs no bits; else operations of torch."""
+    found, x = _by_loop(call, observe), call.x
+    result: Tensor
+    if found is None:
+        if observe is not None:
+            observe(batch_range(x, ends=call.ends))
+        rereads = call.keeps_bits and call.saves_input and not call.carries_codes
+        if rereads and call.edges is not None and x.dtype == torch.float32:
+            result = _Reread.apply(x, call.scale, call.low, call.high, call.edges)  # type: ignore[no-untyped-call]
+            return result
+        found = _by_operations(call)
+    result = SurrogatePass.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
+    if found.codes is not None:
+        carry_codes(result, found.codes)
+    return result
+
+
+def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
+    origin, grid = call.origin, call.grid
+    if not isinstance(origin, float) or (call.keeps_bits and call.edges is None):
+        return None
+    counted = _counted_from_zero(origin, grid) if call.carries_codes else None
+    zero = origin if counted is None else 0.0
+    found = kernels.fake_quantize(
+        *(call.x.detach().to(torch.float32), call.scale, call.low, call.high),
+        dtype=(counted or grid.dtype) if call.carries_codes else None,
+        zero=zero,
+        edges=call.edges if call.keeps_bits else None,
+        ends=None if observe is None else call.ends or kernels.ALL,
+    )
+    if found is None:
+        return None
+    if observe is not None and found.seen is not None:
+        observe(found.seen)
+    codes = None if found.codes is None else Codes(found.codes, call.scale, zero)
+    return _OnGrid(found.values, codes, found.bits)
+
+
+@torch.no_grad()
+def _by_operations(call: RoundingCall) -> _OnGrid:
+    x = call.x.to(torch.float32)
+    if not (call.keeps_bits or call.carries_codes):
+        return _OnGrid(_by_steps(x, call.scale, call.low, call.high), None, None)
+    reached = None if call.ends is None else (call.low, call.high)
+    rounded = Rounding(x, call.scale, call.origin, call.grid, reached)
+    bits = None
+    if call.keeps_bits and call.ends is not None and call.edges is not None:
+        bits = pack_between(x, *call.edges)
+    elif call.keeps_bits:
+        bits = rounded.bits()
+    return _OnGrid(rounded.values(), rounded.codes if call.carries_codes else None, bits)
+
+
+class Rounding:
+    """Integers on a grid by operations of torch.
+
+    Args:
+        x: Real values, float32.
+        scale: As for ``fake_quantize``.
+        origin: The zero point, a number or a tensor.
+        grid: The integers in use.
+        reached: Those steps from real zero that a clamp before lets through; ``bits`` does not know
+            of it.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        origin: Any,
+        grid: Grid,
+        reached: tuple[float, float] | None,
+    ) -> None:
+        steps = torch.div(x, scale).round_()
+        low, high = grid.qmin, grid.qmax
+        if reached is not None:
+            low, high = int(reached[0] + origin), int(reached[1] + origin)
+        counted = _counted_from_zero(origin, grid)
+        self._shift: Any = None if counted is not None else origin
+        if counted is None:
+            counted = grid.dtype
+            steps.add_(origin)
+        else:
+            low, high = low - int(origin), high - int(origin)
+        # One step wider than the grid tells what lies outside. Bytes are compared many times
+        # faster than floats; one that wraps around still differs from its neighbour.
+        wider = 0 if reached else 1
+        wide = steps.clamp_(low - wider, high + wider).to(
+            torch.int16 if grid.dtype is torch.int8 else torch.int32
+        )
+        self._steps, self._ends = steps, (low, high)
+        if wider:
+            self._wide = wide.to(grid.dtype)
+            wide.clamp_(low, high)
+        self._integers = wide.to(grid.dtype)
+        self.codes = Codes(
+            self._integers.view(counted), scale, 0.0 if self._shift is None else origin
+        )
+
+    def bits(self) -> Tensor:
+        """Where the gradient passes, packed."""
+        return pack_bits(self._wide.eq(self._integers))
+
+    def values(self) -> Tensor:
+        """To be called once. Not from the integers: NaN must come out as NaN."""
+        steps = self._steps.clamp_(*self._ends)
+        if self._shift is not None:
+            steps.sub_(self._shift)
+        return steps.mul_(self.codes.scale)
+
+
+def _counted_from_zero(origin: Any, grid: Grid) -> torch.dtype | None:
+    """The type of steps from real zero that takes no more bits than the grid's; if there is one.
+
+    Integers are those of the grid, or such steps where there is a type for them, which saves the
+    addition: for a symmetric range, and for one that begins or ends at zero.
+    """
+    if not isinstance(origin, float):
+        return None
+    low, high = grid.qmin - int(origin), grid.qmax - int(origin)
+    if grid.dtype is torch.int8 and 0 <= low and high <= 255:
+        return torch.uint8
+    limits = torch.iinfo(grid.dtype)
+    return grid.dtype if limits.min <= low and high <= limits.max else None
+
+
+def number_of(value: Tensor) -> Any:
+    """A scalar tensor as a number, where that costs nothing; else the tensor.
+
+    ATen's clamp with tensors is several times slower on CPUs than with numbers. Elsewhere a number
+    would wait for the device.
+    """
+    return value if value.numel() > 1 or value.device.type != "cpu" else value.item()
+
+
+class TracedRounding(torch.autograd.Function):
+    """Plain tensor operations, for a compiler to fuse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        gradient_everywhere: bool,
+    ) -> Tensor:
+        low, high = qmin - zero_point, qmax - zero_point
+        steps = torch.round(x.to(torch.float32) / scale)
+        reached = steps.clamp(low, high)
+        # Not a comparison: on CPUs torch 2.13's compiler stores truth values one by one, which
+        # takes eight times as long as everything else here.
+        beyond = (steps - reached).abs().clamp(max=1.0)
+        ctx.save_for_backward(None if gradient_everywhere else (1.0 - beyond).to(torch.uint8))
+        return (reached * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        grad = grads[0] if inside is None else grads[0] * inside
+        return grad, None, None, None, None, None
+
+
+class _Reread(torch.autograd.Function):
+    """Backward looks at the input again: one vectorised pass, which ATen has for hardtanh."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, edges: tuple[float, float]
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.edges = edges
+        return _by_steps(x, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
+
+
+@lru_cache(maxsize=CACHED_GRIDS)
+def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:
+    """Between which real values, both excluded, rounding leads to the steps ``low`` to ``high``."""
+    below, above = (low - 0.5) * scale, (high + 0.5) * scale
+    # Ties go to the even step: they are inside where the last step is even.
+    if low % 2 == 0:
+        below = float(np.nextafter(np.float32(below), np.float32(-np.inf)))
+    if high % 2 == 0:
+        above = float(np.nextafter(np.float32(above), np.float32(np.inf)))
+    return below, above
+
+
+class SurrogatePass(torch.autograd.Function):
+    """What a function computes, through which the gradient passes where its bits are set."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:
+        values, bits = compute()
+        ctx.save_for_backward(bits)
+        ctx.layout = values.shape, values.stride()
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (bits,) = ctx.saved_tensors
+        return grads[0] if bits is None else masked(grads[0], bits, *ctx.layout), None

@@ -1,0 +1,88 @@
+"""What all quantizers share: float32 state, and a spec that travels with the state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+_Self = TypeVar("_Self", bound="Quantizer")
+
+
+class Quantizer(nn.Module):
+    """What both quantizers share: float32 state, and a spec that travels with the state_dict.
+
+    Half-precision plugins cast a model's tensors; a quantizer's stay float32. A float checkpoint
+    has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a
+    checkpoint with some of them must have all.
+    """
+
+    spec: Any
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The spec as primitives, so that a weights-only checkpoint can rebuild the quantizer."""
+        return asdict(self.spec)
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another spec: its range would mean something else.
+
+        Raises:
+            RuntimeError: The checkpoint's spec differs; every differing key is named.
+        """
+        # JSON and checkpoints spell tuples as lists.
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+        own = asdict(self.spec)
+        keys = sorted(set(own) | set(stored))
+        different = [
+            f"{key}: checkpoint {stored.get(key)!r}, model {own.get(key)!r}"
+            for key in keys
+            if stored.get(key) != own.get(key)
+        ]
+        if different:
+            raise RuntimeError(
+                f"The checkpoint's {type(self.spec).__name__} differs from the model's: "
+                + "; ".join(different)
+                + ". Use the recipe the checkpoint was trained with."
+            )
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        learned = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and before.is_floating_point() and after.dtype != before.dtype:
+                # Take the new device, not the new dtype; the old values, not rounded ones.
+                self._buffers[name] = before.to(after.device)
+        for name, before in learned.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        try:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        except RuntimeError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")

@@ -1,0 +1,79 @@
+"""Quantizers whose numbers are final, as ``torch.export`` captures them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.function_hooks.forward_cache import current_tape, hidden
+from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
+from lightning_qat.numerics.arithmetic import along_axis, quantize
+from lightning_qat.numerics.qparams import QParams
+
+
+class FinalActivation(nn.Module):
+    """An activation's numbers, final: one explicit ``lightning_qat::fake_quantize`` node.
+
+    Args:
+        qparams: The numbers, per tensor.
+        key: Name of the tensor in the table of the converted model, such as ``net.conv1.input``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qparams: QParams, key: str) -> None:
+        super().__init__()
+        self.register_buffer("scale", qparams.scale.clone())
+        self.register_buffer("zero_point", qparams.zero_point.clone())
+        self.grid, self.key = qparams.grid, key
+        # torch.export hands modules out behind proxies, so the module's own identity varies.
+        self.identity = object()
+
+    def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
+        """Fake-quantize ``x``; one node per tensor, however many consumers it has."""
+        tape = current_tape()
+        if tape is None:
+            return self._quantize(x)
+        with hidden():
+            return tape.quantize(x, self.identity, self._quantize, skip=False)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        result: Tensor = fake_quantize_node(
+            x, self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, self.key
+        )
+        return result
+
+
+class FinalWeight(nn.Module):
+    """A weight's integers and numbers, final: one explicit ``lightning_qat::dequantize`` node.
+
+    Args:
+        integers: The weight on the grid.
+        qparams: The numbers.
+        key: Name of the tensor in the table of the converted model, such as ``net.conv1.weight``.
+    """
+
+    integers: Tensor
+    scale: Tensor
+
+    def __init__(self, integers: Tensor, qparams: QParams, key: str) -> None:
+        super().__init__()
+        self.register_buffer("integers", integers)
+        self.register_buffer("scale", qparams.scale.clone())
+        self.grid, self.axis, self.key = qparams.grid, qparams.axis, key
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, qparams: QParams, key: str) -> FinalWeight:
+        """Round a float weight once and for all."""
+        weight = weight.detach().to("cpu", torch.float32)
+        scale = along_axis(qparams.scale, weight.dim(), qparams.axis)
+        zero_point = torch.zeros((), dtype=torch.int32)
+        return cls(quantize(weight, scale, zero_point, qparams.grid), qparams, key)
+
+    def forward(self, weight: Tensor | None) -> Tensor:
+        """The real value of the integers; the float weight is gone and ignored."""
+        result: Tensor = dequantize_node(
+            self.integers, self.scale, self.grid.qmin, self.grid.qmax, self.axis, self.key
+        )
+        return result

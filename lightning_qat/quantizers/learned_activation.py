@@ -1,0 +1,187 @@
+"""Quantizers whose grids are parameters, trained with the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale, zero_point_of
+from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantizer
+from lightning_qat.numerics.min_max import Observe
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.learned_weight import positive_scale
+from lightning_qat.recipe.specs import ActivationSpec
+
+
+class LearnedActivation(ActivationQuantizer):
+    """What learned activations share: the observed range is where learning starts.
+
+    The range is observed until fake quantization begins: during the calibration phase of a
+    schedule, and in the first ``calibration_batches`` training batches. From then on it is a matter
+    of gradients: what was learned is never calibrated again.
+    """
+
+    _normalized: ClassVar[bool] = True
+    """Whether gradients are divided by how many values share them."""
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__(spec)
+        # Not derived from `batches`: that would wait for the device at every commit.
+        self.seen = 0
+
+    @property
+    def _waits(self) -> bool:
+        return not (self.calibrated and self.quantizing)
+
+    def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
+        assert observe is None, "what is learned is no longer observed"
+        return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
+
+    def _clamp_and_quantize(
+        self, x: Tensor, ends: tuple[float, float], observe: Observe | None
+    ) -> Tensor | None:
+        assert observe is None, "what is learned is no longer observed"
+        if ends[0] != 0.0 or ends[1] < float(self._scale_and_zero_point()[0]):
+            return None
+        return self._fake_quantizer(x.numel(), True, self.compact, clamped=ends)(x)
+
+    def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
+        return self._fake_quantizer(values, saves_input=True, carries_codes=False)
+
+    def _fake_quantizer(
+        self,
+        values: int,
+        saves_input: bool,
+        carries_codes: bool,
+        clamped: tuple[float, float] | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        low, scale = self._ends()
+        return learned_fake_quantizer(
+            scale,
+            low,
+            self.grid,
+            values if self._normalized else None,
+            saves_input=saves_input,
+            carries_codes=carries_codes,
+            clamped=clamped,
+        )
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            low, scale = self._ends()
+            if low is None:
+                return scale, torch.zeros_like(scale)
+            return scale, zero_point_of(low, scale, self.grid)
+
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
+        """Lower end (``None``: symmetric) and scale, differentiable."""
+        raise NotImplementedError
+
+    def range_changed(self) -> None:
+        """Start learning from the range, once enough batches have given it."""
+        self.seen += 1
+        self.calibrated = self.seen >= self.spec.calibration_batches
+        self._start(self.min_val, self.max_val)
+
+    @property
+    def why_unknown(self) -> str:
+        """How many batches are missing."""
+        wanted = self.spec.calibration_batches
+        if not self.seen or self.calibrated:
+            return super().why_unknown
+        return f"only {self.seen} of {wanted} calibration batches have passed through it"
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.seen = int(self.batches)
+        enough = self.seen >= self.spec.calibration_batches
+        self.calibrated = self.spec.clip is not None or enough
+
+    def _start(self, low: Tensor, high: Tensor) -> None:
+        raise NotImplementedError
+
+
+class LearnedStepActivation(LearnedActivation):
+    r"""Learns the step of an activation's grid (LSQ) and, where it is affine, its lower end (LSQ+).
+
+    The zero point follows from the lower end and is an integer, so that real zero stays on the grid
+    and every target can store it; see ``learned_fake_quantize`` for the gradients.
+
+    Args:
+        spec: With ``quantizer="learned"``; ``clip`` is the range that learning starts from.
+
+    Attributes:
+        scale: Parameter, scalar: its absolute value is the step.
+        low: Parameter, scalar: lower end of the range; ``None`` when it is symmetric or
+            ``fixed_min`` pins it at 0.
+    """
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__(spec)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.low = nn.Parameter(torch.zeros(())) if _has_low(spec) else None
+        if spec.clip is not None:
+            self._start(self.min_val, self.max_val)
+
+    @torch.no_grad()
+    def _start(self, low: Tensor, high: Tensor) -> None:
+        if self.spec.symmetric:
+            largest = torch.maximum(low.abs(), high.abs())
+            self.scale.copy_(symmetric_scale(largest, self._symmetric_grid))
+            return
+        low = torch.zeros_like(low) if self.low is None else low.clamp(max=0.0)
+        self.scale.copy_(affine_qparams(low, high, self.grid)[0])
+        if self.low is not None:
+            self.low.copy_(low)
+
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
+        low: Tensor | None = self.low
+        if low is None and not self.spec.symmetric:
+            low = torch.zeros_like(self.scale)
+        return low, positive_scale(self.scale)
+
+
+class LearnedClipActivation(LearnedActivation):
+    """Learns the two ends of an activation's range, as AMCT's ULQ does, with its own gradients.
+
+    ``scale = (clip_max - clip_min) / (qmax - qmin)``. The gradients are not normalised: a learning
+    rate that suits weights may be too large for a clip that many values share. Source: AMCT's
+    retrain algorithm ``ulq_quantize``.
+
+    Args:
+        spec: With ``quantizer="ulq"``; ``clip`` is the range that learning starts from.
+
+    Attributes:
+        clip_max: Parameter, scalar.
+        clip_min: Parameter, scalar; ``None`` when the range is symmetric or ``fixed_min`` pins it.
+    """
+
+    _normalized = False
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__(spec)
+        self.clip_max = nn.Parameter(torch.ones(()))
+        self.clip_min = nn.Parameter(torch.zeros(())) if _has_low(spec) else None
+        if spec.clip is not None:
+            self._start(self.min_val, self.max_val)
+
+    @torch.no_grad()
+    def _start(self, low: Tensor, high: Tensor) -> None:
+        largest = torch.maximum(low.abs(), high.abs()) if self.spec.symmetric else high
+        self.clip_max.copy_(largest.clamp(min=0.0))
+        if self.clip_min is not None:
+            self.clip_min.copy_(low.clamp(max=0.0))
+
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
+        high = self.clip_max.clamp(min=0.0)
+        if self.spec.symmetric:
+            return None, symmetric_scale(high, self._symmetric_grid)
+        low = torch.zeros_like(high) if self.clip_min is None else self.clip_min.clamp(max=0.0)
+        return low, affine_qparams(low, high, self.grid)[0]
+
+
+def _has_low(spec: ActivationSpec) -> bool:
+    return not (spec.symmetric or spec.fixed_min)

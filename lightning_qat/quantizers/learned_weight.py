@@ -1,0 +1,80 @@
+"""Learned scales of weights (LSQ, arXiv:1902.08153)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.numerics.arithmetic import MIN_SCALE
+from lightning_qat.numerics.int_repr import Codes
+from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
+from lightning_qat.numerics.qparams import Grid
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.specs import WeightSpec
+
+
+class LearnedWeightQuantizer(WeightQuantizer):
+    """Learns the scales of a weight: LSQ, and AMCT's ULQ, which differs in the grid alone.
+
+    Learning starts in the first training forward from the scales with the least squared error
+    (``initial="mse"``) or from the largest absolute weights. A weight outside the range gets no
+    gradient.
+
+    Args:
+        spec: With ``quantizer="learned"``, or ``"ulq"`` for AMCT's grid (-128..127 at 8 bits).
+        axis: The output channel's axis of the weight.
+        channels: The weight's size along it.
+
+    Attributes:
+        scale: Parameter, ``(channels,)`` or scalar: its absolute value is the scale.
+        started: Whether ``scale`` has been set from a weight, float32 scalar buffer.
+    """
+
+    started: Tensor
+
+    def __init__(self, spec: WeightSpec, axis: int, channels: int) -> None:
+        super().__init__(spec, axis)
+        if spec.quantizer == "ulq":
+            self.grid = Grid.signed(spec.bits)
+        shape = () if self._channel_axis is None else (channels,)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("started", torch.tensor(0.0))
+        self.ready = False
+
+    def _fake_quantize(self, weight: Tensor, known: Tensor | Codes | None) -> Tensor:
+        if self.training and not self.ready:
+            self._start(weight)
+        scale = positive_scale(self.scale) if self.ready else self._scale(weight)
+        return learned_fake_quantize(
+            weight,
+            scale,
+            None,
+            self.grid,
+            axis=self._channel_axis,
+            saves_input=True,
+            carries_codes=self.compact,
+            known=known,
+        )
+
+    @torch.no_grad()
+    def _start(self, weight: Tensor) -> None:
+        self.scale.copy_(self._scale(weight))
+        self.started.fill_(1.0)
+        self.ready = True
+
+    @torch.no_grad()
+    def _scale(self, weight: Tensor) -> Tensor:
+        if self.ready:
+            return positive_scale(self.scale)
+        scale = super()._scale(weight)
+        if self.spec.initial == "minmax":
+            return scale
+        return least_squares_scale(weight, scale, self.grid, self._channel_axis)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self.ready = bool(self.started > 0)
+
+
+def positive_scale(scale: Tensor) -> Tensor:
+    return scale.abs().clamp(min=MIN_SCALE)

@@ -1,0 +1,110 @@
+"""Fake quantization of weights by their own minimum and maximum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from lightning_qat.function_hooks.forward_cache import hidden
+from lightning_qat.numerics.arithmetic import along_axis, arq_scale, symmetric_scale
+from lightning_qat.numerics.fake_quantize import fake_quantize, quantized_again
+from lightning_qat.numerics.int_repr import Codes
+from lightning_qat.numerics.min_max import channel_ranges
+from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.quantizers.base import Quantizer
+from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
+from lightning_qat.quantizers.weight_cache import KeptWeights, state_of
+from lightning_qat.recipe.specs import WeightSpec
+
+
+class WeightQuantizer(Quantizer):
+    r"""Fake-quantizes a weight with a symmetric grid whose scale follows the weight itself.
+
+    .. math:: \hat w = s \cdot \mathrm{clip}(\mathrm{round}(w / s), q_{min}, q_{max})
+
+    with :math:`s = \max|w| / ((q_{max} - q_{min}) / 2)` per channel or per tensor at every forward
+    (AMCT's rule with ``quantizer="arq"``). The float weight is never overwritten. The gradient is
+    straight-through everywhere: the range follows the weight, so nothing lies outside for long.
+
+    Args:
+        spec: What is asked.
+        axis: The output channel's axis of the weight.
+
+    Attributes:
+        quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
+        compact: What backward keeps is small, not fast; see ``codes``.
+        kept: Where quantized weights are kept for further forwards; ``None``: nowhere.
+    """
+
+    def __init__(self, spec: WeightSpec, axis: int) -> None:
+        super().__init__()
+        self.kept: KeptWeights | None = None
+        self.spec: WeightSpec = spec
+        self.axis = axis
+        self.quantizing = True
+        self.compact = False
+        arq = spec.quantizer == "arq"
+        self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The fake-quantized weight, same shape and dtype."""
+        if not self.quantizing:
+            return weight
+        if is_exporting_onnx():
+            return self._exported(weight)
+        with hidden():
+            if self.kept is None or is_compiling():
+                return self._fake_quantize(weight, None)
+            state = self.compact, state_of(weight, *self.parameters())
+            known = self.kept.get(self, state)
+            quantized = self._fake_quantize(weight, known)
+            if known is None:
+                self.kept.put(self, state, quantized)
+            return quantized
+
+    def _fake_quantize(self, weight: Tensor, known: Tensor | Codes | None) -> Tensor:
+        """Quantize the weight; ``known``: how that came out in an earlier forward."""
+        if known is not None:
+            return quantized_again(weight, known)
+        scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
+        zero_point = scale.new_zeros(())
+        return fake_quantize(
+            weight,
+            scale,
+            zero_point,
+            self.grid,
+            gradient_everywhere=True,
+            carries_codes=self.compact,
+        )
+
+    def _exported(self, weight: Tensor) -> Tensor:
+        with hidden():
+            scale = self._scale(weight)
+            zero_point = torch.zeros_like(scale)
+            return quantize_dequantize(weight, scale, zero_point, self.grid, self._channel_axis)
+
+    def qparams(self, weight: Tensor) -> QParams:
+        """The final numbers for a weight, on the CPU."""
+        scale = self._scale(weight).cpu()
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        return QParams(scale, zero_point, self.grid, self._channel_axis)
+
+    def has_finite_scale(self, weight: Tensor) -> bool:
+        """Whether there are numbers to be made final; waits for the device."""
+        return bool(torch.isfinite(self._scale(weight)).all())
+
+    @property
+    def _channel_axis(self) -> int | None:
+        return self.axis if self.spec.granularity == "per_channel" else None
+
+    @torch.no_grad()
+    def _scale(self, weight: Tensor) -> Tensor:
+        low, high = channel_ranges(weight.to(torch.float32), self._channel_axis)
+        if self.spec.quantizer == "arq":
+            return arq_scale(low, high, self.grid)
+        return symmetric_scale(torch.maximum(low.abs(), high.abs()), self.grid)
+
+    def extra_repr(self) -> str:
+        """Bits and granularity, for ``print(model)``."""
+        return f"{self.spec.bits} bits, {self.spec.granularity}, {self.spec.quantizer}"

@@ -1,0 +1,401 @@
+"""AMCT's three ways to configure retraining, as recipe mappings, and its rules.
+
+The simple configuration (``amct_cfg`` has read it), the JSON configuration of a network, and the
+mapping that AMCT's layer constructors take. All say the same: ``ulq_quantize`` for activations,
+``arq_retrain`` or ``ulq_retrain`` for weights, and integer types. Everything that breaks a rule is
+collected and told at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_qat.recipe.suggest import closest
+
+PAIRS = (("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
+"""Types of activations and weights that AMCT allows together."""
+
+WEIGHT_ALGORITHMS = {"arq_retrain": "arq", "ulq_retrain": "ulq"}
+"""AMCT's name of a weight algorithm to ours."""
+
+DATA_ALGORITHM = "ulq_quantize"
+
+_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
+_DATA_TYPES = ("INT8", "INT16")
+_WEIGHT_TYPES = ("INT8", "INT4")
+_DATA, _WEIGHT = "retrain_data_config", "retrain_weight_config"
+_CFG_DATA, _CFG_WEIGHT = "retrain_data_quant_config", "retrain_weight_quant_config"
+_CLIPS = ("clip_max", "clip_min")
+_LAYER_KEYS = ("retrain_enable", _DATA, _WEIGHT)
+
+
+def is_json_config(values: Mapping[str, Any]) -> bool:
+    """Whether a mapping is meant as AMCT's JSON configuration: by keys that no recipe has."""
+    layers = (v for v in values.values() if isinstance(v, Mapping))
+    return bool({"version", "batch_num"} & values.keys()) or any(
+        set(_LAYER_KEYS) & set(layer) for layer in layers
+    )
+
+
+AMCT_FLOAT = ("type:MultiheadAttention", "type:Embedding")
+"""What AMCT leaves float although it has a QAT layer here, as patterns of a recipe."""
+
+
+def is_layer_config(values: object) -> bool:
+    """Whether something is meant as the mapping that AMCT's layer constructors take."""
+    return isinstance(values, Mapping) and bool({_DATA, _WEIGHT} & values.keys())
+
+
+def json_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a JSON configuration: what it enables, by name, and nothing else.
+
+    Args:
+        values: ``version`` 1, ``batch_num``, then one mapping per layer: ``retrain_enable``,
+            ``retrain_data_config`` and ``retrain_weight_config``.
+
+    Returns:
+        Keys of ``Recipe``, with the preset that they change.
+
+    Raises:
+        ValueError: It breaks rules; all of them are named.
+    """
+    rules = _Rules()
+    if values.get("version", 1) != 1:
+        rules.broken("version", "must be 1", values["version"])
+    batches = rules.batches("batch_num", values.get("batch_num"))
+    enabled: dict[str, Any] = {}
+    for name, layer in values.items():
+        if name in ("version", "batch_num") or not rules.keys(name, layer, _LAYER_KEYS):
+            continue
+        activation = rules.data(f"{name}.{_DATA}", layer.get(_DATA, {}), ("algo", "dst_type"))
+        weight = rules.weight(f"{name}.{_WEIGHT}", layer.get(_WEIGHT, {}), "algo")
+        rules.pair(name, activation, weight)
+        if rules.flag(f"{name}.retrain_enable", layer.get("retrain_enable"), default=True):
+            enabled[glob.escape(name)] = {
+                "activation": activation | {"calibration_batches": batches},
+                "weight": weight,
+            }
+    if not enabled:
+        rules.problems.append("retrain_enable must be true for one layer at least; it is for none")
+    rules.check("An AMCT JSON configuration")
+    return {"preset": "amct", "include": list(enabled), "overrides": enabled}
+
+
+def layer_recipe(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The recipe of a layer constructor's ``config``.
+
+    Args:
+        config: ``retrain_data_config`` (``dst_type``, ``batch_num``, ``fixed_min``, ``clip_min``,
+            ``clip_max``) and ``retrain_weight_config`` (``dst_type``, ``weights_retrain_algo``,
+            ``channel_wise``), each or both.
+        kind: Name of the float class; ``Linear`` is per tensor.
+
+    Raises:
+        ValueError: It breaks rules; all of them are named.
+    """
+    rules = _Rules()
+    activation: dict[str, Any] = {}
+    weight: dict[str, Any] = {}
+    if rules.keys("config", config, (_DATA, _WEIGHT)):
+        data = config.get(_DATA, {})
+        activation = rules.data(_DATA, data, ("batch_num", "dst_type"))
+        batches = rules.batches(
+            f"{_DATA}.batch_num", data.get("batch_num") if isinstance(data, Mapping) else None
+        )
+        activation["calibration_batches"] = batches
+        weight = rules.weight(_WEIGHT, config.get(_WEIGHT, {}), "weights_retrain_algo", kind)
+        rules.pair("config", activation, weight)
+    rules.check("AMCT's config of a layer")
+    return {"preset": "amct", "activation": activation, "weight": weight}
+
+
+def cfg_recipe(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a simple configuration.
+
+    An override by layer wins over one by type, and that over the global configuration; each gives a
+    whole data or weight configuration, so what it leaves out has AMCT's default. Skips of either
+    spelling are united.
+
+    Args:
+        cfg: What ``amct_cfg.parse_cfg`` gave.
+
+    Returns:
+        Keys of ``Recipe``, with the preset that they change.
+
+    Raises:
+        ValueError: It breaks rules; all of them are named.
+    """
+    rules = _Rules()
+    batches = rules.batches("batch_num", cfg.get("batch_num"))
+    activation = rules.data(_CFG_DATA, _data_of(cfg), ("algo", "dst_type"))
+    weight = rules.weight(_CFG_WEIGHT, _weight_of(cfg), "algo")
+    rules.pair("the global configuration", activation, weight)
+    overrides: dict[str, Any] = {"type:Linear": {"weight": {"granularity": "per_tensor"}}}
+    types = {change.get("layer_type"): change for change in cfg.get("override_layer_types", ())}
+    for field, key, changes in (
+        ("override_layer_types", "layer_type", cfg.get("override_layer_types", ())),
+        ("override_layer_configs", "layer_name", cfg.get("override_layer_configs", ())),
+    ):
+        named = Counter(change.get(key) for change in changes)
+        rules.problems += [
+            f"{field} must name each {key} once; {name!r} comes {count} times"
+            for name, count in named.items()
+            if count > 1
+        ]
+        for change in changes:
+            name = change.get(key)
+            if not name:
+                rules.problems.append(f"{field} must have a {key}; one has none")
+                continue
+            kind = name if key == "layer_type" else ""
+            pattern = f"type:{name}" if kind else glob.escape(name)
+            asked = overrides.setdefault(pattern, {})
+            where = f"{field} {name!r}"
+            if _CFG_DATA in change:
+                asked["activation"] = rules.data(where, _data_of(change), ("algo", "dst_type"))
+            if _CFG_WEIGHT in change:
+                own = rules.weight(where, _weight_of(change), "algo", kind)
+                asked["weight"] = asked.get("weight", {}) | own
+            # A layer's missing half may come from its type, which a text alone does not tell.
+            if len({_CFG_DATA, _CFG_WEIGHT} & change.keys()) == 2 or kind or not types:
+                rules.pair(
+                    where,
+                    activation | asked.get("activation", {}),
+                    weight | asked.get("weight", {}),
+                )
+    rules.check("A simple configuration")
+    return {
+        "preset": "amct",
+        "activation": activation | {"calibration_batches": batches},
+        "weight": weight,
+        "exclude": [
+            *AMCT_FLOAT,
+            *(glob.escape(name) for name in _united(cfg, "skip_layers", "quant_skip_layers")),
+            *(f"type:{kind}" for kind in _united(cfg, "skip_layer_types", "quant_skip_types")),
+        ],
+        "overrides": overrides,
+    }
+
+
+def json_config(
+    batch_num: int,
+    layers: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
+    kinds: Mapping[str, str],
+) -> dict[str, Any]:
+    """The JSON configuration of a network.
+
+    Args:
+        batch_num: How many batches are calibrated with.
+        layers: Fields of the ``ActivationSpec`` and the ``WeightSpec`` of every layer, by name.
+        kinds: Name of the float class of every layer.
+
+    Raises:
+        ValueError: AMCT has no words for what they ask, or forbids it; every such layer is named.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {"version": 1, "batch_num": batch_num}
+    for name, (activation, weight) in layers.items():
+        wrong = _without_words(activation, weight, kinds[name])
+        problems += [f"{name}: {problem}" for problem in wrong]
+        if not wrong:
+            values[name] = {"retrain_enable": True, **_json_layer(activation, weight)}
+    if problems:
+        raise ValueError("AMCT's configuration cannot say: " + "; ".join(problems) + ".")
+    return values
+
+
+def _without_words(
+    activation: Mapping[str, Any], weight: Mapping[str, Any], kind: str
+) -> list[str]:
+    problems = []
+    if activation["quantizer"] != "ulq":
+        problems.append(
+            f"the activation's quantizer must be 'ulq'; got {activation['quantizer']!r}"
+        )
+    if weight["quantizer"] not in WEIGHT_ALGORITHMS.values():
+        problems.append(
+            f"the weight's quantizer must be one of {sorted(WEIGHT_ALGORITHMS.values())}; got "
+            f"{weight['quantizer']!r}"
+        )
+    if _bits(activation, weight) not in _bit_pairs():
+        problems.append(
+            f"activation and weight must be a pair of {_bit_pairs()} bits; got "
+            f"{_bits(activation, weight)}"
+        )
+    if kind == "Linear" and weight["granularity"] == "per_channel":
+        problems.append("channel_wise must be false for Linear, whose weight has one scale")
+    return problems
+
+
+def _json_layer(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> dict[str, Any]:
+    types = {bits: name for name, bits in _BITS.items()}
+    algorithms = {ours: theirs for theirs, ours in WEIGHT_ALGORITHMS.items()}
+    data = {"algo": DATA_ALGORITHM, "dst_type": types[activation["bits"]]}
+    if activation["clip"] is not None:
+        data["clip_min"], data["clip_max"] = activation["clip"]
+    if activation["fixed_min"] is not None:
+        data["fixed_min"] = activation["fixed_min"]
+    return {
+        _DATA: data,
+        _WEIGHT: {
+            "algo": algorithms[weight["quantizer"]],
+            "channel_wise": weight["granularity"] == "per_channel",
+            "dst_type": types[weight["bits"]],
+        },
+    }
+
+
+class _Rules:
+    """Reads values and keeps what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def broken(self, where: str, rule: str, value: object) -> None:
+        self.problems.append(f"{where} {rule}; got {value!r}")
+
+    def check(self, what: str) -> None:
+        if self.problems:
+            raise ValueError(f"{what} breaks rules: " + "; ".join(self.problems) + ".")
+
+    def keys(self, where: str, values: object, known: Iterable[str]) -> bool:
+        """Whether ``values`` is a mapping; keys that are not known are problems."""
+        if not isinstance(values, Mapping):
+            self.broken(where, "must be a mapping", values)
+            return False
+        known = tuple(known)
+        self.problems += [
+            f"{where} has no key {key!r}; {closest(str(key), known)}"
+            for key in values
+            if key not in known
+        ]
+        return True
+
+    def batches(self, where: str, value: object) -> int:
+        if value is None:
+            return 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.broken(where, "must be a whole number of 1 or more", value)
+            return 1
+        return value
+
+    def flag(self, where: str, value: object, *, default: bool | None) -> bool | None:
+        if value is not None and not isinstance(value, bool):
+            self.broken(where, "must be true or false", value)
+            return default
+        return default if value is None else value
+
+    def choice(self, where: str, value: object, known: Iterable[str], default: str) -> str:
+        known = tuple(known)
+        if value is None:
+            return default
+        if value not in known:
+            self.broken(where, f"must be one of {list(known)}", value)
+            return default
+        return str(value)
+
+    def data(self, where: str, config: object, further: Iterable[str]) -> dict[str, Any]:
+        """The activation's part of a recipe, complete but for ``calibration_batches``."""
+        if not self.keys(where, config, (*further, "fixed_min", *_CLIPS)):
+            config = {}
+        assert isinstance(config, Mapping)
+        self.choice(f"{where}.algo", config.get("algo"), (DATA_ALGORITHM,), DATA_ALGORITHM)
+        bits = _BITS[
+            self.choice(f"{where}.dst_type", config.get("dst_type"), _DATA_TYPES, _DATA_TYPES[0])
+        ]
+        fixed = self.flag(f"{where}.fixed_min", config.get("fixed_min"), default=None)
+        if fixed and bits == 16:
+            self.problems.append(
+                f"{where}.fixed_min pins the lower end at 0, which the symmetric grid of INT16 "
+                "cannot have; leave it out"
+            )
+            fixed = None
+        return {
+            "quantizer": "ulq",
+            "bits": bits,
+            "symmetric": bits == 16,
+            "fixed_min": fixed,
+            "clip": self.clip(where, config),
+        }
+
+    def clip(self, where: str, config: Mapping[str, Any]) -> list[float] | None:
+        given = {name: config[name] for name in _CLIPS if config.get(name) is not None}
+        if not given:
+            return None
+        rules = {"clip_max": "must be above 0 and finite", "clip_min": "must be below 0 and finite"}
+        for name, value in given.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            right = number and math.isfinite(value) and (value > 0) == (name == "clip_max")
+            if not right or value == 0:
+                self.broken(f"{where}.{name}", rules[name], value)
+                return None
+        if len(given) < len(_CLIPS):
+            self.problems.append(
+                f"{where} must give clip_max and clip_min together; it gives {next(iter(given))} "
+                "alone"
+            )
+            return None
+        return [float(given["clip_min"]), float(given["clip_max"])]
+
+    def weight(self, where: str, config: object, algorithm: str, kind: str = "") -> dict[str, Any]:
+        """The weight's part of a recipe; without ``granularity`` where nothing is said of it."""
+        if not self.keys(where, config, (algorithm, "dst_type", "channel_wise")):
+            config = {}
+        assert isinstance(config, Mapping)
+        name = self.choice(
+            f"{where}.{algorithm}", config.get(algorithm), WEIGHT_ALGORITHMS, "arq_retrain"
+        )
+        bits = _BITS[
+            self.choice(
+                f"{where}.dst_type", config.get("dst_type"), _WEIGHT_TYPES, _WEIGHT_TYPES[0]
+            )
+        ]
+        values: dict[str, Any] = {"quantizer": WEIGHT_ALGORITHMS[name], "bits": bits}
+        per_channel = self.flag(f"{where}.channel_wise", config.get("channel_wise"), default=None)
+        if per_channel and kind == "Linear":
+            self.problems.append(
+                f"{where}.channel_wise must be false for Linear, whose weight has one scale on "
+                "Ascend; got true"
+            )
+        elif per_channel is not None:
+            values["granularity"] = "per_channel" if per_channel else "per_tensor"
+        return values
+
+    def pair(self, where: str, activation: Mapping[str, Any], weight: Mapping[str, Any]) -> None:
+        if _bits(activation, weight) not in _bit_pairs():
+            self.problems.append(
+                f"{where}: activation and weight must be a pair of {_bit_pairs()} bits; got "
+                f"{_bits(activation, weight)}"
+            )
+
+
+def _bits(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> str:
+    return f"{activation['bits']}/{weight['bits']}"
+
+
+def _bit_pairs() -> list[str]:
+    return [f"{_BITS[activation]}/{_BITS[weight]}" for activation, weight in PAIRS]
+
+
+def _united(cfg: Mapping[str, Any], *names: str) -> list[str]:
+    return list(dict.fromkeys(value for name in names for value in cfg.get(name, ())))
+
+
+def _data_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A data configuration in the spelling of JSON."""
+    values: dict[str, Any] = dict(cfg.get(_CFG_DATA, {}).get(DATA_ALGORITHM, {}))
+    clips: dict[str, Any] = values.pop("clip_max_min", {})
+    return clips | values
+
+
+def _weight_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A weight configuration in the spelling of JSON."""
+    found: Mapping[str, Any] = cfg.get(_CFG_WEIGHT, {})
+    algorithms = list(found)
+    if len(algorithms) > 1:
+        return {"algo": " and ".join(algorithms)}
+    return {"algo": algorithms[0], **found[algorithms[0]]} if algorithms else {}

@@ -1,0 +1,321 @@
+"""What is asked: which layers get which quantizers. Frozen values that YAML can spell."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lightning_qat.recipe.amct_config import AMCT_FLOAT
+from lightning_qat.recipe.patterns import contradictions, indexed, is_type, prefixes, selects
+from lightning_qat.recipe.readers import _READERS
+from lightning_qat.recipe.specs import (
+    ActivationSpec,
+    LayerSpec,
+    WeightSpec,
+    _is_int,
+    article,
+)
+from lightning_qat.recipe.suggest import closest
+from lightning_qat.recipe.typed_dicts import LayerKeys
+
+SpecT = TypeVar("SpecT", bound="WeightSpec | ActivationSpec | Recipe")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which layers are quantized, and how.
+
+    A *pattern* is a glob (``*``, ``?``, ``[...]``) over dotted module names: it selects the layers
+    it matches and every layer below a module it matches, so ``encoder`` selects ``encoder.0.conv``.
+    ``type:Linear`` selects every layer of that float class.
+
+    Args:
+        weight: For every layer not overridden.
+        activation: For every layer's input not overridden.
+        joins: Quantize the inputs of functional joins (add, cat, mean, softmax and friends) as
+            well, so that an integer target can compute everything between two layers.
+        outputs: Quantize the model's outputs.
+        include: Patterns; when given, only what they select is quantized.
+        exclude: Patterns of layers that stay float.
+        overrides: Pattern to ``{"weight": {...}, "activation": {...}}`` (only the keys that
+            differ), or ``None`` to keep the layer float. A name wins over a type; of two names, and
+            of two types, the later wins and must be the narrower one (see ``check_patterns``).
+        first_last: How many bits the weight and the input of the model's first and last layer, and
+            the model's outputs, have at least: they cost little and their errors weigh most. What
+            ``overrides`` says of a name wins. First and last are by a run with the example inputs,
+            else by registration. ``None``: they are layers like all others.
+
+    Raises:
+        ValueError: Unknown keys (with the closest known ones) or values out of range.
+
+    Example:
+        >>> recipe = Recipe(overrides={"head": {"weight": {"bits": 4}}, "stem": None})
+        >>> recipe.for_layer("head", "Linear").weight.bits, recipe.for_layer("stem.conv", "Conv2d")
+        (4, None)
+    """
+
+    weight: WeightSpec = WeightSpec()
+    activation: ActivationSpec = ActivationSpec()
+    joins: bool = True
+    outputs: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, LayerKeys | None] = field(default_factory=dict)
+    first_last: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            patterns: Any = getattr(self, name)
+            if isinstance(patterns, str):
+                raise ValueError(
+                    f"Recipe.{name} must be a list of patterns; got the string {patterns!r}. "
+                    f"Write {name}=[{patterns!r}]."
+                )
+            object.__setattr__(self, name, tuple(patterns))
+        for name, kind in (("weight", WeightSpec), ("activation", ActivationSpec)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"Recipe.{name} must be {article(kind)}; got {getattr(self, name)!r}."
+                )
+        for name in ("joins", "outputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"Recipe.{name} must be true or false; got {getattr(self, name)!r}."
+                )
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
+        for pattern, change in self.overrides.items():
+            self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
+        least: object = self.first_last
+        if least is not None and not (_is_int(least) and least in range(2, 9)):
+            raise ValueError(
+                f"Recipe.first_last must be an int from 2 to 8, or null; got {least!r}."
+            )
+
+    def for_layer(
+        self, name: str, kind: str, aliases: tuple[str, ...] = (), at_least: int = 0
+    ) -> LayerSpec | None:
+        """The specs of one layer, ``None`` when it stays float.
+
+        A layer on its own does not know whether it is the first or the last: see ``with_ends``.
+
+        Args:
+            name: Dotted module name.
+            kind: Name of the float class, such as ``Conv2d``.
+            aliases: Further names of the same module; a pattern may match any of them.
+            at_least: Bits that it has unless an override by name gives it others.
+        """
+        names = (name, *aliases)
+        if self.include and not indexed(self.include).selecting(names, kind):
+            return None
+        if indexed(self.exclude).selecting(names, kind):
+            return None
+        default = LayerSpec(self.weight, self.activation)
+        spec: LayerSpec | None = default
+        selecting = indexed(tuple(self.overrides)).selecting(names, kind)
+        # A name wins over a type, and over `first_last`.
+        for by_type in (True, False):
+            if not by_type:
+                default = _with_bits(default, at_least)
+                spec = None if spec is None else _with_bits(spec, at_least)
+            for pattern in selecting:
+                if is_type(pattern) is by_type:
+                    change = self.overrides[pattern]
+                    base = spec or default
+                    spec = None if change is None else self._overridden(base, pattern, change)
+        return spec
+
+    def with_ends(self, ends: Iterable[tuple[str, str, tuple[str, ...]]]) -> Recipe:
+        """This recipe with ``first_last`` spelled out as overrides of the layers that it is about.
+
+        Args:
+            ends: What ``for_layer`` takes, of the first and the last layer.
+
+        Example:
+            >>> recipe = Recipe(weight=WeightSpec(bits=4), first_last=8)
+            >>> recipe.with_ends([("head", "Linear", ())]).for_layer("head", "Linear").weight.bits
+            8
+        """
+        specs: dict[str, Any] = {}
+        for name, kind, aliases in ends:
+            spec = self.for_layer(name, kind, aliases, self.first_last or 0)
+            if spec is not None:
+                specs[glob.escape(name)] = asdict(spec)
+        others = {p: c for p, c in self.overrides.items() if p not in specs}
+        return replace(self, overrides=others | specs)
+
+    def why_float(self, name: str, kind: str, aliases: tuple[str, ...] = ()) -> str | None:
+        """The reason why a layer stays float, ``None`` when it is quantized."""
+        names = (name, *aliases)
+        if self.for_layer(name, kind, aliases) is not None:
+            return None
+        for pattern in indexed(self.exclude).selecting(names, kind):
+            return f"excluded by the recipe (exclude: {pattern!r})"
+        for pattern in indexed(tuple(self.overrides)).selecting(names, kind):
+            if self.overrides[pattern] is None:
+                return f"kept float by the recipe (overrides: {pattern!r}: None)"
+        return "not selected by the recipe's include"
+
+    def check_patterns(self, layers: Mapping[str, str], kinds: Iterable[str] = ()) -> None:
+        """Refuse patterns that select nothing, and overrides that contradict each other.
+
+        Two overrides contradict when both are of names (or both of types), give a layer different
+        values, and the later one does not narrow the earlier: it selects other layers too, or the
+        same ones. An override also contradicts ``exclude`` when that keeps all of its layers float.
+
+        Args:
+            layers: Dotted name to float class name of every layer of the model.
+            kinds: Further class names that ``type:`` patterns may name without selecting anything,
+                so that one recipe serves models with and without them.
+
+        Raises:
+            ValueError: Names every such pattern with the closest layer names, and every
+                contradiction with both patterns and a layer.
+        """
+        problems = []
+        candidates = [*layers.items(), *(("", kind) for kind in kinds)]
+        selected = {prefix for name in layers for prefix in prefixes(name)}
+        for where, patterns in (
+            ("include", self.include),
+            ("exclude", self.exclude),
+            ("overrides", tuple(self.overrides)),
+        ):
+            plain = indexed(patterns).names & selected
+            for pattern in patterns:
+                if pattern in plain:
+                    continue
+                if not any(selects(pattern, name, kind) for name, kind in candidates):
+                    types = {f"type:{kind}" for _, kind in candidates}
+                    known = types if is_type(pattern) else layers
+                    problems.append(
+                        f"Pattern {pattern!r} in Recipe.{where} matches no layer; "
+                        f"{closest(pattern, known)}."
+                    )
+        problems += contradictions(self.overrides, self.exclude, layers)
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only: what YAML, JSON and checkpoints hold; ``Recipe.from_dict`` reads it."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from primitives.
+
+        A key ``preset`` names the preset that the other keys change.
+
+        Raises:
+            ValueError: Unknown keys, with where they stand and the closest known ones.
+        """
+        values = dict(values)
+        base = preset(values.pop("preset")) if "preset" in values else cls()
+        return _changed(base, values, "Recipe")
+
+    @classmethod
+    def load(cls, source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+        """A recipe from itself, a mapping, the name of a preset, or a file.
+
+        A file is YAML or JSON with a recipe's keys, AMCT's JSON configuration (``.json``, told by
+        its keys) or AMCT's simple configuration (``.cfg``).
+
+        Raises:
+            ValueError: No such preset or file, or its contents are no recipe.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        path = Path(source)
+        if path.suffix not in _READERS:
+            return preset(str(source))
+        if not path.is_file():
+            raise ValueError(f"Recipe file {str(path)!r} does not exist.")
+        try:
+            values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+            if not isinstance(values, Mapping):
+                raise ValueError(f"it must hold a mapping; got {type(values).__name__}.")
+            return cls.from_dict(values)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"Recipe file {str(path)!r}: {error}") from error
+
+    def _overridden(
+        self, spec: LayerSpec, pattern: str, change: Mapping[str, Any] | None
+    ) -> LayerSpec:
+        where = f"Recipe.overrides[{pattern!r}]"
+        if change is None:
+            return spec
+        _refuse_unknown(change, ("weight", "activation"), where)
+        return LayerSpec(
+            _changed(spec.weight, change.get("weight", {}), f"{where}.weight"),
+            _changed(spec.activation, change.get("activation", {}), f"{where}.activation"),
+        )
+
+
+def _with_bits(spec: LayerSpec, at_least: int) -> LayerSpec:
+    weight, activation = spec.weight, spec.activation
+    return LayerSpec(
+        replace(weight, bits=max(weight.bits, at_least)),
+        replace(activation, bits=max(activation.bits, at_least)),
+    )
+
+
+def _refuse_unknown(values: object, known: Iterable[str], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping; got {values!r}.")
+    for key in values:
+        if key not in tuple(known):
+            raise ValueError(f"{where} has no key {key!r}; {closest(str(key), known)}.")
+
+
+def _changed(base: SpecT, values: Mapping[str, Any], where: str) -> SpecT:
+    """``base`` with some fields replaced; nested specs are changed key by key."""
+    _refuse_unknown(values, [f.name for f in fields(base)], where)
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        current = getattr(base, key)
+        if isinstance(current, WeightSpec | ActivationSpec) and not isinstance(
+            value, type(current)
+        ):
+            value = _changed(current, value, f"{where}.{key}")
+        changes[key] = value
+    return replace(base, **changes)
+
+
+PRESETS: Mapping[str, Recipe] = {
+    "int8": Recipe(),
+    "w4a8": Recipe(weight=WeightSpec(bits=4), first_last=8),
+    "w4a4": Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=4), first_last=8),
+    "a16w8": Recipe(activation=ActivationSpec(bits=16, symmetric=True)),
+    "amct": Recipe(
+        weight=WeightSpec(quantizer="arq"),
+        activation=ActivationSpec(quantizer="ulq", calibration="mse"),
+        joins=False,
+        outputs=False,
+        exclude=AMCT_FLOAT,
+        overrides={"type:Linear": {"weight": {"granularity": "per_tensor"}}},
+    ),
+}
+"""Recipes by name: ``int8`` is what most targets want; those of 4 bits keep the first and the
+last layer at 8, as LSQ does (arXiv:1902.08153); ``amct`` is Huawei AMCT's choice (inputs of layers
+only)."""
+
+
+def preset(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        ValueError: No such preset; the message lists them and the closest one.
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"No recipe named {name!r}; {closest(name, PRESETS)}. Presets: {sorted(PRESETS)}. "
+            f"A recipe file ends in {', '.join(_READERS)}."
+        )
+    return PRESETS[name]

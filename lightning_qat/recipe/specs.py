@@ -1,0 +1,164 @@
+"""What is asked of a weight, an activation and a layer: frozen specs and their checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, get_args, get_type_hints
+
+from lightning_qat.recipe.typed_dicts import (
+    ActivationQuantizerName,
+    Calibration,
+    Granularity,
+    Initial,
+    WeightQuantizerName,
+)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _clip(clip: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in clip)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
+        raise ValueError(
+            "ActivationSpec.clip must be (low, high) with low <= 0 <= high and low < high, both "
+            f"finite, so that real zero is on the grid; got {clip!r}."
+        )
+    return low, high
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
+    kind: Any = type(spec)
+    for name, hint in _hints(kind).items():
+        choices, value = get_args(hint), getattr(spec, name)
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{type(spec).__name__}.{name} must be true or false; got {value!r}.")
+        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+            raise ValueError(
+                f"{type(spec).__name__}.{name} must be one of {list(choices)}; got {value!r}."
+            )
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How weights are quantized: symmetric, zero point 0.
+
+    Args:
+        bits: 2 to 8. Eight bits use -127..127, fewer bits the full range (4 bits: -8..7).
+        granularity: One scale per output channel, or one per tensor.
+        quantizer: ``minmax`` takes the scale from the largest absolute weight of every forward;
+            ``arq`` is the same by AMCT's rule (-128..127, the farther side touches its end);
+            ``learned`` trains the scales with the network (LSQ); ``ulq`` does on AMCT's grid.
+        initial: Where learned scales start: ``mse``, the least squared error, or ``minmax``.
+
+    Raises:
+        ValueError: A value is outside what is listed.
+    """
+
+    bits: int = 8
+    granularity: Granularity = "per_channel"
+    quantizer: WeightQuantizerName = "minmax"
+    initial: Initial = "mse"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if not _is_int(self.bits) or not 2 <= self.bits <= 8:
+            raise ValueError(f"WeightSpec.bits must be an int from 2 to 8; got {self.bits!r}.")
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How activations are quantized, per tensor.
+
+    Args:
+        bits: 2 to 8, or 16.
+        symmetric: Zero point 0 and the same reach on both sides; affine otherwise. 16 bits must be
+            symmetric.
+        quantizer: ``observed``: the range follows the data by ``calibration`` until it is frozen.
+            ``learned``: the step, and the lower end of an affine range, are trained with the
+            network (LSQ, LSQ+), from where calibration leaves them. ``ulq``: both ends are trained,
+            with AMCT's gradients, which are not normalised.
+        calibration: ``moving_average`` of each batch's minimum and maximum (a plain mean over the
+            first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches;
+            or the moving average of each batch's ``percentile`` (99.99 %), of its range with the
+            least squared error (``mse``) or with most of its information (``entropy``); or
+            ``histogram``, the range with the least squared error over all batches together.
+        fixed_min: ``True`` pins the lower end at 0, for inputs that are never negative; otherwise
+            the data decide.
+        clip: A given range ``(low, high)``, used from the start and never observed; learned
+            quantizers start there.
+        calibration_batches: How many batches give a learned quantizer the range it starts from,
+            where no ``Schedule`` asks for more; from the last of them on it quantizes.
+        samples: How many values of a tensor calibration looks at, 64 or more. ``None``: all of them
+            for ``moving_average`` and ``minmax``, 32,768 evenly spaced ones for the others. With
+            fewer than all, the first two take evenly spaced runs of 64 neighbours: values that are
+            farther out than those may be clipped, and NaN or infinity may go unseen.
+
+    Raises:
+        ValueError: A value is outside what is listed, or two of them exclude each other.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    quantizer: ActivationQuantizerName = "observed"
+    calibration: Calibration = "moving_average"
+    fixed_min: bool | None = None
+    clip: tuple[float, float] | None = None
+    calibration_batches: int = 1
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if not _is_int(self.bits) or (self.bits != 16 and not 2 <= self.bits <= 8):
+            raise ValueError(
+                f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {self.bits!r}."
+            )
+        if self.bits == 16 and not self.symmetric:
+            raise ValueError(
+                "ActivationSpec: 16-bit activations are symmetric on every target; set "
+                "symmetric=True."
+            )
+        if self.fixed_min and self.symmetric:
+            raise ValueError(
+                "ActivationSpec: fixed_min pins the lower end at 0, which a symmetric range "
+                "cannot have; drop one of the two."
+            )
+        if self.fixed_min is not None and not isinstance(self.fixed_min, bool):
+            raise ValueError(
+                f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}."
+            )
+        if not _is_int(self.calibration_batches) or self.calibration_batches < 1:
+            raise ValueError(
+                "ActivationSpec.calibration_batches must be an int of 1 or more; got "
+                f"{self.calibration_batches!r}."
+            )
+        if self.samples is not None and not (_is_int(self.samples) and self.samples >= 64):
+            raise ValueError(
+                "ActivationSpec.samples must be an int of 64 or more, or null for what the "
+                f"calibration takes by itself; got {self.samples!r}."
+            )
+        if self.clip is not None:
+            object.__setattr__(self, "clip", _clip(self.clip))
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The two specs of one layer."""
+
+    weight: WeightSpec
+    activation: ActivationSpec
+
+
+def article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"

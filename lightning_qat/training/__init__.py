@@ -1,0 +1,1 @@
+"""What a training loop calls: phases, range synchronisation, weights quantized once."""

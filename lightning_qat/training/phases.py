@@ -1,0 +1,103 @@
+"""Apply a phase to a model, and agree on ranges across processes: what a training loop calls.
+
+``QATCallback`` calls these; a loop of one's own may as well. Without them a prepared model observes
+and quantizes from the first training batch on, each quantizer for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.range_sync import activation_quantizers
+
+
+def apply_phase(model: nn.Module, phase: Phase) -> None:
+    """Set every quantizer and batch norm of a model to a phase; calling it again changes nothing.
+
+    Observations then wait for ``commit_ranges``. A frozen batch norm is held in eval mode by a hook
+    on its own forward, so a ``model.train()`` in between does not wake it up.
+
+    Args:
+        model: A prepared model.
+        phase: What holds from the next batch on.
+    """
+    for quantizer in activation_quantizers(model).values():
+        quantizer.deferred = True
+        quantizer.observing = phase.observing
+    set_quantizing(model, phase.quantizing)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _hold_in_eval(module, phase.batchnorm_frozen)
+
+
+def set_observing(quantizers: Iterable[ActivationQuantizer], observing: bool) -> None:
+    """Open or close the gate through which data reach the ranges."""
+    for quantizer in quantizers:
+        quantizer.observing = observing
+
+
+def set_quantizing(model: nn.Module, quantizing: bool) -> None:
+    """Turn fake quantization on or off: of activations and of weights."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.quantizing = quantizing
+
+
+def check_memory(memory: object) -> None:
+    """Refuse what is no choice of ``memory``.
+
+    Raises:
+        ValueError: It is neither ``fast`` nor ``compact``.
+    """
+    if memory not in ("fast", "compact"):
+        raise ValueError(f"memory must be 'fast' or 'compact'; got {memory!r}.")
+
+
+def set_compact(model: nn.Module, compact: bool) -> None:
+    """Choose what backward keeps: little (integers and bits), or what makes it fast.
+
+    Values and gradients are the same. While ``torch.compile`` traces, the compiler chooses.
+    """
+    for module in model.modules():
+        interception = interception_of(module)
+        if interception is not None:
+            interception.compact = compact
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.compact = compact
+
+
+def finish(model: nn.Module) -> None:
+    """Leave a model as its exports will be: quantizing, observing nothing, batch norm let go."""
+    for quantizer in activation_quantizers(model).values():
+        quantizer.observing = False
+    set_quantizing(model, True)
+    release_batchnorms(model)
+
+
+def release_batchnorms(model: nn.Module) -> None:
+    """Let go of every batch norm that a phase held in eval mode; its mode stays as it is."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _hold_in_eval(module, False)
+
+
+def _hold_in_eval(module: _BatchNorm, hold: bool) -> None:
+    handle: Any = module.__dict__.get("_lightning_qat_hold")
+    if hold and handle is None:
+        module.eval()
+        module.__dict__["_lightning_qat_hold"] = module.register_forward_pre_hook(_to_eval)
+    elif not hold and handle is not None:
+        handle.remove()
+        del module.__dict__["_lightning_qat_hold"]
+
+
+def _to_eval(module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+    module.eval()
