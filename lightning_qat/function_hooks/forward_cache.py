@@ -19,7 +19,7 @@ Key = tuple[int, int]
 """Identity of a tensor's value: the object, and how often it was changed in place."""
 
 
-class Tape:
+class ForwardCache:
     """The tensors of one forward that are on a grid, and their quantized forms.
 
     An in-place operation makes a new value of the same object: the version is part of the identity.
@@ -139,7 +139,7 @@ class Tape:
 
 
 class _Running:
-    tape: Tape | None = None
+    forward_cache: ForwardCache | None = None
     hidden: bool = False
 
 
@@ -152,19 +152,23 @@ class _Local(threading.local):
 _LOCAL = _Local()
 
 
-def current_tape() -> Tape | None:
+def current_forward_cache() -> ForwardCache | None:
     """The tape of the forward that runs in this thread, if it keeps one.
 
     A tape holds tensors of its own forward, so a graph that ``torch.compile`` makes of a part of
     it keeps its own, or none.
     """
-    tape = _LOCAL.running.tape
-    return tape if tape is None or tape.traced == is_dynamo_compiling() else None
+    forward_cache = _LOCAL.running.forward_cache
+    return (
+        forward_cache
+        if forward_cache is None or forward_cache.traced == is_dynamo_compiling()
+        else None
+    )
 
 
-def swap_tape(tape: Tape | None) -> Tape | None:
+def swap_forward_cache(forward_cache: ForwardCache | None) -> ForwardCache | None:
     """Begin or end a tape in this thread; gives the one before."""
-    before, _LOCAL.running.tape = _LOCAL.running.tape, tape
+    before, _LOCAL.running.forward_cache = _LOCAL.running.forward_cache, forward_cache
     return before
 
 
@@ -172,7 +176,7 @@ def hidden() -> AbstractContextManager[object]:
     """Keep a quantizer's own arithmetic from the function mode that watches a model's forward."""
     if is_dynamo_compiling():
         return Hidden(_LOCAL.running)
-    return nullcontext() if current_tape() is None else torch._C.DisableTorchFunction()
+    return nullcontext() if current_forward_cache() is None else torch._C.DisableTorchFunction()
 
 
 def unseen() -> AbstractContextManager[object]:

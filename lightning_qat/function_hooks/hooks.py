@@ -25,11 +25,11 @@ from torch.utils import _pytree as pytree
 from lightning_qat.function_hooks.call_site import is_users, line_of_call, traced_line_of_call
 from lightning_qat.function_hooks.compact import compactly
 from lightning_qat.function_hooks.forward_cache import (
-    Tape,
-    current_tape,
+    ForwardCache,
+    current_forward_cache,
     hidden,
     is_hidden,
-    swap_tape,
+    swap_forward_cache,
 )
 from lightning_qat.function_hooks.function_table import (
     JOIN_FUNCTIONS,
@@ -93,18 +93,18 @@ class Interception:
         _LOCAL.frames.append(frame)
         if not frame.watched:
             return
-        tape = current_tape()
-        if tape is None:
+        forward_cache = current_forward_cache()
+        if forward_cache is None:
             _show_to_compile()
             # The outermost watched module; under activation checkpointing it may be any, and one
             # that torch.compile wraps begins anew.
-            tape = frame.tape = Tape(traced=is_dynamo_compiling())
-            frame.outer_tape = swap_tape(tape)
-            if frame.outer_tape is None:
+            forward_cache = frame.forward_cache = ForwardCache(traced=is_dynamo_compiling())
+            frame.outer_forward_cache = swap_forward_cache(forward_cache)
+            if frame.outer_forward_cache is None:
                 frame.mode = _JoinMode()
                 frame.mode.__enter__()  # type: ignore[no-untyped-call]
-        frame.number = tape.calls[id(self)]
-        tape.calls[id(self)] += 1
+        frame.number = forward_cache.calls[id(self)]
+        forward_cache.calls[id(self)] += 1
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the module's forward, also when it raised."""
@@ -119,11 +119,11 @@ class Interception:
         try:
             if output is not None and self._outputs:
                 replaced = self._quantize_outputs(output, frame.number)
-            if frame.tape is not None and output is not None:
+            if frame.forward_cache is not None and output is not None:
                 given = output if replaced is None else replaced
                 with hidden():
-                    leaves = frame.tape.relus.read_all(given)
-                    frame.tape.relus.learn()
+                    leaves = frame.forward_cache.relus.read_all(given)
+                    frame.forward_cache.relus.learn()
                 replaced = replaced if leaves is given else leaves
         finally:
             frame.close()
@@ -167,8 +167,8 @@ class Frame:
         self.watched = watched
         self.number = 0
         self.mode: _JoinMode | None = None
-        self.tape: Tape | None = None
-        self.outer_tape: Tape | None = None
+        self.forward_cache: ForwardCache | None = None
+        self.outer_forward_cache: ForwardCache | None = None
         self._calls: Counter[str] = Counter()
         # Code of torch's own modules and of ours is the same for everybody, and who calls them is
         # not theirs.
@@ -187,9 +187,9 @@ class Frame:
         """End what began with this forward."""
         if self.mode is not None:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if self.tape is not None:
-            swap_tape(self.outer_tape)
-            self.tape.close()
+        if self.forward_cache is not None:
+            swap_forward_cache(self.outer_forward_cache)
+            self.forward_cache.close()
 
     def place(self, name: str) -> str:
         """How the next call of a function is known: ``add@forward+3:0``.
@@ -252,16 +252,16 @@ class _JoinMode(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = _LOCAL.frames[-1] if _LOCAL.frames else None
-        tape = current_tape()
-        if tape is None or tape.traced:
+        forward_cache = current_forward_cache()
+        if forward_cache is None or forward_cache.traced:
             return self._quantized(func, args, kwargs, frame)
-        if func not in _TELL_NO_VALUE and tape.relus.any_of(args, kwargs):
-            args, kwargs = _in_float(tape.relus, func, args, kwargs, frame)
+        if func not in _TELL_NO_VALUE and forward_cache.relus.any_of(args, kwargs):
+            args, kwargs = _in_float(forward_cache.relus, func, args, kwargs, frame)
         if frame is not None and frame.watched and func in RELUS:
-            return self._relu(func, args, kwargs, frame, tape)
+            return self._relu(func, args, kwargs, frame, forward_cache)
         result = self._quantized(func, args, kwargs, frame)
         if args:
-            tape.relus.may_have_changed(args[0])
+            forward_cache.relus.may_have_changed(args[0])
         return result
 
     def _relu(
@@ -270,25 +270,25 @@ class _JoinMode(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         frame: Frame,
-        tape: Tape,
+        forward_cache: ForwardCache,
     ) -> Any:
         """Call relu, together with the only reader of its result where that is a quantizer."""
         counted = func in JOIN_FUNCTIONS
         place = frame.place("relu" if counted else "clamp")
         relu = RELUS[func](*args, **kwargs)
-        if not place or tape.is_on_grid(relu.input):
+        if not place or forward_cache.is_on_grid(relu.input):
             return self._quantized(func, args, kwargs, frame)
         assert frame.interception is not None
         # A module may run several times in one forward.
         site = frame.interception.relus.setdefault(f"{place}:{frame.number}", ReluSite())
-        result = tape.relu_and_quantizer(site, relu)
+        result = forward_cache.relu_and_quantizer(site, relu)
         if result is not None:
             frame.count(place)
             return result
         if not counted:
             frame.count(place)
         result = self._quantized(func, args, kwargs, frame)
-        tape.relus.gave(site, relu, result)
+        forward_cache.relus.gave(site, relu, result)
         return result
 
     def _quantized(
@@ -370,9 +370,9 @@ def _unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     result = func(*args, **kwargs)
     target = args[0] if args else None
     if result is target and isinstance(target, Tensor):
-        tape = current_tape()
-        if tape is not None:
-            tape.changed(target)
+        forward_cache = current_forward_cache()
+        if forward_cache is not None:
+            forward_cache.changed(target)
     return result
 
 
@@ -392,11 +392,11 @@ def _passed_on(
         result = original[0].copy_(func(source.clone(), *args[1:], **kwargs))
     else:
         result = func(*args, **kwargs)
-    tape = current_tape()
-    if tape is None:
+    forward_cache = current_forward_cache()
+    if forward_cache is None:
         return result
     if in_place and isinstance(mutated, Tensor):
-        tape.changed(mutated)
+        forward_cache.changed(mutated)
     if known.kind == "tie":
         source = args[0][0] if args and args[0] else None
     keeps = known.kind == "tie" or keeps_values(known, args, kwargs)
@@ -405,7 +405,7 @@ def _passed_on(
     if keeps and isinstance(source, Tensor):
         for leaf in result if isinstance(result, list | tuple) else (result,):
             if isinstance(leaf, Tensor):
-                tape.passes(source, leaf)
+                forward_cache.passes(source, leaf)
     return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_qat.function_hooks.forward_cache import current_tape, hidden
+from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
 from lightning_qat.layers._layer import QATLayer, weight_quantizer_name
 from lightning_qat.quantizers.activation import ActivationQuantizer
 
@@ -84,10 +84,10 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         Raises:
             ValueError: A shape does not fit.
         """
-        tape = current_tape()
-        if tape is not None:
+        forward_cache = current_forward_cache()
+        if forward_cache is not None:
             # Read in hiding, not by a quantizer of the tape.
-            hx = tape.relus.read_all(hx)
+            hx = forward_cache.relus.read_all(hx)
         # Its arithmetic is no join of the model's.
         with hidden():
             if not isinstance(input, PackedSequence):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.function_hooks.forward_cache import current_tape, hidden
+from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -96,15 +96,15 @@ class ActivationQuantizer(Quantizer):
             x: What to quantize.
             saves_input: See ``fake_quantize``; for layers, whose own backward needs their input.
         """
-        tape = current_tape()
+        forward_cache = current_forward_cache()
         with hidden():
-            if tape is None:
+            if forward_cache is None:
                 return self._quantize(x, saves_input)
             quantize = partial(self._quantize, saves_input=saves_input)
-            x = tape.relus.read_by(x, self)
-            result = tape.quantize(x, self.identity, quantize, skip=True)
+            x = forward_cache.relus.read_by(x, self)
+            result = forward_cache.quantize(x, self.identity, quantize, skip=True)
             if result is x:
-                tape.relus.forget(x)
+                forward_cache.relus.forget(x)
             return result
 
     def quantize_clamped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.function_hooks.forward_cache import current_tape, hidden
+from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
 from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
 from lightning_qat.numerics.arithmetic import along_axis, quantize
 from lightning_qat.numerics.qparams import QParams
@@ -32,11 +32,11 @@ class FinalActivation(nn.Module):
 
     def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
         """Fake-quantize ``x``; one node per tensor, however many consumers it has."""
-        tape = current_tape()
-        if tape is None:
+        forward_cache = current_forward_cache()
+        if forward_cache is None:
             return self._quantize(x)
         with hidden():
-            return tape.quantize(x, self.identity, self._quantize, skip=False)
+            return forward_cache.quantize(x, self.identity, self._quantize, skip=False)
 
     def _quantize(self, x: Tensor) -> Tensor:
         result: Tensor = fake_quantize_node(
