@@ -355,7 +355,9 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
         "x * 1 (one pass)": lambda: x * 1,
         "ours": quantize,
         "ours, observing": lambda: fake_quantize(x, scale, zero_point, grid, observe=seen.append),
-        "ours, integers too": lambda: fake_quantize(x, scale, zero_point, grid, carries_codes=True),
+        "ours, integers too": lambda: fake_quantize(
+            x, scale, zero_point, grid, carries_int_repr=True
+        ),
         "ours, learned scale": learn,
         f"ours{_WITHOUT}": quantize,
         f"ours, learned scale{_WITHOUT}": learn,

@@ -189,7 +189,7 @@ def test_second_derivatives_pass_through() -> None:
 def test_nan_comes_out_as_nan() -> None:
     x = torch.tensor([1.0, torch.nan], requires_grad=True)
     scale, zero_point = torch.tensor(0.1), torch.tensor(3.0)
-    y = fake_quantize(x, scale, zero_point, Grid(-128, 127), carries_codes=True)
+    y = fake_quantize(x, scale, zero_point, Grid(-128, 127), carries_int_repr=True)
     assert torch.equal(y.isnan(), torch.tensor([False, True]))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_qat import prepare
 from lightning_qat.numerics.bitmask import masked, pack_between, unpack_bits
 from lightning_qat.numerics.fake_quantize import clamp_and_quantize, fake_quantize, fake_quantizer
-from lightning_qat.numerics.int_repr import codes_of
+from lightning_qat.numerics.int_repr import int_repr_of
 from lightning_qat.numerics.kernels import build, loops
 from lightning_qat.numerics.learned_fake_quantize import (
     learned_fake_quantize,
@@ -98,11 +98,11 @@ def test_values_and_gradients_are_the_same_to_the_bit(
         y = fake_quantize(
             *(x, torch.tensor(0.25), torch.tensor(zero_point), grid),
             saves_input=keeps == "input",
-            carries_codes=keeps == "codes",
+            carries_int_repr=keeps == "codes",
         )
-        codes = codes_of(y)
-        assert (codes is not None) == (keeps == "codes")
-        return y.detach(), torch.autograd.grad(y, x, upstream), codes and codes.restore()
+        int_repr = int_repr_of(y)
+        assert (int_repr is not None) == (keeps == "codes")
+        return y.detach(), torch.autograd.grad(y, x, upstream), int_repr and int_repr.restore()
 
     one, other = results(), separately(results)
     assert_same(one[0], other[0])
@@ -118,7 +118,7 @@ def test_values_and_gradients_are_the_same_to_the_bit(
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_rows_have_scales_of_their_own(
-    shape: tuple[int, ...], codes: bool, channels_last: bool, separately: Any, calls: list[str]
+    shape: tuple[int, ...], int_repr: bool, channels_last: bool, separately: Any, calls: list[str]
 ) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
@@ -130,15 +130,15 @@ def test_rows_have_scales_of_their_own(
         return fake_quantize(
             *(weight, scale, torch.tensor(0.0), Grid(-127, 127)),
             gradient_everywhere=True,
-            carries_codes=codes,
+            carries_int_repr=int_repr,
         )
 
     one = results()
     assert calls == ["fake_quantize"]
     other = separately(results)
     assert_same(one, other)
-    if codes:
-        found, expected = codes_of(one), codes_of(other)
+    if int_repr:
+        found, expected = int_repr_of(one), int_repr_of(other)
         assert found is not None
         assert expected is not None
         assert_same(found.restore(), expected.restore())

@@ -289,7 +289,7 @@ def test_nothing_of_it_is_left_in_a_converted_model() -> None:
 @pytest.mark.parametrize("ends", [(0.0, float("inf")), (0.0, 6.0), (-1.0, 1.0), (2.0, 3.0)])
 @pytest.mark.parametrize("codes", [False, True], ids=["fast", "compact"])
 def test_clamped_grids_are_clamped_tensors(
-    scale: float, zero_point: float, ends: tuple[float, float], codes: bool
+    scale: float, zero_point: float, ends: tuple[float, float], int_repr: bool
 ) -> None:
     torch.manual_seed(0)
     steps = torch.arange(-300.0, 300.0) / 2
@@ -301,7 +301,7 @@ def test_clamped_grids_are_clamped_tensors(
         if two_passes:
             y = fake_quantize(F.hardtanh(x, *ends), *numbers)
         else:
-            y = clamp_and_quantize(x, ends, *numbers, carries_codes=codes)
+            y = clamp_and_quantize(x, ends, *numbers, carries_int_repr=int_repr)
         y.backward(torch.linspace(1, 2, len(x)))
         assert x.grad is not None
         results.append((y.detach(), x.grad[:-1]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_qat.function_hooks.relu_fusion import RELUS
 from lightning_qat.numerics.bitmask import masked, pack_between
-from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.numerics.int_repr import saving_int_repr
 
 
 def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -24,7 +24,7 @@ def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return _clamp(*relu(*args, **kwargs))
     first = args[0] if args else None
     operands = (*first, *args[1:]) if isinstance(first, list | tuple) else args
-    with keeping_codes(*operands, *kwargs.values()):
+    with saving_int_repr(*operands, *kwargs.values()):
         return function(*args, **kwargs)
 
 

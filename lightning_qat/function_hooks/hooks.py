@@ -65,7 +65,7 @@ class Interception:
         }
         self.warned = False
         self.compact = False
-        """Whether what backward keeps of the module's calls is small, not fast; see ``codes``."""
+        """Whether what backward keeps of the module's calls is small, not fast; see ``int_repr``."""
         self.relus: dict[str, ReluSite] = {}
         """Who reads what relu gives, by the place of its call."""
         self._handles: list[Any] = []

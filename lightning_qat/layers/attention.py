@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_qat.function_hooks.forward_cache import unseen
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.linear import LinearQAT
-from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import LayerSpec
 
@@ -60,7 +60,7 @@ class ProjectionQAT(QATLayer):
         """Multiply the fake-quantized input with the fake-quantized weight."""
         x: Tensor = self.input_quantizer(input, saves_input=True)
         weight: Tensor = self.weight_quantizer(self.weight)
-        with keeping_codes(x, weight):
+        with saving_int_repr(x, weight):
             return functional.linear(x, weight, self.bias)
 
 

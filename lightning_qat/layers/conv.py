@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.layers._layer import QATLayer
-from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 
 Size = int | tuple[int, ...]
@@ -63,7 +63,7 @@ class _ConvQAT(QATLayer):
         convolution: Any = self
         x: Tensor = self.input_quantizer(input, saves_input=True)
         weight: Tensor = self.weight_quantizer(self.weight)
-        with keeping_codes(x, weight):
+        with saving_int_repr(x, weight):
             output: Tensor = convolution._conv_forward(x, weight, self.bias)
         return output
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.conv import Size
-from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 
 _FUNCTIONS: Mapping[int, Any] = {
@@ -84,7 +84,7 @@ class _ConvTransposeQAT(QATLayer):
         )
         x: Tensor = self.input_quantizer(input, saves_input=True)
         weight: Tensor = self.weight_quantizer(self.weight)
-        with keeping_codes(x, weight):
+        with saving_int_repr(x, weight):
             output: Tensor = _FUNCTIONS[len(layer.kernel_size)](
                 x,
                 weight,

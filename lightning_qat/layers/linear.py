@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_qat.layers._layer import QATLayer
-from lightning_qat.numerics.int_repr import keeping_codes
+from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 
 
@@ -52,5 +52,5 @@ class LinearQAT(nn.Linear, QATLayer):
         """Multiply the fake-quantized input with the fake-quantized weight."""
         x: Tensor = self.input_quantizer(input, saves_input=True)
         weight: Tensor = self.weight_quantizer(self.weight)
-        with keeping_codes(x, weight):
+        with saving_int_repr(x, weight):
             return functional.linear(x, weight, self.bias)

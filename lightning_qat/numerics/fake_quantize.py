@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.numerics.int_repr import Codes, carry_codes
+from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import Grid
 from lightning_qat.numerics.rounding import (
@@ -46,7 +46,7 @@ def fake_quantize(
     *,
     gradient_everywhere: bool = False,
     saves_input: bool = False,
-    carries_codes: bool = False,
+    carries_int_repr: bool = False,
     observe: Observe | None = None,
 ) -> Tensor:
     """Round real values to the grid and stay in real numbers.
@@ -69,7 +69,7 @@ def fake_quantize(
             that is faster; for readers that keep ``x`` anyway. ``x`` must not be changed in place
             before backward.
         carries_codes: The result shall carry its integers, so that what reads it within
-            ``keeping_codes`` keeps those; overrides ``saves_input``.
+            ``saving_int_repr`` keeps those; overrides ``saves_input``.
         observe: Is given the range of ``x`` (``batch_range``), found in the same pass where that is
             possible.
 
@@ -107,7 +107,7 @@ def fake_quantize(
         ends=None,
         keeps_bits=keeps_bits,
         saves_input=saves_input,
-        carries_codes=carries_codes,
+        carries_int_repr=carries_int_repr,
     )
     return quantize_call(call, observe)
 
@@ -119,7 +119,7 @@ def clamp_and_quantize(
     zero_point: Tensor,
     grid: Grid,
     *,
-    carries_codes: bool = False,
+    carries_int_repr: bool = False,
     observe: Observe | None = None,
 ) -> Tensor:
     """``fake_quantize`` of relu, relu6 or hardtanh of ``x``, in one pass with one gradient.
@@ -159,7 +159,7 @@ def clamp_and_quantize(
         ends,
         keeps_bits=keeps_bits,
         saves_input=True,
-        carries_codes=carries_codes,
+        carries_int_repr=carries_int_repr,
     )
     return quantize_call(call, observe)
 
@@ -203,7 +203,7 @@ def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[T
     return call
 
 
-def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
+def quantized_again(weight: Tensor, known: Tensor | IntRepr) -> Tensor:
     """A quantized weight that is known, with the gradient of ``gradient_everywhere``.
 
     Args:
@@ -211,9 +211,9 @@ def quantized_again(weight: Tensor, known: Tensor | Codes) -> Tensor:
         known: Its quantized values, or their integers.
     """
     result: Tensor
-    if isinstance(known, Codes):
+    if isinstance(known, IntRepr):
         result = SurrogatePass.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
-        carry_codes(result, known)
+        attach_int_repr(result, known)
         return result
     # Another tensor of the same memory: a graph of its own.
     result = SurrogatePass.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]

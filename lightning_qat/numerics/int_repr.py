@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from lightning_qat.numerics.kernels import loops as kernels
 
 
-class Codes:
+class IntRepr:
     """A tensor on a grid as its integers.
 
     Args:
@@ -43,18 +43,18 @@ class Codes:
         return values.mul_(self.scale)
 
 
-def carry_codes(x: Tensor, codes: Codes) -> None:
+def attach_int_repr(x: Tensor, int_repr: IntRepr) -> None:
     """Let a tensor on a grid be known by its integers, as long as it lives."""
-    x._qat_codes = codes  # type: ignore[attr-defined]
+    x._qat_int_repr = int_repr  # type: ignore[attr-defined]
 
 
-def codes_of(x: object) -> Codes | None:
+def int_repr_of(x: object) -> IntRepr | None:
     """The integers that a tensor carries."""
-    codes: Codes | None = getattr(x, "_qat_codes", None)
-    return codes
+    int_repr: IntRepr | None = getattr(x, "_qat_int_repr", None)
+    return int_repr
 
 
-def keeping_codes(*operands: object) -> AbstractContextManager[object]:
+def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
     """What an operation keeps of its operands for backward: their integers, where they carry any.
 
     Args:
@@ -64,17 +64,17 @@ def keeping_codes(*operands: object) -> AbstractContextManager[object]:
         return nullcontext()
     known = {}
     for operand in operands:
-        codes = codes_of(operand)
-        if codes is not None and isinstance(operand, Tensor):
-            known[operand.untyped_storage().data_ptr()] = codes
+        int_repr = int_repr_of(operand)
+        if int_repr is not None and isinstance(operand, Tensor):
+            known[operand.untyped_storage().data_ptr()] = int_repr
     if not known:
         return nullcontext()
 
     def pack(x: Tensor) -> object:
-        codes = known.get(x.untyped_storage().data_ptr())
-        if codes is None or x.dtype != torch.float32:
+        int_repr = known.get(x.untyped_storage().data_ptr())
+        if int_repr is None or x.dtype != torch.float32:
             return x
-        return codes, x.shape, x.stride(), x.storage_offset()
+        return int_repr, x.shape, x.stride(), x.storage_offset()
 
     return saved_tensors_hooks(pack, _unpacked)
 
@@ -82,6 +82,6 @@ def keeping_codes(*operands: object) -> AbstractContextManager[object]:
 def _unpacked(kept: Any) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    codes, *layout = kept
-    restored: Tensor = codes.restore()
+    int_repr, *layout = kept
+    restored: Tensor = int_repr.restore()
     return restored.as_strided(*layout)

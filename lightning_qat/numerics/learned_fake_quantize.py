@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, zero_point_of
-from lightning_qat.numerics.int_repr import Codes, carry_codes
+from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import Stops
 from lightning_qat.numerics.qparams import Grid
@@ -28,8 +28,8 @@ def learned_fake_quantize(
     axis: int | None = None,
     normalized: bool = True,
     saves_input: bool = False,
-    carries_codes: bool = False,
-    known: Tensor | Codes | None = None,
+    carries_int_repr: bool = False,
+    known: Tensor | IntRepr | None = None,
 ) -> Tensor:
     r"""Round real values to a grid whose scale, and lower end, receive gradients.
 
@@ -79,7 +79,7 @@ def learned_fake_quantize(
         x.numel() if normalized else None,
         axis,
         saves_input=saves_input,
-        carries_codes=carries_codes,
+        carries_int_repr=carries_int_repr,
         known=known,
     )
     return quantize(x)
@@ -93,8 +93,8 @@ def learned_fake_quantizer(
     axis: int | None = None,
     *,
     saves_input: bool = False,
-    carries_codes: bool = False,
-    known: Tensor | Codes | None = None,
+    carries_int_repr: bool = False,
+    known: Tensor | IntRepr | None = None,
     clamped: tuple[float, float] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """``learned_fake_quantize`` for many tensors on one grid, such as the steps of a sequence.
@@ -132,14 +132,14 @@ def learned_fake_quantizer(
         fake = _Rounding(wide, origin, grid, axis, step)
         if clamped is not None:
             fake.clamp(clamped[1])
-        fake.keeps_codes, fake.known = carries_codes and not is_compiling(), known
+        fake.keeps_codes, fake.known = carries_int_repr and not is_compiling(), known
         result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
             x, scale, low, fake, factor, saves_input
         )
-        if isinstance(known, Codes):
-            carry_codes(result, known)
+        if isinstance(known, IntRepr):
+            attach_int_repr(result, known)
         elif fake.keeps_codes:
-            carry_codes(result, fake.take_codes())
+            attach_int_repr(result, fake.take_codes())
         return result
 
     return call
@@ -156,7 +156,7 @@ class _Rounding:
         """The scale as a number, where there is one and looking at it costs nothing."""
         self.first, self.last = grid.qmin - origin, grid.qmax - origin
         self.keeps_codes = False
-        self.known: Tensor | Codes | None = None
+        self.known: Tensor | IntRepr | None = None
         self._integers: Tensor | None = None
         self._lowest, self._highest = self.first, self.last
         self._clamped_at: float | None = None
@@ -187,7 +187,7 @@ class _Rounding:
         """Real values on the grid; their integers are kept aside where they are wanted."""
         known, self.known = self.known, None
         if known is not None:
-            return known.restore() if isinstance(known, Codes) else known.detach()
+            return known.restore() if isinstance(known, IntRepr) else known.detach()
         if not self.keeps_codes:
             return on_grid(x, self.scale, self._lowest, self._highest)
         if isinstance(self.first, float):
@@ -197,17 +197,17 @@ class _Rounding:
                 zero=self.origin,
             )
             if found is not None:
-                self._integers = found.codes
+                self._integers = found.int_repr
                 return found.values.to(x.dtype)
         steps = self.steps(x)
         self._integers = (steps + self.origin).to(self.grid.dtype)
         return steps.mul_(self.scale).to(x.dtype)
 
-    def take_codes(self) -> Codes:
+    def take_codes(self) -> IntRepr:
         """What ``values`` has kept; it is no longer kept here."""
         assert self._integers is not None
         integers, self._integers = self._integers, None
-        return Codes(integers, self.scale, self.origin)
+        return IntRepr(integers, self.scale, self.origin)
 
     def gradients(self, grad: Tensor, x: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of values and of their scale, and the sum of what comes from outside the range.

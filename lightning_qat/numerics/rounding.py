@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.bitmask import masked, pack_between, pack_bits
-from lightning_qat.numerics.int_repr import Codes, carry_codes
+from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import Grid
@@ -70,7 +70,7 @@ class RoundingCall(NamedTuple):
     ends: tuple[float, float] | None
     keeps_bits: bool
     saves_input: bool
-    carries_codes: bool
+    carries_int_repr: bool
 
 
 class _OnGrid(NamedTuple):
@@ -83,7 +83,7 @@ class _OnGrid(NamedTuple):
     """
 
     values: Tensor
-    codes: Codes | None
+    int_repr: IntRepr | None
     bits: Tensor | None
 
 
@@ -94,14 +94,14 @@ def quantize_call(call: RoundingCall, observe: Observe | None) -> Tensor:
     if found is None:
         if observe is not None:
             observe(batch_range(x, ends=call.ends))
-        rereads = call.keeps_bits and call.saves_input and not call.carries_codes
+        rereads = call.keeps_bits and call.saves_input and not call.carries_int_repr
         if rereads and call.edges is not None and x.dtype == torch.float32:
             result = _Reread.apply(x, call.scale, call.low, call.high, call.edges)  # type: ignore[no-untyped-call]
             return result
         found = _by_operations(call)
     result = SurrogatePass.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
-    if found.codes is not None:
-        carry_codes(result, found.codes)
+    if found.int_repr is not None:
+        attach_int_repr(result, found.int_repr)
     return result
 
 
@@ -109,11 +109,11 @@ def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
     origin, grid = call.origin, call.grid
     if not isinstance(origin, float) or (call.keeps_bits and call.edges is None):
         return None
-    counted = _counted_from_zero(origin, grid) if call.carries_codes else None
+    counted = _counted_from_zero(origin, grid) if call.carries_int_repr else None
     zero = origin if counted is None else 0.0
     found = kernels.fake_quantize(
         *(call.x.detach().to(torch.float32), call.scale, call.low, call.high),
-        dtype=(counted or grid.dtype) if call.carries_codes else None,
+        dtype=(counted or grid.dtype) if call.carries_int_repr else None,
         zero=zero,
         edges=call.edges if call.keeps_bits else None,
         ends=None if observe is None else call.ends or kernels.ALL,
@@ -122,14 +122,14 @@ def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
         return None
     if observe is not None and found.seen is not None:
         observe(found.seen)
-    codes = None if found.codes is None else Codes(found.codes, call.scale, zero)
-    return _OnGrid(found.values, codes, found.bits)
+    int_repr = None if found.int_repr is None else IntRepr(found.int_repr, call.scale, zero)
+    return _OnGrid(found.values, int_repr, found.bits)
 
 
 @torch.no_grad()
 def _by_operations(call: RoundingCall) -> _OnGrid:
     x = call.x.to(torch.float32)
-    if not (call.keeps_bits or call.carries_codes):
+    if not (call.keeps_bits or call.carries_int_repr):
         return _OnGrid(_by_steps(x, call.scale, call.low, call.high), None, None)
     reached = None if call.ends is None else (call.low, call.high)
     rounded = Rounding(x, call.scale, call.origin, call.grid, reached)
@@ -138,7 +138,7 @@ def _by_operations(call: RoundingCall) -> _OnGrid:
         bits = pack_between(x, *call.edges)
     elif call.keeps_bits:
         bits = rounded.bits()
-    return _OnGrid(rounded.values(), rounded.codes if call.carries_codes else None, bits)
+    return _OnGrid(rounded.values(), rounded.int_repr if call.carries_int_repr else None, bits)
 
 
 class Rounding:
@@ -183,7 +183,7 @@ class Rounding:
             self._wide = wide.to(grid.dtype)
             wide.clamp_(low, high)
         self._integers = wide.to(grid.dtype)
-        self.codes = Codes(
+        self.int_repr = IntRepr(
             self._integers.view(counted), scale, 0.0 if self._shift is None else origin
         )
 
@@ -196,7 +196,7 @@ class Rounding:
         steps = self._steps.clamp_(*self._ends)
         if self._shift is not None:
             steps.sub_(self._shift)
-        return steps.mul_(self.codes.scale)
+        return steps.mul_(self.int_repr.scale)
 
 
 def _counted_from_zero(origin: Any, grid: Grid) -> torch.dtype | None:

@@ -57,7 +57,7 @@ class ActivationQuantizer(Quantizer):
         quantizing: Fake quantization is on.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
             and all processes can agree on it first; otherwise each forward commits its own.
-        compact: What backward keeps is small, not fast; see ``codes``.
+        compact: What backward keeps is small, not fast; see ``int_repr``.
     """
 
     min_val: Tensor
@@ -143,7 +143,7 @@ class ActivationQuantizer(Quantizer):
     ) -> Tensor | None:
         numbers = self._kept_numbers()
         return clamp_and_quantize(
-            x, ends, *numbers, self.grid, carries_codes=self.compact, observe=observe
+            x, ends, *numbers, self.grid, carries_int_repr=self.compact, observe=observe
         )
 
     @property
@@ -175,7 +175,7 @@ class ActivationQuantizer(Quantizer):
             zero_point,
             self.grid,
             saves_input=saves_input,
-            carries_codes=self.compact,
+            carries_int_repr=self.compact,
             observe=observe,
         )
 

@@ -49,13 +49,13 @@ class LearnedActivation(ActivationQuantizer):
         return self._fake_quantizer(x.numel(), True, self.compact, clamped=ends)(x)
 
     def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
-        return self._fake_quantizer(values, saves_input=True, carries_codes=False)
+        return self._fake_quantizer(values, saves_input=True, carries_int_repr=False)
 
     def _fake_quantizer(
         self,
         values: int,
         saves_input: bool,
-        carries_codes: bool,
+        carries_int_repr: bool,
         clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         low, scale = self._ends()
@@ -65,7 +65,7 @@ class LearnedActivation(ActivationQuantizer):
             self.grid,
             values if self._normalized else None,
             saves_input=saves_input,
-            carries_codes=carries_codes,
+            carries_int_repr=carries_int_repr,
             clamped=clamped,
         )
 

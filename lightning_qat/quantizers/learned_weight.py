@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE
-from lightning_qat.numerics.int_repr import Codes
+from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
 from lightning_qat.numerics.qparams import Grid
 from lightning_qat.quantizers.weight import WeightQuantizer
@@ -41,7 +41,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.register_buffer("started", torch.tensor(0.0))
         self.ready = False
 
-    def _fake_quantize(self, weight: Tensor, known: Tensor | Codes | None) -> Tensor:
+    def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
         if self.training and not self.ready:
             self._start(weight)
         scale = positive_scale(self.scale) if self.ready else self._scale(weight)
@@ -52,7 +52,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
             self.grid,
             axis=self._channel_axis,
             saves_input=True,
-            carries_codes=self.compact,
+            carries_int_repr=self.compact,
             known=known,
         )
 

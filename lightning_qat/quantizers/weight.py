@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from lightning_qat.function_hooks.forward_cache import hidden
 from lightning_qat.numerics.arithmetic import along_axis, arq_scale, symmetric_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize, quantized_again
-from lightning_qat.numerics.int_repr import Codes
+from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.min_max import channel_ranges
 from lightning_qat.numerics.qparams import Grid, QParams
 from lightning_qat.quantizers.base import Quantizer
@@ -33,7 +33,7 @@ class WeightQuantizer(Quantizer):
 
     Attributes:
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
-        compact: What backward keeps is small, not fast; see ``codes``.
+        compact: What backward keeps is small, not fast; see ``int_repr``.
         kept: Where quantized weights are kept for further forwards; ``None``: nowhere.
     """
 
@@ -63,7 +63,7 @@ class WeightQuantizer(Quantizer):
                 self.kept.put(self, state, quantized)
             return quantized
 
-    def _fake_quantize(self, weight: Tensor, known: Tensor | Codes | None) -> Tensor:
+    def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
         """Quantize the weight; ``known``: how that came out in an earlier forward."""
         if known is not None:
             return quantized_again(weight, known)
@@ -75,7 +75,7 @@ class WeightQuantizer(Quantizer):
             zero_point,
             self.grid,
             gradient_everywhere=True,
-            carries_codes=self.compact,
+            carries_int_repr=self.compact,
         )
 
     def _exported(self, weight: Tensor) -> Tensor:

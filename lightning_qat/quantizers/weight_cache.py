@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_qat.numerics.int_repr import Codes, codes_of
+from lightning_qat.numerics.int_repr import IntRepr, int_repr_of
 
 
 class KeptWeights:
@@ -19,13 +19,13 @@ class KeptWeights:
 
     def __init__(self) -> None:
         self.open = False
-        self._entries: dict[int, tuple[Any, Tensor | Codes]] = {}
+        self._entries: dict[int, tuple[Any, Tensor | IntRepr]] = {}
 
     def forget(self) -> None:
         """Quantize every weight anew."""
         self._entries.clear()
 
-    def get(self, owner: object, state: Any) -> Tensor | Codes | None:
+    def get(self, owner: object, state: Any) -> Tensor | IntRepr | None:
         """What was put for an owner in the very same state."""
         found = self._entries.get(id(owner)) if self.open else None
         return found[1] if found is not None and found[0] == state else None
@@ -33,8 +33,8 @@ class KeptWeights:
     def put(self, owner: object, state: Any, quantized: Tensor) -> None:
         """Keep a quantized weight: its integers where it carries any, else a view of its values."""
         if self.open:
-            codes = codes_of(quantized)
-            self._entries[id(owner)] = state, quantized.detach() if codes is None else codes
+            int_repr = int_repr_of(quantized)
+            self._entries[id(owner)] = state, quantized.detach() if int_repr is None else int_repr
 
 
 def state_of(*tensors: Tensor) -> Any:

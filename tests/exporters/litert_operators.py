@@ -51,8 +51,8 @@ def operators_of(content: bytes, kernels: str, samples: Sequence[Array]) -> list
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph, names = model.subgraphs[0], vars(schema.BuiltinOperator).items()
-    codes = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
-    kinds = [next(name for name, value in names if value == code) for code in codes]
+    int_repr = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
+    kinds = [next(name for name, value in names if value == code) for code in int_repr]
     runner = interpreter(content, kernels, experimental_preserve_all_tensors=True)
     apart: list[list[Array]] = [[] for _ in graph.operators]
     for sample in samples:

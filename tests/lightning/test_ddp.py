@@ -51,13 +51,13 @@ def run(out: Path) -> None:
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [node.wait(timeout=300) for node in nodes]
+        int_repr = [node.wait(timeout=300) for node in nodes]
     finally:
         for node, log in zip(nodes, logs, strict=True):
             node.kill()
             log.close()
     texts = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in (0, 1))
-    assert codes == [0, 0], texts
+    assert int_repr == [0, 0], texts
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ class Quantized(NamedTuple):
     """
 
     values: Tensor
-    codes: Tensor | None
+    int_repr: Tensor | None
     bits: Tensor | None
     seen: Tensor | None
 
@@ -80,7 +80,7 @@ def fake_quantize(
         None if ends is None else torch.empty(2, dtype=torch.float32),
     )
     _call(
-        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.codes, zero),
+        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.int_repr, zero),
         *(found.bits, *(edges or ALL), found.seen, *(ends or ALL)),
     )
     return found
@@ -186,13 +186,13 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
     return result
 
 
-def restore(codes: Tensor, scale: Tensor, zero: float) -> Tensor | None:
+def restore(int_repr: Tensor, scale: Tensor, zero: float) -> Tensor | None:
     """``(codes - zero) * scale``, float32, of int8 or uint8."""
-    rows = _rows(codes, scale, (torch.int8, torch.uint8))
+    rows = _rows(int_repr, scale, (torch.int8, torch.uint8))
     if not rows:
         return None
-    values = torch.empty_like(codes, dtype=torch.float32)
-    _call("restore", codes, rows, codes, codes.dtype is torch.int8, values, scale, zero)
+    values = torch.empty_like(int_repr, dtype=torch.float32)
+    _call("restore", int_repr, rows, int_repr, int_repr.dtype is torch.int8, values, scale, zero)
     return values
 
 

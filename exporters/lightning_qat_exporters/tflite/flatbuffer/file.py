@@ -155,10 +155,10 @@ def pack(model: Any) -> bytes:
 def prune(model: Any) -> None:
     """Drop the operator codes and tensors that nothing uses any more, in place."""
     graph, signature = model.subgraphs[0], model.signatureDefs[0]
-    codes = sorted({operator.opcodeIndex for operator in graph.operators})
+    int_repr = sorted({operator.opcodeIndex for operator in graph.operators})
     for operator in graph.operators:
-        operator.opcodeIndex = codes.index(operator.opcodeIndex)
-    model.operatorCodes = [model.operatorCodes[index] for index in codes]
+        operator.opcodeIndex = int_repr.index(operator.opcodeIndex)
+    model.operatorCodes = [model.operatorCodes[index] for index in int_repr]
     ends = [*_indices(graph.inputs), *_indices(graph.outputs)]
     used = {index for op in graph.operators for index in (*op.inputs, *op.outputs) if index >= 0}
     kept = sorted({*ends, *map(int, used)})
