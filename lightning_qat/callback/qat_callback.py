@@ -42,7 +42,7 @@ from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import plan, swap
 from lightning_qat.quantizers.activation import ActivationQuantizer
-from lightning_qat.quantizers.weight_cache import KeptWeights
+from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Milestones, Phase, Schedule
 from lightning_qat.recipe.typed_dicts import RecipeKeys
@@ -55,7 +55,7 @@ from lightning_qat.training.phases import (
     set_quantizing,
 )
 from lightning_qat.training.range_sync import activation_quantizers, commit_pending, drop_pending
-from lightning_qat.training.weights_once import keep_weights
+from lightning_qat.training.weights_once import use_weight_cache
 
 _PHASE_LINES = {
     "float": "training in float",
@@ -146,7 +146,7 @@ class QATCallback(Callback):
         self._calls: list[OneCall] = []
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
-        self._weights = KeptWeights()
+        self._weights = QuantizedWeightCache()
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -286,7 +286,7 @@ class QATCallback(Callback):
         # What a batch that raised in an earlier fit has observed is not part of this one.
         drop_pending(self._quantizers.values())
         # In manual optimization steps may follow each other unseen.
-        keep_weights(pl_module, self._weights if pl_module.automatic_optimization else None)
+        use_weight_cache(pl_module, self._weights if pl_module.automatic_optimization else None)
         self._enter_phase(trainer, pl_module)
 
     @override
@@ -469,7 +469,7 @@ class QATCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        keep_weights(pl_module, None)
+        use_weight_cache(pl_module, None)
         phase = self._phase
         if phase is not None and not phase.quantizing and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -524,8 +524,8 @@ class QATCallback(Callback):
             call.undo()
         self._calls = []
         self._quantizers = {}
-        self._weights = KeptWeights()
-        keep_weights(pl_module, None)
+        self._weights = QuantizedWeightCache()
+        use_weight_cache(pl_module, None)
         release_batchnorms(pl_module)
         self._recorder.stop()
 

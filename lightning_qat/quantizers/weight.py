@@ -14,7 +14,7 @@ from lightning_qat.numerics.min_max import channel_ranges
 from lightning_qat.numerics.qparams import Grid, QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
-from lightning_qat.quantizers.weight_cache import KeptWeights, state_of
+from lightning_qat.quantizers.weight_cache import QuantizedWeightCache, tensor_state
 from lightning_qat.recipe.specs import WeightSpec
 
 
@@ -39,7 +39,7 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:
         super().__init__()
-        self.kept: KeptWeights | None = None
+        self.kept: QuantizedWeightCache | None = None
         self.spec: WeightSpec = spec
         self.axis = axis
         self.quantizing = True
@@ -56,7 +56,7 @@ class WeightQuantizer(Quantizer):
         with hidden():
             if self.kept is None or is_compiling():
                 return self._fake_quantize(weight, None)
-            state = self.compact, state_of(weight, *self.parameters())
+            state = self.compact, tensor_state(weight, *self.parameters())
             known = self.kept.get(self, state)
             quantized = self._fake_quantize(weight, known)
             if known is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_qat.numerics.int_repr import IntRepr, int_repr_of
 
 
-class KeptWeights:
+class QuantizedWeightCache:
     """Quantized weights of earlier forwards, and whether they may be used now.
 
     A weight that was changed in place, or whose memory is another, is quantized anew. What torch
@@ -37,7 +37,7 @@ class KeptWeights:
             self._entries[id(owner)] = state, quantized.detach() if int_repr is None else int_repr
 
 
-def state_of(*tensors: Tensor) -> Any:
+def tensor_state(*tensors: Tensor) -> Any:
     """What changes with the values of tensors, as far as torch tells.
 
     Rows of a packed parameter are another tensor at every call: what they are a view of is not.

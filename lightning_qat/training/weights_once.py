@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_qat.quantizers.weight import WeightQuantizer
-from lightning_qat.quantizers.weight_cache import KeptWeights
+from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 
 
-def keep_weights(model: nn.Module, kept: KeptWeights | None) -> None:
+def use_weight_cache(model: nn.Module, kept: QuantizedWeightCache | None) -> None:
     """Where the quantized weights of a model are kept for further forwards; ``None``: nowhere."""
     for module in model.modules():
         if isinstance(module, WeightQuantizer):
@@ -32,10 +32,10 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
         ...     for x in torch.ones(3, 5, 4):
         ...         model(x).sum().backward()
     """
-    kept = KeptWeights()
+    kept = QuantizedWeightCache()
     kept.open = True
-    keep_weights(model, kept)
+    use_weight_cache(model, kept)
     try:
         yield
     finally:
-        keep_weights(model, None)
+        use_weight_cache(model, None)

@@ -36,7 +36,7 @@ class Case:
     inputs: dict[str, Array]
     outputs: list[Array]
 
-    def state_of(self, layer: str) -> dict[str, Array]:
+    def tensor_state(self, layer: str) -> dict[str, Array]:
         """A layer's ``weight``, ``bias``, ``wts_scales`` and batch norm, where it has them."""
         names = {
             "quant_module.replaced_module.weight": "weight",

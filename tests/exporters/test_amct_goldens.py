@@ -110,7 +110,7 @@ def golden_network(case: Case) -> nn.Module:
     for name, layer in net.named_modules():
         if not isinstance(layer, QATLayer):
             continue
-        state = {k: torch.from_numpy(np.array(v)) for k, v in case.state_of(name).items()}
+        state = {k: torch.from_numpy(np.array(v)) for k, v in case.tensor_state(name).items()}
         layer.weight.data = state["weight"]
         if "bias" in state:
             layer.bias.data = state["bias"]  # type: ignore[union-attr]

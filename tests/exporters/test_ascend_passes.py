@@ -141,7 +141,7 @@ def folded(case: Case, layer: str, channel_axis: int) -> tuple[Array, Array, Arr
     All in float32: ``factor = gamma * (1 / sqrt(var + 1e-5))``, ``scale * |factor|``, integers of
     the unfolded weight times the factor's sign, ``(bias - mean) * (1 / sqrt(...)) * gamma + beta``.
     """
-    state = case.state_of(layer)
+    state = case.tensor_state(layer)
     weight, scale, bias = state["weight"], state["wts_scales"], state.get("bias")
     shape = [1] * weight.ndim
     if scale.size > 1:
