@@ -222,8 +222,8 @@ def main() -> None:
                 found.setdefault(name, []).append(accuracy(model, x_test, y_test))
     table = Table("recipe", "accuracy %", "to float", "lowest")
     for name, values in sorted(found.items(), key=lambda row: not row[0].startswith("float")):
-        apart = [mine - float_ for mine, float_ in zip(values, found[FLOAT], strict=True)]
-        table.add_row(name, with_error(values), with_error(apart, "+"), f"{min(values):.2f}")
+        unfusable = [mine - float_ for mine, float_ in zip(values, found[FLOAT], strict=True)]
+        table.add_row(name, with_error(values), with_error(unfusable, "+"), f"{min(values):.2f}")
     show(table)
 
 

@@ -120,25 +120,25 @@ def test_a_trained_network_converts_to_what_it_computes(network: str) -> None:
     quantized = convert(train_steps(model, x), x)
     assert list(quantized.output_steps) == list(quantized.output_names)
     with torch.no_grad():
-        apart = (quantized(x) - model(x)).abs() / quantized.output_steps["output"]
+        unfusable = (quantized(x) - model(x)).abs() / quantized.output_steps["output"]
     # Batch norm is folded: another order of float32 operations, seldom on the other side of a
     # rounding point.
-    assert (apart <= 2).float().mean() >= 0.99
+    assert (unfusable <= 2).float().mean() >= 0.99
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_onnx_runtime_computes_what_torch_does(network: str, tmp_path: Path) -> None:
     x = inputs_for(network, 16)
     runtime = "onnxruntime, no optimizations"
-    apart = steps_apart(converted(network), "fake_quant_onnx", runtime, x, tmp_path)
-    assert np.mean(apart <= 2.001) >= 0.99
+    unfusable = steps_apart(converted(network), "fake_quant_onnx", runtime, x, tmp_path)
+    assert np.mean(unfusable <= 2.001) >= 0.99
 
 
 @pytest.mark.parametrize("network", CNNS)
 def test_cann_s_deploy_file_computes_what_torch_does(network: str, tmp_path: Path) -> None:
     x = inputs_for(network, 16)
-    apart = steps_apart(converted(network), "cann", "reference executor", x, tmp_path)
-    assert np.mean(apart <= 2.001) >= 0.99
+    unfusable = steps_apart(converted(network), "cann", "reference executor", x, tmp_path)
+    assert np.mean(unfusable <= 2.001) >= 0.99
 
 
 # No tensor has two quantizers
@@ -899,8 +899,8 @@ def test_two_calls_per_step_with_different_shapes() -> None:
     x = torch.randn(2, 8, 4, 4)
     quantized = convert(model.eval(), x)
     with torch.no_grad():
-        apart = (quantized(x) - model(x)).abs() / quantized.output_steps["output"]
-    assert (apart <= 2).float().mean() >= 0.99
+        unfusable = (quantized(x) - model(x)).abs() / quantized.output_steps["output"]
+    assert (unfusable <= 2).float().mean() >= 0.99
 
 
 class Siamese(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import convert, prepare
-from lightning_qat.function_hooks.relu_fusion import Relus
+from lightning_qat.function_hooks.relu_fusion import ReluFusion
 from lightning_qat.numerics.fake_quantize import clamp_and_quantize, fake_quantize
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantizer
 from lightning_qat.numerics.qparams import Grid
@@ -182,7 +182,7 @@ def test_values_ranges_and_gradients_are_those_of_two_passes(
     net, x = Net(function), torch.randn(8, 6)
     other = copy.deepcopy(net)
     fused = steps(net, x, recipe, memory)
-    monkeypatch.setattr(Relus, "fused", lambda self, site, relu: None)
+    monkeypatch.setattr(ReluFusion, "fused", lambda self, site, relu: None)
     for one, two in zip(fused, steps(other, x, recipe, memory), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 

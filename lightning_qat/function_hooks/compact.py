@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.function_hooks.relu_fusion import RELUS
+from lightning_qat.function_hooks.relu_fusion import CLAMP_CALLS
 from lightning_qat.numerics.bitmask import masked, pack_between
 from lightning_qat.numerics.int_repr import saving_int_repr
 
@@ -19,7 +19,7 @@ def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Relu, relu6 and hardtanh keep one bit per element instead of a float tensor. Of every other
     function's operands those that carry integers are kept as these.
     """
-    relu = RELUS.get(function)
+    relu = CLAMP_CALLS.get(function)
     if relu is not None:
         return _clamp(*relu(*args, **kwargs))
     first = args[0] if args else None

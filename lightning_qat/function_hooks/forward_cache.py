@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from lightning_qat.function_hooks.relu_fusion import Relu, Relus, ReluSite
+from lightning_qat.function_hooks.relu_fusion import ClampCall, ReluCallSite, ReluFusion
 
 Key = tuple[int, int]
 """Identity of a tensor's value: the object, and how often it was changed in place."""
@@ -36,7 +36,7 @@ class ForwardCache:
         self._grid: dict[int, dict[int, int]] = {}
         self._changes: Counter[int] = Counter()
         self._viewed: set[int] = set()
-        self.relus = Relus()
+        self.relu_fusion = ReluFusion()
         """What calls of relu gave, and who reads it."""
         self.calls: Counter[int] = Counter()
         """How often each watched module has run, by identity."""
@@ -73,9 +73,9 @@ class ForwardCache:
         """Whether a tensor lies on any grid."""
         return self._owner(x) is not None
 
-    def relu_and_quantizer(self, site: ReluSite, relu: Relu) -> Tensor | None:
+    def relu_and_quantizer(self, site: ReluCallSite, relu: ClampCall) -> Tensor | None:
         """See ``Relus.fused``."""
-        fused = self.relus.fused(site, relu)
+        fused = self.relu_fusion.fused(site, relu)
         if fused is None:
             return None
         result, quantized = fused
@@ -106,7 +106,7 @@ class ForwardCache:
         """Forget everything; nothing shall outlive the forward."""
         self._quantized.clear()
         self._watched.clear()
-        self.relus.close()
+        self.relu_fusion.close()
         self._traced_tensors.clear()
 
     def _owner(self, x: Tensor) -> int | None:

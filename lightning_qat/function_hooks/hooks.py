@@ -39,7 +39,7 @@ from lightning_qat.function_hooks.function_table import (
     operands_of,
 )
 from lightning_qat.function_hooks.operands import AnotherPath, quantize_operands
-from lightning_qat.function_hooks.relu_fusion import RELUS, Relus, ReluSite
+from lightning_qat.function_hooks.relu_fusion import CLAMP_CALLS, ReluCallSite, ReluFusion
 from lightning_qat.model.forward import is_real_forward
 
 OUTPUT = "output:"
@@ -66,7 +66,7 @@ class Interception:
         self.warned = False
         self.compact = False
         """Whether what backward keeps of the module's calls is small, not fast; see ``int_repr``."""
-        self.relus: dict[str, ReluSite] = {}
+        self.relu_fusion: dict[str, ReluCallSite] = {}
         """Who reads what relu gives, by the place of its call."""
         self._handles: list[Any] = []
 
@@ -122,8 +122,8 @@ class Interception:
             if frame.forward_cache is not None and output is not None:
                 given = output if replaced is None else replaced
                 with hidden():
-                    leaves = frame.forward_cache.relus.read_all(given)
-                    frame.forward_cache.relus.learn()
+                    leaves = frame.forward_cache.relu_fusion.read_all(given)
+                    frame.forward_cache.relu_fusion.learn()
                 replaced = replaced if leaves is given else leaves
         finally:
             frame.close()
@@ -255,13 +255,13 @@ class _JoinMode(TorchFunctionMode):
         forward_cache = current_forward_cache()
         if forward_cache is None or forward_cache.traced:
             return self._quantized(func, args, kwargs, frame)
-        if func not in _TELL_NO_VALUE and forward_cache.relus.any_of(args, kwargs):
-            args, kwargs = _in_float(forward_cache.relus, func, args, kwargs, frame)
-        if frame is not None and frame.watched and func in RELUS:
+        if func not in _TELL_NO_VALUE and forward_cache.relu_fusion.contains_any(args, kwargs):
+            args, kwargs = _in_float(forward_cache.relu_fusion, func, args, kwargs, frame)
+        if frame is not None and frame.watched and func in CLAMP_CALLS:
             return self._relu(func, args, kwargs, frame, forward_cache)
         result = self._quantized(func, args, kwargs, frame)
         if args:
-            forward_cache.relus.may_have_changed(args[0])
+            forward_cache.relu_fusion.note_in_place_change(args[0])
         return result
 
     def _relu(
@@ -275,12 +275,12 @@ class _JoinMode(TorchFunctionMode):
         """Call relu, together with the only reader of its result where that is a quantizer."""
         counted = func in JOIN_FUNCTIONS
         place = frame.place("relu" if counted else "clamp")
-        relu = RELUS[func](*args, **kwargs)
+        relu = CLAMP_CALLS[func](*args, **kwargs)
         if not place or forward_cache.is_on_grid(relu.input):
             return self._quantized(func, args, kwargs, frame)
         assert frame.interception is not None
         # A module may run several times in one forward.
-        site = frame.interception.relus.setdefault(f"{place}:{frame.number}", ReluSite())
+        site = frame.interception.relu_fusion.setdefault(f"{place}:{frame.number}", ReluCallSite())
         result = forward_cache.relu_and_quantizer(site, relu)
         if result is not None:
             frame.count(place)
@@ -288,7 +288,7 @@ class _JoinMode(TorchFunctionMode):
         if not counted:
             frame.count(place)
         result = self._quantized(func, args, kwargs, frame)
-        forward_cache.relus.gave(site, relu, result)
+        forward_cache.relu_fusion.record_result(site, relu, result)
         return result
 
     def _quantized(
@@ -343,7 +343,7 @@ _TELL_NO_VALUE = frozenset(
 
 
 def _in_float(
-    relus: Relus,
+    relu_fusion: ReluFusion,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -361,8 +361,8 @@ def _in_float(
         operands = {}
     if any(index >= len(args) for index in operands):
         return args, kwargs
-    given = tuple(x if i in operands else relus.read_all(x) for i, x in enumerate(args))
-    return given, relus.read_all(kwargs)
+    given = tuple(x if i in operands else relu_fusion.read_all(x) for i, x in enumerate(args))
+    return given, relu_fusion.read_all(kwargs)
 
 
 def _unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class Relu(NamedTuple):
+class ClampCall(NamedTuple):
     """One call of relu, relu6 or hardtanh.
 
     Args:
@@ -47,21 +47,21 @@ class Relu(NamedTuple):
         return F.hardtanh(self.input, self.low, self.high)
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Relu:
-    return Relu(input, 0.0, math.inf, inplace)
+def _relu(input: Tensor, inplace: bool = False) -> ClampCall:
+    return ClampCall(input, 0.0, math.inf, inplace)
 
 
-def _relu6(input: Tensor, inplace: bool = False) -> Relu:
-    return Relu(input, 0.0, 6.0, inplace)
+def _relu6(input: Tensor, inplace: bool = False) -> ClampCall:
+    return ClampCall(input, 0.0, 6.0, inplace)
 
 
 def _hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Relu:
-    return Relu(input, min_val, max_val, inplace)
+) -> ClampCall:
+    return ClampCall(input, min_val, max_val, inplace)
 
 
-RELUS: Mapping[Callable[..., Any], Callable[..., Relu]] = {
+CLAMP_CALLS: Mapping[Callable[..., Any], Callable[..., ClampCall]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
     F.relu6: _relu6,
@@ -70,7 +70,7 @@ RELUS: Mapping[Callable[..., Any], Callable[..., Relu]] = {
 """Every spelling that ``torch`` hands to a function mode, and what its arguments mean."""
 
 
-class ReluSite:
+class ReluCallSite:
     """One place that calls relu, and what is known of who reads the result."""
 
     __slots__ = ("apart", "quantizer")
@@ -78,7 +78,7 @@ class ReluSite:
     def __init__(self) -> None:
         self.quantizer: Any = None
         """The only reader of the last result."""
-        self.apart = False
+        self.unfusable = False
         """Something else has read a result: relu and quantizer stay two passes."""
 
 
@@ -96,8 +96,8 @@ class _Result:
 
     def __init__(
         self,
-        site: ReluSite,
-        relu: Relu | None = None,
+        site: ReluCallSite,
+        relu: ClampCall | None = None,
         quantized: Tensor | None = None,
         seen: Tensor | None = None,
     ) -> None:
@@ -106,22 +106,22 @@ class _Result:
         self.float: Tensor | None = None
 
 
-class Relus:
+class ReluFusion:
     """The results of relu in one forward, and who reads them. Keeps no tensor alive for long."""
 
     def __init__(self) -> None:
         self._by_id: dict[int, tuple[weakref.ref[Tensor], _Result]] = {}
-        self._sources: dict[int, tuple[weakref.ref[Tensor], int, ReluSite]] = {}
+        self._sources: dict[int, tuple[weakref.ref[Tensor], int, ReluCallSite]] = {}
         self._all: list[_Result] = []
 
-    def fused(self, site: ReluSite, relu: Relu) -> tuple[Tensor, Tensor] | None:
+    def fused(self, site: ReluCallSite, relu: ClampCall) -> tuple[Tensor, Tensor] | None:
         """Relu and quantizer in one pass; ``None``: not here, or not now.
 
         Returns:
             What stands for the result of relu, and what the quantizer is to give for it.
         """
         quantizer = site.quantizer
-        if site.apart or quantizer is None or not _may_fuse(relu.input):
+        if site.unfusable or quantizer is None or not _may_fuse(relu.input):
             return None
         found = quantizer.quantize_clamped(relu.input, relu.ends)
         if found is None:
@@ -136,9 +136,9 @@ class Relus:
             self._note(relu.input, _Result(site, again))
         return result, quantized
 
-    def gave(self, site: ReluSite, relu: Relu, result: Tensor) -> None:
+    def record_result(self, site: ReluCallSite, relu: ClampCall, result: Tensor) -> None:
         """Note what an ordinary call of relu gave."""
-        if site.apart or not _may_fuse(result):
+        if site.unfusable or not _may_fuse(result):
             return
         found = _Result(site)
         self._all.append(found)
@@ -149,11 +149,11 @@ class Relus:
             if x is not None:
                 self._sources[id(x)] = weakref.ref(x), x._version, site
 
-    def may_have_changed(self, x: Any) -> None:
+    def note_in_place_change(self, x: Any) -> None:
         """Leave a relu alone whose input a call has changed: backward would look at it."""
         known = self._sources.get(id(x))
         if known is not None and isinstance(x, Tensor) and known[0]() is x:
-            known[2].apart |= x._version != known[1]
+            known[2].unfusable |= x._version != known[1]
 
     def read(self, x: Any) -> Any:
         """What a reader other than a quantizer gets for a tensor: always float values.
@@ -170,16 +170,16 @@ class Relus:
             return values
         return pytree.tree_map(self.read, values)
 
-    def any_of(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    def contains_any(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call is given a tensor that is known here, also in a list or tuple."""
         if not self._by_id:
             return False
         for x in (*args, *kwargs.values()) if kwargs else args:
-            if id(x) in self._by_id or (isinstance(x, list | tuple) and self.any_of(x, {})):
+            if id(x) in self._by_id or (isinstance(x, list | tuple) and self.contains_any(x, {})):
                 return True
         return False
 
-    def read_by(self, x: Tensor, quantizer: Any) -> Tensor:
+    def read_by_quantizer(self, x: Tensor, quantizer: Any) -> Tensor:
         """What a quantizer gets for a tensor: float values, unless they are on its grid already."""
         found = self._of(x)
         if found is None:
@@ -203,7 +203,7 @@ class Relus:
         """Take note of who has read what, once the forward is through."""
         for found in self._all:
             if len(found.readers) > 1:
-                found.site.apart = True
+                found.site.unfusable = True
             elif found.readers:
                 (found.site.quantizer,) = found.readers.values()
         self.close()
@@ -215,7 +215,7 @@ class Relus:
         self._all.clear()
 
     def _apart(self, x: Tensor, found: _Result) -> Tensor:
-        found.site.apart = True
+        found.site.unfusable = True
         if found.relu is None:
             return x
         if found.float is None:

@@ -87,7 +87,7 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         forward_cache = current_forward_cache()
         if forward_cache is not None:
             # Read in hiding, not by a quantizer of the tape.
-            hx = forward_cache.relus.read_all(hx)
+            hx = forward_cache.relu_fusion.read_all(hx)
         # Its arithmetic is no join of the model's.
         with hidden():
             if not isinstance(input, PackedSequence):

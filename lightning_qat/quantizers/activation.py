@@ -101,10 +101,10 @@ class ActivationQuantizer(Quantizer):
             if forward_cache is None:
                 return self._quantize(x, saves_input)
             quantize = partial(self._quantize, saves_input=saves_input)
-            x = forward_cache.relus.read_by(x, self)
+            x = forward_cache.relu_fusion.read_by_quantizer(x, self)
             result = forward_cache.quantize(x, self.identity, quantize, skip=True)
             if result is x:
-                forward_cache.relus.forget(x)
+                forward_cache.relu_fusion.forget(x)
             return result
 
     def quantize_clamped(

@@ -54,11 +54,11 @@ def operators_of(content: bytes, kernels: str, samples: Sequence[Array]) -> list
     int_repr = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
     kinds = [next(name for name, value in names if value == code) for code in int_repr]
     runner = interpreter(content, kernels, experimental_preserve_all_tensors=True)
-    apart: list[list[Array]] = [[] for _ in graph.operators]
+    unfusable: list[list[Array]] = [[] for _ in graph.operators]
     for sample in samples:
         runner.set_tensor(graph.inputs[0], sample)
         runner.invoke()
-        for op, found in zip(graph.operators, apart, strict=True):
+        for op, found in zip(graph.operators, unfusable, strict=True):
             read = [_values(model, graph.tensors[i], runner, i) for i in op.inputs if i >= 0]
             expected = FORMULAS[kinds[op.opcodeIndex]](op.builtinOptions, *read)
             written = graph.tensors[op.outputs[0]]
@@ -69,7 +69,7 @@ def operators_of(content: bytes, kernels: str, samples: Sequence[Array]) -> list
             graph.tensors[op.outputs[0]].name.decode(),
             np.stack(steps),
         )
-        for op, steps in zip(graph.operators, apart, strict=True)
+        for op, steps in zip(graph.operators, unfusable, strict=True)
     ]
 
 

@@ -160,8 +160,8 @@ def steps_apart(
     inputs = [x] if isinstance(x, Tensor) else x
     expected = next(iter(model.flat_outputs(model(*inputs)).values())).numpy()
     name = model.output_names[0]
-    apart: Array = np.abs(run(data, x, runtime) - expected) / model.output_steps[name]
-    return apart
+    unfusable: Array = np.abs(run(data, x, runtime) - expected) / model.output_steps[name]
+    return unfusable
 
 
 # Networks
@@ -340,9 +340,9 @@ def test_a_convolutional_network_is_integer_between_input_and_output(network: st
 @pytest.mark.parametrize("network", join_networks.NETWORKS)
 def test_outputs_are_torch_s(network: str, runtime: str) -> None:
     x = join_networks.inputs_for(network, 8)
-    apart = steps_apart(converted(network), file_of(network), x, runtime)
+    unfusable = steps_apart(converted(network), file_of(network), x, runtime)
     # Kernels round twice where torch rounds once; layers behind can widen a step.
-    assert np.mean(apart <= 3.001) >= 0.99
+    assert np.mean(unfusable <= 3.001) >= 0.99
 
 
 @needs_tinynn
@@ -504,9 +504,9 @@ def test_what_has_no_integer_kernel_is_computed_in_float_on_quantized_values(nam
     model = quantized_model(Function(function), samples(shapes, 4))
     data = _tinynn.convert(model, io="float", layout="nhwc")
     assert [o.name for o in read(data).operators if is_float(o)]
-    apart = steps_apart(model, data, list(samples(shapes, 8)))
-    assert np.mean(apart > 0.5) < 0.03
-    assert apart.max() <= 1.001
+    unfusable = steps_apart(model, data, list(samples(shapes, 8)))
+    assert np.mean(unfusable > 0.5) < 0.03
+    assert unfusable.max() <= 1.001
 
 
 @needs_tinynn
