@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_qat.callback.patch_once import OneCall
+from lightning_qat.callback.patch_once import PatchOnce
 
 
 class Owner:
@@ -16,7 +16,7 @@ class Owner:
 
 def test_one_call_is_changed_and_the_next_is_not() -> None:
     owner = Owner()
-    OneCall(
+    PatchOnce(
         owner,
         "act",
         before=lambda what: owner.calls.append(f"before {what}"),
@@ -32,10 +32,10 @@ def test_it_is_over_when_the_call_raises_and_when_it_is_undone() -> None:
         raise ValueError(what)
 
     owner = Owner()
-    OneCall(owner, "act", before=refuse)
+    PatchOnce(owner, "act", before=refuse)
     with pytest.raises(ValueError, match="one"):
         owner.act("one")
-    call = OneCall(owner, "act", before=refuse)
+    call = PatchOnce(owner, "act", before=refuse)
     call.undo()
     call.undo()
     owner.act("two")
@@ -46,14 +46,14 @@ def test_what_stood_on_the_object_itself_is_put_back() -> None:
     owner = Owner()
     own = lambda what: f"own {what}"  # noqa: E731 # a method that the user set on the object
     owner.act = own  # type: ignore[method-assign]
-    OneCall(owner, "act", after=owner.calls.append)
+    PatchOnce(owner, "act", after=owner.calls.append)
     assert owner.act("one") == "own one"
     assert owner.act is own
 
 
 def test_somebody_elses_method_is_left_alone() -> None:
     owner = Owner()
-    call = OneCall(owner, "act")
+    call = PatchOnce(owner, "act")
     own = owner.act = str.lower  # type: ignore[method-assign, assignment]
     call.undo()
     assert owner.act is own

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class OneCall:
+class PatchOnce:
     """Runs a function before or after the next call of a method of one object.
 
     For the places where Lightning calls the module but no callback. The method is replaced on the

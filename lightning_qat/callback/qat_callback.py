@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_qat.callback.final_export import Export, as_float32
 from lightning_qat.callback.input_recorder import InputRecorder
-from lightning_qat.callback.patch_once import OneCall
+from lightning_qat.callback.patch_once import PatchOnce
 from lightning_qat.callback.refusals import (
     data_parallel_problems,
     environment_problems,
@@ -143,7 +143,7 @@ class QATCallback(Callback):
         self.delivered: tuple[Delivered, ...] = ()
         """What was exported, once ``fit`` has ended."""
         self._export: Export | None = None
-        self._calls: list[OneCall] = []
+        self._calls: list[PatchOnce] = []
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
         self._weights = QuantizedWeightCache()
@@ -207,8 +207,8 @@ class QATCallback(Callback):
         # No callback hook runs between configure_model and the restoring of a checkpoint, nor
         # between its reading and its loading.
         self._calls = [
-            OneCall(pl_module, "configure_model", after=second_pass),
-            OneCall(pl_module, "on_load_checkpoint", before=check),
+            PatchOnce(pl_module, "configure_model", after=second_pass),
+            PatchOnce(pl_module, "on_load_checkpoint", before=check),
         ]
 
     def _prepare(self, pl_module: LightningModule, first: PrepareReport) -> None:
