@@ -11,7 +11,7 @@ import yaml
 from lightning_qat.recipe.patterns import selects
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec, LayerSpec, WeightSpec
-from lightning_qat.recipe.suggest import closest
+from lightning_qat.recipe.suggest import closest_names
 
 LAYERS = {"stem": "Conv2d", "encoder.0.conv": "Conv2d", "encoder.0.fc": "Linear", "head": "Linear"}
 
@@ -287,7 +287,7 @@ def test_patterns_that_all_match_pass() -> None:
     ],
 )
 def test_closest_names_or_else_the_known_ones(word: str, known: Any, text: str) -> None:
-    assert closest(word, known) == text
+    assert closest_names(word, known) == text
 
 
 # Where recipes come from

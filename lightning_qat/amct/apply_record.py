@@ -19,7 +19,7 @@ from lightning_qat.quantizers.learned_activation import LearnedStepActivation
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
-from lightning_qat.recipe.suggest import closest
+from lightning_qat.recipe.suggest import closest_names
 
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
 # Twice suffices for a product that rounds; the third time finds nothing to do.
@@ -71,7 +71,7 @@ def _named_layers(model: nn.Module, record: Sequence[LayerRecord]) -> dict[str, 
         if entry.name not in modules:
             raise ValueError(
                 f"Every layer of the record must be a module of the model; {entry.name!r} is none; "
-                f"{closest(entry.name, modules)}."
+                f"{closest_names(entry.name, modules)}."
             )
         if entry.scale_h is not None:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from lightning_qat.export.protocol import Exporter, MissingDependency
-from lightning_qat.recipe.suggest import closest
+from lightning_qat.recipe.suggest import closest_names
 
 ENTRY_POINT_GROUP = "lightning_qat.exporters"
 
@@ -25,7 +25,7 @@ def load_exporter(exporter: str | Exporter | type[Exporter]) -> Exporter:
         found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
         if exporter not in found:
             raise ValueError(
-                f"No exporter named {exporter!r}; {closest(exporter, found)}. "
+                f"No exporter named {exporter!r}; {closest_names(exporter, found)}. "
                 f"Installed exporters: {sorted(found)}."
             )
         try:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_qat.recipe.suggest import closest
+from lightning_qat.recipe.suggest import closest_names
 
 PAIRS = (("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 """Types of activations and weights that AMCT allows together."""
@@ -269,7 +269,7 @@ class _Rules:
             return False
         known = tuple(known)
         self.problems += [
-            f"{where} has no key {key!r}; {closest(str(key), known)}"
+            f"{where} has no key {key!r}; {closest_names(str(key), known)}"
             for key in values
             if key not in known
         ]

@@ -21,7 +21,7 @@ from lightning_qat.recipe.specs import (
     _is_int,
     article,
 )
-from lightning_qat.recipe.suggest import closest
+from lightning_qat.recipe.suggest import closest_names
 from lightning_qat.recipe.typed_dicts import LayerKeys
 
 SpecT = TypeVar("SpecT", bound="WeightSpec | ActivationSpec | Recipe")
@@ -195,7 +195,7 @@ class Recipe:
                     known = types if is_type(pattern) else layers
                     problems.append(
                         f"Pattern {pattern!r} in Recipe.{where} matches no layer; "
-                        f"{closest(pattern, known)}."
+                        f"{closest_names(pattern, known)}."
                     )
         problems += contradictions(self.overrides, self.exclude, layers)
         if problems:
@@ -271,7 +271,7 @@ def _refuse_unknown(values: object, known: Iterable[str], where: str) -> None:
         raise ValueError(f"{where} must be a mapping; got {values!r}.")
     for key in values:
         if key not in tuple(known):
-            raise ValueError(f"{where} has no key {key!r}; {closest(str(key), known)}.")
+            raise ValueError(f"{where} has no key {key!r}; {closest_names(str(key), known)}.")
 
 
 def _changed(base: SpecT, values: Mapping[str, Any], where: str) -> SpecT:
@@ -315,7 +315,7 @@ def preset(name: str) -> Recipe:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"No recipe named {name!r}; {closest(name, PRESETS)}. Presets: {sorted(PRESETS)}. "
+            f"No recipe named {name!r}; {closest_names(name, PRESETS)}. Presets: {sorted(PRESETS)}. "
             f"A recipe file ends in {', '.join(_READERS)}."
         )
     return PRESETS[name]

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def closest(word: str, known: Iterable[str]) -> str:
+def closest_names(word: str, known: Iterable[str]) -> str:
     """``closest names: 'a', 'b'``, or the known names when none is close."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
