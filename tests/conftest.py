@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_qat.function_hooks import hooks as interception
+from lightning_qat.function_hooks import hooks as hooks
 from lightning_qat.function_hooks.forward_cache import current_forward_cache
 
 
@@ -36,6 +36,6 @@ def _same_process_afterwards() -> Iterator[None]:
 def _no_forward_is_left_running() -> Iterator[None]:
     """An exception in a forward must not leave its interception behind."""
     yield
-    left = current_forward_cache() is not None or bool(interception._LOCAL.frames)
-    interception.unwind()
+    left = current_forward_cache() is not None or bool(hooks._LOCAL.frames)
+    hooks.unwind()
     assert not left

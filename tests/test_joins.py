@@ -24,7 +24,7 @@ from lightning_qat.export.export import export
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import as_arrays
 from lightning_qat.export.verify import verify
-from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.ir.exported_program import Constants
 from lightning_qat.ir.ops import as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel
@@ -449,7 +449,7 @@ def test_amct_s_placement_has_neither() -> None:
     assert prepare(model, "amct", x).joins is None
     train_steps(model, x)
     assert plan_of(model) is None
-    watching = [i for i in map(interception_of, model.modules()) if i is not None]
+    watching = [i for i in map(hooks_of, model.modules()) if i is not None]
     assert not any(i.sites for i in watching)
     layers = [n for n, m in model.named_modules() if hasattr(m, "weight_quantizer")]
     assert len({id(model.get_submodule(n).input_quantizer) for n in layers}) == len(layers)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.layers import QATLayer, weight_quantizer_name
@@ -68,8 +68,8 @@ def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
             found.setdefault(module, f"{owner}{dot}{name.replace('_quantizer', '')}")
     # A part of a planned model quantizes with what belongs to another part.
     for name, module in modules.items():
-        interception = interception_of(module)
-        for call, operands in interception.sites.items() if interception else ():
+        hooks = hooks_of(module)
+        for call, operands in hooks.sites.items() if hooks else ():
             for index, quantizer in operands.items():
                 if isinstance(quantizer, ActivationQuantizer):
                     place = f"{call.replace(':', '_')}_{index}"
@@ -117,8 +117,8 @@ def finalize_model(model: nn.Module) -> nn.Module:
             joins: Any = module._modules["qat_joins"]
             for name, quantizer in joins.items():
                 joins[name] = finals[quantizer]
-        interception = interception_of(module)
-        for operands in interception.sites.values() if interception else ():
+        hooks = hooks_of(module)
+        for operands in hooks.sites.values() if hooks else ():
             operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
     forget_plan(model)
     return model.eval()

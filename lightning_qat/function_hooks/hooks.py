@@ -47,7 +47,7 @@ OUTPUT = "output:"
 operand is which run of the module in one forward it is."""
 
 
-class Interception:
+class ModuleHooks:
     """What is quantized in the calls that one module makes, and the hooks that see to it.
 
     Args:
@@ -72,20 +72,20 @@ class Interception:
 
     def attach(self, module: nn.Module) -> None:
         """Watch over a module's forward; what watched over it before lets go."""
-        earlier = interception_of(module)
+        earlier = hooks_of(module)
         if earlier is not None:
             earlier.detach(module)
         self._handles = [
             module.register_forward_pre_hook(self.enter),
             module.register_forward_hook(self.leave, always_call=True),
         ]
-        module.__dict__["_qat_interception"] = self
+        module.__dict__["_qat_hooks"] = self
 
     def detach(self, module: nn.Module) -> None:
         """Let go of a module."""
         for handle in self._handles:
             handle.remove()
-        module.__dict__.pop("_qat_interception", None)
+        module.__dict__.pop("_qat_hooks", None)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before the module's forward."""
@@ -109,7 +109,7 @@ class Interception:
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the module's forward, also when it raised."""
         frames = _LOCAL.frames
-        if not frames or frames[-1].interception is not self:
+        if not frames or frames[-1].hooks is not self:
             # Attached while the module was running: its call was never entered.
             return None
         frame = frames.pop()
@@ -144,7 +144,7 @@ class Interception:
 
 _frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore
 _skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
-for _hook in (Interception.enter, Interception.leave):
+for _hook in (ModuleHooks.enter, ModuleHooks.leave):
     # The hooks of the very module that torch.compile wraps run outside of the graph, and must not
     # become graphs themselves; those of the modules inside it are part of it. (The public
     # decorators break the graph there.)
@@ -161,9 +161,9 @@ class Frame:
     """
 
     def __init__(
-        self, module: nn.Module, interception: Interception | None = None, *, watched: bool = True
+        self, module: nn.Module, hooks: ModuleHooks | None = None, *, watched: bool = True
     ) -> None:
-        self.interception = interception
+        self.hooks = hooks
         self.watched = watched
         self.number = 0
         self.mode: _JoinMode | None = None
@@ -177,11 +177,7 @@ class Frame:
     @property
     def keeps_little(self) -> bool:
         """Whether backward shall keep little of what is called now."""
-        return (
-            self.interception is not None
-            and self.interception.compact
-            and not is_dynamo_compiling()
-        )
+        return self.hooks is not None and self.hooks.compact and not is_dynamo_compiling()
 
     def close(self) -> None:
         """End what began with this forward."""
@@ -278,9 +274,9 @@ class _JoinMode(TorchFunctionMode):
         relu = CLAMP_CALLS[func](*args, **kwargs)
         if not place or forward_cache.is_on_grid(relu.input):
             return self._quantized(func, args, kwargs, frame)
-        assert frame.interception is not None
+        assert frame.hooks is not None
         # A module may run several times in one forward.
-        site = frame.interception.relu_fusion.setdefault(f"{place}:{frame.number}", ReluCallSite())
+        site = frame.hooks.relu_fusion.setdefault(f"{place}:{frame.number}", ReluCallSite())
         result = forward_cache.relu_and_quantizer(site, relu)
         if result is not None:
             frame.count(place)
@@ -306,27 +302,27 @@ class _JoinMode(TorchFunctionMode):
             return _unknown(func, args, kwargs)
         if frame is None or not frame.watched:
             return func(*args, **kwargs)
-        interception, place = frame.interception, frame.place(known.name)
-        assert interception is not None
+        hooks, place = frame.hooks, frame.place(known.name)
+        assert hooks is not None
         if not place:
             return func(*args, **kwargs)
-        operands = interception.sites.get(place)
+        operands = hooks.sites.get(place)
         if not operands_of(known, args, kwargs):
             # Not the integers that a batch norm counts in training only.
             if leads_with_real(args):
                 frame.count(place)
                 if operands:
-                    _warn_once(interception, place, "it has no longer the tensors it had")
+                    _warn_once(hooks, place, "it has no longer the tensors it had")
             return func(*args, **kwargs)
         frame.count(place)
         if not operands:
-            if operands is None and known.kind != "pass" and interception.plans_calls:
-                _warn_once(interception, place, "it was not made")
+            if operands is None and known.kind != "pass" and hooks.plans_calls:
+                _warn_once(hooks, place, "it was not made")
             return _passed_on(known, func, args, kwargs)
         try:
             changed = quantize_operands(known, operands, args, kwargs)
         except AnotherPath as reason:
-            _warn_once(interception, place, str(reason))
+            _warn_once(hooks, place, str(reason))
             return func(*args, **kwargs)
         return _passed_on(known, func, *changed, original=args)
 
@@ -353,8 +349,8 @@ def _in_float(
     known = JOIN_FUNCTIONS.get(func)
     operands: Mapping[int, nn.Module] = {}
     if known is not None and frame is not None and frame.watched:
-        assert frame.interception is not None
-        operands = frame.interception.sites.get(frame.place(known.name), {})
+        assert frame.hooks is not None
+        operands = frame.hooks.sites.get(frame.place(known.name), {})
     changes = known is not None and (known.in_place or bool(kwargs.get("inplace")))
     if known is None or known.kind == "tie" or changes:
         # Values that are tied are observed together, and the user's own tensor must change.
@@ -409,10 +405,10 @@ def _passed_on(
     return result
 
 
-def _warn_once(interception: Interception, place: str, reason: str) -> None:
-    if not interception.warned:
-        interception.warned = True
-        _warn(interception.path or "the model's own forward", place, reason)
+def _warn_once(hooks: ModuleHooks, place: str, reason: str) -> None:
+    if not hooks.warned:
+        hooks.warned = True
+        _warn(hooks.path or "the model's own forward", place, reason)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -436,7 +432,7 @@ def unwind() -> None:
         _LOCAL.frames.pop().close()
 
 
-def interception_of(module: nn.Module) -> Interception | None:
+def hooks_of(module: nn.Module) -> ModuleHooks | None:
     """What watches over a module."""
-    found: Interception | None = module.__dict__.get("_qat_interception")
+    found: ModuleHooks | None = module.__dict__.get("_qat_hooks")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.function_hooks.hooks import Interception, interception_of
+from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
 from lightning_qat.joins.plan import STATE_KEY, JoinPlan, PlannedTensor
 from lightning_qat.model.torch_compile import modules_by_path, trace_hooks
 from lightning_qat.quantizers.activation import ActivationQuantizer
@@ -42,9 +42,9 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
             call: {int(k): quantizers[q] for k, q in operands.items()}
             for call, operands in calls.items()
         }
-        interception = Interception(path, sites)
-        interception.compact = like is not None and like.compact
-        interception.attach(modules[path])
+        hooks = ModuleHooks(path, sites)
+        hooks.compact = like is not None and like.compact
+        hooks.attach(modules[path])
     watch_layers(model)
     keep_plan(model, plan)
 
@@ -55,8 +55,8 @@ def watch_layers(model: nn.Module) -> None:
     owners = {path.rpartition(".")[0] for path, module in paths.items() if _quantizes(module)}
     around = {owner[:end] for owner in owners for end, c in enumerate(f"{owner}.") if c == "."}
     for path in sorted({"", *around} if owners else ()):
-        if interception_of(paths[path]) is None and not _quantizes(paths[path]):
-            Interception(path, {}).attach(paths[path])
+        if hooks_of(paths[path]) is None and not _quantizes(paths[path]):
+            ModuleHooks(path, {}).attach(paths[path])
     trace_hooks(model)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import apply_plan, plan_of
 from lightning_qat.joins.discovery import EMPTY, Discovery
 from lightning_qat.joins.plan import JoinPlan
@@ -52,7 +52,7 @@ class FirstForward:
             self.stop(model)
         elif self._made is not None:
             self.finish(model)
-            watching = interception_of(model)
+            watching = hooks_of(model)
             if watching is not None:
                 # torch does not call hooks that were added while it calls those of a module.
                 watching.enter(model, args)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.schedule import Phase
@@ -67,9 +67,9 @@ def set_compact(model: nn.Module, compact: bool) -> None:
     Values and gradients are the same. While ``torch.compile`` traces, the compiler chooses.
     """
     for module in model.modules():
-        interception = interception_of(module)
-        if interception is not None:
-            interception.compact = compact
+        hooks = hooks_of(module)
+        if hooks is not None:
+            hooks.compact = compact
         if isinstance(module, ActivationQuantizer | WeightQuantizer):
             module.compact = compact
 

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 
 from lightning_qat import QATCallback
-from lightning_qat.function_hooks.hooks import interception_of
+from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import Net, Planned, loader, qat, same
@@ -29,7 +29,7 @@ def test_a_compact_run_is_the_fast_run_to_the_bit(
     # The one that was made last is compact throughout.
     assert all(q.compact for q in activation_quantizers(net).values())
     assert all(m.compact for m in net.modules() if isinstance(m, WeightQuantizer))
-    watching = [i for i in map(interception_of, net.modules()) if i is not None]
+    watching = [i for i in map(hooks_of, net.modules()) if i is not None]
     assert watching
     assert all(i.compact for i in watching)
     assert losses[0] == losses[1]
