@@ -335,11 +335,11 @@ def kernels(options: argparse.Namespace) -> dict[str, list[float]]:
     from lightning_qat.numerics.fake_quantize import fake_quantize
     from lightning_qat.numerics.kernels import build as loops
     from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
-    from lightning_qat.numerics.qparams import Grid
+    from lightning_qat.numerics.qparams import IntegerGrid
 
     x = torch.randn(32, 64, 32, 32, requires_grad=True)
     upstream = torch.randn_like(x)
-    scale, zero_point, grid = torch.tensor(0.02), torch.tensor(3.0), Grid(-128, 127)
+    scale, zero_point, grid = torch.tensor(0.02), torch.tensor(3.0), IntegerGrid(-128, 127)
     step = scale.clone().requires_grad_()
     library = loops.compiled_loops
     ao: Any = torch

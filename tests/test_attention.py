@@ -17,7 +17,7 @@ from lightning_qat import Recipe, convert, export, prepare, verify
 from lightning_qat.layers import LinearQAT, MultiheadAttentionQAT
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.prepare.prepare import prepare_like
 from tests.models import trained
 
@@ -144,11 +144,11 @@ def test_the_written_out_arithmetic_of_eight_bits() -> None:
     qat.train()(x, x, x)
 
     def activation(t: Tensor) -> Tensor:
-        grid = Grid(-128, 127)
+        grid = IntegerGrid(-128, 127)
         return fake_quantize(t, *affine_qparams(t.min(), t.max(), grid), grid)
 
     def weight(t: Tensor) -> Tensor:
-        grid = Grid(-127, 127)
+        grid = IntegerGrid(-127, 127)
         scale = symmetric_scale(t.abs().amax(1, keepdim=True), grid)
         return fake_quantize(t, scale, torch.zeros(()), grid)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_qat.convert.batchnorm import BatchNormStatistics
 from lightning_qat.numerics.arithmetic import along_axis
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.final import FinalWeight
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import WeightSpec
@@ -60,12 +60,12 @@ def test_the_folded_weight_is_the_factor_times_the_weight(
 
 @pytest.mark.parametrize(
     ("bits", "lowest", "grid"),
-    [(8, -127, Grid(-127, 127)), (4, -8, Grid(-8, 8)), (2, -2, Grid(-2, 2))],
+    [(8, -127, IntegerGrid(-127, 127)), (4, -8, IntegerGrid(-8, 8)), (2, -2, IntegerGrid(-2, 2))],
 )
 def test_a_negative_factor_mirrors_the_integers_and_loses_none(
-    bits: int, lowest: int, grid: Grid
+    bits: int, lowest: int, grid: IntegerGrid
 ) -> None:
-    weight_grid = Grid.weight(bits)
+    weight_grid = IntegerGrid.weight(bits)
     row = torch.arange(weight_grid.qmin, weight_grid.qmax + 1, dtype=torch.int8)
     integers = torch.stack((row, row, row, row))
     qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), weight_grid, 0)
@@ -79,18 +79,18 @@ def test_a_negative_factor_mirrors_the_integers_and_loses_none(
 
 def test_a_grid_without_need_is_not_mirrored() -> None:
     integers = torch.tensor([[-8, 7]] * 4, dtype=torch.int8)
-    qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), Grid(-8, 7), 0)
+    qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), IntegerGrid(-8, 7), 0)
     _, params, _ = statistics(GAMMA.abs()).fold_integers(integers, qparams, axis=0)
-    assert params.grid == Grid(-8, 7)
+    assert params.grid == IntegerGrid(-8, 7)
 
 
 def test_only_amct_s_full_8_bit_grid_saturates_and_says_how_often() -> None:
     integers = torch.tensor([[-128, -128, -127]] * 4, dtype=torch.int8)
-    qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), Grid(-128, 127), 0)
+    qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), IntegerGrid(-128, 127), 0)
     folded, params, saturated = statistics().fold_integers(integers, qparams, axis=0)
     assert folded.tolist() == [[-128, -128, -127], [127] * 3, [-128, -128, -127], [127] * 3]
     assert saturated == 4
-    assert params.grid == Grid(-128, 127)
+    assert params.grid == IntegerGrid(-128, 127)
     assert folded.dtype is torch.int8
 
 
@@ -99,7 +99,7 @@ def test_a_channel_that_gamma_switches_off_is_zero_and_keeps_a_usable_scale(gamm
     # Weight decay drives the gamma of a dead channel below the smallest normal float32.
     integers = torch.full((4, 3), 100, dtype=torch.int8)
     qparams = QParams(
-        torch.full((4,), 0.001), torch.zeros(4, dtype=torch.int32), Grid(-127, 127), 0
+        torch.full((4,), 0.001), torch.zeros(4, dtype=torch.int32), IntegerGrid(-127, 127), 0
     )
     stats = BatchNormStatistics(
         torch.tensor([gamma, 1.0, -gamma, 1.0]), None, torch.zeros(4), torch.ones(4), 1e-5
@@ -154,7 +154,7 @@ def test_the_output_channel_may_be_on_another_axis() -> None:
     expected = weight * stats.factor[None, :, None]
     assert torch.equal(stats.fold_weight(weight, 1), expected)
     integers = torch.randint(-127, 128, (3, 4, 2), dtype=torch.int8)
-    qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), Grid(-127, 127), 1)
+    qparams = QParams(torch.ones(4), torch.zeros(4, dtype=torch.int32), IntegerGrid(-127, 127), 1)
     folded, params, _ = stats.fold_integers(integers, qparams, axis=1)
     assert params.axis == 1
     signs = torch.tensor([1, -1, 1, -1])[None, :, None]

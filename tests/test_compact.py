@@ -17,7 +17,7 @@ from lightning_qat import prepare
 from lightning_qat.function_hooks.compact import compactly
 from lightning_qat.numerics.bitmask import pack_bits, unpack_bits
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from tests.join_networks import NETWORKS, inputs_for
 from tests.test_compiled import assert_same, train
 
@@ -189,7 +189,7 @@ def test_second_derivatives_pass_through() -> None:
 def test_nan_comes_out_as_nan() -> None:
     x = torch.tensor([1.0, torch.nan], requires_grad=True)
     scale, zero_point = torch.tensor(0.1), torch.tensor(3.0)
-    y = fake_quantize(x, scale, zero_point, Grid(-128, 127), carries_int_repr=True)
+    y = fake_quantize(x, scale, zero_point, IntegerGrid(-128, 127), carries_int_repr=True)
     assert torch.equal(y.isnan(), torch.tensor([False, True]))
 
 

@@ -21,7 +21,7 @@ from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.inputs import as_call
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
@@ -729,7 +729,7 @@ def test_a_finalized_copy_is_on_the_cpu_in_eval_mode_with_the_model_s_outputs() 
 
 
 def test_integers_outside_their_grid_are_no_tensor() -> None:
-    qparams = QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), Grid(-8, 7))
+    qparams = QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), IntegerGrid(-8, 7))
     with pytest.raises(ValueError, match=r"'w': integers must lie in .*; got 0 \.\. 8"):
         QuantizedTensor("w", "weight", qparams, torch.tensor([0, 8]))
 
@@ -738,7 +738,7 @@ def test_scales_that_do_not_fit_the_axis_are_no_tensor() -> None:
     scale, origin = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="'w': one scale per channel of axis 0 is needed; got 2"):
         QuantizedTensor(
-            "w", "weight", QParams(scale, origin, Grid(-8, 7), 0), torch.zeros(3, 2).char()
+            "w", "weight", QParams(scale, origin, IntegerGrid(-8, 7), 0), torch.zeros(3, 2).char()
         )
 
 

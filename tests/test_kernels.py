@@ -23,7 +23,7 @@ from lightning_qat.numerics.learned_fake_quantize import (
     learned_fake_quantizer,
 )
 from lightning_qat.numerics.min_max import batch_range, channel_ranges
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.training.range_sync import activation_quantizers
 from tests.join_networks import NETWORKS, inputs_for
 
@@ -83,12 +83,18 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "grid", [Grid(-128, 127), Grid(-127, 127), Grid(0, 15), Grid(-32768, 32767)]
+    "grid",
+    [
+        IntegerGrid(-128, 127),
+        IntegerGrid(-127, 127),
+        IntegerGrid(0, 15),
+        IntegerGrid(-32768, 32767),
+    ],
 )
 @pytest.mark.parametrize("zero_point", [0.0, 3.0])
 @pytest.mark.parametrize("keeps", ["input", "bits", "codes"])
 def test_values_and_gradients_are_the_same_to_the_bit(
-    layout: str, grid: Grid, zero_point: float, keeps: str, separately: Any
+    layout: str, grid: IntegerGrid, zero_point: float, keeps: str, separately: Any
 ) -> None:
     start = LAYOUTS[layout](awkward())
     upstream = torch.rand(start.shape) + 0.5
@@ -128,7 +134,7 @@ def test_rows_have_scales_of_their_own(
 
     def results() -> Tensor:
         return fake_quantize(
-            *(weight, scale, torch.tensor(0.0), Grid(-127, 127)),
+            *(weight, scale, torch.tensor(0.0), IntegerGrid(-127, 127)),
             gradient_everywhere=True,
             carries_int_repr=int_repr,
         )
@@ -158,7 +164,7 @@ def test_ranges_are_the_same(axis: int | None, separately: Any) -> None:
 
 def test_a_range_is_seen_in_the_pass_that_quantizes(calls: list[str], separately: Any) -> None:
     x = awkward(40_000)[:-9].requires_grad_()
-    numbers = torch.tensor(0.25), torch.tensor(0.0), Grid(-128, 127)
+    numbers = torch.tensor(0.25), torch.tensor(0.0), IntegerGrid(-128, 127)
     seen: list[Tensor] = []
     y = fake_quantize(x, *numbers, saves_input=True, observe=seen.append)
     z = clamp_and_quantize(x, (0.0, 6.0), *numbers, observe=seen.append)
@@ -186,10 +192,10 @@ def test_bits_are_laid_out_alike(count: int, ends: tuple[float, float], separate
 
 
 GRIDS: dict[str, Any] = {
-    "scale": (Grid(-8, 7), None, None),
-    "from zero": (Grid(0, 15), 0.0, None),
-    "ends": (Grid(-8, 7), -3.0, None),
-    "channels": (Grid(-7, 7), None, 0),
+    "scale": (IntegerGrid(-8, 7), None, None),
+    "from zero": (IntegerGrid(0, 15), 0.0, None),
+    "ends": (IntegerGrid(-8, 7), -3.0, None),
+    "channels": (IntegerGrid(-7, 7), None, 0),
 }
 
 
@@ -245,7 +251,7 @@ def test_sums_are_the_same_on_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             scale = torch.tensor(0.02, requires_grad=True)
-            learned_fake_quantize(x, scale, None, Grid(-128, 127)).backward(upstream)
+            learned_fake_quantize(x, scale, None, IntegerGrid(-128, 127)).backward(upstream)
             found.append(scale.grad)
     finally:
         torch.set_num_threads(before)
@@ -259,7 +265,7 @@ def test_a_clamped_learned_grid_is_that_of_two_passes(
     low: float | None, ends: tuple[float, float], separately: Any
 ) -> None:
     torch.manual_seed(0)
-    start, upstream, grid = torch.randn(5000) * 3, torch.randn(5000), Grid(-8, 7)
+    start, upstream, grid = torch.randn(5000) * 3, torch.randn(5000), IntegerGrid(-8, 7)
 
     def results(clamped: bool) -> Any:
         x, scale = start.detach().requires_grad_(), torch.tensor(0.3, requires_grad=True)
@@ -333,7 +339,7 @@ def test_what_the_loops_do_not_know_is_left_to_torch(calls: list[str]) -> None:
 
 
 def test_the_steps_of_a_sequence_are_one_loop_each(calls: list[str]) -> None:
-    quantize = fake_quantizer(torch.tensor(0.1), torch.tensor(0.0), Grid(-128, 127))
+    quantize = fake_quantizer(torch.tensor(0.1), torch.tensor(0.0), IntegerGrid(-128, 127))
     for _ in range(3):
         quantize(torch.randn(4, 5))
     assert calls == ["fake_quantize"] * 3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
 from lightning_qat.numerics.arithmetic import affine_qparams
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
@@ -262,9 +262,9 @@ def test_autocast_casts_the_product_but_not_the_quantization(layer: QATLayer, x:
     assert layer.weight.grad.dtype is torch.float32
     quantizer = layer.input_quantizer
     assert quantizer.min_val.dtype is torch.float32  # type: ignore[union-attr]
-    scale, origin = affine_qparams(x.min(), x.max(), Grid(-128, 127))
+    scale, origin = affine_qparams(x.min(), x.max(), IntegerGrid(-128, 127))
     layer.eval()
-    assert torch.equal(quantizer(x), fake_quantize(x, scale, origin, Grid(-128, 127)))
+    assert torch.equal(quantizer(x), fake_quantize(x, scale, origin, IntegerGrid(-128, 127)))
 
 
 def test_a_bfloat16_input_under_autocast_gets_a_float32_range() -> None:

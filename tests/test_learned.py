@@ -15,7 +15,7 @@ from lightning_qat import ActivationSpec, Recipe, WeightSpec, convert, export, p
 from lightning_qat.numerics.arithmetic import affine_qparams
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.factory import activation_quantizer, quantizer_parameters
 from lightning_qat.quantizers.learned_activation import LearnedClipActivation, LearnedStepActivation
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
@@ -23,7 +23,7 @@ from lightning_qat.recipe.schedule import Phase
 from lightning_qat.training.phases import apply_phase
 from lightning_qat.training.range_sync import commit_ranges
 
-GRIDS = [Grid(-2, 1), Grid(-8, 7), Grid(-127, 127), Grid(-128, 127)]
+GRIDS = [IntegerGrid(-2, 1), IntegerGrid(-8, 7), IntegerGrid(-127, 127), IntegerGrid(-128, 127)]
 
 
 def values(*shape: int) -> Tensor:
@@ -34,7 +34,7 @@ def values(*shape: int) -> Tensor:
 # The formulas, written down once more in double precision
 
 
-def lsq_gradient(x: Tensor, scale: float, grad: Tensor, grid: Grid) -> tuple[Tensor, float]:
+def lsq_gradient(x: Tensor, scale: float, grad: Tensor, grid: IntegerGrid) -> tuple[Tensor, float]:
     v = x / scale
     inside = (v.round() >= grid.qmin) & (v.round() <= grid.qmax)
     slope = torch.where(inside, v.round() - v, v.round().clamp(grid.qmin, grid.qmax))
@@ -42,7 +42,7 @@ def lsq_gradient(x: Tensor, scale: float, grad: Tensor, grid: Grid) -> tuple[Ten
 
 
 def ulq_gradient(
-    x: Tensor, low: float, high: float, grad: Tensor, grid: Grid
+    x: Tensor, low: float, high: float, grad: Tensor, grid: IntegerGrid
 ) -> tuple[float, float]:
     """spec: U = x above, L = x below, e = (rint(t) - t) / (2^b - 1) with t of the clipped x."""
     steps = grid.qmax - grid.qmin
@@ -55,7 +55,7 @@ def ulq_gradient(
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_the_gradients_of_a_symmetric_step_are_lsq_s(grid: Grid) -> None:
+def test_the_gradients_of_a_symmetric_step_are_lsq_s(grid: IntegerGrid) -> None:
     x, grad = values(50), torch.randn(50, dtype=torch.float64)
     scale = torch.tensor(0.375, requires_grad=True)
     leaf = x.float().requires_grad_()
@@ -87,7 +87,7 @@ def test_the_gradients_of_two_clips_are_ulq_s(low: float, bits: int) -> None:
 @pytest.mark.parametrize("end", ["scale", "low"])
 def test_outside_the_range_the_gradients_are_finite_differences(end: str) -> None:
     """There the function is linear in both, so no rounding hides its derivative."""
-    grid, x = Grid(-8, 7), torch.tensor([-50.0, 60.0, 70.0])
+    grid, x = IntegerGrid(-8, 7), torch.tensor([-50.0, 60.0, 70.0])
     at = {"scale": torch.tensor(0.25, requires_grad=True), "low": torch.tensor(-1.5)}
     at["low"].requires_grad_()
     learned_fake_quantize(x, at["scale"], at["low"], grid, normalized=False).sum().backward()
@@ -112,7 +112,7 @@ def test_outside_the_range_the_gradients_are_finite_differences(end: str) -> Non
 
 
 def test_per_channel_scales_get_the_gradients_of_their_own_channel() -> None:
-    x, grid = values(3, 4, 5).float(), Grid(-8, 7)
+    x, grid = values(3, 4, 5).float(), IntegerGrid(-8, 7)
     scale = torch.tensor([0.2, 0.3, 0.4, 0.5], requires_grad=True)
     learned_fake_quantize(x, scale, None, grid, axis=1, normalized=False).square().sum().backward()
     for channel in range(4):
@@ -125,7 +125,7 @@ def test_per_channel_scales_get_the_gradients_of_their_own_channel() -> None:
 
 
 def test_normalized_gradients_are_divided_by_the_root_of_count_and_steps() -> None:
-    x, grid = values(100).float(), Grid(-8, 7)
+    x, grid = values(100).float(), IntegerGrid(-8, 7)
     gradients = []
     for normalized in (True, False):
         scale = torch.tensor(0.3, requires_grad=True)
@@ -137,7 +137,7 @@ def test_normalized_gradients_are_divided_by_the_root_of_count_and_steps() -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_the_fake_quantization_of_observed_ranges_to_the_bit(dtype: torch.dtype) -> None:
-    x, grid = torch.randn(1000).to(dtype), Grid(-8, 7)
+    x, grid = torch.randn(1000).to(dtype), IntegerGrid(-8, 7)
     low, high = torch.tensor(-1.1), torch.tensor(1.7)
     scale, zero_point = affine_qparams(low, high, grid)
     learned = learned_fake_quantize(x, scale, low, grid)
@@ -149,7 +149,7 @@ def test_forward_is_the_fake_quantization_of_observed_ranges_to_the_bit(dtype: t
 
 
 def test_the_least_squares_scale_is_the_best_of_a_fine_search() -> None:
-    x, grid = torch.randn(4, 500), Grid(-2, 1)
+    x, grid = torch.randn(4, 500), IntegerGrid(-2, 1)
     start = x.abs().amax(1) / 1.5
 
     def error(scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_qat.numerics.calibration.search import SEARCHES
 from lightning_qat.numerics.calibration.updates import UPDATES
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.min_max import batch_range
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.recipe.specs import ActivationSpec
 
@@ -120,7 +120,7 @@ def test_a_sample_sees_every_feature() -> None:
     x = torch.zeros(32, 64, 256)
     x[..., 5] = 1.0
     for name in ("percentile", "mse"):
-        assert float(SEARCHES[name](x, Grid(-128, 127), False)[1]) > 0.9
+        assert float(SEARCHES[name](x, IntegerGrid(-128, 127), False)[1]) > 0.9
 
 
 def test_a_tensor_of_no_more_than_the_samples_is_looked_at_whole() -> None:
@@ -207,7 +207,7 @@ def test_a_batch_that_is_not_finite_is_not_counted() -> None:
     assert torch.equal(one[1], other[1])
 
 
-def squared_error(x: Tensor, low: float, high: float, grid: Grid) -> float:
+def squared_error(x: Tensor, low: float, high: float, grid: IntegerGrid) -> float:
     """In double precision."""
     scale = (high - low) / (grid.qmax - grid.qmin)
     origin = round(grid.qmin - low / scale)
@@ -228,7 +228,7 @@ BATCHES = {
 def test_a_histogram_s_range_is_nearly_the_best_and_no_worse_than_torch_ao_s(
     kind: str, bits: int
 ) -> None:
-    batches, grid = BATCHES[kind](), Grid.activation(bits)
+    batches, grid = BATCHES[kind](), IntegerGrid.activation(bits)
     x = torch.cat(batches)
     low, high = (
         histogram_range(*histogram_of(*batches), grid, False) * torch.tensor([-1, 1])
@@ -256,7 +256,7 @@ def test_a_histogram_s_range_is_nearly_the_best_and_no_worse_than_torch_ao_s(
 
 
 def test_a_symmetric_range_has_the_least_squared_error_of_all_reaches() -> None:
-    x, grid = torch.randn(4000), Grid(-8, 7)
+    x, grid = torch.randn(4000), IntegerGrid(-8, 7)
     found = histogram_range(*histogram_of(x), grid, True)
     reach = float(found.max())
 

@@ -15,7 +15,7 @@ from lightning_qat import convert, prepare
 from lightning_qat.function_hooks.relu_fusion import ReluFusion
 from lightning_qat.numerics.fake_quantize import clamp_and_quantize, fake_quantize
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantizer
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.training.range_sync import activation_quantizers, commit_ranges
 from tests.join_networks import CNNS, NETWORKS, inputs_for
 
@@ -294,7 +294,7 @@ def test_clamped_grids_are_clamped_tensors(
     torch.manual_seed(0)
     steps = torch.arange(-300.0, 300.0) / 2
     x = torch.cat([steps * scale, torch.tensor([*ends, torch.nan])]).requires_grad_()
-    numbers = torch.tensor(scale), torch.tensor(zero_point), Grid(-128, 127)
+    numbers = torch.tensor(scale), torch.tensor(zero_point), IntegerGrid(-128, 127)
     results = []
     for two_passes in (False, True):
         x.grad = None
@@ -317,7 +317,7 @@ def test_learned_steps_get_the_gradient_of_clamped_values(
 ) -> None:
     """In double precision, by the formulas of LSQ for what relu has left."""
     torch.manual_seed(0)
-    grid = Grid(0, 15) if low is None else Grid(-8, 7)
+    grid = IntegerGrid(0, 15) if low is None else IntegerGrid(-8, 7)
     x = (torch.randn(400) * 4).requires_grad_()
     scale = torch.tensor(step, requires_grad=True)
     lowest = None if low is None else torch.tensor(low)

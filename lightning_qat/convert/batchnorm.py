@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BatchNormStatistics:
         if highest > grid.qmax:
             limit = 127 if grid.dtype is torch.int8 else 32767
             saturated = int((signed > limit).sum())
-            grid = Grid(grid.qmin, min(-grid.qmin, limit))
+            grid = IntegerGrid(grid.qmin, min(-grid.qmin, limit))
         scale = torch.where(off, qparams.scale, scale)
         folded = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), grid, axis)
         return signed.clamp(max=grid.qmax).to(grid.dtype), folded, saturated

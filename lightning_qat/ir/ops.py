@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from lightning_qat.numerics.arithmetic import along_axis
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 
 @torch.library.custom_op("lightning_qat::fake_quantize", mutates_args=())
@@ -21,7 +21,7 @@ def fake_quantize_node(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, key: str
 ) -> Tensor:
     """``fake_quantize`` as one node of an exported graph, without a gradient."""
-    return fake_quantize(x, scale, zero_point, Grid(qmin, qmax)).clone()
+    return fake_quantize(x, scale, zero_point, IntegerGrid(qmin, qmax)).clone()
 
 
 @fake_quantize_node.register_fake
@@ -48,7 +48,7 @@ class FakeQuantizeCall(NamedTuple):
     x: fx.Node
     scale: fx.Node
     zero_point: fx.Node
-    grid: Grid
+    grid: IntegerGrid
     key: str
 
 
@@ -57,7 +57,7 @@ class DequantizeCall(NamedTuple):
 
     integers: fx.Node
     scale: fx.Node
-    grid: Grid
+    grid: IntegerGrid
     axis: int | None
     key: str
 
@@ -68,7 +68,7 @@ def as_fake_quantize(node: fx.Node) -> FakeQuantizeCall | None:
         return None
     args: Any = node.args
     x, scale, zero_point, qmin, qmax, key = args
-    return FakeQuantizeCall(x, scale, zero_point, Grid(qmin, qmax), key)
+    return FakeQuantizeCall(x, scale, zero_point, IntegerGrid(qmin, qmax), key)
 
 
 def as_dequantize(node: fx.Node) -> DequantizeCall | None:
@@ -77,7 +77,7 @@ def as_dequantize(node: fx.Node) -> DequantizeCall | None:
         return None
     args: Any = node.args
     integers, scale, qmin, qmax, axis, key = args
-    return DequantizeCall(integers, scale, Grid(qmin, qmax), axis, key)
+    return DequantizeCall(integers, scale, IntegerGrid(qmin, qmax), axis, key)
 
 
 def new_dequantize(graph: fx.Graph, call: DequantizeCall) -> fx.Node:

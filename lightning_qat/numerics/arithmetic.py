@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 MIN_SCALE = torch.finfo(torch.float32).tiny
 """A range too small for a normal float32 scale gets scale 1: such a tensor is zero."""
@@ -19,7 +19,7 @@ AMCT_MIN_SCALE = torch.finfo(torch.float32).eps
 """The same threshold in AMCT (1.192e-7)."""
 
 
-def affine_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def affine_qparams(low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
     """Scale and zero point of an affine grid that covers ``[low, high]`` and zero.
 
     ``scale = (max(high, 0) - min(low, 0)) / (qmax - qmin)`` and
@@ -44,7 +44,7 @@ def affine_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     return scale, zero_point_of(low, scale, grid)
 
 
-def zero_point_of(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def zero_point_of(low: Tensor, scale: Tensor, grid: IntegerGrid) -> Tensor:
     """The integer that stands for real zero on a grid that starts at ``low``, in float32.
 
     Example:
@@ -54,7 +54,7 @@ def zero_point_of(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
 
 
-def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
+def symmetric_scale(largest: Tensor, grid: IntegerGrid) -> Tensor:
     """Scale of a symmetric grid (zero point 0) for values within ``[-largest, largest]``.
 
     ``scale = largest / ((qmax - qmin) / 2)``: for -127..127 the largest value lands on 127; for
@@ -77,7 +77,7 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
     return torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
 
 
-def arq_scale(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+def arq_scale(low: Tensor, high: Tensor, grid: IntegerGrid) -> Tensor:
     """AMCT's scale of a weight (ARQ): the side that reaches farther touches its end of the grid.
 
     ``max|w| / qmax``, or ``max|w| / -qmin`` where ``|low| > |high|``; below 1.192e-7 it is 1.
@@ -109,7 +109,7 @@ def along_axis(values: Tensor, dims: int, axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
     """Map real values to the integer grid: ``clip(round(x / scale) + zero_point)``.
 
     Args:

@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.min_max import Observe, batch_range
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import (
     CACHED_GRIDS,
     RoundingCall,
@@ -42,7 +42,7 @@ def fake_quantize(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    grid: Grid,
+    grid: IntegerGrid,
     *,
     gradient_everywhere: bool = False,
     saves_input: bool = False,
@@ -117,7 +117,7 @@ def clamp_and_quantize(
     ends: tuple[float, float],
     scale: Tensor,
     zero_point: Tensor,
-    grid: Grid,
+    grid: IntegerGrid,
     *,
     carries_int_repr: bool = False,
     observe: Observe | None = None,
@@ -181,7 +181,9 @@ def clamps(x: Tensor, zero_point: Tensor) -> bool:
     return single and x.dtype == torch.float32 and not is_compiling()
 
 
-def fake_quantizer(scale: Tensor, zero_point: Tensor, grid: Grid) -> Callable[[Tensor], Tensor]:
+def fake_quantizer(
+    scale: Tensor, zero_point: Tensor, grid: IntegerGrid
+) -> Callable[[Tensor], Tensor]:
     """``fake_quantize`` with ``saves_input`` for many small tensors on one grid.
 
     Its numbers are looked up once, and no call goes through Python in backward.

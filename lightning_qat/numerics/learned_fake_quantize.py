@@ -15,7 +15,7 @@ from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, zero_point_
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import Stops
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import edges_of, number_of, on_grid
 
 
@@ -23,7 +23,7 @@ def learned_fake_quantize(
     x: Tensor,
     scale: Tensor,
     low: Tensor | None,
-    grid: Grid,
+    grid: IntegerGrid,
     *,
     axis: int | None = None,
     normalized: bool = True,
@@ -88,7 +88,7 @@ def learned_fake_quantize(
 def learned_fake_quantizer(
     scale: Tensor,
     low: Tensor | None,
-    grid: Grid,
+    grid: IntegerGrid,
     values: int | None,
     axis: int | None = None,
     *,
@@ -149,7 +149,7 @@ class _Rounding:
     """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
 
     def __init__(
-        self, scale: Tensor, origin: Any, grid: Grid, axis: int | None, step: float | None
+        self, scale: Tensor, origin: Any, grid: IntegerGrid, axis: int | None, step: float | None
     ) -> None:
         self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
         self.step = step
@@ -286,7 +286,9 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         return of_x.to(grad.dtype), of_scale.reshape(ctx.shape), of_low, None, None, None
 
 
-def least_squares_scale(x: Tensor, scale: Tensor, grid: Grid, axis: int | None = None) -> Tensor:
+def least_squares_scale(
+    x: Tensor, scale: Tensor, grid: IntegerGrid, axis: int | None = None
+) -> Tensor:
     """The scale with the least squared error of a symmetric grid, near a given one.
 
     Args:

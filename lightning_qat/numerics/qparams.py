@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Grid:
+class IntegerGrid:
     """The integers a tensor may take: ``qmin .. qmax``, both inclusive.
 
     ==============================  ============  =============
@@ -36,17 +36,17 @@ class Grid:
             raise ValueError(f"qmin must be below qmax; got qmin={self.qmin}, qmax={self.qmax}.")
 
     @classmethod
-    def signed(cls, bits: int) -> Grid:
+    def signed(cls, bits: int) -> IntegerGrid:
         """Every two's-complement integer of ``bits`` bits."""
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     @classmethod
-    def activation(cls, bits: int) -> Grid:
+    def activation(cls, bits: int) -> IntegerGrid:
         """The grid of an activation."""
         return cls.signed(bits)
 
     @classmethod
-    def weight(cls, bits: int) -> Grid:
+    def weight(cls, bits: int) -> IntegerGrid:
         """The grid of a symmetric weight.
 
         Example:
@@ -80,7 +80,7 @@ class QParams:
 
     scale: Tensor
     zero_point: Tensor
-    grid: Grid
+    grid: IntegerGrid
     axis: int | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from lightning_qat.numerics.bitmask import masked, pack_between, pack_bits
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.min_max import Observe, batch_range
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 CACHED_GRIDS = 2**12
 """Numbers of so many grids are kept: those of frozen ranges are asked for in every forward."""
@@ -63,7 +63,7 @@ class RoundingCall(NamedTuple):
     x: Tensor
     scale: Tensor
     origin: Any
-    grid: Grid
+    grid: IntegerGrid
     low: Any
     high: Any
     edges: tuple[float, float] | None
@@ -158,7 +158,7 @@ class Rounding:
         x: Tensor,
         scale: Tensor,
         origin: Any,
-        grid: Grid,
+        grid: IntegerGrid,
         reached: tuple[float, float] | None,
     ) -> None:
         steps = torch.div(x, scale).round_()
@@ -199,7 +199,7 @@ class Rounding:
         return steps.mul_(self.int_repr.scale)
 
 
-def _counted_from_zero(origin: Any, grid: Grid) -> torch.dtype | None:
+def _counted_from_zero(origin: Any, grid: IntegerGrid) -> torch.dtype | None:
     """The type of steps from real zero that takes no more bits than the grid's; if there is one.
 
     Integers are those of the grid, or such steps where there is a type for them, which saves the

@@ -27,7 +27,7 @@ from lightning_qat.numerics.fake_quantize import (
     fake_quantizer,
 )
 from lightning_qat.numerics.min_max import Observe, batch_range
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
 from lightning_qat.recipe.specs import ActivationSpec
@@ -69,7 +69,7 @@ class ActivationQuantizer(Quantizer):
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__()
         self.spec: ActivationSpec = spec
-        self.grid = Grid.activation(spec.bits)
+        self.grid = IntegerGrid.activation(spec.bits)
         low, high = spec.clip or (0.0, 0.0)
         # By name: half-precision plugins change the default dtype.
         self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
@@ -319,9 +319,9 @@ class ActivationQuantizer(Quantizer):
         return affine_qparams(low, high, self.grid)
 
     @property
-    def _symmetric_grid(self) -> Grid:
+    def _symmetric_grid(self) -> IntegerGrid:
         """The grid whose ends the largest value touches: -127..127 of -128..127."""
-        return Grid(-self.grid.qmax, self.grid.qmax)
+        return IntegerGrid(-self.grid.qmax, self.grid.qmax)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_qat.numerics.arithmetic import MIN_SCALE
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import WeightSpec
 
@@ -35,7 +35,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def __init__(self, spec: WeightSpec, axis: int, channels: int) -> None:
         super().__init__(spec, axis)
         if spec.quantizer == "ulq":
-            self.grid = Grid.signed(spec.bits)
+            self.grid = IntegerGrid.signed(spec.bits)
         shape = () if self._channel_axis is None else (channels,)
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("started", torch.tensor(0.0))

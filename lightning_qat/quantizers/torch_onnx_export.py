@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 _TYPE_GRIDS = {torch.int8: (-128, 127), torch.int16: (-32768, 32767)}
 
@@ -22,7 +22,7 @@ def is_exporting_onnx() -> bool:
 
 
 def quantize_dequantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, axis: int | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None = None
 ) -> Tensor:
     """``QuantizeLinear -> [Clip] -> DequantizeLinear`` in the graph that is being captured.
 

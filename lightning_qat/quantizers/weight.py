@@ -11,7 +11,7 @@ from lightning_qat.numerics.arithmetic import along_axis, arq_scale, symmetric_s
 from lightning_qat.numerics.fake_quantize import fake_quantize, quantized_again
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.min_max import channel_ranges
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache, tensor_state
@@ -45,7 +45,7 @@ class WeightQuantizer(Quantizer):
         self.quantizing = True
         self.compact = False
         arq = spec.quantizer == "arq"
-        self.grid = Grid.signed(spec.bits) if arq else Grid.weight(spec.bits)
+        self.grid = IntegerGrid.signed(spec.bits) if arq else IntegerGrid.weight(spec.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, same shape and dtype."""

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_qat import convert, export, prepare, verify
 from lightning_qat.amct.record import parse_record
 from lightning_qat.layers import QATLayer
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.final import FinalActivation
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat_exporters import CannExporter
@@ -128,7 +128,7 @@ def golden_network(case: Case) -> nn.Module:
         qparams = QParams(
             torch.tensor(record.scale_d),
             torch.tensor(record.offset_d, dtype=torch.int32),
-            Grid.signed(16 if record.act_type == "INT16" else 8),
+            IntegerGrid.signed(16 if record.act_type == "INT16" else 8),
         )
         layer.input_quantizer = FinalActivation(qparams, f"{name}.input")
     return net

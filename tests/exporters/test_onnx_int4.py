@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_qat import QuantizedModel, Recipe, convert, export, verify
 from lightning_qat.export.protocol import as_arrays
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.exporters.contract import KINDS, converted
 from tests.models import inputs_for, trained
@@ -43,7 +43,9 @@ def test_the_outputs_are_equal_to_the_bit(
     exporter = FakeQuantOnnxExporter(opset=21)
     wide, packed = both(model, tmp_path, activation_type=activation_type)
     types = [t.data_type == INT4 for t in weights(packed.files["model"]).values()]
-    grids = [t.qparams.grid == Grid(-8, 7) for t in model.tensors.values() if t.kind == "weight"]
+    grids = [
+        t.qparams.grid == IntegerGrid(-8, 7) for t in model.tensors.values() if t.kind == "weight"
+    ]
     assert sorted(types) == sorted(grids)
     assert any(types)
     x = as_arrays(model.flat_inputs((inputs_for(network, 8),), {}))
@@ -86,7 +88,7 @@ def test_a_file_without_such_weights_says_so(tmp_path: Path) -> None:
 
 def test_a_weight_that_batch_norm_has_mirrored_stays_int8_and_is_named(tmp_path: Path) -> None:
     model = converted("conv_bn_relu", "w4a8")
-    assert model.tensors["0.weight"].qparams.grid == Grid(-8, 8)
+    assert model.tensors["0.weight"].qparams.grid == IntegerGrid(-8, 8)
     _, packed = both(model, tmp_path)
     assert packed.notes[1] == (
         "0.weight: stored as INT8, because a negative factor of the batch norm folded into it "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_qat import QuantizedModel, convert, convert_qat_model, export, prepare, verify
 from lightning_qat.amct.record import parse_record
 from lightning_qat.export.protocol import Artifact
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.final import FinalActivation
 from lightning_qat_exporters import CannExporter
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
@@ -61,7 +61,11 @@ def golden_model(case: Case) -> QuantizedModel:
         ("input_quantizer", record.scale_d, record.offset_d),
         ("hidden_quantizer_l0", record.scale_h, record.offset_h),
     ):
-        numbers = torch.tensor(scale), torch.tensor(offset, dtype=torch.int32), Grid.signed(8)
+        numbers = (
+            torch.tensor(scale),
+            torch.tensor(offset, dtype=torch.int32),
+            IntegerGrid.signed(8),
+        )
         key = f"rnn.{name.replace('_quantizer', '')}"
         setattr(net.rnn, name, FinalActivation(QParams(*numbers), key))
     return convert(net, tuple(map(torch.from_numpy, case.inputs.values())), dynamic_batch=False)

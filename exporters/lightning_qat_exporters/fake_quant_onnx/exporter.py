@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from lightning_qat.export.protocol import Array, Artifact
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.fake_quant_onnx.int32_bias import quantize_biases
 from lightning_qat_exporters.fake_quant_onnx.read_back import (
     _activation_differences,
@@ -142,7 +142,9 @@ def _int4_notes(model: QuantizedModel) -> tuple[str, ...]:
     if sizes:
         small = sum((size + 1) // 2 for size in sizes)
         notes.append(f"Weights of 4 bits as INT4: {len(sizes)}, {small} bytes for {sum(sizes)}.")
-    mirrored = [t.key for t in weights if t.qparams.grid == Grid(INT4_GRID.qmin, -INT4_GRID.qmin)]
+    mirrored = [
+        t.key for t in weights if t.qparams.grid == IntegerGrid(INT4_GRID.qmin, -INT4_GRID.qmin)
+    ]
     if mirrored:
         notes.append(
             f"{', '.join(mirrored)}: stored as INT8, because a negative factor of the batch norm "

@@ -17,7 +17,7 @@ import torch
 
 from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.qdq.global_average_pool import global_average_pools
 from lightning_qat_exporters.qdq.initializers import array_of, initializer
 from lightning_qat_exporters.qdq.recurrent import GATES
@@ -28,7 +28,7 @@ ActivationType = Literal["int8", "uint8"]
 FULL_GRIDS = ((-128, 127), (-32768, 32767))
 """Grids that are all of their type, so that QuantizeLinear's own saturation is theirs."""
 
-INT4_GRID = Grid(-8, 7)
+INT4_GRID = IntegerGrid(-8, 7)
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

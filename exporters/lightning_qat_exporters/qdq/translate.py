@@ -24,7 +24,7 @@ import lightning_qat_exporters.qdq.recurrent  # noqa: F401  # registers lstm and
 from lightning_qat.ir.exported_program import Constants, copied, settle
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 KEY = "lightning_qat.key"
 """Metadata of a node: the keys, a line each, of the quantized tensors that it belongs to."""
@@ -187,7 +187,7 @@ def _splits_sought_at_slices() -> Iterator[None]:
 
 def _share_pairs(graph: ir.Graph, model: QuantizedModel) -> None:
     """Readers of one tensor with the same scale, zero point and grid share one pair, in place."""
-    first: dict[tuple[ir.Value | None, bytes, bytes, Grid], ir.Node] = {}
+    first: dict[tuple[ir.Value | None, bytes, bytes, IntegerGrid], ir.Node] = {}
     for node in list(graph):
         if node.op_type != "QuantizeLinear" or KEY not in node.metadata_props:
             continue

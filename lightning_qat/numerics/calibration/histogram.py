@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.calibration.search import SAMPLES, sampled
 from lightning_qat.numerics.min_max import batch_range
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 HISTOGRAM_BINS = 8192
 """Bins of a histogram, over values of both signs: a quarter of them at least is in use."""
@@ -39,7 +39,7 @@ def add_to_histogram(counts: Tensor, reach: Tensor, x: Tensor, samples: int = SA
     reach.copy_(wider)
 
 
-def histogram_range(counts: Tensor, reach: Tensor, grid: Grid, symmetric: bool) -> Tensor:
+def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric: bool) -> Tensor:
     """The range whose grid has the least squared error for all values counted; see ``batch_range``.
 
     Both ends are searched on their own, in steps of a hundredth of what was seen, one after the
@@ -61,7 +61,7 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: Grid, symmetric: bool) 
 
     def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
         if symmetric:
-            scale = symmetric_scale(torch.maximum(-lows, highs), Grid(-grid.qmax, grid.qmax))
+            scale = symmetric_scale(torch.maximum(-lows, highs), IntegerGrid(-grid.qmax, grid.qmax))
             zero_point = torch.zeros_like(scale)
         else:
             scale, zero_point = affine_qparams(lows, highs, grid)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.min_max import batch_range, spacing
-from lightning_qat.numerics.qparams import Grid
+from lightning_qat.numerics.qparams import IntegerGrid
 
 PERCENTILE = 0.9999
 """Share of a batch's values that ``percentile`` keeps on either side."""
@@ -18,7 +18,9 @@ SAMPLES = 2**15
 _BINS = 2048
 
 
-def percentile_range(x: Tensor, grid: Grid, symmetric: bool, samples: int = SAMPLES) -> Tensor:
+def percentile_range(
+    x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = SAMPLES
+) -> Tensor:
     """The range without the farthest 0.01 % of values on either side; see ``batch_range``.
 
     Of larger tensors at most ``samples`` evenly spaced values stand for all, here and below; what
@@ -30,7 +32,9 @@ def percentile_range(x: Tensor, grid: Grid, symmetric: bool, samples: int = SAMP
     return _unless_not_finite(whole, torch.stack((-low, high)))
 
 
-def least_squares_range(x: Tensor, grid: Grid, symmetric: bool, samples: int = SAMPLES) -> Tensor:
+def least_squares_range(
+    x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = SAMPLES
+) -> Tensor:
     """The share of the batch's range whose grid has the least squared error; see ``batch_range``.
 
     Searched from 0.1 to 1.2 of the range in steps of 0.01, both ends together, as AMCT's IFMR does
@@ -42,7 +46,7 @@ def least_squares_range(x: Tensor, grid: Grid, symmetric: bool, samples: int = S
         low, high = -whole[0] * share, whole[1] * share
         if symmetric:
             scale = symmetric_scale(
-                torch.maximum(low.abs(), high.abs()), Grid(-grid.qmax, grid.qmax)
+                torch.maximum(low.abs(), high.abs()), IntegerGrid(-grid.qmax, grid.qmax)
             )
             zero_point = torch.zeros_like(scale)
         else:
@@ -55,7 +59,7 @@ def least_squares_range(x: Tensor, grid: Grid, symmetric: bool, samples: int = S
     return _unless_not_finite(whole, best)
 
 
-def entropy_range(x: Tensor, grid: Grid, symmetric: bool, samples: int = SAMPLES) -> Tensor:
+def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = SAMPLES) -> Tensor:
     """The range that keeps most of the batch's information; see ``batch_range``.
 
     The threshold on absolute values whose clipped histogram, drawn with as many levels as the grid

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_qat.ir.quantized_model import QuantizedTensor
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 
 
 def equal_weights(key: str, channels: int, kernel: list[int]) -> QuantizedTensor:
@@ -39,7 +39,7 @@ def border_factors(
 def constant(key: str, integers: torch.Tensor, scale: float) -> QuantizedTensor:
     """Integers that were not trained, with one scale."""
     zero_point = torch.tensor(0, dtype=torch.int32)
-    qparams = QParams(torch.tensor(scale), zero_point, Grid(-127, 127))
+    qparams = QParams(torch.tensor(scale), zero_point, IntegerGrid(-127, 127))
     return QuantizedTensor(key, "weight", qparams, integers)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.qparams import Grid, QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat_exporters.qdq.recurrent import recurrences
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 from lightning_qat_exporters.tflite.tinynn.program_values import (
@@ -34,7 +34,7 @@ from lightning_qat_exporters.tflite.tinynn.program_values import (
 _FAKE_QUANTIZE = torch.ops.lightning_qat.fake_quantize.default
 _DEQUANTIZE = torch.ops.lightning_qat.dequantize.default
 
-INT8 = Grid.signed(8)
+INT8 = IntegerGrid.signed(8)
 LITERT = 'Export with backend="litert"'
 
 
