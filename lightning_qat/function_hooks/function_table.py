@@ -17,7 +17,7 @@ from torch import Tensor
 Kind = Literal["join", "tie", "pass"]
 
 
-class JoinFunction(NamedTuple):
+class FunctionTraits(NamedTuple):
     """How one function is treated.
 
     Args:
@@ -87,8 +87,8 @@ _TABLE: tuple[tuple[str, Kind, int, tuple[str, ...]], ...] = (
 )
 
 
-def _functions() -> Mapping[Callable[..., Any], JoinFunction]:
-    found: dict[Callable[..., Any], JoinFunction] = {}
+def _functions() -> Mapping[Callable[..., Any], FunctionTraits]:
+    found: dict[Callable[..., Any], FunctionTraits] = {}
     for name, kind, operands, spellings in _TABLE:
         for spelling in (name, *spellings):
             in_place = spelling.startswith("__i") or (
@@ -97,18 +97,18 @@ def _functions() -> Mapping[Callable[..., Any], JoinFunction]:
             for namespace in (torch, Tensor, F, torch._C._nn):  # pyright: ignore
                 function = getattr(namespace, spelling, None)
                 if callable(function):
-                    found[function] = JoinFunction(name, kind, operands, in_place)
+                    found[function] = FunctionTraits(name, kind, operands, in_place)
     for name in ("T", "mT", "H", "mH"):
-        found[getattr(Tensor, name).__get__] = JoinFunction("permute", "pass", 1, False)
+        found[getattr(Tensor, name).__get__] = FunctionTraits("permute", "pass", 1, False)
     return found
 
 
-JOIN_FUNCTIONS = _functions()
+FUNCTION_TABLE = _functions()
 """Every spelling that ``torch`` hands to a function mode, and how it is treated."""
 
 
 def operands_of(
-    function: JoinFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: FunctionTraits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, ...]:
     """The tensors of a call that could be quantized; empty for a call that is not counted.
 
@@ -135,7 +135,9 @@ def leads_with_real(args: tuple[Any, ...]) -> bool:
     return bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
 
 
-def keeps_values(function: JoinFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def preserves_values(
+    function: FunctionTraits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
     """Whether this call of a passing function, or of ``interpolate``, hands values on unchanged."""
     if function.name == "interpolate":
         mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
@@ -147,7 +149,7 @@ def keeps_values(function: JoinFunction, args: tuple[Any, ...], kwargs: Mapping[
     return function.kind == "pass"
 
 
-def natural_range(
+def fixed_output_range(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[float, float] | None:
     """The range that a function's output has by its definition, in 8 bits; ``None``: none.

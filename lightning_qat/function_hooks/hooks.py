@@ -32,11 +32,11 @@ from lightning_qat.function_hooks.forward_cache import (
     swap_forward_cache,
 )
 from lightning_qat.function_hooks.function_table import (
-    JOIN_FUNCTIONS,
-    JoinFunction,
-    keeps_values,
+    FUNCTION_TABLE,
+    FunctionTraits,
     leads_with_real,
     operands_of,
+    preserves_values,
 )
 from lightning_qat.function_hooks.operands import AnotherPath, quantize_operands
 from lightning_qat.function_hooks.relu_fusion import CLAMP_CALLS, ReluCallSite, ReluFusion
@@ -219,7 +219,7 @@ def _show_to_compile() -> None:
     """
     dynamo: Any = sys.modules.get("torch._dynamo.variables.torch")
     if dynamo is not None:
-        dynamo.get_overridable_functions().update(JOIN_FUNCTIONS)
+        dynamo.get_overridable_functions().update(FUNCTION_TABLE)
 
 
 _TRACEABLE: Mapping[str, Callable[..., Any]] = {"unflatten": torch.unflatten}
@@ -269,7 +269,7 @@ class _JoinMode(TorchFunctionMode):
         forward_cache: ForwardCache,
     ) -> Any:
         """Call relu, together with the only reader of its result where that is a quantizer."""
-        counted = func in JOIN_FUNCTIONS
+        counted = func in FUNCTION_TABLE
         place = frame.place("relu" if counted else "clamp")
         relu = CLAMP_CALLS[func](*args, **kwargs)
         if not place or forward_cache.is_on_grid(relu.input):
@@ -295,7 +295,7 @@ class _JoinMode(TorchFunctionMode):
         frame: Frame | None,
     ) -> Any:
         """Call a function, its planned operands quantized."""
-        known = JOIN_FUNCTIONS.get(func)
+        known = FUNCTION_TABLE.get(func)
         if frame is not None and frame.keeps_little:
             func = partial(compactly, func)
         if known is None:
@@ -346,7 +346,7 @@ def _in_float(
     frame: Frame | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with float values for all but planned operands."""
-    known = JOIN_FUNCTIONS.get(func)
+    known = FUNCTION_TABLE.get(func)
     operands: Mapping[int, nn.Module] = {}
     if known is not None and frame is not None and frame.watched:
         assert frame.hooks is not None
@@ -373,7 +373,7 @@ def _unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _passed_on(
-    known: JoinFunction,
+    known: FunctionTraits,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -395,7 +395,7 @@ def _passed_on(
         forward_cache.changed(mutated)
     if known.kind == "tie":
         source = args[0][0] if args and args[0] else None
-    keeps = known.kind == "tie" or keeps_values(known, args, kwargs)
+    keeps = known.kind == "tie" or preserves_values(known, args, kwargs)
     # Dropout scales what it keeps.
     keeps = keeps and not (known.name == "dropout" and kwargs.get("training", True))
     if keeps and isinstance(source, Tensor):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qat.function_hooks.function_table import JoinFunction
+from lightning_qat.function_hooks.function_table import FunctionTraits
 
 _KEYWORDS = (("input", "self", "query", "tensors"), ("other", "mat2", "key"), ("value",))
 
@@ -17,7 +17,7 @@ class AnotherPath(Exception):
 
 
 def quantize_operands(
-    known: JoinFunction,
+    known: FunctionTraits,
     operands: Mapping[int, nn.Module],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],

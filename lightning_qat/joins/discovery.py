@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.function_hooks.function_table import (
-    JOIN_FUNCTIONS,
-    JoinFunction,
-    keeps_values,
+    FUNCTION_TABLE,
+    FunctionTraits,
+    fixed_output_range,
     leads_with_real,
-    natural_range,
     operands_of,
+    preserves_values,
 )
 from lightning_qat.function_hooks.hooks import OUTPUT, Frame
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
@@ -167,7 +167,7 @@ class Discovery:
         frame = self._frames[-1] if self._frames else None
         if frame is None or _is_opaque(self._modules[frame[0]]):
             return func(*args, **kwargs)
-        known, path = JOIN_FUNCTIONS.get(func), frame[0]
+        known, path = FUNCTION_TABLE.get(func), frame[0]
         name = getattr(func, "__name__", "function").strip("_")
         number, place = 0, ""
         tensors = () if known is None else operands_of(known, args, kwargs)
@@ -191,7 +191,7 @@ class Discovery:
         outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
         self._alive += leaves
         made = f"{path}.{name}" if path else name
-        natural = natural_range(func, args, kwargs)
+        natural = fixed_output_range(func, args, kwargs)
         for key in outs:
             if key not in keys:
                 self._origins[key] = _Origin(
@@ -225,7 +225,7 @@ class Discovery:
 
     def _note(
         self,
-        known: JoinFunction,
+        known: FunctionTraits,
         call: _Call,
         tensors: tuple[Tensor, ...],
         keys: tuple[Key, ...],
@@ -233,7 +233,7 @@ class Discovery:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        if keeps_values(known, args, kwargs):
+        if preserves_values(known, args, kwargs):
             # Dropout in eval mode gives its very input back.
             if keys and outs[:1] != keys[:1]:
                 self._inherit(keys[0], outs, known.name)
@@ -261,7 +261,9 @@ class Discovery:
                 own.not_negative = own.not_negative or origin.not_negative
                 own.natural = origin.natural if name != "relu" else None
 
-    def _why_float(self, known: JoinFunction, path: str, tensors: tuple[Tensor, ...]) -> str | None:
+    def _why_float(
+        self, known: FunctionTraits, path: str, tensors: tuple[Tensor, ...]
+    ) -> str | None:
         """Why a join stays float; ``None``: it is quantized."""
         if not all(t.numel() for t in tensors):
             return EMPTY
