@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import deliver
+from lightning_qat.export.manifest import export_all
 from lightning_qat.export.protocol import Artifact, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
@@ -62,7 +62,7 @@ def manifest(folder: Path) -> Any:
 def test_the_manifest_says_what_was_written_from_what(
     converted: QuantizedModel, tmp_path: Path
 ) -> None:
-    results = deliver(converted, [Text("Keep dry."), FakeQuantOnnxExporter()], tmp_path, "net")
+    results = export_all(converted, [Text("Keep dry."), FakeQuantOnnxExporter()], tmp_path, "net")
     assert [(r.target, r.error) for r in results] == [("text", None), ("fake_quant_onnx", None)]
     found = manifest(tmp_path)
     assert Recipe.from_dict(found["recipe"]) == Recipe.load("w4a8")
@@ -88,7 +88,7 @@ def test_the_manifest_says_what_was_written_from_what(
 
 
 def test_every_file_beside_the_manifest_is_in_it(converted: QuantizedModel, tmp_path: Path) -> None:
-    deliver(converted, [Text(), FakeQuantOnnxExporter()], tmp_path, "net")
+    export_all(converted, [Text(), FakeQuantOnnxExporter()], tmp_path, "net")
     listed = {
         file["path"]
         for target in manifest(tmp_path)["targets"].values()
@@ -100,7 +100,7 @@ def test_every_file_beside_the_manifest_is_in_it(converted: QuantizedModel, tmp_
 def test_a_target_that_fails_does_not_stop_the_others(
     converted: QuantizedModel, tmp_path: Path
 ) -> None:
-    results = deliver(converted, [Failing(), Text()], tmp_path, "net")
+    results = export_all(converted, [Failing(), Text()], tmp_path, "net")
     assert isinstance(results[0].error, UnsupportedByTarget)
     assert results[0].artifact is None
     assert results[1].error is None
@@ -115,7 +115,7 @@ def test_a_target_that_fails_does_not_stop_the_others(
 def test_a_check_that_fails_is_an_error_beside_the_files(
     converted: QuantizedModel, tmp_path: Path
 ) -> None:
-    (result,) = deliver(converted, [Unverifiable()], tmp_path, "net")
+    (result,) = export_all(converted, [Unverifiable()], tmp_path, "net")
     assert isinstance(result.error, OSError)
     assert result.artifact is not None
     entry = manifest(tmp_path)["targets"]["unverifiable"]
@@ -125,13 +125,13 @@ def test_a_check_that_fails_is_an_error_beside_the_files(
 
 
 def test_checking_can_be_left_out(converted: QuantizedModel, tmp_path: Path) -> None:
-    (result,) = deliver(converted, [Unverifiable()], tmp_path, "net", check=False)
+    (result,) = export_all(converted, [Unverifiable()], tmp_path, "net", check=False)
     assert (result.error, result.agreement) == (None, None)
 
 
 def test_the_inputs_to_check_with_may_be_given(converted: QuantizedModel, tmp_path: Path) -> None:
     x = inputs_for("linear", 9)
-    (result,) = deliver(converted, [FakeQuantOnnxExporter()], tmp_path, "net", inputs=x)
+    (result,) = export_all(converted, [FakeQuantOnnxExporter()], tmp_path, "net", inputs=x)
     assert result.agreement is not None
     assert result.agreement.samples == 9
 
@@ -142,9 +142,9 @@ def test_two_targets_of_one_name_do_not_overwrite_each_other(
     # Else the second's file silently takes the place of the first's.
     exporters = [FakeQuantOnnxExporter("uint8"), FakeQuantOnnxExporter("int8")]
     with pytest.raises(ValueError, match="fake_quant_onnx"):
-        deliver(converted, exporters, tmp_path, "net")
+        export_all(converted, exporters, tmp_path, "net")
 
 
 def test_the_folder_is_made(converted: QuantizedModel, tmp_path: Path) -> None:
-    deliver(converted, [Failing()], tmp_path / "a" / "b", "net")
+    export_all(converted, [Failing()], tmp_path / "a" / "b", "net")
     assert manifest(tmp_path / "a" / "b")["targets"].keys() == {"failing"}

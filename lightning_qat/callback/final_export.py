@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from lightning_qat.checkpoint.contents import was_quantizing
 from lightning_qat.convert.convert import check_capture, convert
 from lightning_qat.export.load import load_exporter
-from lightning_qat.export.manifest import Delivered, deliver, refuse_repeated
+from lightning_qat.export.manifest import ExportResult, export_all, refuse_repeated
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.recipe.recipe import Recipe
 
@@ -99,7 +99,7 @@ class Export:
         inputs: Any,
         recipe: Recipe,
         calibration_batches: int,
-    ) -> tuple[Delivered, ...]:
+    ) -> tuple[ExportResult, ...]:
         """Convert a copy of the module and write every target; call it on the first process.
 
         Returns:
@@ -115,14 +115,14 @@ class Export:
             rank_zero_info(f"QAT: exporting {[e.name for e in self._loaded]} to {folder}")
             name = type(pl_module).__name__.lower()
             quantized.save(folder / f"{name}.pt2")
-            delivered = deliver(quantized, self._loaded, folder, name, check=self._verify)
+            delivered = export_all(quantized, self._loaded, folder, name, check=self._verify)
         for result in delivered:
             if result.agreement is not None:
                 rank_zero_info(f"QAT: {result.agreement}")
                 _log_agreement(trainer, result)
         return delivered
 
-    def failure(self, delivered: Sequence[Delivered]) -> RuntimeError | None:
+    def failure(self, delivered: Sequence[ExportResult]) -> RuntimeError | None:
         """One error that names every target that failed."""
         failed = [result for result in delivered if result.error is not None]
         if not failed:
@@ -197,7 +197,7 @@ def as_float32(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, cast, inputs)
 
 
-def _log_agreement(trainer: Trainer, result: Delivered) -> None:
+def _log_agreement(trainer: Trainer, result: ExportResult) -> None:
     agreement = result.agreement
     assert agreement is not None
     if agreement.runtimes:

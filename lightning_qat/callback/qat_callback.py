@@ -31,7 +31,7 @@ from lightning_qat.checkpoint.contents import (
     recipe_problem,
     version_problem,
 )
-from lightning_qat.export.manifest import Delivered
+from lightning_qat.export.manifest import ExportResult
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.function_hooks.hooks import unwind
 from lightning_qat.joins.apply import plan_of
@@ -140,7 +140,7 @@ class QATCallback(Callback):
         self.memory: Literal["fast", "compact"] = memory
         self.report: PrepareReport | None = None
         """What was quantized, once ``fit`` has started."""
-        self.delivered: tuple[Delivered, ...] = ()
+        self.delivered: tuple[ExportResult, ...] = ()
         """What was exported, once ``fit`` has ended."""
         self._export: Export | None = None
         self._calls: list[PatchOnce] = []

@@ -24,7 +24,7 @@ _PACKAGES = (
 
 
 @dataclass(frozen=True)
-class Delivered:
+class ExportResult:
     """What became of one target: an artifact with its agreement, or an error.
 
     Args:
@@ -40,7 +40,7 @@ class Delivered:
     error: Exception | None = None
 
 
-def deliver(
+def export_all(
     model: QuantizedModel,
     exporters: Sequence[Exporter],
     folder: Path,
@@ -48,7 +48,7 @@ def deliver(
     *,
     check: bool = True,
     inputs: Any = None,
-) -> tuple[Delivered, ...]:
+) -> tuple[ExportResult, ...]:
     """Export to every target and write ``manifest.json`` beside the files.
 
     A target that fails does not keep the others from being written; its error is in the result and
@@ -97,17 +97,17 @@ def refuse_repeated(exporters: Sequence[Exporter]) -> None:
 
 def _deliver(
     model: QuantizedModel, exporter: Exporter, prefix: Path, check: bool, inputs: Any
-) -> Delivered:
+) -> ExportResult:
     artifact = None
     try:
         artifact = exporter.export(model, prefix)
         agreement = verify(model, artifact, inputs, exporter) if check else None
     except Exception as error:
-        return Delivered(exporter.name, artifact, None, error)
-    return Delivered(exporter.name, artifact, agreement)
+        return ExportResult(exporter.name, artifact, None, error)
+    return ExportResult(exporter.name, artifact, agreement)
 
 
-def _entry(result: Delivered, folder: Path) -> dict[str, Any]:
+def _entry(result: ExportResult, folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     if result.artifact is not None:
         entry["files"] = {
