@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_qat.function_hooks import hooks as hooks
+from lightning_qat.function_hooks import hooks
 from lightning_qat.function_hooks.forward_cache import current_forward_cache
 
 

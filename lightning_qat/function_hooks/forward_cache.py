@@ -153,9 +153,9 @@ _LOCAL = _Local()
 
 
 def current_forward_cache() -> ForwardCache | None:
-    """The tape of the forward that runs in this thread, if it keeps one.
+    """The cache of the forward that runs in this thread, if it keeps one.
 
-    A tape holds tensors of its own forward, so a graph that ``torch.compile`` makes of a part of
+    A cache holds tensors of its own forward, so a graph that ``torch.compile`` makes of a part of
     it keeps its own, or none.
     """
     forward_cache = _LOCAL.running.forward_cache
@@ -167,7 +167,7 @@ def current_forward_cache() -> ForwardCache | None:
 
 
 def swap_forward_cache(forward_cache: ForwardCache | None) -> ForwardCache | None:
-    """Begin or end a tape in this thread; gives the one before."""
+    """Set the cache of this thread; returns the one before."""
     before, _LOCAL.running.forward_cache = _LOCAL.running.forward_cache, forward_cache
     return before
 

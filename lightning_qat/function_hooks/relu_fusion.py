@@ -73,7 +73,7 @@ CLAMP_CALLS: Mapping[Callable[..., Any], Callable[..., ClampCall]] = {
 class ReluCallSite:
     """One place that calls relu, and what is known of who reads the result."""
 
-    __slots__ = ("apart", "quantizer")
+    __slots__ = ("quantizer", "unfusable")
 
     def __init__(self) -> None:
         self.quantizer: Any = None

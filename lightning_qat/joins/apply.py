@@ -50,7 +50,7 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
 
 
 def watch_layers(model: nn.Module) -> None:
-    """Watch over what is around the layers, where nothing need be quantized; see ``relu_fusion``."""
+    """Hook the modules around the layers, so that relus there are fused; see ``relu_fusion``."""
     paths = modules_by_path(model)
     owners = {path.rpartition(".")[0] for path, module in paths.items() if _quantizes(module)}
     around = {owner[:end] for owner in owners for end, c in enumerate(f"{owner}.") if c == "."}

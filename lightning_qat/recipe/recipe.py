@@ -315,7 +315,7 @@ def preset(name: str) -> Recipe:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"No recipe named {name!r}; {closest_names(name, PRESETS)}. Presets: {sorted(PRESETS)}. "
-            f"A recipe file ends in {', '.join(_READERS)}."
+            f"No recipe named {name!r}; {closest_names(name, PRESETS)}. "
+            f"Presets: {sorted(PRESETS)}. A recipe file ends in {', '.join(_READERS)}."
         )
     return PRESETS[name]
