@@ -65,7 +65,7 @@ class ModuleHooks:
         }
         self.warned = False
         self.compact = False
-        """Whether backward keeps little of the module's calls, not what is fast; see ``int_repr``."""
+        """Whether backward keeps little of the calls, not what is fast; see ``int_repr``."""
         self.relu_fusion: dict[str, ReluCallSite] = {}
         """Who reads what relu gives, by the place of its call."""
         self._handles: list[Any] = []
