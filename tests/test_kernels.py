@@ -121,7 +121,7 @@ def test_values_and_gradients_are_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 7, 7), (1000, 9), (3, 20_011), (5,)])
-@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("int_repr", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_rows_have_scales_of_their_own(
     shape: tuple[int, ...], int_repr: bool, channels_last: bool, separately: Any, calls: list[str]

@@ -287,7 +287,7 @@ def test_nothing_of_it_is_left_in_a_converted_model() -> None:
 @pytest.mark.parametrize("scale", [0.03, 0.7, 5.0])
 @pytest.mark.parametrize("zero_point", [-128.0, 0.0, 100.0])
 @pytest.mark.parametrize("ends", [(0.0, float("inf")), (0.0, 6.0), (-1.0, 1.0), (2.0, 3.0)])
-@pytest.mark.parametrize("codes", [False, True], ids=["fast", "compact"])
+@pytest.mark.parametrize("int_repr", [False, True], ids=["fast", "compact"])
 def test_clamped_grids_are_clamped_tensors(
     scale: float, zero_point: float, ends: tuple[float, float], int_repr: bool
 ) -> None:
