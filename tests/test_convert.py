@@ -17,7 +17,7 @@ from lightning_qat.convert.capture import CaptureError
 from lightning_qat.convert.convert import check_capture, convert
 from lightning_qat.convert.finalize import finalized_copy
 from lightning_qat.ir.exported_program import Constants
-from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
+from lightning_qat.ir.ops import DEQUANTIZE, FAKE_QUANTIZE
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.inputs import as_call
@@ -132,9 +132,9 @@ def test_every_quantized_tensor_is_one_explicit_node_with_constants() -> None:
     assert "batch_norm" not in found
     constants = Constants(quantized.program)
     for node in quantized.program.graph.nodes:
-        if node.target is fake_quantize_node._opoverload:
+        if node.target is FAKE_QUANTIZE:
             assert constants.value(node.args[1]) is not None
-        if node.target is dequantize_node._opoverload:
+        if node.target is DEQUANTIZE:
             integers = constants.value(node.args[0])
             assert integers is not None
             assert integers.dtype is torch.int8

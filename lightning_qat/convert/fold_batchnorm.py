@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from lightning_qat.convert.batchnorm import BatchNormStatistics
 from lightning_qat.ir.exported_program import Constants, module_path
-from lightning_qat.ir.ops import DequantizeCall, as_dequantize, as_fake_quantize, new_dequantize
+from lightning_qat.ir.ops import DEQUANTIZE, DequantizeCall, as_dequantize, as_fake_quantize
 from lightning_qat.numerics.qparams import QParams
 
 _ATEN = torch.ops.aten
@@ -167,9 +167,8 @@ def _fold_weight(
         for name, tensor in (("folded_integers", integers), ("folded_scale", folded.scale))
     ]
     with layer.graph.inserting_before(layer):
-        node = new_dequantize(
-            layer.graph, DequantizeCall(nodes[0], nodes[1], folded.grid, folded.axis, key)
-        )
+        new = DequantizeCall(nodes[0], nodes[1], folded.grid, folded.axis, key)
+        node: fx.Node = layer.graph.call_function(DEQUANTIZE, new.args)
     node.meta.update(weight.meta)
     return node
 

@@ -1,11 +1,14 @@
-"""Final quantization as explicit nodes of an exported graph.
+"""Final quantization as explicit nodes of an exported graph; functions to read and add them.
 
 Two operators carry everything an exporter needs: constants for scale and zero point, the grid, and
-the name of the tensor. They have no gradient; training uses ``fake_quantization.fake_quantize``.
+the key of the tensor. They have no gradient; training uses ``numerics.fake_quantize``. The order of
+their arguments is known here only: read a node with ``as_fake_quantize``, ``as_dequantize`` or
+``key_of``, and add one with ``make_fake_quantize`` or ``make_dequantize``.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, fx
 
 from lightning_qat.numerics.arithmetic import along_axis
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 
 
 @torch.library.custom_op("lightning_qat::fake_quantize", mutates_args=())
@@ -42,6 +45,13 @@ def _(integers: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, k
     return torch.empty_like(integers, dtype=torch.float32)
 
 
+FAKE_QUANTIZE: Any = torch.ops.lightning_qat.fake_quantize.default
+"""The target of every ``fake_quantize`` node."""
+
+DEQUANTIZE: Any = torch.ops.lightning_qat.dequantize.default
+"""The target of every ``dequantize`` node."""
+
+
 class FakeQuantizeCall(NamedTuple):
     """The arguments of a ``fake_quantize`` node; tensors are nodes of the graph."""
 
@@ -50,6 +60,11 @@ class FakeQuantizeCall(NamedTuple):
     zero_point: fx.Node
     grid: IntegerGrid
     key: str
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of the operator ``FAKE_QUANTIZE``, in its order."""
+        return (self.x, self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, self.key)
 
 
 class DequantizeCall(NamedTuple):
@@ -61,29 +76,89 @@ class DequantizeCall(NamedTuple):
     axis: int | None
     key: str
 
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of the operator ``DEQUANTIZE``, in its order."""
+        return (self.integers, self.scale, self.grid.qmin, self.grid.qmax, self.axis, self.key)
 
-def as_fake_quantize(node: fx.Node) -> FakeQuantizeCall | None:
-    """What a ``fake_quantize`` node says; ``None`` for any other node."""
-    if node.target is not fake_quantize_node._opoverload:
+
+def as_fake_quantize(node: object) -> FakeQuantizeCall | None:
+    """Read the arguments of a ``fake_quantize`` node; ``None`` for anything else."""
+    if not isinstance(node, fx.Node) or node.target is not FAKE_QUANTIZE:
         return None
     args: Any = node.args
     x, scale, zero_point, qmin, qmax, key = args
     return FakeQuantizeCall(x, scale, zero_point, IntegerGrid(qmin, qmax), key)
 
 
-def as_dequantize(node: fx.Node) -> DequantizeCall | None:
-    """What a ``dequantize`` node says; ``None`` for any other node."""
-    if node.target is not dequantize_node._opoverload:
+def as_dequantize(node: object) -> DequantizeCall | None:
+    """Read the arguments of a ``dequantize`` node; ``None`` for anything else."""
+    if not isinstance(node, fx.Node) or node.target is not DEQUANTIZE:
         return None
     args: Any = node.args
     integers, scale, qmin, qmax, axis, key = args
     return DequantizeCall(integers, scale, IntegerGrid(qmin, qmax), axis, key)
 
 
-def new_dequantize(graph: fx.Graph, call: DequantizeCall) -> fx.Node:
-    """Add a ``dequantize`` node at the graph's insertion point."""
-    grid = call.grid
-    return graph.call_function(
-        dequantize_node._opoverload,
-        (call.integers, call.scale, grid.qmin, grid.qmax, call.axis, call.key),
-    )
+def key_of(node: object) -> str | None:
+    """The key of the tensor that a node quantizes or dequantizes; ``None`` for any other node."""
+    call = as_fake_quantize(node) or as_dequantize(node)
+    return None if call is None else call.key
+
+
+def make_fake_quantize(graph: fx.Graph, x: fx.Node, qparams: QParams, key: str) -> fx.Node:
+    """Add a whole ``fake_quantize`` node at the insertion point of a graph module's graph.
+
+    Scale and zero point become buffers of the graph module. In an ``ExportedProgram``, whose
+    constants are inputs of the graph, use ``Constants.add`` and ``FakeQuantizeCall.args`` instead.
+
+    Args:
+        graph: A graph that a ``GraphModule`` owns.
+        x: The node of the float tensor.
+        qparams: Scale, zero point and grid, per tensor.
+        key: The key of the quantized tensor.
+
+    Returns:
+        The node; its ``meta["val"]`` is that of ``x``.
+    """
+    scale = _add_buffer(graph, f"{key}_scale", qparams.scale)
+    zero_point = _add_buffer(graph, f"{key}_zero_point", qparams.zero_point)
+    call = FakeQuantizeCall(x, scale, zero_point, qparams.grid, key)
+    node = graph.call_function(FAKE_QUANTIZE, call.args)
+    if "val" in x.meta:
+        node.meta["val"] = x.meta["val"]
+    return node
+
+
+def make_dequantize(graph: fx.Graph, integers: Tensor, qparams: QParams, key: str) -> fx.Node:
+    """Add a whole ``dequantize`` node at the insertion point of a graph module's graph.
+
+    Args:
+        graph: A graph that a ``GraphModule`` owns; integers and scale become its buffers.
+        integers: The symmetric weight's integers.
+        qparams: Scale, grid and channel axis; the zero point is 0.
+        key: The key of the quantized tensor.
+
+    Returns:
+        The node; its ``meta["val"]`` has the shape and dtype of the real weight, on device "meta".
+    """
+    stored = _add_buffer(graph, f"{key}_integers", integers)
+    scale = _add_buffer(graph, f"{key}_scale", qparams.scale)
+    call = DequantizeCall(stored, scale, qparams.grid, qparams.axis, key)
+    node = graph.call_function(DEQUANTIZE, call.args)
+    node.meta["val"] = torch.empty(integers.shape, device="meta")
+    return node
+
+
+def _add_buffer(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+    module = graph.owning_module
+    assert module is not None, "The graph must belong to a GraphModule."
+    wanted = unused = re.sub(r"\W", "_", name)
+    number = 0
+    while hasattr(module, unused):
+        number += 1
+        unused = f"{wanted}_{number}"
+    module.register_buffer(unused, value)
+    node: fx.Node = graph.get_attr(unused)
+    node.meta["val"] = value
+    return node
