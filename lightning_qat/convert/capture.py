@@ -94,6 +94,18 @@ def _has_dynamic_input(program: ExportedProgram) -> bool:
 def export_program(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
 ) -> ExportedProgram:
+    """Capture the forward with ``torch.export``, non-strict.
+
+    Args:
+        model: The model, in eval mode.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        dynamic: The dynamic shapes as ``(args, kwargs)``, with the structure of the inputs; ``None``
+            fixes every size.
+
+    Raises:
+        CaptureError: The forward cannot be captured; the message names the module and the line.
+    """
     # torch.export wants the dynamic shapes by argument, as the call has them.
     shapes = dynamic and (dynamic[1] or dynamic[0])
     with _running_module(model) as running, torch.no_grad(), warnings.catch_warnings():

@@ -78,6 +78,7 @@ def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
 
 
 def detached_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model in eval mode on the CPU, without ``torch.compile`` and gradients."""
     # Hooks such as weight_norm's leave tensors with a graph on a module; deepcopy refuses those.
     computed = [
         value
@@ -99,6 +100,7 @@ def _without_compile(module: nn.Module) -> nn.Module:
 
 
 def finalize_model(model: nn.Module) -> nn.Module:
+    """Replace every quantizer of a model by its final form, in place; the plan is forgotten."""
     finals = {q: FinalActivation(q.qparams(), key) for q, key in tensor_keys(model).items()}
     for name, layer in _layers(model).items():
         for child in layer.activation_quantizer_names():

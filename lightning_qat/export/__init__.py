@@ -4,6 +4,7 @@ from lightning_qat.export.export import export
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import (
     Artifact,
+    CannotExpress,
     Explaining,
     Exporter,
     MissingDependency,
@@ -26,5 +27,6 @@ __all__ = [
     "Explaining",
     "Unsupported",
     "UnsupportedByTarget",
+    "CannotExpress",
     "MissingDependency",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_qat.ir.quantized_model import QuantizedModel
 
 Array = NDArray[Any]
+"""A NumPy array of any dtype; exporters import it from here."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,41 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """One thing that a target cannot express."""
+    """One part of a model that a target cannot express, or leaves in float.
+
+    Args:
+        layer: Name of the layer, node, tensor or input.
+        reason: What must hold and what the model has; without a full stop.
+        remedy: What to do about it, without a full stop; empty where nothing needs to be done.
+    """
 
     layer: str
     reason: str
-    remedy: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.layer!r}: {self.reason}." + (f" {self.remedy}." if self.remedy else "")
+
+
+class CannotExpress(Exception):
+    """Raised inside an exporter for one part of a model, by code that does not know its layer.
+
+    The caller knows the layer: it catches the exception, collects ``error.at(layer)`` and goes on,
+    so that ``UnsupportedByTarget`` names everything at once.
+
+    Args:
+        reason: As for ``Unsupported``.
+        remedy: As for ``Unsupported``.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
+
+    def at(self, layer: str) -> Unsupported:
+        """The same, with the layer's name."""
+        return Unsupported(layer, self.reason, self.remedy)
 
 
 class UnsupportedByTarget(ValueError):
@@ -44,12 +75,12 @@ class UnsupportedByTarget(ValueError):
 
     Args:
         target: Name of the exporter.
-        problems: What it cannot express.
+        problems: Every part that it cannot express.
     """
 
-    def __init__(self, target: str, problems: tuple[Unsupported, ...]) -> None:
-        self.target, self.problems = target, problems
-        lines = "".join(f"\n  {p.layer}: {p.reason}. {p.remedy}" for p in problems)
+    def __init__(self, target: str, problems: Iterable[Unsupported]) -> None:
+        self.target, self.problems = target, tuple(problems)
+        lines = "".join(f"\n  {p.layer}: {p.reason}. {p.remedy}".rstrip() for p in self.problems)
         super().__init__(f"The target {target!r} cannot express:{lines}")
 
 
