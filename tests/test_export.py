@@ -22,7 +22,7 @@ from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.models import inputs_for, linear, trained
 
 # The function of the same name hides the module in the package.
-MODULE = importlib.import_module("lightning_qat.export")
+MODULE = importlib.import_module("lightning_qat.export.load")
 
 
 class Recording:

@@ -100,7 +100,7 @@ def export_program(
         model: The model, in eval mode.
         args: Positional inputs.
         kwargs: Keyword inputs.
-        dynamic: The dynamic shapes as ``(args, kwargs)``, with the structure of the inputs; ``None``
+        dynamic: The dynamic shapes as ``(args, kwargs)``, as nested as the inputs; ``None``
             fixes every size.
 
     Raises:
