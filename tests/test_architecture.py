@@ -14,7 +14,7 @@ CORE: Mapping[str, str] = {
     "numerics": "",
     "recipe": "",
     "model": "",
-    "function_hooks": "numerics model",
+    "function_hooks": "numerics model ir",
     "ir": "numerics atomic_write",
     "quantizers": "numerics recipe function_hooks ir",
     "export": "recipe model ir atomic_write",

@@ -1,20 +1,19 @@
-"""The functions whose inputs an integer target wants quantized, and those that keep values.
+"""Look-ups by torch function: how quantization treats a call, from the table of operators.
 
-A *join* computes with real values: an integer target needs its inputs on a grid. A *passing*
-function hands on values it was given (or zero), so that what comes out lies on the grid of what
-went in. Everything else is float to both.
+Everything here is about the functions that ``torch`` hands to a ``TorchFunctionMode`` and about
+their arguments. The knowledge about operators is in ``ir/operators.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["join", "tie", "pass"]
+from lightning_qat.ir.operators import CLAMPS, FIXED_OUTPUT_RANGES, OPERATORS, Clamp, Trait
 
 
 class FunctionTraits(NamedTuple):
@@ -22,89 +21,48 @@ class FunctionTraits(NamedTuple):
 
     Args:
         name: One name for all spellings: ``add`` for ``+``, ``+=``, ``torch.add``, ``Tensor.add_``.
-        kind: ``tie`` is a join whose inputs share one grid, which its output keeps (``cat``).
+        trait: See ``lightning_qat.ir.operators``.
         operands: How many leading arguments are quantized.
         in_place: It changes its first argument.
     """
 
     name: str
-    kind: Kind
+    trait: Trait
     operands: int
     in_place: bool
 
 
-# Name to kind, operands, further spellings. In-place spellings (with a trailing underscore) and
-# Python operators are found by name.
-_TABLE: tuple[tuple[str, Kind, int, tuple[str, ...]], ...] = (
-    ("add", "join", 2, ("__add__", "__radd__", "__iadd__", "add_")),
-    ("sub", "join", 2, ("__sub__", "__rsub__", "__isub__", "sub_", "subtract", "rsub")),
-    ("mul", "join", 2, ("__mul__", "__rmul__", "__imul__", "mul_", "multiply")),
-    ("matmul", "join", 2, ("__matmul__", "__rmatmul__", "bmm", "mm")),
-    ("scaled_dot_product_attention", "join", 3, ()),
-    ("cat", "tie", 1, ("concat", "concatenate")),
-    ("stack", "tie", 1, ()),
-    ("avg_pool", "join", 1, ("avg_pool1d", "avg_pool2d", "avg_pool3d")),
-    (
-        "adaptive_avg_pool",
-        "join",
-        1,
-        ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    ),
-    ("mean", "join", 1, ()),
-    ("softmax", "join", 1, ()),
-    ("sigmoid", "join", 1, ("sigmoid_",)),
-    ("tanh", "join", 1, ("tanh_",)),
-    ("hardswish", "join", 1, ()),
-    ("hardsigmoid", "join", 1, ()),
-    # Computed in float everywhere, but what is added up before it need not be.
-    ("layer_norm", "join", 1, ()),
-    ("rms_norm", "join", 1, ()),
-    ("group_norm", "join", 1, ()),
-    ("instance_norm", "join", 1, ()),
-    ("gelu", "join", 1, ()),
-    ("silu", "join", 1, ()),
-    ("mish", "join", 1, ()),
-    ("elu", "join", 1, ()),
-    ("leaky_relu", "join", 1, ()),
-    ("interpolate", "join", 1, ("upsample",)),
-    ("relu", "pass", 1, ("relu_",)),
-    ("max_pool", "pass", 1, ("max_pool1d", "max_pool2d", "max_pool3d")),
-    (
-        "adaptive_max_pool",
-        "pass",
-        1,
-        ("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    ),
-    ("pad", "pass", 1, ()),
-    ("dropout", "pass", 1, ("dropout1d", "dropout2d", "dropout3d", "feature_dropout")),
-    ("reshape", "pass", 1, ("view", "flatten", "unflatten", "squeeze", "unsqueeze")),
-    ("permute", "pass", 1, ("transpose", "movedim", "swapaxes", "t", "swapdims", "moveaxis")),
-    ("expand", "pass", 1, ("repeat", "tile", "broadcast_to", "expand_as")),
-    ("contiguous", "pass", 1, ("clone", "detach")),
-    ("getitem", "pass", 1, ("__getitem__", "narrow", "select", "index_select", "flip", "roll")),
-    ("chunk", "pass", 1, ("split", "unbind", "tensor_split", "split_with_sizes")),
-    ("pixel_shuffle", "pass", 1, ("pixel_unshuffle", "channel_shuffle")),
-)
+def torch_functions(name: str) -> Iterator[Callable[..., Any]]:
+    """Every torch function of a name, as a function mode receives it."""
+    for namespace in (torch, Tensor, F, torch._C._nn):  # pyright: ignore
+        function = getattr(namespace, name, None)
+        if callable(function):
+            yield function
+        elif function is not None:
+            # An attribute such as ``x.T``.
+            yield function.__get__
 
 
 def _functions() -> Mapping[Callable[..., Any], FunctionTraits]:
     found: dict[Callable[..., Any], FunctionTraits] = {}
-    for name, kind, operands, spellings in _TABLE:
-        for spelling in (name, *spellings):
-            in_place = spelling.startswith("__i") or (
-                spelling.endswith("_") and not spelling.startswith("__")
+    for operator in OPERATORS:
+        if operator.trait is None:
+            continue
+        for spelling in operator.torch:
+            traits = FunctionTraits(
+                operator.name, operator.trait, operator.operands, is_in_place(spelling)
             )
-            for namespace in (torch, Tensor, F, torch._C._nn):  # pyright: ignore
-                function = getattr(namespace, spelling, None)
-                if callable(function):
-                    found[function] = FunctionTraits(name, kind, operands, in_place)
-    for name in ("T", "mT", "H", "mH"):
-        found[getattr(Tensor, name).__get__] = FunctionTraits("permute", "pass", 1, False)
+            found |= dict.fromkeys(torch_functions(spelling), traits)
     return found
 
 
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
 FUNCTION_TABLE = _functions()
-"""Every spelling that ``torch`` hands to a function mode, and how it is treated."""
+"""Every function of the table that ``torch`` hands to a function mode, and how it is treated."""
 
 
 def operands_of(
@@ -116,12 +74,12 @@ def operands_of(
     arithmetic, and not the batches that a batch norm counts in training only.
     """
     values = [*args, *kwargs.values()][: function.operands]
-    if function.kind == "tie":
+    if function.trait == "concat":
         values = list(values[0]) if values and isinstance(values[0], list | tuple) else []
     tensors = tuple(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
     if not tensors or len(tensors) != len(values):
         return ()
-    if function.kind != "tie" and len(tensors) < function.operands:
+    if function.trait != "concat" and len(tensors) < function.operands:
         return ()
     return tensors if all(t.dim() for t in tensors) else ()
 
@@ -138,7 +96,10 @@ def leads_with_real(args: tuple[Any, ...]) -> bool:
 def preserves_values(
     function: FunctionTraits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether this call of a passing function, or of ``interpolate``, hands values on unchanged."""
+    """Whether the output of this call has only values of its input, or zero.
+
+    Such a call keeps the scale and zero point of its input.
+    """
     if function.name == "interpolate":
         mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
         return str(mode).startswith("nearest")
@@ -146,7 +107,7 @@ def preserves_values(
         mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
         value = kwargs.get("value", args[3] if len(args) > 3 else None)
         return mode != "constant" or value in (None, 0, 0.0)
-    return function.kind == "pass"
+    return function.trait == "quantization_agnostic"
 
 
 def fixed_output_range(
@@ -154,25 +115,25 @@ def fixed_output_range(
 ) -> tuple[float, float] | None:
     """The range that a function's output has by its definition, in 8 bits; ``None``: none.
 
-    Sigmoid and softmax get ``(0, 255/256)`` and tanh ``(-1, 127/128)``, so that their scales are
-    1/256 and 1/128 with zero points -128 and 0: what TFLite's specification demands of them.
+    Of a clamp: its two ends, where both are numbers and real zero lies between them.
     """
     name = getattr(function, "__name__", "").strip("_")
-    if name in ("sigmoid", "softmax", "hardsigmoid"):
-        return 0.0, 255.0 / 256.0
-    if name == "tanh":
-        return -1.0, 127.0 / 128.0
-    if name == "relu6":
-        return 0.0, 6.0
-    if name in ("hardtanh", "clamp", "clip"):
-        # hardtanh(input, min_val=-1, max_val=1); clamp(input, min, max)
-        keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-        low, high = (
-            kwargs.get(key, args[i + 1] if len(args) > i + 1 else default)
-            for i, (key, default) in enumerate(zip(keys, (-1.0, 1.0), strict=True))
-        )
-        if name != "hardtanh" and (len(args) < 3 and not {"min", "max"} <= set(kwargs)):
-            return None
-        if isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 < high:
-            return float(low), float(high)
+    name = "clamp" if name == "clip" else name
+    clamp = CLAMPS.get(name)
+    if clamp is None:
+        return FIXED_OUTPUT_RANGES.get(name)
+    low, high = clamp_ends(clamp, args, kwargs)
+    if isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 < high:
+        return float(low), float(high)
     return None
+
+
+def clamp_ends(clamp: Clamp, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The two ends in one call of an operator that clamps; ``None``: no such end."""
+    if not clamp.arguments:
+        return clamp.low, clamp.high
+    low, high = (
+        kwargs.get(key, args[i] if len(args) > i else default)
+        for i, (key, default) in enumerate(zip(clamp.arguments, clamp[:2], strict=True), 1)
+    )
+    return low, high

@@ -316,7 +316,7 @@ class _JoinMode(TorchFunctionMode):
             return func(*args, **kwargs)
         frame.count(place)
         if not operands:
-            if operands is None and known.kind != "pass" and hooks.plans_calls:
+            if operands is None and known.trait != "quantization_agnostic" and hooks.plans_calls:
                 _warn_once(hooks, place, "it was not made")
             return _passed_on(known, func, args, kwargs)
         try:
@@ -352,7 +352,7 @@ def _in_float(
         assert frame.hooks is not None
         operands = frame.hooks.sites.get(frame.place(known.name), {})
     changes = known is not None and (known.in_place or bool(kwargs.get("inplace")))
-    if known is None or known.kind == "tie" or changes:
+    if known is None or known.trait == "concat" or changes:
         # Values that are tied are observed together, and the user's own tensor must change.
         operands = {}
     if any(index >= len(args) for index in operands):
@@ -393,9 +393,9 @@ def _passed_on(
         return result
     if in_place and isinstance(mutated, Tensor):
         forward_cache.changed(mutated)
-    if known.kind == "tie":
+    if known.trait == "concat":
         source = args[0][0] if args and args[0] else None
-    keeps = known.kind == "tie" or preserves_values(known, args, kwargs)
+    keeps = known.trait == "concat" or preserves_values(known, args, kwargs)
     # Dropout scales what it keeps.
     keeps = keeps and not (known.name == "dropout" and kwargs.get("training", True))
     if keeps and isinstance(source, Tensor):

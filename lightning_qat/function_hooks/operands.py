@@ -31,7 +31,7 @@ def quantize_operands(
             holder = new_kwargs
             slot = next((name for name in _KEYWORDS[index] if name in kwargs), None)
         value = holder[slot] if slot is not None else None
-        if known.kind == "tie" and isinstance(value, list | tuple):
+        if known.trait == "concat" and isinstance(value, list | tuple):
             tied = getattr(quantizer, "quantize_tied", None)
             if tied is not None:
                 holder[slot] = tied(list(value))

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_qat.function_hooks.function_table import clamp_ends, is_in_place, torch_functions
+from lightning_qat.ir.operators import OPERATORS, Clamp
+
 
 class ClampCall(NamedTuple):
     """One call of relu, relu6 or hardtanh.
@@ -47,27 +50,25 @@ class ClampCall(NamedTuple):
         return F.hardtanh(self.input, self.low, self.high)
 
 
-def _relu(input: Tensor, inplace: bool = False) -> ClampCall:
-    return ClampCall(input, 0.0, math.inf, inplace)
-
-
-def _relu6(input: Tensor, inplace: bool = False) -> ClampCall:
-    return ClampCall(input, 0.0, 6.0, inplace)
-
-
-def _hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+def _clamp_call(
+    clamp: Clamp, changes_input: bool, /, *args: Any, inplace: bool = False, **kwargs: Any
 ) -> ClampCall:
-    return ClampCall(input, min_val, max_val, inplace)
+    """Read the arguments of a call; ``inplace`` follows the ends."""
+    low, high = clamp_ends(clamp, args, kwargs)
+    x = args[0] if args else kwargs["input"]
+    in_place = changes_input or inplace or any(args[1 + len(clamp.arguments) :])
+    return ClampCall(x, low, math.inf if high is None else high, in_place)
 
 
 CLAMP_CALLS: Mapping[Callable[..., Any], Callable[..., ClampCall]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
-    F.relu6: _relu6,
-    F.hardtanh: _hardtanh,
+    function: partial(_clamp_call, operator.clamp, is_in_place(spelling))
+    for operator in OPERATORS
+    # The two ends of ``torch.clamp`` may be missing, or be tensors.
+    if operator.clamp is not None and operator.name != "clamp"
+    for spelling in operator.torch
+    for function in torch_functions(spelling)
 }
-"""Every spelling that ``torch`` hands to a function mode, and what its arguments mean."""
+"""Every function that can be fused, and what reads the arguments of its calls."""
 
 
 class ReluCallSite:

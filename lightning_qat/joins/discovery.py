@@ -243,7 +243,7 @@ class Discovery:
         if reason is not None:
             self._left_float[f"{call.operand(0)}: {reason}"] = None
             return
-        tie = known.kind == "tie"
+        tie = known.trait == "concat"
         where = tuple(call.operand(0 if tie else i) for i in range(len(keys)))
         if tie:
             self._events.append(_Event(where, keys, outs))
