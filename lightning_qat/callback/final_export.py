@@ -1,4 +1,4 @@
-"""What the callback does when ``fit`` ends: choose the weights, convert, export, tell everybody."""
+"""The exports at the end of ``fit``: choose the weights, convert, export, report failures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_qat.callback.lightning_private import implements_forward
 from lightning_qat.checkpoint.contents import was_quantizing
 from lightning_qat.convert.convert import check_capture, convert
 from lightning_qat.export.load import load_exporter
@@ -33,6 +31,7 @@ class Export:
         folder: Where files go; ``None``: ``qat_export`` in the logger's folder.
         source: ``last`` or ``best``.
         verify: Compare every file with the trained model.
+        on_error: ``raise`` an export's error, or ``warn`` of it.
     """
 
     def __init__(
@@ -40,10 +39,12 @@ class Export:
         exporters: Sequence[str | Exporter],
         folder: str | Path | None,
         source: Literal["last", "best"],
+        *,
         verify: bool,
+        on_error: str,
     ) -> None:
         self._wanted, self._folder, self._source = exporters, folder, source
-        self._verify = verify
+        self._verify, self._on_error = verify, on_error
         self._loaded: tuple[Exporter, ...] = ()
 
     def problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -61,7 +62,7 @@ class Export:
             refuse_repeated(loaded)
         except ValueError as error:
             problems.append(str(error))
-        if not is_overridden("forward", pl_module, LightningModule):
+        if not implements_forward(pl_module):
             problems.append(
                 f"{type(pl_module).__name__} must implement forward(): it is what is exported. "
                 "Add a forward that calls your network, and call self(...) in training_step."
@@ -89,8 +90,17 @@ class Export:
         return problems
 
     def check_capture(self, pl_module: LightningModule, inputs: Any) -> None:
-        """Raise ``CaptureError`` when the module's forward cannot be turned into a graph."""
-        check_capture(_in_float32(pl_module), inputs)
+        """Find out in the first minute, not after the last epoch, that a graph cannot be captured.
+
+        Raises:
+            CaptureError: ``forward`` cannot be captured; a warning with ``on_error="warn"``.
+        """
+        try:
+            check_capture(_in_float32(pl_module), inputs)
+        except RuntimeError as error:
+            if self._on_error == "raise":
+                raise
+            rank_zero_warn(f"QAT: the export at the end of training will fail. {error}")
 
     def make(
         self,
@@ -134,6 +144,27 @@ class Export:
         )
         error.__cause__ = failed[0].error
         return error
+
+    def tell_failure(self, trainer: Trainer, error: Exception | None) -> None:
+        """Tell every process how the exports of the first one went; every process must call it.
+
+        Args:
+            trainer: The trainer.
+            error: The error of the first process, if any.
+
+        Raises:
+            Exception: ``error`` on the first process, ``RuntimeError`` with its message on the
+                others; a warning with ``on_error="warn"``.
+        """
+        message = trainer.strategy.broadcast(None if error is None else str(error))
+        if message is None:
+            return
+        if self._on_error == "warn":
+            rank_zero_warn(f"QAT: {message}")
+        elif error is not None:
+            raise error
+        else:
+            raise RuntimeError(f"The export on the first process failed: {message}")
 
     def _chosen(
         self, trainer: Trainer, pl_module: LightningModule, calibration_batches: int
@@ -186,15 +217,6 @@ def _in_float32(pl_module: LightningModule) -> LightningModule:
     if all(p.dtype == torch.float32 for p in pl_module.parameters()):
         return pl_module
     return copy.deepcopy(pl_module).float()
-
-
-def as_float32(inputs: Any) -> Any:
-    """Example inputs with their floating tensors in float32, as the exported forward takes them."""
-
-    def cast(leaf: Tensor) -> Tensor:
-        return leaf.float() if leaf.is_floating_point() else leaf
-
-    return pytree.tree_map_only(Tensor, cast, inputs)
 
 
 def _log_agreement(trainer: Trainer, result: ExportResult) -> None:

@@ -7,6 +7,7 @@ import math
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_qat.callback.lightning_private import load_train_data
 from lightning_qat.recipe.schedule import Milestones, Schedule
 
 
@@ -39,7 +40,7 @@ def run_length(schedule: Schedule, trainer: Trainer, pl_module: LightningModule)
         epochs = trainer.max_epochs
     if math.isfinite(steps) and trainer.max_steps > 0:
         # Not yet done where max_steps alone limits the run.
-        trainer.fit_loop.setup_data()
+        load_train_data(trainer)
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         epochs = min(epochs, math.ceil(steps / max(per_epoch, 1)))
     return epochs

@@ -84,6 +84,24 @@ def version_problem(state: Mapping[str, Any]) -> str | None:
     )
 
 
+def checkpoint_problem(
+    checkpoint: Mapping[str, Any], model: nn.Module, recipe: Recipe, strict: bool
+) -> str | None:
+    """A message if a QAT checkpoint does not fit a model with QAT layers, else ``None``.
+
+    Args:
+        checkpoint: The whole checkpoint, with or without the callback's state.
+        model: The model that shall load it.
+        recipe: The recipe that the model was prepared with.
+        strict: Every quantizer of the model must be in the checkpoint.
+    """
+    state = checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {})
+    problem = version_problem(state) or recipe_problem(state, recipe)
+    if problem is None and strict:
+        problem = missing_problem(checkpoint["state_dict"], model)
+    return problem
+
+
 def recipe_problem(state: Mapping[str, Any], recipe: Recipe) -> str | None:
     """A message that names every key in which the checkpoint's recipe differs."""
     if "recipe" not in state:

@@ -64,6 +64,13 @@ def swap(model: nn.Module, report: PrepareReport) -> None:
             module.use_nested_tensor = False
 
 
+def swap_layers(model: nn.Module, recipe: Recipe) -> PrepareReport:
+    """Swap the layers that a model has so far; others may come, so patterns are not checked."""
+    report = plan(model, recipe, check_patterns=False)
+    swap(model, report)
+    return report
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one that the report must account for: a layer with weights.
 

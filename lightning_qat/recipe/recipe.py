@@ -60,8 +60,8 @@ class Recipe:
         (4, None)
     """
 
-    weight: WeightSpec = WeightSpec()
-    activation: ActivationSpec = ActivationSpec()
+    weight: WeightSpec = field(default=WeightSpec())
+    activation: ActivationSpec = field(default=ActivationSpec())
     joins: bool = True
     outputs: bool = True
     include: tuple[str, ...] = ()

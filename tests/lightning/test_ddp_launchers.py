@@ -14,7 +14,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from lightning_qat.phases import activation_quantizers
+from lightning_qat.training.range_sync import activation_quantizers
 from tests.lightning.tiny import Net, loader, qat
 
 class Write(L.Callback):

@@ -45,7 +45,9 @@ def test_training_is_the_same_to_the_bit(
     states = []
     for keeps in (True, False):
         if not keeps:
-            monkeypatch.setattr("lightning_qat.callback.qat_callback.keep_weights", lambda *_: None)
+            monkeypatch.setattr(
+                "lightning_qat.callback.phase_hooks.use_weight_cache", lambda *_: None
+            )
         L.seed_everything(0, verbose=False)
         net = Planned()
         trainer(qat(), max_epochs=3, accumulate_grad_batches=accumulate).fit(net, loader())

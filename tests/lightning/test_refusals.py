@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat import QATCallback, Recipe, Schedule
-from lightning_qat.callback.refusals import environment_problems
+from lightning_qat.callback.trainer_checks import trainer_problems
 from tests.lightning.tiny import Net, loader, qat
 
 
@@ -59,7 +59,7 @@ def problems(strategy: object, net: nn.Module | None = None, precision: object =
     callback = QATCallback()
     stub = Stub(strategy, callback)
     stub.precision_plugin = precision
-    return environment_problems(
+    return trainer_problems(
         stub,  # type: ignore[arg-type]
         Net() if net is None else net,  # type: ignore[arg-type]
         callback,
@@ -140,7 +140,7 @@ def test_data_parallel_from_configure_model_is_refused_too(
 def test_a_trainer_of_pytorch_lightning_is_refused(tmp_path: Path) -> None:
     foreign = type("Trainer", (Stub,), {"__module__": "pytorch_lightning.trainer.trainer"})
     callback = QATCallback()
-    found = environment_problems(
+    found = trainer_problems(
         foreign(object(), callback), Net(), callback, callback.recipe, callback.schedule, False
     )
     assert found == [

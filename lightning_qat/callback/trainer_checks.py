@@ -1,22 +1,24 @@
-"""What of a Trainer's surroundings cannot train quantized layers, found before anything starts."""
+"""Checks, before training starts, that a Trainer can train quantized layers.
+
+Of its strategy, precision and callbacks, of wrappers and late layers of the module, and of the
+learning rate.
+"""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import (  # type: ignore[attr-defined] # XLA: not in __all__
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    XLAStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qat.callback.lightning_private import (
+    UNSUPPORTED_STRATEGIES,
+    loads_weights_after_wrapping,
+)
+from lightning_qat.layers import QATLayer
+from lightning_qat.prepare.swap import plan
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 
@@ -28,18 +30,10 @@ else:
     _COPIES_BUFFERS = (WeightAveraging,)
 _AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging, *_COPIES_BUFFERS)
 
-# DeepSpeed and XLA strategies subclass those that are supported, so they are named.
-_REFUSED = (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceXLAStrategy,
-    XLAStrategy,
-)
 _REFUSED_PRECISION = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
 
-def environment_problems(
+def trainer_problems(
     trainer: Trainer,
     pl_module: LightningModule,
     callback: Callback,
@@ -73,8 +67,9 @@ def environment_problems(
 def _strategy_problems(trainer: Trainer) -> list[str]:
     strategy = trainer.strategy
     supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
-    # Weights that come after the model is wrapped come after the swap has been relied on.
-    if not supported or isinstance(strategy, _REFUSED) or strategy.restore_checkpoint_after_setup:
+    supported &= not isinstance(strategy, UNSUPPORTED_STRATEGIES)
+    # A plan and its quantizers come with the weights: too late for a wrapped model.
+    if not supported or loads_weights_after_wrapping(strategy):
         return [
             "QATCallback supports single-device and DistributedDataParallel training only; got "
             f"{type(strategy).__name__}. Use Trainer(strategy='ddp')."
@@ -105,6 +100,19 @@ def data_parallel_problems(pl_module: nn.Module) -> list[str]:
         "Trainer(strategy='ddp', devices=N)."
         for name, module in pl_module.named_modules()
         if isinstance(module, nn.DataParallel)
+    ]
+
+
+def late_layer_problems(pl_module: nn.Module, recipe: Recipe) -> list[str]:
+    """A message if layers came too late to be swapped: they would train in float, silently."""
+    late = plan(pl_module, recipe, check_patterns=False).swapped
+    if not late and any(isinstance(module, QATLayer) for module in pl_module.modules()):
+        return []
+    names = ", ".join(repr(layer.name) for layer in late) or "all of them"
+    return [
+        "Every layer that the recipe selects must exist when training is set up; these "
+        f"were made or replaced later: {names}. Make layers in __init__, setup() or "
+        "configure_model(), not in on_fit_start."
     ]
 
 

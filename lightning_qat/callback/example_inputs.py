@@ -1,0 +1,118 @@
+"""The example inputs of a run: given, or recorded from the first forward in training."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_qat.callback.lightning_private import configuration_error
+from lightning_qat.model.forward import is_real_forward
+
+MOST_SAMPLES = 32
+"""Enough for an agreement to mean something, little enough to keep on the CPU."""
+
+
+class ExampleInputs:
+    """Inputs of a module's ``forward``, for the plan of its joins and for the export.
+
+    Args:
+        given: A tensor, a tuple of positional arguments or a mapping of keyword arguments. A list
+            of ints, as YAML can hold it, is the shape of one float tensor. ``None``: the module's
+            ``example_input_array``, else what ``record`` has recorded.
+
+    Attributes:
+        given: The inputs that were given, if any.
+        recorded: The inputs of the first real ``forward`` in training mode: positional arguments
+            as a tuple, or all arguments by keyword if one was given by keyword; on the CPU, with at
+            most ``MOST_SAMPLES`` samples. ``None`` until something ran.
+    """
+
+    def __init__(self, given: Any = None) -> None:
+        if isinstance(given, list) and all(isinstance(n, int) for n in given):
+            given = torch.zeros(given)
+        self.given = given
+        self.recorded: Any = None
+        self._hook: Any = None
+
+    def before_training(self, pl_module: LightningModule) -> Any:
+        """The inputs that are known without a run of the module; ``None`` if there are none."""
+        return pl_module.example_input_array if self.given is None else self.given
+
+    def known(self, pl_module: LightningModule) -> Any:
+        """The inputs that are known by now, floating tensors in float32; ``None``: none are."""
+        inputs = self.before_training(pl_module)
+        return _as_float32(self.recorded if inputs is None else inputs)
+
+    def required(self, pl_module: LightningModule) -> Any:
+        """The inputs after the first batch, floating tensors in float32.
+
+        Raises:
+            MisconfigurationException: None are given, and the batch did not show any.
+        """
+        inputs = self.known(pl_module)
+        if inputs is None:
+            raise configuration_error(
+                "Export needs example inputs, and training_step did not call the module itself, so "
+                f"they are not known. Call self(...) in {type(pl_module).__name__}.training_step, "
+                "set example_input_array, or pass QATCallback(example_inputs=...)."
+            )
+        return inputs
+
+    @property
+    def recording(self) -> bool:
+        """Whether a module is being watched."""
+        return self._hook is not None
+
+    def record(self, model: nn.Module) -> None:
+        """Watch ``model`` until ``stop``; an earlier recording is forgotten."""
+        self.forget()
+        self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Stop watching; the recording stays."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def forget(self) -> None:
+        """Stop watching and forget the recording."""
+        self.stop()
+        self.recorded = None
+
+    def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.recorded is not None or not is_real_forward(model) or not model.training:
+            return
+        call: Any = args
+        if kwargs:
+            call = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        self.recorded = _first_samples(call)
+
+
+def _first_samples(inputs: Any) -> Any:
+    """A copy on the CPU with at most ``MOST_SAMPLES`` samples.
+
+    Tensors whose first dimension is that of the first tensor share its batch and are cut; others
+    are kept whole.
+    """
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    batch = tensors[0].shape[0] if tensors else 0
+
+    def keep(leaf: Tensor) -> Tensor:
+        shared = leaf.dim() > 0 and leaf.shape[0] == batch
+        return (leaf[:MOST_SAMPLES] if shared else leaf).detach().cpu().clone()
+
+    return pytree.tree_map_only(Tensor, keep, inputs)
+
+
+def _as_float32(inputs: Any) -> Any:
+    """The inputs as the exported forward takes them: floating tensors in float32."""
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.float() if leaf.is_floating_point() else leaf
+
+    return pytree.tree_map_only(Tensor, cast, inputs)

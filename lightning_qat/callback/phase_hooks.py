@@ -1,0 +1,188 @@
+"""Lightning's training and evaluation hooks, translated into phases, ranges and kept weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_qat.callback.lightning_private import is_fitting
+from lightning_qat.callback.phase_tracker import DESCRIPTIONS, PhaseTracker
+from lightning_qat.checkpoint.contents import has_ranges
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
+from lightning_qat.recipe.schedule import Phase, Schedule
+from lightning_qat.training.phases import (
+    apply_phase,
+    release_batchnorms,
+    set_observing,
+    set_quantizing,
+)
+from lightning_qat.training.range_sync import activation_quantizers, commit_pending, drop_pending
+from lightning_qat.training.weights_once import use_weight_cache
+
+
+class PhaseHooks(Callback):
+    """Takes a QAT module through the phases of a schedule, batch by batch.
+
+    Ranges are committed after each training batch that observes, and each weight is quantized once
+    for the batches between two optimizer steps, and once for those of an evaluation.
+
+    Args:
+        schedule: The schedule; its milestones are set when the length of the run is known.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._phases = PhaseTracker(schedule)
+        # As long as an epoch: walking over a model costs more than committing its ranges.
+        self._quantizers: dict[str, ActivationQuantizer] = {}
+        self._weights = QuantizedWeightCache()
+
+    def on_phase_change(
+        self, trainer: Trainer, pl_module: LightningModule, old: Phase | None, new: Phase
+    ) -> None:
+        """Called before the first batch of every phase; override it to act on one.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module; it is in the new phase already.
+            old: The phase before; ``None`` when training starts or is resumed.
+            new: The phase from this batch on.
+
+        Example::
+
+            class Slower(QATCallback):
+                def on_phase_change(self, trainer, pl_module, old, new):
+                    if new.name == "observers_frozen":
+                        trainer.optimizers[0].param_groups[0]["lr"] *= 0.1
+        """
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._quantizers = activation_quantizers(pl_module)
+        # What a batch that raised in an earlier fit has observed is not part of this one.
+        drop_pending(self._quantizers.values())
+        # In manual optimization steps may follow each other unseen.
+        use_weight_cache(pl_module, self._weights if pl_module.automatic_optimization else None)
+        self._phases.leave_phase()
+        self._enter_phase(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._quantizers = activation_quantizers(pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._enter_phase(trainer, pl_module)
+        self._weights.open = True
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        self._weights.forget()
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._weights.open = False
+        assert self._phases.phase is not None
+        if self._phases.phase.observing:
+            commit_pending(self._quantizers)
+        self._phases.count_batch()
+
+    def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        old = self._phases.phase
+        new = self._phases.enter_phase(trainer.current_epoch, trainer.global_step)
+        if new == old:
+            return
+        apply_phase(pl_module, new)
+        if old is None or new.name != old.name:
+            rank_zero_info(
+                f"QAT: epoch {trainer.current_epoch}, step {trainer.global_step}: {new.name} "
+                f"({DESCRIPTIONS[new.name]})"
+            )
+            # To the loggers, at the change: self.log at every step costs more than the ranges.
+            for logger in trainer.loggers:
+                logger.log_metrics({"qat/phase": float(new.index)}, step=trainer.global_step)
+            self.on_phase_change(trainer, pl_module, old, new)
+
+    # Observers see training batches only: quantizers check self.training, and they are also told
+    # not to observe, for modules that evaluate in train mode (Monte-Carlo dropout).
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_observing(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_observing(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_observing(trainer, pl_module)
+
+    def _stop_observing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        set_observing(activation_quantizers(pl_module).values(), False)
+        if not is_fitting(trainer):
+            # Without ranges, as with a float checkpoint, the result is the float module's.
+            set_quantizing(pl_module, has_ranges(pl_module))
+
+    # Each weight is quantized once for the batches of an evaluation. It is kept for these alone: in
+    # between other callbacks may exchange weights, such as an average's, in ways torch cannot see.
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self._weights.forget()
+        self._weights.open = True
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._weights.open = False
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._weights.forget()
+        phase = self._phases.phase
+        if is_fitting(trainer) and not trainer.sanity_checking and phase is not None:
+            set_observing(activation_quantizers(pl_module).values(), phase.observing)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        use_weight_cache(pl_module, None)
+        problem = self._phases.never_quantized()
+        if problem is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(f"QAT: {problem}")
+
+    def _release(self, pl_module: LightningModule) -> None:
+        """Let go of the module: of its quantizers, its kept weights and its frozen batch norms."""
+        self._quantizers = {}
+        self._weights = QuantizedWeightCache()
+        use_weight_cache(pl_module, None)
+        release_batchnorms(pl_module)
