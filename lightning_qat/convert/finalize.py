@@ -12,7 +12,8 @@ from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.layers import QATLayer, weight_quantizer_name
-from lightning_qat.model.torch_compile import modules_by_path, plain_path, unwrapped
+from lightning_qat.model.paths import modules_by_path
+from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight
 from lightning_qat.quantizers.weight import WeightQuantizer

@@ -9,26 +9,29 @@ from torch import nn
 
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
 from lightning_qat.joins.plan import STATE_KEY, JoinPlan, PlannedTensor
-from lightning_qat.model.torch_compile import modules_by_path, trace_hooks
+from lightning_qat.model.paths import ModelPaths
+from lightning_qat.model.torch_compile import trace_hooks
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer
 
 
-def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
+def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None) -> None:
     """Give a model the quantizers of a plan and watch over the modules that make planned calls.
 
     Args:
         model: The model that the plan was made for, with its QAT layers; changed in place. A plan
             that it has already is replaced, but quantizers whose spec stays keep their ranges.
         plan: The plan.
+        paths: The model's present paths, where the caller has them.
 
     Raises:
         ValueError: The plan names modules that the model does not have.
     """
-    modules = modules_by_path(model)
+    paths = paths or ModelPaths.of(model)
+    modules = paths.by_path
     like = next((m for m in modules.values() if isinstance(m, ActivationQuantizer)), None)
-    paths = {*plan.sites, *plan.links, *(_owner(t.quantizer) for t in plan.tensors)}
-    unknown = sorted(path for path in paths if path not in modules)
+    named = {*plan.sites, *plan.links, *(_owner(t.quantizer) for t in plan.tensors)}
+    unknown = sorted(path for path in named if path not in modules)
     if unknown:
         raise ValueError(
             f"The plan of quantized tensors names {unknown}, which {type(model).__name__} does not "
@@ -45,18 +48,18 @@ def apply_plan(model: nn.Module, plan: JoinPlan) -> None:
         hooks = ModuleHooks(path, sites)
         hooks.compact = like is not None and like.compact
         hooks.attach(modules[path])
-    watch_layers(model)
+    watch_layers(model, paths)
     keep_plan(model, plan)
 
 
-def watch_layers(model: nn.Module) -> None:
+def watch_layers(model: nn.Module, paths: ModelPaths | None = None) -> None:
     """Hook the modules around the layers, so that relus there are fused; see ``relu_fusion``."""
-    paths = modules_by_path(model)
-    owners = {path.rpartition(".")[0] for path, module in paths.items() if _quantizes(module)}
+    modules = (paths or ModelPaths.of(model)).by_path
+    owners = {path.rpartition(".")[0] for path, module in modules.items() if _quantizes(module)}
     around = {owner[:end] for owner in owners for end, c in enumerate(f"{owner}.") if c == "."}
     for path in sorted({"", *around} if owners else ()):
-        if hooks_of(paths[path]) is None and not _quantizes(paths[path]):
-            ModuleHooks(path, {}).attach(paths[path])
+        if hooks_of(modules[path]) is None and not _quantizes(modules[path]):
+            ModuleHooks(path, {}).attach(modules[path])
     trace_hooks(model)
 
 

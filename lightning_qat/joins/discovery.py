@@ -29,7 +29,8 @@ from lightning_qat.layers import WITH_WEIGHTS, QATLayer
 from lightning_qat.model.dry_run import call_of, without_trace
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
-from lightning_qat.model.torch_compile import is_compiled, modules_by_path
+from lightning_qat.model.paths import ModelPaths
+from lightning_qat.model.torch_compile import is_compiled
 from lightning_qat.numerics.calibration.updates import BY_RANGE
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.quantizers.activation import ActivationQuantizer
@@ -59,10 +60,12 @@ class Discovery:
     Args:
         model: A model with its QAT layers.
         recipe: Says which modules stay float and gives the specs of joins.
+        paths: The model's present paths, where the caller has them.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, paths: ModelPaths | None = None) -> None:
         self.model, self.recipe = model, recipe
+        self.paths = paths or ModelPaths.of(model)
         self._events: list[_Event] = []
         self._origins: dict[Key, _Origin] = {}
         self._owners: dict[str, None] = {}
@@ -77,8 +80,7 @@ class Discovery:
         """Whether saved tensors were hooked while a module ran."""
         self._ranges: dict[Key, Tensor] = {}
         self._members: dict[str, list[Key]] = {}
-        self._modules = modules_by_path(model)
-        self._paths = {module: path for path, module in reversed(self._modules.items())}
+        self._modules = self.paths.by_path
 
     @contextmanager
     def watching(self, *, root_runs: bool = False) -> Iterator[None]:
@@ -88,9 +90,7 @@ class Discovery:
             root_runs: The model's own forward is running already.
         """
         handles = []
-        for path, module in self._modules.items():
-            if self._paths[module] != path:
-                continue
+        for module, (path, *_) in self.paths.names.items():
             if root_runs and not path:
                 self._frames.append((path, Frame(module)))
                 continue
@@ -125,7 +125,7 @@ class Discovery:
     # ------------------------------------------------------------------ watching
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        path = self._paths[module]
+        path = self.paths.name(module)
         if isinstance(module, ActivationQuantizer):
             layer, _, name = path.rpartition(".")
             if name == "input_quantizer" and args and isinstance(args[0], Tensor):
@@ -316,7 +316,7 @@ class Discovery:
 
         To be called after the plan has been applied to the model.
         """
-        modules = modules_by_path(self.model)
+        modules = ModelPaths.of(self.model).by_path
         for path, keys in self._members.items():
             quantizer = modules[path]
             seen = [self._ranges[key] for key in keys if key in self._ranges]
@@ -422,15 +422,18 @@ def _path(place: _Operand) -> str:
     return f"{place.module}.{name}" if place.module else name
 
 
-def discover(model: nn.Module, recipe: Recipe, example_inputs: Inputs) -> JoinPlan:
+def discover(
+    model: nn.Module, recipe: Recipe, example_inputs: Inputs, paths: ModelPaths | None = None
+) -> JoinPlan:
     """Run a model once in eval mode, without gradient and without leaving a trace, and plan it.
 
     Args:
         model: A model with its QAT layers.
         recipe: As for ``Discovery``.
         example_inputs: What ``forward`` takes.
+        paths: The model's present paths, where the caller has them.
     """
-    discovery = Discovery(model, recipe)
+    discovery = Discovery(model, recipe, paths)
     args, kwargs = call_of(model, example_inputs)
     with without_trace(model), discovery.watching():
         output = model(*args, **kwargs)

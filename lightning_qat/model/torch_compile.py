@@ -26,13 +26,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module, all aliases included, by its plain path; what wraps a module is left out."""
-    named = model.named_modules(remove_duplicate=False)
-    # A wrapper comes before what it wraps, and has the same plain path.
-    return {plain_path(path): module for path, module in named}
-
-
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model was given to ``torch.compile``."""
     return any(

@@ -19,7 +19,8 @@ from lightning_qat.layers import QATLayer, quantizer_role
 from lightning_qat.layers.table import LAYERS
 from lightning_qat.model.dry_run import order_of_calls
 from lightning_qat.model.inputs import Inputs
-from lightning_qat.model.torch_compile import modules_by_path, plain_path, unwrapped
+from lightning_qat.model.paths import modules_by_path
+from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import float_class_name, plan, swap
 from lightning_qat.quantizers.factory import learns
