@@ -1,4 +1,9 @@
-"""Quantization-aware training for PyTorch Lightning, exported to every target with proof."""
+"""Quantization-aware training for PyTorch Lightning, and exports that are compared with the model.
+
+An exported file is read back and its scales and integers are compared with the converted model's;
+where the target has a runtime, outputs are compared too. The runtime for Huawei Ascend is this
+package's own reference executor: neither a device nor ATC has seen the files.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +23,7 @@ from lightning_qat.quantizers.factory import quantizer_parameters
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
+from lightning_qat.training.weights_once import weights_quantized_once
 
 if TYPE_CHECKING:
     from lightning_qat.callback.qat_callback import QATCallback
@@ -45,6 +51,7 @@ __all__ = [
     "load_qat_checkpoint",
     "strip_quantizers",
     "quantizer_parameters",
+    "weights_quantized_once",
 ]
 
 
