@@ -1,40 +1,44 @@
 """AMCT's record file: the quantization factors of every layer, as protobuf text or binary.
 
 The message is AMCT's ``ScaleOffsetRecord``: ``record { key: "layer" value { ... } }``, one entry
-per layer in the model's order. The schema is built here at run time, so that protobuf itself reads
-and writes it. Names, types and numbers are those of ``scale_offset_record_pytorch.proto`` in AMCT's
-public sources (hicann/amct, 2026-08). AMCT writes text.
+per layer in the model's order. Names, types and numbers of its fields are those of
+``scale_offset_record_pytorch.proto`` in AMCT's public sources (hicann/amct, 2026-08). AMCT writes
+text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format  # type: ignore[import-untyped]
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
-_PACKAGE = "lightning_qat_record"
-_Field = descriptor_pb2.FieldDescriptorProto
-# Name, number, type, repeated. offset_w comes once per scale_w and is always 0: weights are
-# symmetric. The schema's other fields belong to other tools of AMCT (balancing, pruning, shifts):
-# a record that has one is refused.
-_FIELDS = (
-    ("scale_d", 1, _Field.TYPE_FLOAT, False),
-    ("offset_d", 2, _Field.TYPE_INT32, False),
-    ("scale_w", 3, _Field.TYPE_FLOAT, True),
-    ("offset_w", 4, _Field.TYPE_INT32, True),
-    ("act_type", 11, _Field.TYPE_STRING, False),
-    ("wts_type", 12, _Field.TYPE_STRING, False),
-    ("scale_h", 21, _Field.TYPE_FLOAT, False),
-    ("offset_h", 22, _Field.TYPE_INT32, False),
-    ("scale_r", 23, _Field.TYPE_FLOAT, True),
-    ("offset_r", 24, _Field.TYPE_INT32, True),
-)
+from lightning_qat.recipe.protobuf_schema import Field, message_class
+
+# offset_w comes once per scale_w and is always 0: weights are symmetric. The schema's other fields
+# belong to other tools of AMCT (balancing, pruning, shifts): a record that has one is refused.
+_MESSAGES = {
+    "ScaleOffsetRecord": (Field("record", "Entry", "repeated"),),
+    "Entry": (Field("key", "string", "required"), Field("value", "Factors", "required")),
+    "Factors": (
+        Field("scale_d", "float", "optional", 1),
+        Field("offset_d", "int32", "optional", 2),
+        Field("scale_w", "float", "repeated", 3),
+        Field("offset_w", "int32", "repeated", 4),
+        Field("act_type", "string", "optional", 11),
+        Field("wts_type", "string", "optional", 12),
+        Field("scale_h", "float", "optional", 21),
+        Field("offset_h", "int32", "optional", 22),
+        Field("scale_r", "float", "repeated", 23),
+        Field("offset_r", "int32", "repeated", 24),
+    ),
+}
 BINARY_SUFFIX = ".pb"
 """A record file of such a name is written in binary."""
 
@@ -98,7 +102,7 @@ def encode_record(records: Iterable[LayerRecord]) -> bytes:
 
 
 def _message(records: Iterable[LayerRecord]) -> Any:
-    message = _MESSAGE()
+    message = _record_class()()
     for record in records:
         entry = message.record.add(key=record.name)
         value = entry.value
@@ -130,7 +134,7 @@ def read_record(path: str | Path) -> tuple[LayerRecord, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"There must be a record file at {str(path)!r}; no file is there.")
     data = path.read_bytes()
-    message = _MESSAGE()
+    message = _record_class()()
     # The first byte of a binary record is that of its first field, which is also a line feed.
     if data.startswith(b"\n"):
         try:
@@ -162,7 +166,7 @@ def parse_record(text: str) -> tuple[LayerRecord, ...]:
             a weight is not 0, or a scale is not positive and finite.
     """
     try:
-        message: Any = text_format.Parse(text, _MESSAGE())
+        message: Any = text_format.Parse(text, _record_class()())
     except text_format.ParseError as error:
         raise ValueError(
             f"A record file must be a ScaleOffsetRecord in protobuf text; got {error}. "
@@ -223,33 +227,6 @@ def _require_scales(name: str, field: str, scales: Sequence[float]) -> None:
         raise ValueError(f"{field} must be positive and finite; layer {name!r} has {bad[0]!r}.")
 
 
-def _message_class() -> Any:
-    file = descriptor_pb2.FileDescriptorProto(
-        name=f"{_PACKAGE}.proto", package=_PACKAGE, syntax="proto2"
-    )
-    value = file.message_type.add(name="Factors")
-    for name, number, kind, repeated in _FIELDS:
-        label = _Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL
-        value.field.add(name=name, number=number, type=kind, label=label)
-    entry = file.message_type.add(name="Entry")
-    entry.field.add(name="key", number=1, type=_Field.TYPE_STRING, label=_Field.LABEL_REQUIRED)
-    root = file.message_type.add(name="ScaleOffsetRecord")
-    for message, name, kind, label in (
-        (entry, "value", "Factors", _Field.LABEL_REQUIRED),
-        (root, "record", "Entry", _Field.LABEL_REPEATED),
-    ):
-        message.field.add(
-            name=name,
-            number=len(message.field) + 1,
-            type=_Field.TYPE_MESSAGE,
-            type_name=f".{_PACKAGE}.{kind}",
-            label=label,
-        )
-    # A pool of its own: an installed AMCT registers the same message under its own name.
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    descriptor = pool.FindMessageTypeByName(f"{_PACKAGE}.ScaleOffsetRecord")
-    return message_factory.GetMessageClass(descriptor)
-
-
-_MESSAGE = _message_class()
+@cache
+def _record_class() -> Any:
+    return message_class("lightning_qat_record", _MESSAGES)

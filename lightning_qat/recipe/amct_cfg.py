@@ -1,6 +1,6 @@
 """AMCT's simple configuration, protobuf text, as plain data.
 
-Protobuf's own text format reads it, with a schema built here: comments, optional colons, separators
+Protobuf's own text format reads it, with AMCT's schema: comments, optional colons, separators
 and escapes mean exactly what they mean to AMCT, and unknown fields, unknown values and fields that
 come twice are refused by line. Which values are allowed together is left to ``amct_config``.
 """
@@ -10,47 +10,43 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format  # type: ignore[import-untyped]
+from google.protobuf import text_format  # type: ignore[import-untyped]
+
+from lightning_qat.recipe.protobuf_schema import Field, message_class
 
 _PACKAGE = "lightning_qat_amct_cfg"
-_TYPES = ("INT4", "INT8", "INT16")
-
-# Name of each message, then (field, type, repeated). Text knows names only, so the numbers are
-# those of the order. Source: AMCT's message AMCTRetrainConfig, without its fields for pruning.
-_SCHEMA: dict[str, tuple[tuple[str, str, bool], ...]] = {
+_ENUMS = {"DataType": ("INT4", "INT8", "INT16")}
+_QUANT_CONFIGS = (
+    Field("retrain_data_quant_config", "DataConfig"),
+    Field("retrain_weight_quant_config", "WeightConfig"),
+)
+# Text has names only, so fields are numbered by position. Source: AMCT's message
+# AMCTRetrainConfig, without its fields for pruning.
+_MESSAGES = {
     "AMCTRetrainConfig": (
-        ("batch_num", "int32", False),
-        ("retrain_data_quant_config", "DataConfig", False),
-        ("retrain_weight_quant_config", "WeightConfig", False),
-        ("quant_skip_layers", "string", True),
-        ("quant_skip_types", "string", True),
-        ("skip_layers", "string", True),
-        ("skip_layer_types", "string", True),
-        ("override_layer_configs", "OverrideLayer", True),
-        ("override_layer_types", "OverrideType", True),
+        Field("batch_num", "int32"),
+        *_QUANT_CONFIGS,
+        Field("quant_skip_layers", "string", "repeated"),
+        Field("quant_skip_types", "string", "repeated"),
+        Field("skip_layers", "string", "repeated"),
+        Field("skip_layer_types", "string", "repeated"),
+        Field("override_layer_configs", "OverrideLayer", "repeated"),
+        Field("override_layer_types", "OverrideType", "repeated"),
     ),
-    "DataConfig": (("ulq_quantize", "ULQuantize", False),),
+    "DataConfig": (Field("ulq_quantize", "ULQuantize"),),
     "ULQuantize": (
-        ("clip_max_min", "ClipMaxMin", False),
-        ("fixed_min", "bool", False),
-        ("dst_type", "DataType", False),
+        Field("clip_max_min", "ClipMaxMin"),
+        Field("fixed_min", "bool"),
+        Field("dst_type", "DataType"),
     ),
-    "ClipMaxMin": (("clip_max", "double", False), ("clip_min", "double", False)),
+    "ClipMaxMin": (Field("clip_max", "double"), Field("clip_min", "double")),
     "WeightConfig": (
-        ("arq_retrain", "WeightRetrain", False),
-        ("ulq_retrain", "WeightRetrain", False),
+        Field("arq_retrain", "WeightRetrain"),
+        Field("ulq_retrain", "WeightRetrain"),
     ),
-    "WeightRetrain": (("dst_type", "DataType", False), ("channel_wise", "bool", False)),
-    "OverrideLayer": (
-        ("layer_name", "string", False),
-        ("retrain_data_quant_config", "DataConfig", False),
-        ("retrain_weight_quant_config", "WeightConfig", False),
-    ),
-    "OverrideType": (
-        ("layer_type", "string", False),
-        ("retrain_data_quant_config", "DataConfig", False),
-        ("retrain_weight_quant_config", "WeightConfig", False),
-    ),
+    "WeightRetrain": (Field("dst_type", "DataType"), Field("channel_wise", "bool")),
+    "OverrideLayer": (Field("layer_name", "string"), *_QUANT_CONFIGS),
+    "OverrideType": (Field("layer_type", "string"), *_QUANT_CONFIGS),
 }
 
 
@@ -71,7 +67,7 @@ def parse_cfg(text: str) -> dict[str, Any]:
         {'batch_num': 2, 'retrain_weight_quant_config': {'arq_retrain': {'dst_type': 'INT4'}}}
     """
     try:
-        message = text_format.Parse(text, _message_class()())
+        message = text_format.Parse(text, _config_class()())
     except text_format.ParseError as error:
         reason = str(error).replace(f"{_PACKAGE}.", "")
         raise ValueError(
@@ -95,26 +91,5 @@ def _plain(message: Any) -> dict[str, Any]:
 
 
 @cache
-def _message_class() -> Any:
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name=f"{_PACKAGE}.proto", package=_PACKAGE, syntax="proto2"
-    )
-    types = file.enum_type.add(name="DataType")
-    for number, name in enumerate(_TYPES):
-        types.value.add(name=name, number=number)
-    for name, fields in _SCHEMA.items():
-        message = file.message_type.add(name=name)
-        for number, (field, kind, repeated) in enumerate(fields, start=1):
-            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
-            added = message.field.add(name=field, number=number, label=label)
-            if kind in _SCHEMA or kind == "DataType":
-                added.type_name = f".{_PACKAGE}.{kind}"
-                added.type = kinds.TYPE_MESSAGE if kind in _SCHEMA else kinds.TYPE_ENUM
-            else:
-                added.type = kinds.Type.Value(f"TYPE_{kind.upper()}")
-    # A pool of its own: an installed AMCT registers the same messages under its own names.
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    found = pool.FindMessageTypeByName(f"{_PACKAGE}.AMCTRetrainConfig")
-    return message_factory.GetMessageClass(found)
+def _config_class() -> Any:
+    return message_class(_PACKAGE, _MESSAGES, _ENUMS)
