@@ -9,27 +9,21 @@ collected and told at once.
 from __future__ import annotations
 
 import glob
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from lightning_qat.recipe.suggest import closest_names
+from lightning_qat.recipe.amct_rules import (
+    BITS,
+    DATA_ALGORITHM,
+    WEIGHT_ALGORITHMS,
+    AmctRules,
+    bit_pairs,
+    bits_of,
+)
 
-PAIRS = (("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
-"""Types of activations and weights that AMCT allows together."""
-
-WEIGHT_ALGORITHMS = {"arq_retrain": "arq", "ulq_retrain": "ulq"}
-"""AMCT's name of a weight algorithm to ours."""
-
-DATA_ALGORITHM = "ulq_quantize"
-
-_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
-_DATA_TYPES = ("INT8", "INT16")
-_WEIGHT_TYPES = ("INT8", "INT4")
 _DATA, _WEIGHT = "retrain_data_config", "retrain_weight_config"
 _CFG_DATA, _CFG_WEIGHT = "retrain_data_quant_config", "retrain_weight_quant_config"
-_CLIPS = ("clip_max", "clip_min")
 _LAYER_KEYS = ("retrain_enable", _DATA, _WEIGHT)
 
 
@@ -63,7 +57,7 @@ def json_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: It breaks rules; all of them are named.
     """
-    rules = _Rules()
+    rules = AmctRules()
     if values.get("version", 1) != 1:
         rules.broken("version", "must be 1", values["version"])
     batches = rules.batches("batch_num", values.get("batch_num"))
@@ -97,7 +91,7 @@ def layer_recipe(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     Raises:
         ValueError: It breaks rules; all of them are named.
     """
-    rules = _Rules()
+    rules = AmctRules()
     activation: dict[str, Any] = {}
     weight: dict[str, Any] = {}
     if rules.keys("config", config, (_DATA, _WEIGHT)):
@@ -129,7 +123,7 @@ def cfg_recipe(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: It breaks rules; all of them are named.
     """
-    rules = _Rules()
+    rules = AmctRules()
     batches = rules.batches("batch_num", cfg.get("batch_num"))
     activation = rules.data(_CFG_DATA, _data_of(cfg), ("algo", "dst_type"))
     weight = rules.weight(_CFG_WEIGHT, _weight_of(cfg), "algo")
@@ -221,10 +215,10 @@ def _without_words(
             f"the weight's quantizer must be one of {sorted(WEIGHT_ALGORITHMS.values())}; got "
             f"{weight['quantizer']!r}"
         )
-    if _bits(activation, weight) not in _bit_pairs():
+    if bits_of(activation, weight) not in bit_pairs():
         problems.append(
-            f"activation and weight must be a pair of {_bit_pairs()} bits; got "
-            f"{_bits(activation, weight)}"
+            f"activation and weight must be a pair of {bit_pairs()} bits; got "
+            f"{bits_of(activation, weight)}"
         )
     if kind == "Linear" and weight["granularity"] == "per_channel":
         problems.append("channel_wise must be false for Linear, whose weight has one scale")
@@ -232,7 +226,7 @@ def _without_words(
 
 
 def _json_layer(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> dict[str, Any]:
-    types = {bits: name for name, bits in _BITS.items()}
+    types = {bits: name for name, bits in BITS.items()}
     algorithms = {ours: theirs for theirs, ours in WEIGHT_ALGORITHMS.items()}
     data = {"algo": DATA_ALGORITHM, "dst_type": types[activation["bits"]]}
     if activation["clip"] is not None:
@@ -247,138 +241,6 @@ def _json_layer(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> dic
             "dst_type": types[weight["bits"]],
         },
     }
-
-
-class _Rules:
-    """Reads values and keeps what is wrong with them."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def broken(self, where: str, rule: str, value: object) -> None:
-        self.problems.append(f"{where} {rule}; got {value!r}")
-
-    def check(self, what: str) -> None:
-        if self.problems:
-            raise ValueError(f"{what} breaks rules: " + "; ".join(self.problems) + ".")
-
-    def keys(self, where: str, values: object, known: Iterable[str]) -> bool:
-        """Whether ``values`` is a mapping; keys that are not known are problems."""
-        if not isinstance(values, Mapping):
-            self.broken(where, "must be a mapping", values)
-            return False
-        known = tuple(known)
-        self.problems += [
-            f"{where} has no key {key!r}; {closest_names(str(key), known)}"
-            for key in values
-            if key not in known
-        ]
-        return True
-
-    def batches(self, where: str, value: object) -> int:
-        if value is None:
-            return 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.broken(where, "must be a whole number of 1 or more", value)
-            return 1
-        return value
-
-    def flag(self, where: str, value: object, *, default: bool | None) -> bool | None:
-        if value is not None and not isinstance(value, bool):
-            self.broken(where, "must be true or false", value)
-            return default
-        return default if value is None else value
-
-    def choice(self, where: str, value: object, known: Iterable[str], default: str) -> str:
-        known = tuple(known)
-        if value is None:
-            return default
-        if value not in known:
-            self.broken(where, f"must be one of {list(known)}", value)
-            return default
-        return str(value)
-
-    def data(self, where: str, config: object, further: Iterable[str]) -> dict[str, Any]:
-        """The activation's part of a recipe, complete but for ``calibration_batches``."""
-        if not self.keys(where, config, (*further, "fixed_min", *_CLIPS)):
-            config = {}
-        assert isinstance(config, Mapping)
-        self.choice(f"{where}.algo", config.get("algo"), (DATA_ALGORITHM,), DATA_ALGORITHM)
-        bits = _BITS[
-            self.choice(f"{where}.dst_type", config.get("dst_type"), _DATA_TYPES, _DATA_TYPES[0])
-        ]
-        fixed = self.flag(f"{where}.fixed_min", config.get("fixed_min"), default=None)
-        if fixed and bits == 16:
-            self.problems.append(
-                f"{where}.fixed_min pins the lower end at 0, which the symmetric grid of INT16 "
-                "cannot have; leave it out"
-            )
-            fixed = None
-        return {
-            "quantizer": "ulq",
-            "bits": bits,
-            "symmetric": bits == 16,
-            "fixed_min": fixed,
-            "clip": self.clip(where, config),
-        }
-
-    def clip(self, where: str, config: Mapping[str, Any]) -> list[float] | None:
-        given = {name: config[name] for name in _CLIPS if config.get(name) is not None}
-        if not given:
-            return None
-        rules = {"clip_max": "must be above 0 and finite", "clip_min": "must be below 0 and finite"}
-        for name, value in given.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            right = number and math.isfinite(value) and (value > 0) == (name == "clip_max")
-            if not right or value == 0:
-                self.broken(f"{where}.{name}", rules[name], value)
-                return None
-        if len(given) < len(_CLIPS):
-            self.problems.append(
-                f"{where} must give clip_max and clip_min together; it gives {next(iter(given))} "
-                "alone"
-            )
-            return None
-        return [float(given["clip_min"]), float(given["clip_max"])]
-
-    def weight(self, where: str, config: object, algorithm: str, kind: str = "") -> dict[str, Any]:
-        """The weight's part of a recipe; without ``granularity`` where nothing is said of it."""
-        if not self.keys(where, config, (algorithm, "dst_type", "channel_wise")):
-            config = {}
-        assert isinstance(config, Mapping)
-        name = self.choice(
-            f"{where}.{algorithm}", config.get(algorithm), WEIGHT_ALGORITHMS, "arq_retrain"
-        )
-        bits = _BITS[
-            self.choice(
-                f"{where}.dst_type", config.get("dst_type"), _WEIGHT_TYPES, _WEIGHT_TYPES[0]
-            )
-        ]
-        values: dict[str, Any] = {"quantizer": WEIGHT_ALGORITHMS[name], "bits": bits}
-        per_channel = self.flag(f"{where}.channel_wise", config.get("channel_wise"), default=None)
-        if per_channel and kind == "Linear":
-            self.problems.append(
-                f"{where}.channel_wise must be false for Linear, whose weight has one scale on "
-                "Ascend; got true"
-            )
-        elif per_channel is not None:
-            values["granularity"] = "per_channel" if per_channel else "per_tensor"
-        return values
-
-    def pair(self, where: str, activation: Mapping[str, Any], weight: Mapping[str, Any]) -> None:
-        if _bits(activation, weight) not in _bit_pairs():
-            self.problems.append(
-                f"{where}: activation and weight must be a pair of {_bit_pairs()} bits; got "
-                f"{_bits(activation, weight)}"
-            )
-
-
-def _bits(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> str:
-    return f"{activation['bits']}/{weight['bits']}"
-
-
-def _bit_pairs() -> list[str]:
-    return [f"{_BITS[activation]}/{_BITS[weight]}" for activation, weight in PAIRS]
 
 
 def _united(cfg: Mapping[str, Any], *names: str) -> list[str]:

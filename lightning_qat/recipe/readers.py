@@ -32,10 +32,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_READERS: Mapping[str, Callable[[str], object]] = {
+READERS: Mapping[str, Callable[[str], object]] = {
     ".yaml": yaml.safe_load,
     ".yml": yaml.safe_load,
     ".json": _read_json,
     ".cfg": _read_cfg,
 }
-"""What a recipe file of each suffix is read by."""
+"""The reader of a recipe file, by suffix; each takes the file's text."""

@@ -12,14 +12,13 @@ from typing import Any, TypeVar
 import yaml
 
 from lightning_qat.recipe.amct_config import AMCT_FLOAT
+from lightning_qat.recipe.checks import flag_problem, is_int, key_problems, refuse
 from lightning_qat.recipe.patterns import contradictions, indexed, is_type, prefixes, selects
-from lightning_qat.recipe.readers import _READERS
+from lightning_qat.recipe.readers import READERS
 from lightning_qat.recipe.specs import (
     ActivationSpec,
     LayerSpec,
     WeightSpec,
-    _is_int,
-    article,
 )
 from lightning_qat.recipe.suggest import closest_names
 from lightning_qat.recipe.typed_dicts import LayerKeys
@@ -78,22 +77,20 @@ class Recipe:
                     f"Write {name}=[{patterns!r}]."
                 )
             object.__setattr__(self, name, tuple(patterns))
-        for name, kind in (("weight", WeightSpec), ("activation", ActivationSpec)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"Recipe.{name} must be {article(kind)}; got {getattr(self, name)!r}."
-                )
+        if not isinstance(self.weight, WeightSpec):
+            raise ValueError(f"Recipe.weight must be a WeightSpec; got {self.weight!r}.")
+        if not isinstance(self.activation, ActivationSpec):
+            raise ValueError(
+                f"Recipe.activation must be an ActivationSpec; got {self.activation!r}."
+            )
         for name in ("joins", "outputs"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"Recipe.{name} must be true or false; got {getattr(self, name)!r}."
-                )
+            refuse(flag_problem(f"Recipe.{name}", getattr(self, name)))
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
         for pattern, change in self.overrides.items():
             self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
         least: object = self.first_last
-        if least is not None and not (_is_int(least) and least in range(2, 9)):
+        if least is not None and not (is_int(least) and least in range(2, 9)):
             raise ValueError(
                 f"Recipe.first_last must be an int from 2 to 8, or null; got {least!r}."
             )
@@ -233,12 +230,12 @@ class Recipe:
         if isinstance(source, Mapping):
             return cls.from_dict(source)
         path = Path(source)
-        if path.suffix not in _READERS:
+        if path.suffix not in READERS:
             return preset(str(source))
         if not path.is_file():
             raise ValueError(f"Recipe file {str(path)!r} does not exist.")
         try:
-            values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+            values = READERS[path.suffix](path.read_text(encoding="utf-8"))
             if not isinstance(values, Mapping):
                 raise ValueError(f"it must hold a mapping; got {type(values).__name__}.")
             return cls.from_dict(values)
@@ -251,7 +248,7 @@ class Recipe:
         where = f"Recipe.overrides[{pattern!r}]"
         if change is None:
             return spec
-        _refuse_unknown(change, ("weight", "activation"), where)
+        refuse(*key_problems(where, change, ("weight", "activation")))
         return LayerSpec(
             _changed(spec.weight, change.get("weight", {}), f"{where}.weight"),
             _changed(spec.activation, change.get("activation", {}), f"{where}.activation"),
@@ -266,17 +263,9 @@ def _with_bits(spec: LayerSpec, at_least: int) -> LayerSpec:
     )
 
 
-def _refuse_unknown(values: object, known: Iterable[str], where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a mapping; got {values!r}.")
-    for key in values:
-        if key not in tuple(known):
-            raise ValueError(f"{where} has no key {key!r}; {closest_names(str(key), known)}.")
-
-
 def _changed(base: SpecT, values: Mapping[str, Any], where: str) -> SpecT:
     """``base`` with some fields replaced; nested specs are changed key by key."""
-    _refuse_unknown(values, [f.name for f in fields(base)], where)
+    refuse(*key_problems(where, values, [f.name for f in fields(base)]))
     changes: dict[str, Any] = {}
     for key, value in values.items():
         current = getattr(base, key)
@@ -316,6 +305,6 @@ def preset(name: str) -> Recipe:
     if name not in PRESETS:
         raise ValueError(
             f"No recipe named {name!r}; {closest_names(name, PRESETS)}. "
-            f"Presets: {sorted(PRESETS)}. A recipe file ends in {', '.join(_READERS)}."
+            f"Presets: {sorted(PRESETS)}. A recipe file ends in {', '.join(READERS)}."
         )
     return PRESETS[name]

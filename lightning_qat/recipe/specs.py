@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
+from lightning_qat.recipe.checks import choice_problem, flag_problem, is_int, refuse
 from lightning_qat.recipe.typed_dicts import (
     ActivationQuantizerName,
     Calibration,
@@ -14,10 +15,6 @@ from lightning_qat.recipe.typed_dicts import (
     Initial,
     WeightQuantizerName,
 )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _clip(clip: Any) -> tuple[float, float]:
@@ -41,13 +38,11 @@ def _hints(kind: type) -> dict[str, Any]:
 def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
     kind: Any = type(spec)
     for name, hint in _hints(kind).items():
-        choices, value = get_args(hint), getattr(spec, name)
-        if hint is bool and not isinstance(value, bool):
-            raise ValueError(f"{type(spec).__name__}.{name} must be true or false; got {value!r}.")
-        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-            raise ValueError(
-                f"{type(spec).__name__}.{name} must be one of {list(choices)}; got {value!r}."
-            )
+        choices, value, where = get_args(hint), getattr(spec, name), f"{kind.__name__}.{name}"
+        if hint is bool:
+            refuse(flag_problem(where, value))
+        elif choices and all(isinstance(c, str) for c in choices):
+            refuse(choice_problem(where, value, choices))
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class WeightSpec:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        if not _is_int(self.bits) or not 2 <= self.bits <= 8:
+        if not is_int(self.bits) or not 2 <= self.bits <= 8:
             raise ValueError(f"WeightSpec.bits must be an int from 2 to 8; got {self.bits!r}.")
 
 
@@ -120,7 +115,7 @@ class ActivationSpec:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        if not _is_int(self.bits) or (self.bits != 16 and not 2 <= self.bits <= 8):
+        if not is_int(self.bits) or (self.bits != 16 and not 2 <= self.bits <= 8):
             raise ValueError(
                 f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {self.bits!r}."
             )
@@ -138,12 +133,12 @@ class ActivationSpec:
             raise ValueError(
                 f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}."
             )
-        if not _is_int(self.calibration_batches) or self.calibration_batches < 1:
+        if not is_int(self.calibration_batches) or self.calibration_batches < 1:
             raise ValueError(
                 "ActivationSpec.calibration_batches must be an int of 1 or more; got "
                 f"{self.calibration_batches!r}."
             )
-        if self.samples is not None and not (_is_int(self.samples) and self.samples >= 64):
+        if self.samples is not None and not (is_int(self.samples) and self.samples >= 64):
             raise ValueError(
                 "ActivationSpec.samples must be an int of 64 or more, or null for what the "
                 f"calibration takes by itself; got {self.samples!r}."
@@ -158,7 +153,3 @@ class LayerSpec:
 
     weight: WeightSpec
     activation: ActivationSpec
-
-
-def article(kind: type) -> str:
-    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"

@@ -1,4 +1,8 @@
-"""How a recipe is spelled as a mapping, as types: what a command line checks when it is parsed."""
+"""The keys of a recipe that is written as a mapping, as types for jsonargparse and type checkers.
+
+Written by hand, because both read the types from the source; a test in ``tests/lightning`` compares
+the keys with the fields of ``WeightSpec``, ``ActivationSpec`` and ``Recipe``.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""Checks of values that a user has written; each returns messages without a full stop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TypeGuard
+
+from lightning_qat.recipe.suggest import closest_names
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an int; ``True`` and ``False`` are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def key_problems(where: str, values: object, known: Collection[str]) -> list[str]:
+    """A message for each key that is not known, or one if ``values`` is no mapping.
+
+    Example:
+        >>> key_problems("config", {"bit": 8}, ("bits", "clip"))
+        ["config has no key 'bit'; closest names: 'bits'"]
+    """
+    if not isinstance(values, Mapping):
+        return [f"{where} must be a mapping; got {values!r}"]
+    return [
+        f"{where} has no key {key!r}; {closest_names(str(key), known)}"
+        for key in values
+        if key not in known
+    ]
+
+
+def choice_problem(where: str, value: object, choices: Collection[str]) -> str | None:
+    """A message if a value is not among its choices."""
+    if value in tuple(choices):  # not by hash: YAML may give a list
+        return None
+    return f"{where} must be one of {list(choices)}; got {value!r}"
+
+
+def flag_problem(where: str, value: object) -> str | None:
+    """A message if a value is neither ``True`` nor ``False``."""
+    return None if isinstance(value, bool) else f"{where} must be true or false; got {value!r}"
+
+
+def refuse(*problems: str | None) -> None:
+    """Raise the first of the problems, if there is one.
+
+    Raises:
+        ValueError: The first message, with a full stop.
+    """
+    for problem in problems:
+        if problem is not None:
+            raise ValueError(f"{problem}.")
