@@ -24,7 +24,7 @@ CORE: Mapping[str, str] = {
     "joins": "numerics recipe model function_hooks quantizers layers",
     "prepare": "recipe model quantizers layers training joins",
     "convert": "numerics recipe model function_hooks ir quantizers layers joins",
-    "checkpoint": "recipe model quantizers layers joins prepare",
+    "checkpoint": "recipe model quantizers layers prepare",
     "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
     "callback": (
         "numerics recipe model function_hooks quantizers export layers training joins prepare "

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.joins.plan import STATE_KEY
-from lightning_qat.layers import QATLayer, quantizer_role
+from lightning_qat.layers import QATLayer
 from lightning_qat.model.torch_compile import plain_path
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.names import PLAN, quantizer_of_key
 from lightning_qat.recipe.recipe import Recipe
 
 CALLBACK_KEY = "QATCallback"
@@ -24,14 +24,8 @@ _STATE = "_extra_state"
 
 def quantizer_prefixes(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
     """What the keys of each quantizer begin with, such as ``net.conv.input_quantizer.``."""
-    prefixes = []
-    for key in state_dict:
-        path, _, name = key.rpartition(".")
-        parent, _, role = path.rpartition(".")
-        joined = parent.rpartition(".")[2] == "qat_joins"
-        if name == _STATE and (quantizer_role(role) is not None or joined):
-            prefixes.append(f"{path}.")
-    return tuple(prefixes)
+    paths = map(quantizer_of_key, state_dict)
+    return tuple(f"{path}." for path in paths if path is not None)
 
 
 def is_quantized(state_dict: Mapping[str, Any]) -> bool:
@@ -46,7 +40,7 @@ def missing_keys(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
         for role in layer.quantizer_names() if isinstance(layer, QATLayer) else ():
             prefix = f"{path}.{role}.".lstrip(".")
             names += [f"{prefix}{name}" for name in _names(layer.get_submodule(role))]
-    plan = state_dict.get(STATE_KEY, {})
+    plan = state_dict.get(PLAN, {})
     observed = ("min_val", "max_val", "batches", _STATE)
     names += [f"{t['quantizer']}.{name}" for t in plan.get("tensors", ()) for name in observed]
     there = {plain_path(name) for name in state_dict}

@@ -16,8 +16,8 @@ from lightning_qat.checkpoint.contents import (
     quantizer_prefixes,
     version_problem,
 )
-from lightning_qat.joins.plan import STATE_KEY
 from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.quantizers.names import PLAN
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -110,7 +110,7 @@ def strip_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             stripped[key] = {
                 name: value
                 for name, value in weights.items()
-                if name != STATE_KEY and not name.startswith(gone)
+                if name != PLAN and not name.startswith(gone)
             }
     if "callbacks" in checkpoint:
         others = checkpoint["callbacks"].items()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
-from lightning_qat.layers import QATLayer, weight_quantizer_name
+from lightning_qat.layers import QATLayer
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.names import JOINS, tensor_key, weight_quantizer_name
 from lightning_qat.quantizers.weight import WeightQuantizer
 
 
@@ -65,8 +66,7 @@ def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
     for path in (*paths, *modules):
         module = modules.get(path)
         if isinstance(module, ActivationQuantizer):
-            owner, dot, name = path.replace("qat_joins.", "").rpartition(".")
-            found.setdefault(module, f"{owner}{dot}{name.replace('_quantizer', '')}")
+            found.setdefault(module, tensor_key(path))
     # A part of a planned model quantizes with what belongs to another part.
     for name, module in modules.items():
         hooks = hooks_of(module)
@@ -116,8 +116,8 @@ def finalize_model(model: nn.Module) -> nn.Module:
                 final = FinalWeight.from_weight(value, quantizer.qparams(value), key)
                 setattr(layer, child, final)
     for module in model.modules():
-        if "qat_joins" in module._modules:
-            joins: Any = module._modules["qat_joins"]
+        if JOINS in module._modules:
+            joins: Any = module._modules[JOINS]
             for name, quantizer in joins.items():
                 joins[name] = finals[quantizer]
         hooks = hooks_of(module)

@@ -12,23 +12,10 @@ from torch.export import ExportedProgram
 from lightning_qat.convert.batchnorm import BatchNormStatistics
 from lightning_qat.ir.exported_program import Constants, module_path
 from lightning_qat.ir.ops import DEQUANTIZE, DequantizeCall, as_dequantize, as_fake_quantize
+from lightning_qat.layers.table import CHANNEL_AXES
 from lightning_qat.numerics.qparams import QParams
 
 _ATEN = torch.ops.aten
-
-# Layer operator to the weight's output-channel axis.
-_LAYERS = {
-    _ATEN.conv1d.default: 0,
-    _ATEN.conv2d.default: 0,
-    _ATEN.conv3d.default: 0,
-    _ATEN.conv1d.padding: 0,
-    _ATEN.conv2d.padding: 0,
-    _ATEN.conv3d.padding: 0,
-    _ATEN.linear.default: 0,
-    _ATEN.conv_transpose1d.default: 1,
-    _ATEN.conv_transpose2d.input: 1,
-    _ATEN.conv_transpose3d.input: 1,
-}
 
 _DROPOUTS = (
     _ATEN.dropout.default,
@@ -71,7 +58,9 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         if node.target is not _ATEN.batch_norm.default:
             continue
         layer = node.args[0]
-        if not isinstance(layer, fx.Node) or layer.target not in _LAYERS or len(layer.users) != 1:
+        if not isinstance(layer, fx.Node) or layer.target not in CHANNEL_AXES:
+            continue
+        if len(layer.users) != 1:
             continue
         # A batch norm normalises axis 1, which is a linear layer's feature axis in 2-D only.
         if layer.target is _ATEN.linear.default and layer.meta["val"].dim() != 2:
@@ -100,7 +89,7 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
 
 
 def _groups_of_transposed(layer: fx.Node) -> int:
-    if _LAYERS[layer.target] == 0:  # type: ignore[index]
+    if CHANNEL_AXES[layer.target] == 0:
         return 1
     groups: Any = layer.args[6] if len(layer.args) > 6 else 1
     return int(groups)
@@ -141,7 +130,7 @@ def _fold_weight(
     uses: Counter[str],
     saturated: dict[str, int],
 ) -> fx.Node | None:
-    axis = _LAYERS[layer.target]  # type: ignore[index]
+    axis = CHANNEL_AXES[layer.target]
     path = module_path(layer)
     value = constants.value(weight)
     if value is not None:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
-from lightning_qat.joins.plan import STATE_KEY, JoinPlan, PlannedTensor
+from lightning_qat.joins.plan import JoinPlan, PlannedTensor
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import trace_hooks
+from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer
 
@@ -30,7 +31,7 @@ def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None
     paths = paths or ModelPaths.of(model)
     modules = paths.by_path
     like = next((m for m in modules.values() if isinstance(m, ActivationQuantizer)), None)
-    named = {*plan.sites, *plan.links, *(_owner(t.quantizer) for t in plan.tensors)}
+    named = {*plan.sites, *plan.links, *(names.owner_path(t.quantizer) for t in plan.tensors)}
     unknown = sorted(path for path in named if path not in modules)
     if unknown:
         raise ValueError(
@@ -39,7 +40,7 @@ def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None
         )
     quantizers = {t.quantizer: _placed(modules, t, like) for t in plan.tensors}
     for layer, path in plan.links.items():
-        modules[layer].input_quantizer = quantizers[path]
+        setattr(modules[layer], names.INPUT, quantizers[path])
     for path, calls in plan.sites.items():
         sites = {
             call: {int(k): quantizers[q] for k, q in operands.items()}
@@ -64,27 +65,21 @@ def watch_layers(model: nn.Module, paths: ModelPaths | None = None) -> None:
 
 
 def _quantizes(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
-
-
-def _owner(quantizer: str) -> str:
-    """Path of the module that holds a quantizer."""
-    owner = quantizer.rpartition(".")[0]
-    return owner.removesuffix("qat_joins").removesuffix(".")
+    return isinstance(getattr(module, names.INPUT, None), ActivationQuantizer)
 
 
 def _placed(
     modules: Mapping[str, nn.Module], tensor: PlannedTensor, like: ActivationQuantizer | None
 ) -> ActivationQuantizer:
-    owner: Any = modules[_owner(tensor.quantizer)]
+    owner: Any = modules[names.owner_path(tensor.quantizer)]
     name = tensor.quantizer.rpartition(".")[2]
     joins: Any = None
-    if name == "input_quantizer":
-        found: Any = owner.input_quantizer
+    if name == names.INPUT:
+        found: Any = getattr(owner, name)
     else:
-        if "qat_joins" not in owner._modules:
-            owner.add_module("qat_joins", nn.ModuleDict())
-        joins = owner.qat_joins
+        if names.JOINS not in owner._modules:
+            owner.add_module(names.JOINS, nn.ModuleDict())
+        joins = owner._modules[names.JOINS]
         found = joins[name] if name in joins else None
     if isinstance(found, ActivationQuantizer) and found.spec == tensor.spec:
         return found
@@ -94,8 +89,8 @@ def _placed(
         quantizer.train(like.training)
         quantizer.observing, quantizer.quantizing = like.observing, like.quantizing
         quantizer.deferred, quantizer.compact = like.deferred, like.compact
-    if name == "input_quantizer":
-        owner.input_quantizer = quantizer
+    if name == names.INPUT:
+        setattr(owner, name, quantizer)
     else:
         joins[name] = quantizer
     return quantizer
@@ -111,10 +106,10 @@ class _PlanKeeper:
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
     ) -> None:
         if self.plan is not None:
-            state_dict[prefix + STATE_KEY] = self.plan.to_dict()
+            state_dict[prefix + names.PLAN] = self.plan.to_dict()
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.pop(prefix + STATE_KEY, None)
+        stored = state_dict.pop(prefix + names.PLAN, None)
         if stored is not None and (self.plan is None or self.plan.to_dict() != stored):
             apply_plan(module, JoinPlan.from_dict(stored))
 

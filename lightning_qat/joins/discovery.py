@@ -25,7 +25,8 @@ from lightning_qat.function_hooks.function_table import (
 from lightning_qat.function_hooks.hooks import OUTPUT, Frame
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
 from lightning_qat.joins.solver import INPUT, _Event, _Groups, _Operand, _Origin
-from lightning_qat.layers import WITH_WEIGHTS, QATLayer
+from lightning_qat.layers import QATLayer
+from lightning_qat.layers.table import WITH_WEIGHTS
 from lightning_qat.model.dry_run import call_of, without_trace
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
@@ -33,6 +34,7 @@ from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import is_compiled
 from lightning_qat.numerics.calibration.updates import BY_RANGE
 from lightning_qat.numerics.min_max import batch_range
+from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.factory import learns
@@ -128,7 +130,7 @@ class Discovery:
         path = self.paths.name(module)
         if isinstance(module, ActivationQuantizer):
             layer, _, name = path.rpartition(".")
-            if name == "input_quantizer" and args and isinstance(args[0], Tensor):
+            if name == names.INPUT and args and isinstance(args[0], Tensor):
                 self._consume(layer, args[0])
         autograd: Any = torch._C._autograd  # pyright: ignore
         hooks = autograd._top_saved_tensors_default_hooks(False)
@@ -417,9 +419,8 @@ def _is_opaque(module: nn.Module) -> bool:
 def _path(place: _Operand) -> str:
     """Dotted path of the quantizer that is named after a place."""
     if place.function == INPUT:
-        return f"{place.module}.input_quantizer" if place.module else "input_quantizer"
-    name = f"qat_joins.{place.function}_{place.call}_{place.operand}"
-    return f"{place.module}.{name}" if place.module else name
+        return names.input_path(place.module)
+    return names.join_path(place.module, place.function, place.call, place.operand)
 
 
 def discover(

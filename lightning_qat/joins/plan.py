@@ -8,9 +8,6 @@ from typing import Any
 
 from lightning_qat.recipe.specs import ActivationSpec
 
-STATE_KEY = "_qat_plan"
-"""Where a model's state_dict holds its plan."""
-
 
 @dataclass(frozen=True)
 class PlannedTensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +11,11 @@ from torch import Tensor, nn
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer, weight_quantizer
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.names import INPUT, weight_quantizer_name
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.amct_config import is_layer_config, layer_recipe
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import LayerSpec
-
-WITH_WEIGHTS = (
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
-"""torch's layers with weights: each becomes a QAT layer or is reported as one that does not."""
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
 
@@ -66,7 +55,7 @@ class QATLayer(nn.Module):
 
     def activation_quantizer_names(self) -> tuple[str, ...]:
         """The submodules that quantize activations; the first one is the layer's input's."""
-        return ("input_quantizer",)
+        return (INPUT,)
 
     @classmethod
     def why_unsupported(cls, module: nn.Module) -> str | None:
@@ -162,32 +151,6 @@ class QATLayer(nn.Module):
                 setattr(self, weight_quantizer_name(name), quantizer)
         for name in self.quantizer_names():
             getattr(self, name).train(self.training)
-
-
-_QUANTIZER = re.compile(r"(input|hidden|projection|weight)_quantizer(_\w+)?")
-
-
-def quantizer_role(name: str) -> Literal["activation", "weight"] | None:
-    """What a submodule of a QAT layer quantizes, by its name; ``None``: it is no quantizer.
-
-    Example:
-        >>> quantizer_role("hidden_quantizer_l0"), quantizer_role("weight_quantizer")
-        ('activation', 'weight')
-    """
-    found = _QUANTIZER.fullmatch(name)
-    if found is None:
-        return None
-    return "weight" if found[1] == "weight" else "activation"
-
-
-def weight_quantizer_name(weight: str) -> str:
-    """The submodule that quantizes a weight.
-
-    Example:
-        >>> weight_quantizer_name("weight"), weight_quantizer_name("weight_hh_l0")
-        ('weight_quantizer', 'weight_quantizer_hh_l0')
-    """
-    return weight.replace("weight", "weight_quantizer", 1)
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:

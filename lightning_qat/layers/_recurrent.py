@@ -12,8 +12,13 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
-from lightning_qat.layers._layer import QATLayer, weight_quantizer_name
+from lightning_qat.layers._layer import QATLayer
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.names import (
+    INPUT,
+    activation_quantizer_name,
+    weight_quantizer_name,
+)
 
 State = tuple[Tensor, ...]
 """What one step hands to the next: ``(h, c)`` of an LSTM, ``(h,)`` of a GRU."""
@@ -40,10 +45,11 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
 
     def activation_quantizer_names(self) -> tuple[str, ...]:
         """The first layer's input, as in every QAT layer, then what only recurrent layers have."""
-        inputs = [f"input_quantizer_l{layer}" for layer in range(1, self.num_layers)]
-        states = [f"hidden_quantizer{ending}" for ending in self._endings()]
-        projected = [f"projection_quantizer{e}" for e in self._endings() if self.proj_size]
-        return ("input_quantizer", *inputs, *states, *projected)
+        tensors = ("hidden", "projection") if self.proj_size else ("hidden",)
+        name = activation_quantizer_name
+        inputs = [name("input", f"_l{layer}") for layer in range(1, self.num_layers)]
+        states = [name(tensor, ending) for tensor in tensors for ending in self._endings()]
+        return (INPUT, *inputs, *states)
 
     def _endings(self) -> list[str]:
         """``_l0``, ``_l0_reverse``, ``_l1`` and so on: how torch's parameter names end."""
@@ -182,7 +188,7 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         # Every element of the batch at every step has a state.
         rows = x.numel() // x.shape[-1]
         quantize = [
-            EveryStep(self._modules[f"{name}_quantizer{ending}"], rows * size)
+            EveryStep(self._modules[activation_quantizer_name(name, ending)], rows * size)
             for name, size in zip(names, self._state_sizes(), strict=False)
         ]
         cell = self._cell(ending, quantize)

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_qat.joins.apply import apply_plan, keep_plan, plan_of, watch_layers
 from lightning_qat.joins.discovery import discover
 from lightning_qat.joins.first_forward import FirstForward
-from lightning_qat.joins.plan import STATE_KEY, JoinPlan
-from lightning_qat.layers import QATLayer, quantizer_role
+from lightning_qat.joins.plan import JoinPlan
+from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import LAYERS
 from lightning_qat.model.dry_run import order_of_calls
 from lightning_qat.model.inputs import Inputs
@@ -24,6 +24,7 @@ from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import float_class_name, plan, swap
 from lightning_qat.quantizers.factory import learns
+from lightning_qat.quantizers.names import PLAN, quantizer_of_key, quantizer_role
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.training.phases import check_memory, set_compact
 
@@ -157,9 +158,9 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     """
     specs: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict.items():
-        layer, _, name = key.removesuffix("._extra_state").rpartition(".")
+        layer, _, name = (quantizer_of_key(key) or "").rpartition(".")
         role = quantizer_role(name)
-        if role is not None and key.endswith("._extra_state"):
+        if role is not None:
             # The last one counts: a layer's input comes first, and a plan may have changed it.
             specs[layer][role] = value
     if not specs:
@@ -185,6 +186,6 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     recipe = Recipe(include=tuple(patterns), overrides=patterns)
     report = plan(model, recipe)
     swap(model, report)
-    if STATE_KEY in state_dict:
-        apply_plan(model, JoinPlan.from_dict(state_dict[STATE_KEY]))
+    if PLAN in state_dict:
+        apply_plan(model, JoinPlan.from_dict(state_dict[PLAN]))
     return replace(report, joins=plan_of(model))

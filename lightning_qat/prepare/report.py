@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_qat.joins.plan import JoinPlan
-from lightning_qat.layers.table import _WEIGHT_ONLY
+from lightning_qat.layers.table import WEIGHT_ONLY
 from lightning_qat.recipe.specs import LayerSpec
 
 
@@ -70,7 +70,7 @@ class PrepareReport:
             lines.append(
                 f"  {layer.name:{width}}  {layer.kind}: weight {weight.bits} bits "
                 f"{weight.granularity} {weight.quantizer}"
-                f"{'' if layer.kind in _WEIGHT_ONLY else reads}{aliases}"
+                f"{'' if layer.kind in WEIGHT_ONLY else reads}{aliases}"
             )
         for skipped in self.skipped:
             lines.append(

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from lightning_qat.layers import WITH_WEIGHTS, OutputProjectionQAT, QATLayer
-from lightning_qat.layers.table import LAYERS
+from lightning_qat.layers import OutputProjectionQAT, QATLayer
+from lightning_qat.layers.table import LAYERS, WITH_WEIGHTS
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLayer
 from lightning_qat.recipe.recipe import Recipe

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qat.numerics.calibration.updates import UPDATES
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.names import place
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -79,11 +80,7 @@ def _update(calibration: str, quantizers: list[ActivationQuantizer], batch: Tens
 
 
 def _refuse_non_finite(bounds: dict[str, list[float]]) -> None:
-    bad = [
-        name.removesuffix(".input_quantizer").replace("qat_joins.", "")
-        for name, batch in bounds.items()
-        if torch.inf in batch
-    ]
+    bad = [place(name) for name, batch in bounds.items() if torch.inf in batch]
     raise ValueError(
         "Activations must be finite to be given a range; NaN or infinity reached the input of "
         + ", ".join(repr(name) for name in bad)
