@@ -120,7 +120,7 @@ def test_outside_nothing_is_kept(recipe: Any, memory: Any) -> None:
     # torch cannot see this one.
     model[0].weight.data.mul_(2)  # type: ignore[index]
     assert torch.equal(model(x), copy.deepcopy(model)(x))
-    assert all(m.kept is None for m in model.modules() if isinstance(m, WeightQuantizer))
+    assert all(m.cache is None for m in model.modules() if isinstance(m, WeightQuantizer))
 
 
 def test_rows_of_a_packed_parameter_are_quantized_once_and_anew_when_it_changes(

@@ -43,6 +43,7 @@ from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import swap_layers
+from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 from lightning_qat.recipe.typed_dicts import RecipeKeys
@@ -185,8 +186,7 @@ class QATCallback(PhaseHooks):
     def _prepare(self, pl_module: LightningModule, early: PrepareReport) -> None:
         inputs = self._inputs.known(pl_module)
         self.report = prepare(pl_module, self.recipe, inputs, self.memory).after(early)
-        for quantizer in activation_quantizers(pl_module).values():
-            quantizer.deferred, quantizer.observing = True, False
+        switch(pl_module, deferred=True, observing=False)
 
     def _check_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]

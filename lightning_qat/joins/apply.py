@@ -14,6 +14,7 @@ from lightning_qat.model.torch_compile import trace_hooks
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer
+from lightning_qat.quantizers.switches import switch_like
 
 
 def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None) -> None:
@@ -86,9 +87,7 @@ def _placed(
     quantizer = activation_quantizer(tensor.spec)
     if like is not None:
         quantizer.to(like.min_val.device)
-        quantizer.train(like.training)
-        quantizer.observing, quantizer.quantizing = like.observing, like.quantizing
-        quantizer.deferred, quantizer.compact = like.deferred, like.compact
+        switch_like(quantizer, like)
     if name == names.INPUT:
         setattr(owner, name, quantizer)
     else:

@@ -60,6 +60,8 @@ class ActivationQuantizer(Quantizer):
         compact: What backward keeps is small, not fast; see ``int_repr``.
     """
 
+    SWITCHES = frozenset({"observing", "quantizing", "deferred", "compact"})
+
     min_val: Tensor
     max_val: Tensor
     batches: Tensor

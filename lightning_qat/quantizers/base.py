@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ class Quantizer(nn.Module):
     has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a
     checkpoint with some of them must have all.
     """
+
+    SWITCHES: ClassVar[frozenset[str]] = frozenset()
+    """The attributes that turn a part of the quantizer on or off; see ``switches``."""
 
     spec: Any
 

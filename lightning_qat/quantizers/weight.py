@@ -34,12 +34,14 @@ class WeightQuantizer(Quantizer):
     Attributes:
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
         compact: What backward keeps is small, not fast; see ``int_repr``.
-        kept: Where quantized weights are kept for further forwards; ``None``: nowhere.
+        cache: Keeps quantized weights for further forwards; ``None``: nothing is kept.
     """
+
+    SWITCHES = frozenset({"quantizing", "compact", "cache"})
 
     def __init__(self, spec: WeightSpec, axis: int) -> None:
         super().__init__()
-        self.kept: QuantizedWeightCache | None = None
+        self.cache: QuantizedWeightCache | None = None
         self.spec: WeightSpec = spec
         self.axis = axis
         self.quantizing = True
@@ -54,13 +56,13 @@ class WeightQuantizer(Quantizer):
         if is_exporting_onnx():
             return self._exported(weight)
         with hidden():
-            if self.kept is None or is_compiling():
+            if self.cache is None or is_compiling():
                 return self._fake_quantize(weight, None)
             state = self.compact, tensor_state(weight, *self.parameters())
-            known = self.kept.get(self, state)
+            known = self.cache.get(self, state)
             quantized = self._fake_quantize(weight, known)
             if known is None:
-                self.kept.put(self, state, quantized)
+                self.cache.put(self, state, quantized)
             return quantized
 
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:

@@ -14,9 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.quantizers.activation import ActivationQuantizer
-from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.schedule import Phase
-from lightning_qat.training.range_sync import activation_quantizers
 
 
 def apply_phase(model: nn.Module, phase: Phase) -> None:
@@ -29,10 +28,7 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
         model: A prepared model.
         phase: What holds from the next batch on.
     """
-    for quantizer in activation_quantizers(model).values():
-        quantizer.deferred = True
-        quantizer.observing = phase.observing
-    set_quantizing(model, phase.quantizing)
+    switch(model, deferred=True, observing=phase.observing, quantizing=phase.quantizing)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _hold_in_eval(module, phase.batchnorm_frozen)
@@ -40,15 +36,12 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
 
 def set_observing(quantizers: Iterable[ActivationQuantizer], observing: bool) -> None:
     """Open or close the gate through which data reach the ranges."""
-    for quantizer in quantizers:
-        quantizer.observing = observing
+    switch(quantizers, observing=observing)
 
 
 def set_quantizing(model: nn.Module, quantizing: bool) -> None:
     """Turn fake quantization on or off: of activations and of weights."""
-    for module in model.modules():
-        if isinstance(module, ActivationQuantizer | WeightQuantizer):
-            module.quantizing = quantizing
+    switch(model, quantizing=quantizing)
 
 
 def check_memory(memory: object) -> None:
@@ -70,15 +63,12 @@ def set_compact(model: nn.Module, compact: bool) -> None:
         hooks = hooks_of(module)
         if hooks is not None:
             hooks.compact = compact
-        if isinstance(module, ActivationQuantizer | WeightQuantizer):
-            module.compact = compact
+    switch(model, compact=compact)
 
 
 def finish(model: nn.Module) -> None:
     """Leave a model as its exports will be: quantizing, observing nothing, batch norm let go."""
-    for quantizer in activation_quantizers(model).values():
-        quantizer.observing = False
-    set_quantizing(model, True)
+    switch(model, observing=False, quantizing=True)
     release_batchnorms(model)
 
 

@@ -7,15 +7,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 
 
-def use_weight_cache(model: nn.Module, kept: QuantizedWeightCache | None) -> None:
-    """Where the quantized weights of a model are kept for further forwards; ``None``: nowhere."""
-    for module in model.modules():
-        if isinstance(module, WeightQuantizer):
-            module.kept = kept
+def use_weight_cache(model: nn.Module, cache: QuantizedWeightCache | None) -> None:
+    """Keep the quantized weights of a model in a cache for further forwards; ``None``: do not."""
+    switch(model, cache=cache)
 
 
 @contextmanager
@@ -32,9 +30,9 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
         ...     for x in torch.ones(3, 5, 4):
         ...         model(x).sum().backward()
     """
-    kept = QuantizedWeightCache()
-    kept.open = True
-    use_weight_cache(model, kept)
+    cache = QuantizedWeightCache()
+    cache.open = True
+    use_weight_cache(model, cache)
     try:
         yield
     finally:

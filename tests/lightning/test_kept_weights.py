@@ -71,10 +71,10 @@ def test_an_exchange_of_weights_that_torch_cannot_see_is_seen(
     class Watched(Planned):
         def validation_step(self, batch: list[Tensor]) -> None:
             found = self(batch[0])
-            kept = self.conv.weight_quantizer.kept  # type: ignore[union-attr]
-            self.conv.weight_quantizer.kept = None  # type: ignore[union-attr]
+            kept = self.conv.weight_quantizer.cache  # type: ignore[union-attr]
+            self.conv.weight_quantizer.cache = None  # type: ignore[union-attr]
             assert torch.equal(found, self(batch[0]))
-            self.conv.weight_quantizer.kept = kept  # type: ignore[union-attr]
+            self.conv.weight_quantizer.cache = kept  # type: ignore[union-attr]
 
     net = Watched()
     # After every batch: between the two that an optimizer step accumulates, too.
