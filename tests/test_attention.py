@@ -18,7 +18,7 @@ from lightning_qat.layers import LinearQAT, MultiheadAttentionQAT
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
-from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.prepare.prepare_like import prepare_like
 from tests.models import trained
 
 FORMS: dict[str, dict[str, Any]] = {

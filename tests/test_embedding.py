@@ -16,7 +16,7 @@ from lightning_qat import Recipe, convert, export, prepare, verify
 from lightning_qat.layers import EmbeddingQAT
 from lightning_qat.numerics import rounding as fake_quantization
 from lightning_qat.numerics.kernels import loops as kernels
-from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.prepare.prepare_like import prepare_like
 from lightning_qat.training.weights_once import weights_quantized_once
 
 LOOKED_UP = torch.tensor([[1, 2, 2], [0, 9, 2]])

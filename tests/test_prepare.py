@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from lightning_qat.layers import Conv2dQAT, LinearQAT, QATLayer
-from lightning_qat.prepare.prepare import prepare, prepare_like
+from lightning_qat.model.paths import ModelPaths
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat.prepare.prepare_like import prepare_like
 from lightning_qat.prepare.report import PrepareReport
-from lightning_qat.prepare.swap import is_layer, plan
+from lightning_qat.prepare.swap import choose_layers, is_layer
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.weight import WeightQuantizer
@@ -283,7 +285,7 @@ def test_a_prepared_model_can_be_copied_and_loaded() -> None:
 def test_plan_changes_nothing() -> None:
     model = ResidualAdd()
     before = types(model)
-    assert len(plan(model, Recipe()).swapped) == 3
+    assert len(choose_layers(ModelPaths.of(model), Recipe()).swapped) == 3
     assert types(model) == before
 
 

@@ -23,7 +23,7 @@ from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, veri
 from lightning_qat.convert.capture import CaptureError
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.layers import GRUQAT, LSTMQAT, QATLayer
-from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.prepare.prepare_like import prepare_like
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import WeightSpec

@@ -25,9 +25,10 @@ from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import Artifact
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs
+from lightning_qat.model.paths import ModelPaths
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
-from lightning_qat.prepare.swap import plan
+from lightning_qat.prepare.swap import choose_layers
 from lightning_qat.recipe.amct_config import json_config
 from lightning_qat.recipe.recipe import Recipe
 
@@ -58,7 +59,7 @@ def create_quant_retrain_config(
         CaptureError: The model cannot be exported.
     """
     recipe = _amct_recipe("amct" if config_defination is None else config_defination)
-    report = plan(model, recipe)
+    report = choose_layers(ModelPaths.of(model), recipe)
     layers = {s.name: (asdict(s.spec.activation), asdict(s.spec.weight)) for s in report.swapped}
     kinds = {s.name: s.kind for s in report.swapped}
     values = json_config(recipe.activation.calibration_batches, layers, kinds)
@@ -178,7 +179,7 @@ def save_quant_retrain_model(
     recipe = _amct_recipe(config_file)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    left = [s.name for s in plan(model, recipe).swapped]
+    left = [s.name for s in choose_layers(ModelPaths.of(model), recipe).swapped]
     if left:
         raise ValueError(
             f"Every layer that {str(config_file)!r} enables must be a QAT layer of the model; "

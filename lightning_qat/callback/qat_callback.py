@@ -39,10 +39,11 @@ from lightning_qat.export.manifest import ExportResult
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.function_hooks.hooks import unwind
 from lightning_qat.joins.first_forward import finish_plan
+from lightning_qat.model.paths import ModelPaths
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
-from lightning_qat.prepare.swap import swap_layers
+from lightning_qat.prepare.swap import choose_layers, swap
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
@@ -170,7 +171,9 @@ class QATCallback(PhaseHooks):
         # make more, and prepare swaps those; it knows the last layer only when all are there.
         early = PrepareReport((), ())
         if self.recipe.first_last is None:
-            early = swap_layers(pl_module, self.recipe)
+            paths = ModelPaths.of(pl_module)
+            early = choose_layers(paths, self.recipe, check_patterns=False)
+            swap(paths, early)
 
         def prepare_all() -> None:
             self._prepare(pl_module, early)

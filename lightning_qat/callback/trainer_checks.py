@@ -18,7 +18,8 @@ from lightning_qat.callback.lightning_private import (
     loads_weights_after_wrapping,
 )
 from lightning_qat.layers import QATLayer
-from lightning_qat.prepare.swap import plan
+from lightning_qat.model.paths import ModelPaths
+from lightning_qat.prepare.swap import choose_layers
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 
@@ -105,7 +106,7 @@ def data_parallel_problems(pl_module: nn.Module) -> list[str]:
 
 def late_layer_problems(pl_module: nn.Module, recipe: Recipe) -> list[str]:
     """A message if layers came too late to be swapped: they would train in float, silently."""
-    late = plan(pl_module, recipe, check_patterns=False).swapped
+    late = choose_layers(ModelPaths.of(pl_module), recipe, check_patterns=False).swapped
     if not late and any(isinstance(module, QATLayer) for module in pl_module.modules()):
         return []
     names = ", ".join(repr(layer.name) for layer in late) or "all of them"

@@ -16,7 +16,7 @@ from lightning_qat.checkpoint.contents import (
     quantizer_prefixes,
     version_problem,
 )
-from lightning_qat.prepare.prepare import prepare_like
+from lightning_qat.prepare.prepare_like import prepare_like
 from lightning_qat.quantizers.names import PLAN
 
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -1,9 +1,7 @@
-"""Turn a float model into a QAT model, in place, and say what was done and what was not."""
+"""Turn a float model into a QAT model, in place, and report what was changed and what was not."""
 
 from __future__ import annotations
 
-import glob
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_qat.joins.apply import apply_plan, keep_plan, plan_of, watch_layers
-from lightning_qat.joins.discovery import discover
-from lightning_qat.joins.first_forward import FirstForward
-from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import LAYERS
-from lightning_qat.model.dry_run import order_of_calls
 from lightning_qat.model.inputs import Inputs
-from lightning_qat.model.paths import modules_by_path
-from lightning_qat.model.torch_compile import plain_path, unwrapped
+from lightning_qat.model.paths import ModelPaths
+from lightning_qat.model.torch_compile import unwrapped
+from lightning_qat.prepare.plan_joins import plan_joins
 from lightning_qat.prepare.report import PrepareReport
-from lightning_qat.prepare.swap import float_class_name, plan, swap
-from lightning_qat.quantizers.factory import learns
-from lightning_qat.quantizers.names import PLAN, quantizer_of_key, quantizer_role
+from lightning_qat.prepare.swap import choose_layers, end_layers, swap
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.training.phases import check_memory, set_compact
 
@@ -76,116 +68,19 @@ def prepare(
     check_memory(memory)
     recipe = Recipe.load(recipe)
     model = unwrapped(model)
-    report = plan(model, recipe)
+    paths = ModelPaths.of(model)
+    report = choose_layers(paths, recipe)
     if recipe.first_last is not None:
-        recipe = recipe.with_ends(_ends(model, example_inputs))
-        report = plan(model, recipe, check_patterns=False)
-    if not report.swapped and not any(isinstance(m, QATLayer) for m in model.modules()):
+        recipe = recipe.with_ends(end_layers(model, paths, example_inputs))
+        report = choose_layers(paths, recipe, check_patterns=False)
+    if not report.swapped and not any(isinstance(m, QATLayer) for m in paths.names):
         reasons = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in report.skipped)
         raise ValueError(
             f"Nothing to quantize in {type(model).__name__}: at least one layer of "
             f"{sorted(kind.__name__ for kind in LAYERS)} must be selected by the recipe."
             + (f" Skipped:{reasons}" if reasons else " It has no layer with weights.")
         )
-    swap(model, report)
+    swap(paths, report)
     joins = plan_joins(model, recipe, example_inputs)
     set_compact(model, memory == "compact")
     return replace(report, joins=joins)
-
-
-def plan_joins(
-    model: nn.Module, recipe: Recipe, example_inputs: Inputs | None = None
-) -> JoinPlan | None:
-    """Plan the tensors between QAT layers; arguments as for ``prepare``.
-
-    Returns:
-        The plan; ``None`` when the recipe wants none or the first forward will make it.
-    """
-    if not (recipe.joins or recipe.outputs):
-        watch_layers(model)
-        return None
-    if plan_of(model) is None:
-        keep_plan(model, None)
-        if example_inputs is None:
-            _refuse_late_parameters(model, recipe)
-            if "_qat_first_forward" not in vars(model):
-                FirstForward(model, recipe)
-            return None
-        waiting: FirstForward | None = vars(model).get("_qat_first_forward")
-        if waiting is not None:
-            waiting.stop(model)
-        apply_plan(model, discover(model, recipe, example_inputs))
-    return plan_of(model)
-
-
-def _ends(
-    model: nn.Module, example_inputs: Inputs | None
-) -> list[tuple[str, str, tuple[str, ...]]]:
-    """The first and the last layer, as ``Recipe.with_ends`` wants them."""
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in modules_by_path(model).items():
-        if type(module) in LAYERS or isinstance(module, QATLayer):
-            names[module].append(name)
-    layers = list(names)
-    if example_inputs is not None:
-        layers = order_of_calls(model, layers, example_inputs)
-    return [
-        (names[layer][0], float_class_name(layer), tuple(names[layer][1:]))
-        for layer in (*layers[:1], *layers[-1:])
-    ]
-
-
-def _refuse_late_parameters(model: nn.Module, recipe: Recipe) -> None:
-    if learns(recipe.activation):
-        raise ValueError(
-            f"Learned activations (quantizer={recipe.activation.quantizer!r}) are parameters that "
-            "the optimizer must be given, so the joins of "
-            f"{type(model).__name__} must be planned before training. Pass example_inputs to "
-            "prepare or QATCallback, set the module's example_input_array, or use a recipe with "
-            "joins=False and outputs=False."
-        )
-
-
-def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareReport:
-    """Swap exactly the layers that are QAT layers in a checkpoint, with its specs, in place.
-
-    Args:
-        model: A float model.
-        state_dict: A QAT model's ``state_dict``; it names every quantizer and its spec.
-
-    Raises:
-        ValueError: It holds no quantizers, or names a layer that the model does not have.
-    """
-    specs: dict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in state_dict.items():
-        layer, _, name = (quantizer_of_key(key) or "").rpartition(".")
-        role = quantizer_role(name)
-        if role is not None:
-            # The last one counts: a layer's input comes first, and a plan may have changed it.
-            specs[layer][role] = value
-    if not specs:
-        raise ValueError(
-            "The state_dict holds no quantizers: it is of a float model. Load it into the float "
-            "model, then call prepare."
-        )
-    state_dict = {plain_path(key): value for key, value in state_dict.items()}
-    layers = modules_by_path(model)
-    for name in [name for name in specs if type(layers.get(name)) not in LAYERS]:
-        # A projection has the spec of its attention.
-        owner = name.rpartition(".")[0]
-        if type(layers.get(owner)) is nn.MultiheadAttention:
-            specs[owner] = specs.pop(name)
-    unknown = [name for name in specs if type(layers.get(name)) not in LAYERS]
-    if unknown:
-        raise ValueError(
-            f"The checkpoint quantizes {unknown}, which {type(model).__name__} does not have as "
-            f"{sorted(kind.__name__ for kind in LAYERS)} layers. Build the model that was trained."
-        )
-    # A name may hold what a pattern would take for a wildcard.
-    patterns: dict[str, Any] = {glob.escape(name): change for name, change in specs.items()}
-    recipe = Recipe(include=tuple(patterns), overrides=patterns)
-    report = plan(model, recipe)
-    swap(model, report)
-    if PLAN in state_dict:
-        apply_plan(model, JoinPlan.from_dict(state_dict[PLAN]))
-    return replace(report, joins=plan_of(model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,30 +11,35 @@ from torch.nn.utils import parametrize
 
 from lightning_qat.layers import OutputProjectionQAT, QATLayer
 from lightning_qat.layers.table import LAYERS, WITH_WEIGHTS
-from lightning_qat.model.paths import modules_by_path
+from lightning_qat.model.dry_run import order_of_calls
+from lightning_qat.model.inputs import Inputs
+from lightning_qat.model.paths import ModelPaths
 from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLayer
 from lightning_qat.recipe.recipe import Recipe
 
 
-def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> PrepareReport:
-    """What ``prepare`` would do, without doing it; arguments and errors as there."""
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in modules_by_path(model).items():
-        names[module].append(name)
-    layers = {
-        name: float_class_name(module)
-        for module, all_names in names.items()
-        for name in all_names
-        if is_layer(module)
-    }
+def choose_layers(
+    paths: ModelPaths, recipe: Recipe, *, check_patterns: bool = True
+) -> PrepareReport:
+    """The layers that a recipe selects, and those it does not, with reasons; changes nothing.
+
+    Args:
+        paths: The paths of the model.
+        recipe: The recipe.
+        check_patterns: Refuse patterns that match no layer or contradict each other; ``False``
+            where layers may still come, or the patterns have been checked.
+
+    Raises:
+        ValueError: Such patterns, or parameters of a selected layer that are not float32.
+    """
+    layers = {module: names for module, names in paths.names.items() if is_layer(module)}
     if check_patterns:
-        recipe.check_patterns(layers, [kind.__name__ for kind in LAYERS])
-    shared = _shared_parameters(names)
+        kinds = {name: float_class_name(m) for m, names in layers.items() for name in names}
+        recipe.check_patterns(kinds, [kind.__name__ for kind in LAYERS])
+    shared = _shared_parameters(paths)
     swapped, skipped = [], []
-    for module, all_names in names.items():
-        if not is_layer(module):
-            continue
-        name, kind, aliases = all_names[0], float_class_name(module), tuple(all_names[1:])
+    for module, (name, *others) in layers.items():
+        kind, aliases = float_class_name(module), tuple(others)
         reason = _why_skipped(module) or recipe.why_float(name, kind, aliases)
         parts = (module, *module.children())
         reason = reason or next((shared[part] for part in parts if part in shared), None)
@@ -44,17 +48,43 @@ def plan(model: nn.Module, recipe: Recipe, *, check_patterns: bool = True) -> Pr
             skipped.append(SkippedLayer(name, kind, reason or "not selected by the recipe"))
         else:
             swapped.append(SwappedLayer(name, kind, spec, aliases))
-    _refuse_other_dtypes(model, swapped)
+    _refuse_other_dtypes(paths, swapped)
     return PrepareReport(tuple(swapped), tuple(skipped))
 
 
-def swap(model: nn.Module, report: PrepareReport) -> None:
-    """Do what a report says."""
-    modules = modules_by_path(model)
+def end_layers(
+    model: nn.Module, paths: ModelPaths, example_inputs: Inputs | None
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    """The first and the last layer of a model, as ``Recipe.with_ends`` takes them.
+
+    Args:
+        model: The model.
+        paths: Its paths.
+        example_inputs: What ``forward`` takes, to see the order of calls in one run; ``None``: the
+            order of registration.
+
+    Returns:
+        Name, float class and aliases of each.
+    """
+    layers = [m for m in paths.names if type(m) in LAYERS or isinstance(m, QATLayer)]
+    if example_inputs is not None:
+        layers = order_of_calls(model, layers, example_inputs)
+    ends = []
+    for layer in (*layers[:1], *layers[-1:]):
+        name, *aliases = paths.names[layer]
+        ends.append((name, float_class_name(layer), tuple(aliases)))
+    return ends
+
+
+def swap(paths: ModelPaths, report: PrepareReport) -> None:
+    """Swap the layers of a report, in place.
+
+    The paths are out of date afterwards: the layers have quantizers.
+    """
     for layer in report.swapped:
-        module = modules[layer.name]
+        module = paths.by_path[layer.name]
         LAYERS[type(module)].swap(module, layer.spec)
-    for module in model.modules():
+    for module in paths.names:
         # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
         # kernel and call none of them; this attribute is what that kernel asks for. The encoder
         # would hand its layers nested tensors, which only that kernel takes.
@@ -62,13 +92,6 @@ def swap(model: nn.Module, report: PrepareReport) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-
-
-def swap_layers(model: nn.Module, recipe: Recipe) -> PrepareReport:
-    """Swap the layers that a model has so far; others may come, so patterns are not checked."""
-    report = plan(model, recipe, check_patterns=False)
-    swap(model, report)
-    return report
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -106,12 +129,12 @@ def _why_skipped(module: nn.Module) -> str | None:
     return kind.why_unsupported(module)
 
 
-def _shared_parameters(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, str]:
+def _shared_parameters(paths: ModelPaths) -> dict[nn.Module, str]:
     """Reason per module that shares a parameter with another module."""
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module, all_names in names.items():
+    for module in paths.names:
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            owners[parameter].append((module, f"{all_names[0]}.{parameter_name}"))
+            owners[parameter].append((module, f"{paths.name(module)}.{parameter_name}"))
     reasons = {}
     for users in owners.values():
         for module, own in users if len(users) > 1 else ():
@@ -120,12 +143,11 @@ def _shared_parameters(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, 
     return reasons
 
 
-def _refuse_other_dtypes(model: nn.Module, swapped: list[SwappedLayer]) -> None:
-    modules = modules_by_path(model)
+def _refuse_other_dtypes(paths: ModelPaths, swapped: list[SwappedLayer]) -> None:
     wrong = [
         f"{layer.name}.{name} is {str(parameter.dtype).removeprefix('torch.')}"
         for layer in swapped
-        for name, parameter in modules[layer.name].named_parameters()
+        for name, parameter in paths.by_path[layer.name].named_parameters()
         if parameter.dtype != torch.float32
     ]
     if wrong:
