@@ -38,8 +38,9 @@ def apply_record(
 
     Args:
         model: Float model whose layers have the record's names as module paths.
-        record: What ``read_record`` returned.
-        example_inputs: As for ``convert``.
+        record: The result of ``read_record``.
+        example_inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments
+            of ``forward``; the model is converted with them.
 
     Returns:
         What was swapped, as ``prepare`` reports it.

@@ -49,9 +49,9 @@ class LayerRecord:
 
     Attributes:
         name: The layer's name, the entry's key.
-        scale_d: Real size of one step of the input.
-        offset_d: The integer that stands for real zero in the input.
-        scale_w: Real size of one step of the weight, one or one per output channel, with batch
+        scale_d: Scale of the input.
+        offset_d: The zero point of the input: the integer of real zero.
+        scale_w: Scale of the weight, one or one per output channel, with batch
             norm folded.
         act_type: Type of the input's integers.
         wts_type: Type of the weight's integers.

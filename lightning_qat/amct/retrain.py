@@ -108,7 +108,7 @@ def restore_quant_retrain_model(
     pth_file: str | Path,
     state_dict_name: str | None = None,
 ) -> nn.Module:
-    """Go on with a run that was interrupted: the QAT model with its weights and learned clips.
+    """Continue an interrupted run: the QAT model with its weights and learned clips.
 
     Nothing that the checkpoint has calibrated is calibrated again.
 
@@ -118,7 +118,7 @@ def restore_quant_retrain_model(
         record_file: As for ``create_quant_retrain_model``.
         input_data: As for ``create_quant_retrain_model``.
         pth_file: What ``torch.save`` wrote: the QAT model's ``state_dict``, or a mapping that holds
-            it. Names may begin with ``module.``, as DistributedDataParallel gives them.
+            it. Names may begin with ``module.``, as DistributedDataParallel names them.
         state_dict_name: The state_dict's key in such a mapping.
 
     Returns:

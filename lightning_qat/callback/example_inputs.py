@@ -65,7 +65,7 @@ class ExampleInputs:
 
     @property
     def recording(self) -> bool:
-        """Whether a module is being watched."""
+        """``True`` between ``record`` and ``stop``."""
         return self._hook is not None
 
     def record(self, model: nn.Module) -> None:

@@ -43,15 +43,15 @@ class Export:
         verify: bool,
         on_error: str,
     ) -> None:
-        self._wanted, self._folder, self._source = exporters, folder, source
+        self._exporters, self._folder, self._source = exporters, folder, source
         self._verify, self._on_error = verify, on_error
         self._loaded: tuple[Exporter, ...] = ()
 
     def problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Everything that would keep the exports from being made, one message each."""
+        """One message for each reason why the exports could not be made; loads the exporters."""
         problems = []
         loaded: list[Exporter] = []
-        for exporter in self._wanted:
+        for exporter in self._exporters:
             try:
                 loaded.append(load_exporter(exporter))
                 loaded[-1].check_available()
@@ -112,41 +112,49 @@ class Export:
     ) -> tuple[ExportResult, ...]:
         """Convert a copy of the module and write every target; call it on the first process.
 
+        Args:
+            trainer: The trainer.
+            pl_module: The trained module; it is not changed.
+            inputs: Example inputs of its ``forward``, in float32.
+            recipe: The recipe it was prepared with.
+            calibration_batches: Batches before a network counts as quantized, to judge the best
+                checkpoint.
+
         Returns:
-            What became of each target; their errors are in it.
+            One result for each target, with its error if it failed.
 
         Raises:
             RuntimeError: The best checkpoint is missing, or from before the network was quantized.
         """
         rank_zero_info("QAT: converting")
-        model = self._chosen(trainer, pl_module, calibration_batches)
+        model = self._chosen_weights(trainer, pl_module, calibration_batches)
         quantized = convert(_in_float32(model), inputs, recipe=recipe)
         with self._folder_for(trainer) as folder:
             rank_zero_info(f"QAT: exporting {[e.name for e in self._loaded]} to {folder}")
             name = type(pl_module).__name__.lower()
             quantized.save(folder / f"{name}.pt2")
-            delivered = export_all(quantized, self._loaded, folder, name, check=self._verify)
-        for result in delivered:
+            results = export_all(quantized, self._loaded, folder, name, check=self._verify)
+        for result in results:
             if result.agreement is not None:
                 rank_zero_info(f"QAT: {result.agreement}")
                 _log_agreement(trainer, result)
-        return delivered
+        return results
 
-    def failure(self, delivered: Sequence[ExportResult]) -> RuntimeError | None:
-        """One error that names every target that failed."""
-        failed = [result for result in delivered if result.error is not None]
+    def failure(self, results: Sequence[ExportResult]) -> RuntimeError | None:
+        """One error that names every target that failed; ``None`` if none did."""
+        failed = [result for result in results if result.error is not None]
         if not failed:
             return None
         lines = "\n".join(f"{r.target}: {type(r.error).__name__}: {r.error}" for r in failed)
         error = RuntimeError(
-            f"{len(failed)} of {len(delivered)} exports failed; the others are in "
+            f"{len(failed)} of {len(results)} exports failed; the others are in "
             f"{str(self._folder)!r}.\n{lines}"
         )
         error.__cause__ = failed[0].error
         return error
 
-    def tell_failure(self, trainer: Trainer, error: Exception | None) -> None:
-        """Tell every process how the exports of the first one went; every process must call it.
+    def share_failure(self, trainer: Trainer, error: Exception | None) -> None:
+        """Raise or warn on every process if the exports failed; every process must call it.
 
         Args:
             trainer: The trainer.
@@ -166,7 +174,7 @@ class Export:
         else:
             raise RuntimeError(f"The export on the first process failed: {message}")
 
-    def _chosen(
+    def _chosen_weights(
         self, trainer: Trainer, pl_module: LightningModule, calibration_batches: int
     ) -> LightningModule:
         if self._source == "last" or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ def load_train_data(trainer: Trainer) -> None:
 
 
 def loads_weights_after_wrapping(strategy: Strategy) -> bool:
-    """Whether a strategy loads a checkpoint after it has wrapped the model.
+    """``True`` if a strategy loads a checkpoint after it has wrapped the model.
 
     Without it such a strategy of a third party is not refused, and fails when it resumes.
     """
@@ -76,18 +76,18 @@ def loads_weights_after_wrapping(strategy: Strategy) -> bool:
 
 
 def implements_forward(pl_module: LightningModule) -> bool:
-    """Whether the module has a ``forward`` of its own.
+    """``True`` if the module has a ``forward`` of its own.
 
-    Without it a module that has none is found out by the export at the end of training.
+    Without it, only the export at the end of training notices a module that has none.
     """
     return is_overridden("forward", pl_module, LightningModule)
 
 
 def is_fitting(trainer: Trainer) -> bool:
-    """Whether ``trainer.fit`` runs, in any of its stages.
+    """``True`` while ``trainer.fit`` runs, in any of its stages.
 
-    Without it validation inside ``fit`` cannot be told from ``trainer.validate``, which turns
-    quantization off if the model has no ranges.
+    Without it, validation inside ``fit`` looks like ``trainer.validate``, for which quantization
+    is turned off if the model has no ranges.
     """
     return trainer.state.fn == "fit"
 

@@ -128,9 +128,9 @@ class QATCallback(PhaseHooks):
         self.float_learning_rate = float_learning_rate
         self.memory: Literal["fast", "compact"] = memory
         self.report: PrepareReport | None = None
-        """What was quantized, once ``fit`` has started."""
+        """The layers and joins that are quantized, once ``fit`` has started."""
         self.delivered: tuple[ExportResult, ...] = ()
-        """What was exported, once ``fit`` has ended."""
+        """The result of each export, once ``fit`` has ended."""
         self._export: Export | None = None
         self._patches: list[PatchOnce] = []
         super().__init__(self.schedule)
@@ -288,7 +288,7 @@ class QATCallback(PhaseHooks):
                 error = self._export.failure(self.delivered)
             except Exception as caught:
                 error = caught
-        self._export.tell_failure(trainer, error)
+        self._export.share_failure(trainer, error)
 
     @override
     def on_exception(

@@ -1,4 +1,4 @@
-"""How long a Trainer's run is, in the unit that a schedule counts in."""
+"""The length of a Trainer's run, in epochs or steps as the schedule counts."""
 
 from __future__ import annotations
 

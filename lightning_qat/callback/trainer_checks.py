@@ -1,7 +1,7 @@
 """Checks, before training starts, that a Trainer can train quantized layers.
 
-Of its strategy, precision and callbacks, of wrappers and late layers of the module, and of the
-learning rate.
+They look at its strategy, precision, callbacks and learning rate, and at the module's wrappers and
+the layers that it makes late.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a checkpoint says of quantization, and loading one without a Trainer."""
+"""Read the quantization that a checkpoint holds, and load a checkpoint without a Trainer."""
 
 from lightning_qat.checkpoint.load import load_qat_checkpoint, strip_quantizers
 

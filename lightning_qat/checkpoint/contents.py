@@ -1,4 +1,4 @@
-"""What a checkpoint says of quantization, and whether it fits a model: pure reading."""
+"""Read the quantization that a checkpoint holds, and check that it fits a model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CALLBACK_KEY = "QATCallback"
 """Where a checkpoint's ``callbacks`` hold the state of the callback."""
 
 STATE_VERSION = 1
-"""Of the callback's state; a newer one is refused."""
+"""Format version of the callback's state. A newer version is refused."""
 
 _STATE = "_extra_state"
 
 
 def quantizer_prefixes(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the keys of each quantizer begin with, such as ``net.conv.input_quantizer.``."""
+    """The prefix of each quantizer's keys, such as ``net.conv.input_quantizer.``."""
     paths = map(quantizer_of_key, state_dict)
     return tuple(f"{path}." for path in paths if path is not None)
 
 
 def is_quantized(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state_dict is of a QAT model."""
+    """``True`` if a state_dict is of a QAT model."""
     return bool(quantizer_prefixes(state_dict))
 
 
@@ -127,10 +127,14 @@ def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def was_quantizing(checkpoint: Mapping[str, Any], calibration_batches: int) -> bool:
-    """Whether the network of a checkpoint was quantized when it was saved.
+    """``True`` if the network of a checkpoint was quantized when it was saved.
 
-    The callback's state says so; a checkpoint of weights only has none, and there the batches that
-    its ranges stand for tell.
+    The callback's state says so. A checkpoint of weights only has no such state; there the number
+    of batches that its ranges were taken from decides.
+
+    Args:
+        checkpoint: The checkpoint.
+        calibration_batches: Batches that the schedule calibrates before it quantizes.
     """
     state = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
     if state is not None:
@@ -145,5 +149,5 @@ def was_quantizing(checkpoint: Mapping[str, Any], calibration_batches: int) -> b
 
 
 def has_ranges(model: nn.Module) -> bool:
-    """Whether any activation of a model has a range."""
+    """``True`` if any activation of a model has a range."""
     return any(m.calibrated for m in model.modules() if isinstance(m, ActivationQuantizer))

@@ -1,4 +1,4 @@
-"""Load QAT checkpoints where no callback is at hand, and make float checkpoints of them."""
+"""Load QAT checkpoints without a callback, and turn them into float checkpoints."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def strip_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Nothing is rounded: the weights are the float ones that QAT trains.
 
     Args:
-        checkpoint: What ``torch.load`` gave; left as it is.
+        checkpoint: The result of ``torch.load``; it is not changed.
 
     Returns:
         A new checkpoint that shares its tensors, to be saved with ``torch.save``.

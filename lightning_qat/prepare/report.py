@@ -1,4 +1,4 @@
-"""What ``prepare`` changed and what it left alone, with reasons."""
+"""The layers that ``prepare`` changed, and those that it left alone, with reasons."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What ``prepare`` did. ``print`` shows a table.
+    """The result of ``prepare``. ``print`` shows a table.
 
     Args:
         swapped: Layers that became QAT layers.

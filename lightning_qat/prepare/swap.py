@@ -95,7 +95,7 @@ def swap(paths: ModelPaths, report: PrepareReport) -> None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one that the report must account for: a layer with weights.
+    """``True`` if the report must name a module: a layer with weights.
 
     The output projection of nn.MultiheadAttention is part of that layer.
     """

@@ -1,4 +1,4 @@
-"""What the user asks: what is quantized (recipe), when (schedule), and the files both come from."""
+"""The user's request: which layers are quantized and how, when, and the files that say so."""
 
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Phase, Schedule

@@ -1,9 +1,9 @@
 """AMCT's three ways to configure retraining, as recipe mappings, and its rules.
 
 The simple configuration (``amct_cfg`` has read it), the JSON configuration of a network, and the
-mapping that AMCT's layer constructors take. All say the same: ``ulq_quantize`` for activations,
-``arq_retrain`` or ``ulq_retrain`` for weights, and integer types. Everything that breaks a rule is
-collected and told at once.
+mapping that AMCT's layer constructors take. All have the same content: ``ulq_quantize`` for
+activations, ``arq_retrain`` or ``ulq_retrain`` for weights, and integer types. Everything that
+breaks a rule is collected and reported at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LAYER_KEYS = ("retrain_enable", _DATA, _WEIGHT)
 
 
 def is_json_config(values: Mapping[str, Any]) -> bool:
-    """Whether a mapping is meant as AMCT's JSON configuration: by keys that no recipe has."""
+    """``True`` if a mapping is AMCT's JSON configuration: it has keys that no recipe has."""
     layers = (v for v in values.values() if isinstance(v, Mapping))
     return bool({"version", "batch_num"} & values.keys()) or any(
         set(_LAYER_KEYS) & set(layer) for layer in layers
@@ -36,11 +36,11 @@ def is_json_config(values: Mapping[str, Any]) -> bool:
 
 
 AMCT_FLOAT = ("type:MultiheadAttention", "type:Embedding")
-"""What AMCT leaves float although it has a QAT layer here, as patterns of a recipe."""
+"""Patterns of the layers that AMCT leaves float, although they have a QAT layer here."""
 
 
 def is_layer_config(values: object) -> bool:
-    """Whether something is meant as the mapping that AMCT's layer constructors take."""
+    """``True`` if a value is the mapping that AMCT's layer constructors take."""
     return isinstance(values, Mapping) and bool({_DATA, _WEIGHT} & values.keys())
 
 
@@ -111,11 +111,11 @@ def cfg_recipe(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a simple configuration.
 
     An override by layer wins over one by type, and that over the global configuration; each gives a
-    whole data or weight configuration, so what it leaves out has AMCT's default. Skips of either
-    spelling are united.
+    whole data or weight configuration, so what it leaves out has AMCT's default. ``skip_*`` and
+    ``quant_skip_*`` are united.
 
     Args:
-        cfg: What ``amct_cfg.parse_cfg`` gave.
+        cfg: The result of ``amct_cfg.parse_cfg``.
 
     Returns:
         Keys of ``Recipe``, with the preset that they change.
@@ -154,7 +154,7 @@ def cfg_recipe(cfg: Mapping[str, Any]) -> dict[str, Any]:
             if _CFG_WEIGHT in change:
                 own = rules.weight(where, _weight_of(change), "algo", kind)
                 asked["weight"] = asked.get("weight", {}) | own
-            # A layer's missing half may come from its type, which a text alone does not tell.
+            # A layer's missing half may come from its type, which the text does not say.
             if len({_CFG_DATA, _CFG_WEIGHT} & change.keys()) == 2 or kind or not types:
                 rules.pair(
                     where,
@@ -248,14 +248,14 @@ def _united(cfg: Mapping[str, Any], *names: str) -> list[str]:
 
 
 def _data_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A data configuration in the spelling of JSON."""
+    """A data configuration with the keys of the JSON configuration."""
     values: dict[str, Any] = dict(cfg.get(_CFG_DATA, {}).get(DATA_ALGORITHM, {}))
     clips: dict[str, Any] = values.pop("clip_max_min", {})
     return clips | values
 
 
 def _weight_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A weight configuration in the spelling of JSON."""
+    """A weight configuration with the keys of the JSON configuration."""
     found: Mapping[str, Any] = cfg.get(_CFG_WEIGHT, {})
     algorithms = list(found)
     if len(algorithms) > 1:

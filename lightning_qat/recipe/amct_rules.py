@@ -45,7 +45,7 @@ class AmctRules:
             raise ValueError(f"{what} breaks rules: " + "; ".join(self.problems) + ".")
 
     def keys(self, where: str, values: object, known: Collection[str]) -> bool:
-        """Whether ``values`` is a mapping; keys that are not known are problems."""
+        """``True`` if ``values`` is a mapping; each key that is not known is a problem."""
         self.problems += key_problems(where, values, known)
         return isinstance(values, Mapping)
 
@@ -155,5 +155,5 @@ def bits_of(activation: Mapping[str, Any], weight: Mapping[str, Any]) -> str:
 
 
 def bit_pairs() -> list[str]:
-    """The pairs of bits that AMCT allows, spelled as by ``bits_of``."""
+    """The pairs of bits that AMCT allows, in the form of ``bits_of``."""
     return [f"{BITS[activation]}/{BITS[weight]}" for activation, weight in PAIRS]

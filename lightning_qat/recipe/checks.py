@@ -9,7 +9,7 @@ from lightning_qat.recipe.suggest import closest_names
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is an int; ``True`` and ``False`` are not."""
+    """``True`` for an int that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

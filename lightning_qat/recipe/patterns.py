@@ -13,12 +13,12 @@ _WILDCARDS = frozenset("*?[")
 
 
 def is_type(pattern: str) -> bool:
-    """Whether a pattern is of float classes, ``type:Linear``; otherwise it is of names."""
+    """``True`` for a pattern of float classes, ``type:Linear``; others are patterns of names."""
     return pattern.startswith("type:")
 
 
 def selects(pattern: str, name: str, kind: str) -> bool:
-    """Whether a pattern selects the layer ``name`` of float class ``kind``."""
+    """``True`` if a pattern selects the layer ``name`` of float class ``kind``."""
     if is_type(pattern):
         return fnmatch.fnmatchcase(kind, pattern.removeprefix("type:"))
     return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes(name))
@@ -57,7 +57,7 @@ indexed = lru_cache(maxsize=16)(Patterns)
 def contradictions(
     overrides: Mapping[str, LayerKeys | None], exclude: Sequence[str], layers: Mapping[str, str]
 ) -> list[str]:
-    """What is wrong with overrides that cannot all be meant; see ``Recipe.check_patterns``.
+    """Find overrides that contradict each other or ``exclude``; see ``Recipe.check_patterns``.
 
     Args:
         overrides: As in ``Recipe``.
@@ -104,7 +104,7 @@ def contradictions(
 
 
 def _settings(change: LayerKeys | None) -> dict[str, object]:
-    """What an override sets, one by one; that the layer is quantized at all is one of them."""
+    """The settings of an override, flat; whether the layer is quantized at all is one of them."""
     settings: dict[str, object] = {"quantization": change is not None}
     for half, keys in (change or {}).items():
         if isinstance(keys, Mapping):

@@ -1,4 +1,4 @@
-"""What is asked: which layers get which quantizers. Frozen values that YAML can spell."""
+"""``Recipe``: which layers get which quantizers. A frozen value that YAML can hold."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ class Recipe:
         return spec
 
     def with_ends(self, ends: Iterable[tuple[str, str, tuple[str, ...]]]) -> Recipe:
-        """This recipe with ``first_last`` spelled out as overrides of the layers that it is about.
+        """This recipe with ``first_last`` written as overrides of the first and the last layer.
 
         Args:
-            ends: What ``for_layer`` takes, of the first and the last layer.
+            ends: Name, float class and aliases of the first and the last layer.
 
         Example:
             >>> recipe = Recipe(weight=WeightSpec(bits=4), first_last=8)
@@ -219,7 +219,7 @@ class Recipe:
     def load(cls, source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
         """A recipe from itself, a mapping, the name of a preset, or a file.
 
-        A file is YAML or JSON with a recipe's keys, AMCT's JSON configuration (``.json``, told by
+        A file is YAML or JSON with a recipe's keys, AMCT's JSON configuration (``.json``, known by
         its keys) or AMCT's simple configuration (``.cfg``).
 
         Raises:

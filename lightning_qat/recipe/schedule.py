@@ -1,4 +1,4 @@
-"""When a run calibrates, quantizes, and freezes what it has found. Pure: no model, no trainer."""
+"""When a run calibrates, quantizes and freezes. Without a model or a trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Milestone = int | float | None
 
 @dataclass(frozen=True)
 class Phase:
-    """What quantizers and batch norms do during one training batch.
+    """The behaviour of quantizers and batch norms during one training batch.
 
     Args:
         name: One of ``float``, ``calibrate``, ``quantize``, ``observers_frozen``,
@@ -93,7 +93,7 @@ class Schedule:
 
     @property
     def has_fractions(self) -> bool:
-        """Whether a milestone needs the length of the run."""
+        """``True`` if a milestone needs the length of the run."""
         milestones = (self.quantize_from, self.freeze_observers, self.freeze_batchnorm)
         return any(isinstance(value, float) for value in milestones)
 
@@ -178,7 +178,7 @@ class Milestones:
             return Phase("float", False, False, frozen_batchnorm)
         if batches_seen < self.calibration_batches:
             return Phase("calibrate", True, False, frozen_batchnorm)
-        # One batch is the least that gives a range; without a calibration phase it is that batch.
+        # A range needs one batch at least; without a calibration phase it is this one.
         observing = position < self.freeze_observers or batches_seen == 0
         if frozen_batchnorm:
             return Phase("batchnorm_frozen", observing, True, True)

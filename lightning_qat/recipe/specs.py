@@ -1,4 +1,4 @@
-"""What is asked of a weight, an activation and a layer: frozen specs and their checks."""
+"""The specs of a weight, an activation and a layer: frozen values, checked when made."""
 
 from __future__ import annotations
 

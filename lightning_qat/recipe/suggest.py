@@ -1,4 +1,4 @@
-"""Which known names a misspelt one may have meant."""
+"""The known names that are closest to a misspelt one."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ActivationKeys(TypedDict, total=False):
 
 
 class LayerKeys(TypedDict, total=False):
-    """What an override of one pattern may change."""
+    """Keys of one override: the specs that it may change."""
 
     weight: WeightKeys
     activation: ActivationKeys
