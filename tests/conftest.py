@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_qat.function_hooks import hooks
-from lightning_qat.function_hooks.forward_cache import current_forward_cache
+from lightning_qat.function_hooks.running import forget_running, running
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +33,8 @@ def _same_process_afterwards() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_forward_is_left_running() -> Iterator[None]:
-    """An exception in a forward must not leave its interception behind."""
+    """An exception in a forward must not leave its frames behind."""
     yield
-    left = current_forward_cache() is not None or bool(hooks._LOCAL.frames)
-    hooks.unwind()
+    left = running().forward_cache is not None or bool(running().frames)
+    forget_running()
     assert not left

@@ -450,7 +450,7 @@ def test_amct_s_placement_has_neither() -> None:
     train_steps(model, x)
     assert plan_of(model) is None
     watching = [i for i in map(hooks_of, model.modules()) if i is not None]
-    assert not any(i.sites for i in watching)
+    assert not any(i.plan.sites for i in watching)
     layers = [n for n, m in model.named_modules() if hasattr(m, "weight_quantizer")]
     assert len({id(model.get_submodule(n).input_quantizer) for n in layers}) == len(layers)
 

@@ -37,7 +37,7 @@ from lightning_qat.checkpoint.contents import (
 )
 from lightning_qat.export.manifest import ExportResult
 from lightning_qat.export.protocol import Exporter
-from lightning_qat.function_hooks.hooks import unwind
+from lightning_qat.function_hooks.running import forget_running
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.numerics.kernels import loops as kernels
@@ -294,7 +294,7 @@ class QATCallback(PhaseHooks):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        unwind()
+        forget_running()
         self._leave(pl_module)
 
     @override

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
-from lightning_qat.function_hooks.hooks import unwind
+from lightning_qat.function_hooks.running import forget_running
 
 
 class CaptureError(RuntimeError):
@@ -117,7 +117,7 @@ def export_program(
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            unwind()
+            forget_running()
             where = running[-1] if running else "the model's forward"
             raise CaptureError(
                 f"torch.export could not capture {type(model).__name__}.forward: it failed in "

@@ -70,7 +70,7 @@ def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
     # A part of a planned model quantizes with what belongs to another part.
     for name, module in modules.items():
         hooks = hooks_of(module)
-        for call, operands in hooks.sites.items() if hooks else ():
+        for call, operands in hooks.plan.sites.items() if hooks else ():
             for index, quantizer in operands.items():
                 if isinstance(quantizer, ActivationQuantizer):
                     place = f"{call.replace(':', '_')}_{index}"
@@ -121,7 +121,7 @@ def finalize_model(model: nn.Module) -> nn.Module:
             for name, quantizer in joins.items():
                 joins[name] = finals[quantizer]
         hooks = hooks_of(module)
-        for operands in hooks.sites.values() if hooks else ():
+        for operands in hooks.plan.sites.values() if hooks else ():
             operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
     forget_plan(model)
     return model.eval()

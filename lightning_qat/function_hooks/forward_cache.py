@@ -1,15 +1,12 @@
-"""What one forward has quantized so far: each tensor once, however many consumers it has."""
+"""Cache of one forward: every tensor is quantized once, no matter how many operations read it."""
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
@@ -38,8 +35,8 @@ class ForwardCache:
         self._viewed: set[int] = set()
         self.relu_fusion = ReluFusion()
         """What calls of relu gave, and who reads it."""
-        self.calls: Counter[int] = Counter()
-        """How often each watched module has run, by identity."""
+        self.runs: Counter[int] = Counter()
+        """How often each hooked module has run, by the identity of its hooks."""
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         # A compiler's own tensors, which it does not let be watched, live as long as its graph.
         self._traced_tensors: list[object] = []
@@ -74,15 +71,15 @@ class ForwardCache:
         return self._owner(x) is not None
 
     def relu_and_quantizer(self, site: ReluCallSite, relu: ClampCall) -> Tensor | None:
-        """See ``Relus.fused``."""
+        """Relu and its reader in one pass; see ``ReluFusion.fused``."""
         fused = self.relu_fusion.fused(site, relu)
         if fused is None:
             return None
-        result, quantized = fused
-        self._put(quantized, id(site.quantizer.identity))
+        result, quantized, quantizer = fused
+        self._put(quantized, id(quantizer.identity))
         return result
 
-    def passes(self, source: Tensor, result: Tensor) -> None:
+    def note_same_values(self, source: Tensor, result: Tensor) -> None:
         """Note that ``result`` holds values of ``source``: it lies on the same grid."""
         if versionless(source):
             self._viewed |= {id(source), id(result)}
@@ -91,7 +88,7 @@ class ForwardCache:
         if owner is not None:
             self._put(result, owner)
 
-    def changed(self, x: Tensor) -> None:
+    def note_in_place_change(self, x: Tensor) -> None:
         """Note an in-place change, which only versionless tensors must be told of."""
         if not versionless(x):
             return
@@ -136,75 +133,6 @@ class ForwardCache:
 
     def _key(self, x: Tensor) -> Key:
         return (id(x), self._changes[id(x)]) if versionless(x) else key_of(x)
-
-
-class _Running:
-    forward_cache: ForwardCache | None = None
-    hidden: bool = False
-
-
-class _Local(threading.local):
-    def __init__(self) -> None:
-        # torch.compile reads what a thread's local holds, but misses that it was set anew.
-        self.running = _Running()
-
-
-_LOCAL = _Local()
-
-
-def current_forward_cache() -> ForwardCache | None:
-    """The cache of the forward that runs in this thread, if it keeps one.
-
-    A cache holds tensors of its own forward, so a graph that ``torch.compile`` makes of a part of
-    it keeps its own, or none.
-    """
-    forward_cache = _LOCAL.running.forward_cache
-    return (
-        forward_cache
-        if forward_cache is None or forward_cache.traced == is_dynamo_compiling()
-        else None
-    )
-
-
-def swap_forward_cache(forward_cache: ForwardCache | None) -> ForwardCache | None:
-    """Set the cache of this thread; returns the one before."""
-    before, _LOCAL.running.forward_cache = _LOCAL.running.forward_cache, forward_cache
-    return before
-
-
-def hidden() -> AbstractContextManager[object]:
-    """Keep a quantizer's own arithmetic from the function mode that watches a model's forward."""
-    if is_dynamo_compiling():
-        return Hidden(_LOCAL.running)
-    return nullcontext() if current_forward_cache() is None else torch._C.DisableTorchFunction()
-
-
-def unseen() -> AbstractContextManager[object]:
-    """Keep a layer's arithmetic from the function modes, from the one that makes the plan as well.
-
-    It is no join of the model's.
-    """
-    if is_dynamo_compiling():
-        return Hidden(_LOCAL.running)
-    return torch._C.DisableTorchFunction()
-
-
-class Hidden:
-    """``hidden`` for ``torch.compile``, which does not heed ``DisableTorchFunction``."""
-
-    def __init__(self, running: _Running) -> None:
-        self._running = running
-
-    def __enter__(self) -> None:
-        self._before, self._running.hidden = self._running.hidden, True
-
-    def __exit__(self, *exception: object) -> None:
-        self._running.hidden = self._before
-
-
-def is_hidden() -> bool:
-    """Whether what ``torch.compile`` traces is inside ``hidden``."""
-    return _LOCAL.running.hidden
 
 
 def key_of(x: Tensor) -> Key:

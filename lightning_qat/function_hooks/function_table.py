@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qat.ir.operators import CLAMPS, FIXED_OUTPUT_RANGES, OPERATORS, Clamp, Trait
+from lightning_qat.model.torch_private import function_namespaces
 
 
 class FunctionTraits(NamedTuple):
@@ -34,7 +33,7 @@ class FunctionTraits(NamedTuple):
 
 def torch_functions(name: str) -> Iterator[Callable[..., Any]]:
     """Every torch function of a name, as a function mode receives it."""
-    for namespace in (torch, Tensor, F, torch._C._nn):  # pyright: ignore
+    for namespace in function_namespaces():
         function = getattr(namespace, name, None)
         if callable(function):
             yield function

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_qat.function_hooks.function_table import FunctionTraits
+from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
 
 _KEYWORDS = (("input", "self", "query", "tensors"), ("other", "mat2", "key"), ("value",))
 
@@ -18,7 +19,7 @@ class AnotherPath(Exception):
 
 def quantize_operands(
     known: FunctionTraits,
-    operands: Mapping[int, nn.Module],
+    operands: Mapping[int, InputQuantizer],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -32,19 +33,14 @@ def quantize_operands(
             slot = next((name for name in _KEYWORDS[index] if name in kwargs), None)
         value = holder[slot] if slot is not None else None
         if known.trait == "concat" and isinstance(value, list | tuple):
-            tied = getattr(quantizer, "quantize_tied", None)
-            if tied is not None:
-                holder[slot] = tied(list(value))
-            else:
-                holder[slot] = [_quantized(item, quantizer) for item in value]
+            holder[slot] = quantizer.quantize_tied([_float_tensor(item) for item in value])
         else:
-            holder[slot] = _quantized(value, quantizer)
+            holder[slot] = quantizer(_float_tensor(value))
     return tuple(new_args), new_kwargs
 
 
-def _quantized(value: Any, quantizer: nn.Module) -> Tensor:
+def _float_tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         raise AnotherPath(f"expected a float tensor, got {kind}")
-    result: Tensor = quantizer(value)
-    return result
+    return value

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.function_table import clamp_ends, is_in_place, torch_functions
+from lightning_qat.function_hooks.quantizer_protocol import FusableQuantizer
 from lightning_qat.ir.operators import OPERATORS, Clamp
+from lightning_qat.model.torch_private import saved_tensors_are_hooked
 
 
 class ClampCall(NamedTuple):
@@ -77,7 +79,7 @@ class ReluCallSite:
     __slots__ = ("quantizer", "unfusable")
 
     def __init__(self) -> None:
-        self.quantizer: Any = None
+        self.quantizer: FusableQuantizer | None = None
         """The only reader of the last result."""
         self.unfusable = False
         """Something else has read a result: relu and quantizer stay two passes."""
@@ -103,7 +105,7 @@ class _Result:
         seen: Tensor | None = None,
     ) -> None:
         self.site, self.relu, self.quantized, self.seen = site, relu, quantized, seen
-        self.readers: dict[int, Any] = {}
+        self.readers: dict[int, FusableQuantizer] = {}
         self.float: Tensor | None = None
 
 
@@ -115,11 +117,14 @@ class ReluFusion:
         self._sources: dict[int, tuple[weakref.ref[Tensor], int, ReluCallSite]] = {}
         self._all: list[_Result] = []
 
-    def fused(self, site: ReluCallSite, relu: ClampCall) -> tuple[Tensor, Tensor] | None:
+    def fused(
+        self, site: ReluCallSite, relu: ClampCall
+    ) -> tuple[Tensor, Tensor, FusableQuantizer] | None:
         """Relu and quantizer in one pass; ``None``: not here, or not now.
 
         Returns:
-            What stands for the result of relu, and what the quantizer is to give for it.
+            The tensor in place of relu's result, the quantized tensor that the quantizer returns
+            for it, and that quantizer.
         """
         quantizer = site.quantizer
         if site.unfusable or quantizer is None or not _may_fuse(relu.input):
@@ -135,7 +140,7 @@ class ReluFusion:
             # Its name may go on being used; it holds the values before relu.
             again = relu._replace(input=relu.input.view_as(relu.input))
             self._note(relu.input, _Result(site, again))
-        return result, quantized
+        return result, quantized, quantizer
 
     def record_result(self, site: ReluCallSite, relu: ClampCall, result: Tensor) -> None:
         """Note what an ordinary call of relu gave."""
@@ -180,7 +185,7 @@ class ReluFusion:
                 return True
         return False
 
-    def read_by_quantizer(self, x: Tensor, quantizer: Any) -> Tensor:
+    def read_by_quantizer(self, x: Tensor, quantizer: FusableQuantizer) -> Tensor:
         """What a quantizer gets for a tensor: float values, unless they are on its grid already."""
         found = self._of(x)
         if found is None:
@@ -200,7 +205,7 @@ class ReluFusion:
         """Learn nothing from who reads a tensor: a quantizer has handed it on as it is."""
         self._by_id.pop(id(x), None)
 
-    def learn(self) -> None:
+    def note_readers(self) -> None:
         """Take note of who has read what, once the forward is through."""
         for found in self._all:
             if len(found.readers) > 1:
@@ -240,6 +245,5 @@ class ReluFusion:
 
 def _may_fuse(x: Tensor) -> bool:
     """Whether backward may look at a tensor: nothing else changes it or decides what is kept."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore
     # Activation checkpointing compares what two forwards have kept.
-    return hooks is None and not x.is_inference()
+    return not saved_tensors_are_hooked() and not x.is_inference()

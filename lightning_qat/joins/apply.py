@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
+from lightning_qat.model.attributes import PLAN_HANDLES, PLAN_KEEPER
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import trace_hooks
 from lightning_qat.quantizers import names
@@ -48,7 +49,7 @@ def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None
             for call, operands in calls.items()
         }
         hooks = ModuleHooks(path, sites)
-        hooks.compact = like is not None and like.compact
+        hooks.plan.compact = like is not None and like.compact
         hooks.attach(modules[path])
     watch_layers(model, paths)
     keep_plan(model, plan)
@@ -115,11 +116,11 @@ class _PlanKeeper:
 
 def keep_plan(model: nn.Module, plan: JoinPlan | None) -> None:
     """Let a model's state_dict carry its plan; ``None``: only follow a plan that is loaded."""
-    keeper = model.__dict__.get("_qat_plan_keeper")
+    keeper = model.__dict__.get(PLAN_KEEPER)
     if keeper is None:
         keeper = _PlanKeeper(plan)
-        model.__dict__["_qat_plan_keeper"] = keeper
-        model.__dict__["_qat_plan_handles"] = (
+        model.__dict__[PLAN_KEEPER] = keeper
+        model.__dict__[PLAN_HANDLES] = (
             model.register_state_dict_post_hook(keeper),  # type: ignore[no-untyped-call]
             model.register_load_state_dict_pre_hook(keeper.load),  # type: ignore[no-untyped-call]
         )
@@ -128,12 +129,12 @@ def keep_plan(model: nn.Module, plan: JoinPlan | None) -> None:
 
 def plan_of(model: nn.Module) -> JoinPlan | None:
     """The plan that a model follows."""
-    keeper: _PlanKeeper | None = model.__dict__.get("_qat_plan_keeper")
+    keeper: _PlanKeeper | None = model.__dict__.get(PLAN_KEEPER)
     return None if keeper is None else keeper.plan
 
 
 def forget_plan(model: nn.Module) -> None:
     """Take the plan out of a model's state_dict; the model goes on following it."""
-    for handle in model.__dict__.pop("_qat_plan_handles", ()):
+    for handle in model.__dict__.pop(PLAN_HANDLES, ()):
         handle.remove()
-    model.__dict__.pop("_qat_plan_keeper", None)
+    model.__dict__.pop(PLAN_KEEPER, None)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
+from lightning_qat.function_hooks.frame import OUTPUT, Frame
 from lightning_qat.function_hooks.function_table import (
     FUNCTION_TABLE,
     FunctionTraits,
@@ -22,7 +23,6 @@ from lightning_qat.function_hooks.function_table import (
     operands_of,
     preserves_values,
 )
-from lightning_qat.function_hooks.hooks import OUTPUT, Frame
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
 from lightning_qat.joins.solver import INPUT, _Event, _Groups, _Operand, _Origin
 from lightning_qat.layers import QATLayer
@@ -32,6 +32,7 @@ from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import is_compiled
+from lightning_qat.model.torch_private import saved_tensors_are_hooked, without_function_modes
 from lightning_qat.numerics.calibration.updates import BY_RANGE
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.quantizers import names
@@ -132,9 +133,7 @@ class Discovery:
             layer, _, name = path.rpartition(".")
             if name == names.INPUT and args and isinstance(args[0], Tensor):
                 self._consume(layer, args[0])
-        autograd: Any = torch._C._autograd  # pyright: ignore
-        hooks = autograd._top_saved_tensors_default_hooks(False)
-        self.checkpointed = self.checkpointed or hooks is not None
+        self.checkpointed = self.checkpointed or saved_tensors_are_hooked()
         hidden = isinstance(module, Quantizer) or not is_real_forward(module)
         self._frames.append(None if hidden else (path, Frame(module)))
 
@@ -161,7 +160,7 @@ class Discovery:
     def _note_range(self, x: Tensor) -> None:
         """At once: the tensor may be changed in place later."""
         if self.model.training and key_of(x) not in self._ranges and x.numel():
-            with torch._C.DisableTorchFunction():
+            with without_function_modes():
                 self._ranges[key_of(x)] = batch_range(x)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,17 +175,17 @@ class Discovery:
         keys = tuple(key_of(t) for t in tensors)
         self._alive += tensors
         if known is not None and tensors:
-            name, place = known.name, frame[1].place(known.name)
+            name, place = known.name, frame[1].call_key(known.name)
             number = self._counts[path, name]
             self._counts[path, name] += 1
-            frame[1].count(place)
+            frame[1].count_call(place)
             self._owners[path] = None
             self._known.setdefault(path, {})[place] = None
             for tensor in tensors:
                 self._note_range(tensor)
         elif known is not None and leads_with_real(args):
-            place = frame[1].place(known.name)
-            frame[1].count(place)
+            place = frame[1].call_key(known.name)
+            frame[1].count_call(place)
             self._known.setdefault(path, {})[place] = None
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -10,6 +10,7 @@ from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import apply_plan, plan_of
 from lightning_qat.joins.discovery import EMPTY, Discovery
 from lightning_qat.joins.plan import JoinPlan
+from lightning_qat.model.attributes import FIRST_FORWARD
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.recipe.recipe import Recipe
 
@@ -37,14 +38,14 @@ class FirstForward:
             model.register_forward_hook(self._leave, always_call=True),
             model.register_state_dict_pre_hook(self._before_saving),  # type: ignore[no-untyped-call]
         )
-        model.__dict__["_qat_first_forward"] = self
+        model.__dict__[FIRST_FORWARD] = self
 
     def stop(self, model: nn.Module) -> None:
         """Let go of the model."""
         self._made = None
         for handle in self._handles:
             handle.remove()
-        model.__dict__.pop("_qat_first_forward", None)
+        model.__dict__.pop(FIRST_FORWARD, None)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if plan_of(model) is not None:
@@ -93,6 +94,6 @@ class FirstForward:
 
 def finish_plan(model: nn.Module) -> None:
     """Apply a plan that was made in a forward that backward had to find unchanged."""
-    waiting: FirstForward | None = vars(model).get("_qat_first_forward")
+    waiting: FirstForward | None = vars(model).get(FIRST_FORWARD)
     if waiting is not None:
         waiting.finish(model)

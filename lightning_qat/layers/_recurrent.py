@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
+from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.names import (
@@ -95,7 +95,7 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
             # Read in hiding, not by a quantizer of the tape.
             hx = forward_cache.relu_fusion.read_all(hx)
         # Its arithmetic is no join of the model's.
-        with hidden():
+        with hide_from_hooks():
             if not isinstance(input, PackedSequence):
                 output, final = self._run(input, self._checked(input, hx, None), None)
                 return output, self._formed(final)

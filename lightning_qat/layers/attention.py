@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_qat.function_hooks.forward_cache import unseen
+from lightning_qat.function_hooks.running import hide_from_all_modes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.linear import LinearQAT
 from lightning_qat.numerics.int_repr import saving_int_repr
@@ -235,7 +235,7 @@ class MultiheadAttentionQAT(nn.MultiheadAttention, QATLayer):
         if attn_mask is None and key_padding_mask is None:
             weights = functional.softmax(scores, -1)
         else:
-            with unseen():
+            with hide_from_all_modes():
                 weights = _masked_softmax(scores, self._mask(scores, attn_mask, key_padding_mask))
         weights = functional.dropout(weights, self.dropout, self.training)
         y = torch.matmul(weights, v)

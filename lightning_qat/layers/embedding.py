@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_qat.function_hooks.forward_cache import unseen
+from lightning_qat.function_hooks.running import hide_from_all_modes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx
 from lightning_qat.quantizers.weight import WeightQuantizer
@@ -98,7 +98,7 @@ class EmbeddingQAT(nn.Embedding, QATLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the fake-quantized table: the shape of ``input``, then ``embedding_dim``."""
         alone = self._rows_alone(input)
-        with unseen():
+        with hide_from_all_modes():
             rows = functional.embedding(
                 input.flatten() if alone else input,
                 self.weight if alone else self.weight_quantizer(self.weight),

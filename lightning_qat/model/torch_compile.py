@@ -1,12 +1,38 @@
-"""Modules that ``torch.compile`` has wrapped, by the names that their author gave them."""
+"""Everything that touches ``torch.compile``: its names in paths, and dynamo's private parts.
+
+Importing this file changes nothing. ``require_support`` looks for every private part at once, so
+that a torch without one of them is told so when a compiled model is prepared, and can do everything
+else.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import sys
+from collections.abc import Callable, Collection, Iterator
+from operator import attrgetter
+from types import CodeType
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 _WRAPPED = "_orig_mod"
+
+_NEEDED = {
+    "torch._C._dynamo.eval_frame": ("_FrameExecStrategy", "_FrameAction", "set_code_exec_strategy"),
+    "torch._dynamo.callback": (
+        "callback_handler.register_start_callback",
+        "callback_handler.register_end_callback",
+        "callback_handler.end_callbacks",
+    ),
+    "torch._dynamo.config": ("wrap_top_frame",),
+    "torch._dynamo.eval_frame": ("OptimizedModule._initialize",),
+    "torch._dynamo.resume_execution": ("ContinueExecutionCache.generated_code_metadata",),
+    "torch._dynamo.symbolic_convert": ("InstructionTranslator.current_tx",),
+    "torch._dynamo.variables.torch": ("get_overridable_functions",),
+}
+"""Module to the private names that this file uses, dotted."""
 
 
 def plain_path(path: str) -> str:
@@ -29,9 +55,66 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model was given to ``torch.compile``."""
     return any(
-        _WRAPPED in module._modules or module._compiled_call_impl is not None
+        _WRAPPED in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def missing_parts() -> list[str]:
+    """The private names that this file uses and that this torch does not have."""
+    missing = []
+    for module_name, names in _NEEDED.items():
+        try:
+            module = _imported(module_name)
+        except (ImportError, AttributeError):
+            missing.append(module_name)
+            continue
+        for name in names:
+            try:
+                attrgetter(name)(module)
+            except AttributeError:
+                missing.append(f"{module_name}.{name}")
+    return missing
+
+
+def _imported(name: str) -> Any:
+    if name.startswith("torch._C."):
+        # No module of a file of its own: an attribute of the extension.
+        return attrgetter(name.removeprefix("torch."))(torch)
+    return importlib.import_module(name)
+
+
+def require_support(model: nn.Module) -> None:
+    """Refuse a compiled model where this torch lacks what its hooks need.
+
+    Raises:
+        RuntimeError: A part of the model was compiled, and a private part of torch is missing.
+    """
+    missing = missing_parts() if is_compiled(model) else []
+    if missing:
+        raise RuntimeError(_unsupported(missing))
+
+
+def _unsupported(missing: Collection[str]) -> str:
+    return (
+        f"torch.compile of torch {torch.__version__} is not supported by lightning-qat: it lacks "
+        f"{', '.join(missing)}. Train without torch.compile."
+    )
+
+
+def run_outside_graphs(codes: Collection[CodeType]) -> None:
+    """Have dynamo run code of ours as it is, where it would make a graph of it alone.
+
+    These are the hooks of the very module that ``torch.compile`` wraps; those of the modules inside
+    it stay part of its graph. (The public decorators break the graph there.) Nothing but these code
+    objects is changed, and a torch without dynamo's frame strategies is left alone.
+    """
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    names = _NEEDED["torch._C._dynamo.eval_frame"]
+    if all(hasattr(frames, name) for name in names):
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        for code in codes:
+            frames.set_code_exec_strategy(code, skip)
 
 
 def trace_hooks(model: nn.Module) -> None:
@@ -46,3 +129,93 @@ def trace_hooks(model: nn.Module) -> None:
         with torch._dynamo.config.patch(wrap_top_frame=True):
             for wrapper in wrappers:
                 wrapper._initialize()
+
+
+class FunctionsForModes:
+    """Functions that dynamo hands to function modes although its own table lacks them.
+
+    torch 2.13 keeps those back that ``torch.overrides`` does not list: hardswish, hardsigmoid, pad.
+    They are in dynamo's table only while it compiles a frame for which ``wanted`` is true.
+
+    Args:
+        functions: The functions.
+        wanted: Asked when dynamo begins to compile a frame.
+    """
+
+    def __init__(
+        self, functions: Collection[Callable[..., Any]], wanted: Callable[[], bool]
+    ) -> None:
+        self._functions, self._wanted = functions, wanted
+        self._added: set[Any] = set()
+
+    def watch_compilations(self) -> None:
+        """Be called when dynamo begins and ends to compile; does nothing while it is not loaded."""
+        if "torch._dynamo" not in sys.modules:
+            return
+        handler: Any = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+        # ``torch._dynamo.reset`` forgets its callbacks.
+        if handler is not None and self._end not in handler.end_callbacks:
+            handler.register_start_callback(self._start)
+            handler.register_end_callback(self._end)
+
+    def add_while_compiling(self) -> None:
+        """Add the functions until the compilation that runs has ended.
+
+        Raises:
+            RuntimeError: This torch lacks a private part that compiled models need.
+        """
+        missing = missing_parts()
+        if missing:
+            raise RuntimeError(_unsupported(missing))
+        self.watch_compilations()
+        self._add()
+
+    def _start(self, _: object) -> None:
+        if self._wanted() and not missing_parts():
+            self._add()
+
+    def _add(self) -> None:
+        table = _table_of_functions()
+        self._added |= set(self._functions) - table
+        table |= self._added
+
+    def _end(self, _: object) -> None:
+        if self._added:
+            table = _table_of_functions()
+            table -= self._added
+            self._added.clear()
+
+
+def _table_of_functions() -> set[Any]:
+    """Dynamo's own set of the functions that it hands to function modes."""
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    return get_overridable_functions()
+
+
+class TracedFrame(NamedTuple):
+    """A Python frame that dynamo traces.
+
+    Args:
+        code: Its code; for what follows a graph break, that of the whole function.
+        line: The line of the file.
+        namespace: Its globals.
+    """
+
+    code: CodeType
+    line: int
+    namespace: dict[str, Any]
+
+
+def traced_frames() -> Iterator[TracedFrame]:
+    """The frames that dynamo traces at this moment, innermost first."""
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    frame: Any = InstructionTranslator.current_tx().output.current_tx
+    while frame is not None:
+        # What follows a graph break has become a function of its own.
+        resumed = ContinueExecutionCache.generated_code_metadata.get(frame.f_code)
+        code = frame.f_code if resumed is None else resumed.code
+        yield TracedFrame(code, frame.lineno, frame.f_globals)
+        frame = frame.parent

@@ -8,6 +8,7 @@ from lightning_qat.joins.apply import apply_plan, keep_plan, plan_of, watch_laye
 from lightning_qat.joins.discovery import discover
 from lightning_qat.joins.first_forward import FirstForward
 from lightning_qat.joins.plan import JoinPlan
+from lightning_qat.model.attributes import FIRST_FORWARD
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.quantizers.factory import learns
@@ -39,7 +40,7 @@ def plan_joins(
     if plan is not None:
         return plan
     keep_plan(model, None)
-    waiting: FirstForward | None = vars(model).get("_qat_first_forward")
+    waiting: FirstForward | None = vars(model).get(FIRST_FORWARD)
     if example_inputs is None:
         if learns(recipe.activation):
             raise ValueError(

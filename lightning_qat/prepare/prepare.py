@@ -13,7 +13,7 @@ from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import LAYERS
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
-from lightning_qat.model.torch_compile import unwrapped
+from lightning_qat.model.torch_compile import require_support, unwrapped
 from lightning_qat.prepare.plan_joins import plan_joins
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers, end_layers, swap
@@ -67,6 +67,7 @@ def prepare(
     """
     check_memory(memory)
     recipe = Recipe.load(recipe)
+    require_support(model)
     model = unwrapped(model)
     paths = ModelPaths.of(model)
     report = choose_layers(paths, recipe)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
+from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -99,7 +99,7 @@ class ActivationQuantizer(Quantizer):
             saves_input: See ``fake_quantize``; for layers, whose own backward needs their input.
         """
         forward_cache = current_forward_cache()
-        with hidden():
+        with hide_from_hooks():
             if forward_cache is None:
                 return self._quantize(x, saves_input)
             quantize = partial(self._quantize, saves_input=saves_input)
@@ -130,7 +130,7 @@ class ActivationQuantizer(Quantizer):
         if (self.watches and not self._by_range) or not clamps(x, self.min_val):
             return None
         seen: list[Tensor] = []
-        with hidden():
+        with hide_from_hooks():
             samples, observe = self.spec.samples, None
             if self.watches and x.numel():
                 if samples is None:
@@ -209,7 +209,7 @@ class ActivationQuantizer(Quantizer):
         observing = self.observing
         filled = [value for value in values if value.numel()]
         if self.watches and filled:
-            with hidden():
+            with hide_from_hooks():
                 self.observe(torch.stack([self._range_of(value) for value in filled]).amax(0))
         self.observing = False
         try:

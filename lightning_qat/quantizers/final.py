@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.function_hooks.forward_cache import current_forward_cache, hidden
+from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
 from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
 from lightning_qat.numerics.arithmetic import along_axis, quantize
 from lightning_qat.numerics.qparams import QParams
@@ -35,8 +35,12 @@ class FinalActivation(nn.Module):
         forward_cache = current_forward_cache()
         if forward_cache is None:
             return self._quantize(x)
-        with hidden():
+        with hide_from_hooks():
             return forward_cache.quantize(x, self.identity, self._quantize, skip=False)
+
+    def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
+        """Fake-quantize the inputs of a concatenation."""
+        return [self(value) for value in values]
 
     def _quantize(self, x: Tensor) -> Tensor:
         result: Tensor = fake_quantize_node(

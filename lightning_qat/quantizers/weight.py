@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.function_hooks.forward_cache import hidden
+from lightning_qat.function_hooks.running import hide_from_hooks
 from lightning_qat.numerics.arithmetic import along_axis, arq_scale, symmetric_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize, quantized_again
 from lightning_qat.numerics.int_repr import IntRepr
@@ -55,7 +55,7 @@ class WeightQuantizer(Quantizer):
             return weight
         if is_exporting_onnx():
             return self._exported(weight)
-        with hidden():
+        with hide_from_hooks():
             if self.cache is None or is_compiling():
                 return self._fake_quantize(weight, None)
             state = self.compact, tensor_state(weight, *self.parameters())
@@ -81,7 +81,7 @@ class WeightQuantizer(Quantizer):
         )
 
     def _exported(self, weight: Tensor) -> Tensor:
-        with hidden():
+        with hide_from_hooks():
             scale = self._scale(weight)
             zero_point = torch.zeros_like(scale)
             return quantize_dequantize(weight, scale, zero_point, self.grid, self._channel_axis)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.function_hooks.hooks import hooks_of
+from lightning_qat.model.attributes import BATCHNORM_HOLD
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.schedule import Phase
@@ -62,7 +63,7 @@ def set_compact(model: nn.Module, compact: bool) -> None:
     for module in model.modules():
         hooks = hooks_of(module)
         if hooks is not None:
-            hooks.compact = compact
+            hooks.plan.compact = compact
     switch(model, compact=compact)
 
 
@@ -80,13 +81,13 @@ def release_batchnorms(model: nn.Module) -> None:
 
 
 def _hold_in_eval(module: _BatchNorm, hold: bool) -> None:
-    handle: Any = module.__dict__.get("_lightning_qat_hold")
+    handle: Any = module.__dict__.get(BATCHNORM_HOLD)
     if hold and handle is None:
         module.eval()
-        module.__dict__["_lightning_qat_hold"] = module.register_forward_pre_hook(_to_eval)
+        module.__dict__[BATCHNORM_HOLD] = module.register_forward_pre_hook(_to_eval)
     elif not hold and handle is not None:
         handle.remove()
-        del module.__dict__["_lightning_qat_hold"]
+        del module.__dict__[BATCHNORM_HOLD]
 
 
 def _to_eval(module: nn.Module, _args: tuple[Tensor, ...]) -> None:

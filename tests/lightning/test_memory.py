@@ -31,7 +31,7 @@ def test_a_compact_run_is_the_fast_run_to_the_bit(
     assert all(m.compact for m in net.modules() if isinstance(m, WeightQuantizer))
     watching = [i for i in map(hooks_of, net.modules()) if i is not None]
     assert watching
-    assert all(i.compact for i in watching)
+    assert all(i.plan.compact for i in watching)
     assert losses[0] == losses[1]
     assert same(*states)
 

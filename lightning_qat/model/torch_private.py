@@ -1,0 +1,55 @@
+"""Private parts of torch that eager training needs, one function each.
+
+Each function says what happens on a torch that lacks the private part;
+``tests/test_torch_private.py`` takes each part away. What torch.compile needs is in
+``torch_compile.py``.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks decide what autograd saves, as activation checkpointing does.
+
+    Uses ``torch._C._autograd._top_saved_tensors_default_hooks``. Without it the answer is always
+    True: numbers stay the same, but relu is never fused with a quantizer, and a plan that is made
+    in the first training forward is applied one forward later.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore
+    return top is None or top(False) is not None
+
+
+def without_function_modes() -> AbstractContextManager[object]:
+    """Run torch functions without any ``TorchFunctionMode``.
+
+    Uses ``torch._C.DisableTorchFunction``.
+
+    Raises:
+        RuntimeError: torch lacks it. Nothing can be quantized then, because a quantizer's own
+            arithmetic would be quantized again.
+    """
+    disable = getattr(torch._C, "DisableTorchFunction", None)
+    if disable is None:
+        raise RuntimeError(
+            f"lightning-qat needs torch._C.DisableTorchFunction, which torch {torch.__version__} "
+            "does not have. Install the torch version that the documentation names."
+        )
+    context: AbstractContextManager[object] = disable()
+    return context
+
+
+def function_namespaces() -> tuple[Any, ...]:
+    """Where the functions live that torch hands to a ``TorchFunctionMode``.
+
+    One of them is ``torch._C._nn``, which holds the functions that ``torch.nn.functional``
+    re-exports (``avg_pool2d``, ``gelu``). Without it these are still found there.
+    """
+    private = getattr(torch._C, "_nn", None)
+    return (torch, Tensor, F) if private is None else (torch, Tensor, F, private)

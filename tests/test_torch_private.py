@@ -1,0 +1,136 @@
+"""A torch without one of the private parts: import works, and what is lost is said or harmless."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_qat import prepare
+from lightning_qat.model import torch_compile, torch_private
+from tests.join_networks import NETWORKS, inputs_for
+
+REMOVALS = (
+    "del torch._C._autograd._top_saved_tensors_default_hooks",
+    "del torch._C.DisableTorchFunction",
+    "del torch._C._dynamo.eval_frame.set_code_exec_strategy",
+    "del torch._C._dynamo.eval_frame._FrameExecStrategy",
+)
+
+
+@pytest.mark.parametrize("removal", REMOVALS)
+def test_the_package_imports_on_a_torch_without_a_private_part(removal: str) -> None:
+    code = f"import torch._dynamo.eval_frame\n{removal}\nimport lightning_qat\nprint('imported')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def test_importing_the_package_does_not_touch_dynamo() -> None:
+    code = "import lightning_qat, sys\nprint('torch._dynamo.variables.torch' in sys.modules)"
+    alone = code.replace("lightning_qat", "lightning")
+    with_it, without = (
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout
+        for c in (code, alone)
+    )
+    assert with_it == without
+
+
+def test_without_hooks_on_saved_tensors_relu_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch_private.saved_tensors_are_hooked()
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    assert torch_private.saved_tensors_are_hooked()
+
+
+def test_without_a_way_to_disable_modes_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "DisableTorchFunction")
+    with pytest.raises(RuntimeError, match=r"torch\._C\.DisableTorchFunction"):
+        torch_private.without_function_modes()
+
+
+def test_torch_nn_functional_is_enough_for_the_function_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch._C, "_nn")
+    assert torch_private.function_namespaces() == (torch, Tensor, F)
+
+
+def test_this_torch_has_every_private_part() -> None:
+    assert torch_compile.missing_parts() == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(m, name) for m, names in torch_compile._NEEDED.items() for name in names],
+)
+def test_a_compiled_model_is_refused_where_a_private_part_is_missing(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    compiled: Any = torch.compile(model, backend="eager")
+    part, _, last = name.rpartition(".")
+    monkeypatch.setitem(
+        torch_compile._NEEDED,  # type: ignore[arg-type]
+        module,
+        (f"{part}.gone_{last}".lstrip("."),),
+    )
+    message = rf"torch\.compile of torch .* lacks {module}.*gone_.*Train without torch\.compile"
+    with pytest.raises(RuntimeError, match=message):
+        prepare(compiled, "int8", torch.randn(2, 3))
+    prepare(model, "int8", torch.randn(2, 3))
+
+
+class GatesAfterABreak(nn.Module):
+    """Calls functions that dynamo keeps back from function modes, behind a graph break too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardsigmoid(self.a(x))
+        torch._dynamo.graph_break()
+        return F.hardswish(F.pad(self.b(x), (1, 1)))
+
+
+def test_compiling_leaves_dynamos_table_of_functions_as_it_was() -> None:
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    torch._dynamo.reset()
+    before = set(get_overridable_functions())
+    assert F.hardswish not in before
+    model = GatesAfterABreak()
+    x = torch.randn(2, 4)
+    prepare(model, "int8", x)
+    model.train()(x)
+    expected = model.eval()(x)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+    assert get_overridable_functions() == before
+    torch._dynamo.reset()
+
+
+def test_a_prepare_walks_the_modules_a_fixed_number_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However deep the model is; see ``ModelPaths``."""
+    counts = {}
+    for name in ("resnet20", "unet"):
+        model, walks = NETWORKS[name][0](), []
+        named_modules = nn.Module.named_modules
+
+        def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self is model and not args and "prefix" not in kwargs:  # noqa: B023
+                walks.append(kwargs)  # noqa: B023
+            return named_modules(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", counted)
+            prepare(model, "int8", inputs_for(name))
+        counts[name] = len(walks)
+    assert len(set(counts.values())) == 1
+    assert max(counts.values()) <= 11
