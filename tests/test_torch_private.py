@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_qat import prepare
 from lightning_qat.model import torch_compile, torch_private
-from tests.join_networks import NETWORKS, inputs_for
 
 REMOVALS = (
     "del torch._C._autograd._top_saved_tensors_default_hooks",
@@ -112,25 +111,3 @@ def test_compiling_leaves_dynamos_table_of_functions_as_it_was() -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
     assert get_overridable_functions() == before
     torch._dynamo.reset()
-
-
-def test_a_prepare_walks_the_modules_a_fixed_number_of_times(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """However deep the model is; see ``ModelPaths``."""
-    counts = {}
-    for name in ("resnet20", "unet"):
-        model, walks = NETWORKS[name][0](), []
-        named_modules = nn.Module.named_modules
-
-        def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self is model and not args and "prefix" not in kwargs:  # noqa: B023
-                walks.append(kwargs)  # noqa: B023
-            return named_modules(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(nn.Module, "named_modules", counted)
-            prepare(model, "int8", inputs_for(name))
-        counts[name] = len(walks)
-    assert len(set(counts.values())) == 1
-    assert max(counts.values()) <= 11
