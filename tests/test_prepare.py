@@ -557,3 +557,14 @@ def test_an_encoder_layer_s_fast_path_does_not_go_around_the_quantizers() -> Non
         fast = encoder(x)
     # Attention is summed in another order: float32 rounding, far below a step of 0.01.
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(first_last=8)])
+def test_the_paths_of_a_model_are_read_before_and_after_the_swap_only(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[nn.Module] = []
+    of = ModelPaths.of
+    monkeypatch.setattr(ModelPaths, "of", lambda model: read.append(model) or of(model))
+    prepare(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), recipe, torch.ones(2, 4))
+    assert len(read) == 2
