@@ -1,11 +1,11 @@
-"""Find every tensor that needs a quantizer by running a model once: no tracing, no rewriting."""
+"""Record what one forward does with tensors: no tracing, no rewriting; ``solver.py`` plans."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from lightning_qat.function_hooks.function_table import (
     operands_of,
     preserves_values,
 )
-from lightning_qat.joins.plan import JoinPlan, PlannedTensor
-from lightning_qat.joins.solver import INPUT, _Event, _Groups, _Operand, _Origin
+from lightning_qat.joins.plan import JoinPlan
+from lightning_qat.joins.solver import INPUT, Event, Operand, Producer, Recording, solve
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import WITH_WEIGHTS
 from lightning_qat.model.dry_run import call_of, without_trace
@@ -38,27 +38,26 @@ from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
-from lightning_qat.quantizers.factory import learns
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
 
 EMPTY = "empty tensors"
 
-_COUNTED = (*WITH_WEIGHTS, QATLayer, nn.modules.batchnorm._BatchNorm)
-"""Layers whose own arithmetic is accounted for elsewhere: in the report, or folded."""
+_ACCOUNTED_ELSEWHERE = (*WITH_WEIGHTS, QATLayer, nn.modules.batchnorm._BatchNorm)
+"""Layers whose arithmetic the report names, or that batch norm folding removes."""
 _NO_VALUES = frozenset(
     "to float double half bfloat16 type type_as cpu cuda requires_grad_ __get__ __set__ "
     "__setitem__ zeros_like ones_like empty_like full_like rand_like randn_like bernoulli "
     "new_zeros new_ones new_full new_empty new_tensor".split()
 )
-"""Functions that make no new values of a tensor's."""
+"""Functions that compute no new values from those of a tensor."""
 
 
 class Discovery:
-    """Watches one forward of a model and makes the plan of its quantized tensors.
+    """Records one forward of a model, from which ``solver.py`` plans the quantized tensors.
 
-    Every consumer of a tensor shares one quantizer; functions that keep values hand the grid on;
-    the inputs of a concatenation are tied to one; the outputs of the model are consumers, too.
+    Recorded are the inputs of QAT layers, the calls of functions in the table, and the outputs of
+    the model. Calls of other functions that compute new values are listed as left in float.
 
     Args:
         model: A model with its QAT layers.
@@ -69,20 +68,16 @@ class Discovery:
     def __init__(self, model: nn.Module, recipe: Recipe, paths: ModelPaths | None = None) -> None:
         self.model, self.recipe = model, recipe
         self.paths = paths or ModelPaths.of(model)
-        self._events: list[_Event] = []
-        self._origins: dict[Key, _Origin] = {}
-        self._owners: dict[str, None] = {}
-        self._left_float: dict[str, None] = {}
-        self._returned: dict[Key, _Operand] = {}
+        self._seen = Recording()
+        self._returned: dict[Key, Operand] = {}
         self._frames: list[tuple[str, Frame] | None] = []
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._known: dict[str, dict[str, None]] = {}
         self._alive: list[Any] = []
         self._runs: Counter[str] = Counter()
         self.checkpointed = False
         """Whether saved tensors were hooked while a module ran."""
         self._ranges: dict[Key, Tensor] = {}
-        self._members: dict[str, list[Key]] = {}
+        self._tensors_of: Mapping[str, Sequence[Key]] = {}
         self._modules = self.paths.by_path
 
     @contextmanager
@@ -116,14 +111,14 @@ class Discovery:
             if is_dataclass(leaf):
                 kind = type(leaf).__name__
                 text = f"torch does not look into {kind}; call torch.export.register_dataclass"
-                self._left_float[f"output: {text}({kind})"] = None
+                self._seen.left_float[f"output: {text}({kind})"] = None
             if not isinstance(leaf, Tensor):
                 continue
-            place = self._returned.get(key_of(leaf))
-            if place is not None and leaf.is_floating_point() and leaf.dim() and leaf.numel():
-                self._owners[place.module] = None
-                self._note_range(leaf)
-                self._events.append(_Event((place,), (key_of(leaf),)))
+            operand = self._returned.get(key_of(leaf))
+            if operand is not None and leaf.is_floating_point() and leaf.dim() and leaf.numel():
+                self._seen.owners[operand.module] = None
+                self._record_range(leaf)
+                self._seen.events.append(Event((operand,), (key_of(leaf),)))
 
     # ------------------------------------------------------------------ watching
 
@@ -132,7 +127,7 @@ class Discovery:
         if isinstance(module, ActivationQuantizer):
             layer, _, name = path.rpartition(".")
             if name == names.INPUT and args and isinstance(args[0], Tensor):
-                self._consume(layer, args[0])
+                self._record_input(layer, args[0])
         self.checkpointed = self.checkpointed or saved_tensors_are_hooked()
         hidden = isinstance(module, Quantizer) or not is_real_forward(module)
         self._frames.append(None if hidden else (path, Frame(module)))
@@ -144,21 +139,21 @@ class Discovery:
         for number, leaf in enumerate(pytree.tree_leaves(output)):
             if isinstance(leaf, Tensor):
                 if _is_opaque(module):
-                    self._origins[key_of(leaf)] = _Origin(frame[0])
+                    self._seen.producers[key_of(leaf)] = Producer(frame[0])
                 # The innermost module that returns a tensor returns first.
                 run = self._runs[frame[0]]
-                place = _Operand(frame[0], "output", number, run, f"{OUTPUT}{number}")
-                self._returned.setdefault(key_of(leaf), place)
+                operand = Operand(frame[0], "output", number, run, f"{OUTPUT}{number}")
+                self._returned.setdefault(key_of(leaf), operand)
                 self._alive.append(leaf)
         self._runs[frame[0]] += 1
 
-    def _consume(self, layer: str, x: Tensor) -> None:
+    def _record_input(self, layer: str, x: Tensor) -> None:
         self._alive.append(x)
-        self._note_range(x)
-        self._events.append(_Event((_Operand(layer, INPUT, 0, 0),), (key_of(x),)))
+        self._record_range(x)
+        self._seen.events.append(Event((Operand(layer, INPUT, 0, 0),), (key_of(x),)))
 
-    def _note_range(self, x: Tensor) -> None:
-        """At once: the tensor may be changed in place later."""
+    def _record_range(self, x: Tensor) -> None:
+        """Record the range at once: the tensor may be changed in place later."""
         if self.model.training and key_of(x) not in self._ranges and x.numel():
             with without_function_modes():
                 self._ranges[key_of(x)] = batch_range(x)
@@ -170,38 +165,40 @@ class Discovery:
             return func(*args, **kwargs)
         known, path = FUNCTION_TABLE.get(func), frame[0]
         name = getattr(func, "__name__", "function").strip("_")
-        number, place = 0, ""
+        number, key = 0, ""
         tensors = () if known is None else operands_of(known, args, kwargs)
         keys = tuple(key_of(t) for t in tensors)
         self._alive += tensors
         if known is not None and tensors:
-            name, place = known.name, frame[1].call_key(known.name)
+            name, key = known.name, frame[1].call_key(known.name)
             number = self._counts[path, name]
             self._counts[path, name] += 1
-            frame[1].count_call(place)
-            self._owners[path] = None
-            self._known.setdefault(path, {})[place] = None
+            frame[1].count_call(key)
+            self._seen.owners[path] = None
+            self._seen.call_keys.setdefault(path, {})[key] = None
             for tensor in tensors:
-                self._note_range(tensor)
+                self._record_range(tensor)
         elif known is not None and leads_with_real(args):
-            place = frame[1].call_key(known.name)
-            frame[1].count_call(place)
-            self._known.setdefault(path, {})[place] = None
+            key = frame[1].call_key(known.name)
+            frame[1].count_call(key)
+            self._seen.call_keys.setdefault(path, {})[key] = None
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
         self._alive += leaves
         made = f"{path}.{name}" if path else name
-        natural = fixed_output_range(func, args, kwargs)
-        for key in outs:
-            if key not in keys:
-                self._origins[key] = _Origin(
-                    made, natural, name == "relu" or bool(natural and natural[0] >= 0)
+        fixed_range = fixed_output_range(func, args, kwargs)
+        for out in outs:
+            if out not in keys:
+                self._seen.producers[out] = Producer(
+                    made, fixed_range, name == "relu" or bool(fixed_range and fixed_range[0] >= 0)
                 )
         if known is not None and tensors:
-            self._note(known, _Call(path, name, number, place), tensors, keys, outs, args, kwargs)
-        elif natural is None and self._computes(frame[0], func, args, kwargs, leaves):
-            self._left_float[f"{made}: no integer form is known"] = None
+            self._record_call(
+                known, _Call(path, name, number, key), tensors, keys, outs, args, kwargs
+            )
+        elif fixed_range is None and self._computes(frame[0], func, args, kwargs, leaves):
+            self._seen.left_float[f"{made}: no integer form is known"] = None
         return result
 
     def _computes(
@@ -212,9 +209,9 @@ class Discovery:
         kwargs: Mapping[str, Any],
         results: list[Tensor],
     ) -> bool:
-        """Whether a call that is neither join nor passing makes new values of a tensor."""
+        """Whether a call of a function that is not in the table makes new values of a tensor."""
         name = getattr(func, "__name__", "")
-        if isinstance(self._modules[path], _COUNTED) or name in _NO_VALUES:
+        if isinstance(self._modules[path], _ACCOUNTED_ELSEWHERE) or name in _NO_VALUES:
             return False
         leaves = pytree.tree_leaves((args, kwargs))
         given = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
@@ -224,7 +221,7 @@ class Discovery:
             for t in results
         )
 
-    def _note(
+    def _record_call(
         self,
         known: FunctionTraits,
         call: _Call,
@@ -238,29 +235,29 @@ class Discovery:
             # Dropout in eval mode gives its very input back.
             if keys and outs[:1] != keys[:1]:
                 self._inherit(keys[0], outs, known.name)
-                self._events.append(_Event((call.operand(0),), keys[:1], outs, quantizes=False))
+                self._seen.events.append(Event((call.operand(0),), keys[:1], outs, quantizes=False))
             return
         reason = self._why_float(known, call.module, tensors)
         if reason is not None:
-            self._left_float[f"{call.operand(0)}: {reason}"] = None
+            self._seen.left_float[f"{call.operand(0)}: {reason}"] = None
             return
         tie = known.trait == "concat"
         where = tuple(call.operand(0 if tie else i) for i in range(len(keys)))
         if tie:
-            self._events.append(_Event(where, keys, outs))
+            self._seen.events.append(Event(where, keys, outs))
         else:
-            self._events += [_Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
+            self._seen.events += [Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
 
     def _inherit(self, source: Key, outs: tuple[Key, ...], name: str) -> None:
         """What is known of a tensor's range holds for its reshaped and pooled values."""
-        origin = self._origins.get(source)
+        producer = self._seen.producers.get(source)
         for key in outs:
-            own = self._origins.get(key)
-            if origin is not None and name == "dropout":
-                self._origins[key] = origin
-            elif origin is not None and own is not None and own.natural is None:
-                own.not_negative = own.not_negative or origin.not_negative
-                own.natural = origin.natural if name != "relu" else None
+            own = self._seen.producers.get(key)
+            if producer is not None and name == "dropout":
+                self._seen.producers[key] = producer
+            elif producer is not None and own is not None and own.fixed_range is None:
+                own.not_negative = own.not_negative or producer.not_negative
+                own.fixed_range = producer.fixed_range if name != "relu" else None
 
     def _why_float(
         self, known: FunctionTraits, path: str, tensors: tuple[Tensor, ...]
@@ -279,38 +276,8 @@ class Discovery:
 
     def plan(self) -> JoinPlan:
         """The plan of what was seen."""
-        groups = _Groups()
-        needed = {key for event in self._events if event.quantizes for key in event.tensors}
-        # What is upsampled is quantized before, where it is small, and by what makes it.
-        for event in reversed(self._events):
-            if event.where[0].function == "interpolate" and needed & set(event.passes):
-                needed.add(event.tensors[0])
-        grid: dict[Key, int] = {}
-        inherited: set[Key] = set()
-        roots: dict[int, list[Key]] = {}
-        used: dict[_Operand, int] = {}
-
-        def group_of(key: Key) -> int:
-            if key not in grid:
-                grid[key] = groups.new()
-                roots[grid[key]] = [key]
-            return grid[key]
-
-        for event in self._events:
-            first = event.tensors[0]
-            if not (event.quantizes or first in grid or first in needed):
-                continue
-            numbers = [group_of(key) for key in event.tensors]
-            for number in numbers[1:]:
-                groups.join(numbers[0], number)
-            # A passing function needs no quantizer for what is on a grid by inheritance.
-            if event.quantizes or first not in inherited:
-                for place, number in zip(event.where, numbers, strict=True):
-                    groups.join(used.setdefault(place, number), number)
-            for key in event.passes:
-                grid[key] = numbers[0]
-                inherited.add(key)
-        return self._named(groups, roots, used)
+        plan, self._tensors_of = solve(self._seen, self._spec)
+        return plan
 
     def observe(self) -> None:
         """Give quantizers that have seen nothing yet what this forward, in training, had for them.
@@ -318,7 +285,7 @@ class Discovery:
         To be called after the plan has been applied to the model.
         """
         modules = ModelPaths.of(self.model).by_path
-        for path, keys in self._members.items():
+        for path, keys in self._tensors_of.items():
             quantizer = modules[path]
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
@@ -331,58 +298,16 @@ class Discovery:
         """Let the forward's tensors go; the plan is made."""
         self._alive.clear()
 
-    def _named(
-        self, groups: _Groups, roots: Mapping[int, list[Key]], used: Mapping[_Operand, int]
-    ) -> JoinPlan:
-        places: dict[int, list[_Operand]] = {}
-        for place, number in used.items():
-            places.setdefault(groups.find(number), []).append(place)
-        keys: dict[int, list[Key]] = {}
-        for number, members in roots.items():
-            keys.setdefault(groups.find(number), []).extend(members)
-        tensors, names = [], {}
-        for number, consumers in places.items():
-            layers = [p for p in consumers if p.function == INPUT]
-            owner = (layers or consumers)[0]
-            name = _path(owner)
-            origins = [self._origins.get(key) or _Origin(INPUT) for key in keys[number]]
-            spec = self._spec(owner, origins)
-            names[number] = name
-            self._members[name] = keys[number]
-            producers = tuple(dict.fromkeys(origin.name for origin in origins))
-            tensors.append(PlannedTensor(name, spec, producers, tuple(map(str, consumers))))
-        sites: dict[str, dict[str, dict[str, str]]] = {
-            path: {place: {} for place in self._known.get(path, ())} for path in self._owners
-        }
-        links: dict[str, str] = {}
-        for place, number in used.items():
-            name = names[groups.find(number)]
-            if place.function != INPUT:
-                calls = sites.setdefault(place.module, {})
-                calls.setdefault(place.place, {})[str(place.operand)] = name
-            elif _path(place) != name:
-                links[place.module] = name
-        return JoinPlan(tuple(tensors), sites, links, tuple(self._left_float))
-
-    def _spec(self, owner: _Operand, origins: list[_Origin]) -> ActivationSpec:
+    def _spec(self, owner: Operand) -> ActivationSpec:
+        """The recipe's spec of a consumer."""
         if owner.function == INPUT:
-            spec: ActivationSpec = self._modules[_path(owner)].spec  # type: ignore[assignment]
-        else:
-            kind = type(self._modules[owner.module]).__name__
-            least = self.recipe.first_last if owner.place.startswith(OUTPUT) else None
-            layer = self.recipe.for_layer(owner.module, kind, at_least=least or 0)
-            spec = layer.activation if layer is not None else self.recipe.activation
-        if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
-            return spec
-        natural = {origin.natural for origin in origins}
-        if learns(spec):
-            # What is learned may well be narrower than what a function can give.
-            natural = {None}
-        if len(natural) == 1 and None not in natural:
-            return replace(spec, clip=natural.pop())
-        if all(origin.not_negative for origin in origins):
-            return replace(spec, fixed_min=True)
-        return spec
+            quantizer = self._modules[owner.quantizer_path]
+            assert isinstance(quantizer, ActivationQuantizer)
+            return quantizer.spec
+        kind = type(self._modules[owner.module]).__name__
+        least = self.recipe.first_last if owner.call_key.startswith(OUTPUT) else None
+        layer = self.recipe.for_layer(owner.module, kind, at_least=least or 0)
+        return layer.activation if layer is not None else self.recipe.activation
 
 
 @dataclass(frozen=True)
@@ -390,10 +315,10 @@ class _Call:
     module: str
     function: str
     number: int
-    place: str
+    key: str
 
-    def operand(self, number: int) -> _Operand:
-        return _Operand(self.module, self.function, self.number, number, self.place)
+    def operand(self, number: int) -> Operand:
+        return Operand(self.module, self.function, self.number, number, self.key)
 
 
 class _Watch(TorchFunctionMode):
@@ -413,13 +338,6 @@ class _Watch(TorchFunctionMode):
 
 def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, QATLayer) and module.opaque
-
-
-def _path(place: _Operand) -> str:
-    """Dotted path of the quantizer that is named after a place."""
-    if place.function == INPUT:
-        return names.input_path(place.module)
-    return names.join_path(place.module, place.function, place.call, place.operand)
 
 
 def discover(

@@ -1,23 +1,62 @@
-"""Group recorded consumers of tensors into sets that share one quantizer."""
+"""Decide which recorded tensors share a quantizer, and name the quantizers: pure functions.
+
+Discovery records the events of one forward; ``solve`` reads them in order. The tensors with one
+scale and zero point form a group, and each group gets one quantizer. The rules:
+
+1. An event that quantizes puts each of its tensors into a group. Two tensors of one ``concat``
+   share a group, and so do two tensors that the same operand receives (a call in a module that runs
+   twice).
+2. What an operator outputs with values of its input (reshape, max pool, a concatenation's result)
+   inherits the group of the input. An event of such an operator alone asks for no quantizer, unless
+   the input is needed elsewhere.
+3. A group is named after its first consumer; a layer's input goes before calls. Other layers of
+   the group are linked to that quantizer; calls refer to it in the table of sites.
+
+A residual block, ``y = conv1(x); z = relu(y) + x; return conv2(z)``, records::
+
+    conv1 input       consumes x                  group 0: conv1, add operand 1
+    relu              consumes y, outputs r       no quantizer of its own: see below
+    add, operand 0    consumes r                  group 1: add operand 0
+    add, operand 1    consumes x                  (x has group 0)
+    conv2 input       consumes z                  group 2: conv2
+
+``y`` is in no group when relu reads it, so relu stays outside, and ``r`` gets a quantizer where the
+addition reads it. The plan has three quantizers: ``conv1.input_quantizer`` (also read by the
+addition), ``qat_joins.add_0_0`` and ``conv2.input_quantizer``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from lightning_qat.function_hooks.forward_cache import Key
+from lightning_qat.joins.plan import JoinPlan, PlannedTensor
+from lightning_qat.quantizers import names
+from lightning_qat.quantizers.factory import learns
+from lightning_qat.recipe.specs import ActivationSpec
 
 INPUT = "input"
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """Where a tensor is consumed: an operand of a call, a layer's input, an output."""
+class Operand:
+    """A consumer of a tensor: an operand of a call, a layer's input, or an output of the model.
+
+    Args:
+        module: Dotted path of the module that makes the call.
+        function: Operator name; ``input`` for a layer's input, ``output`` for an output.
+        call: The n-th call of the function in the module; for names only.
+        operand: Number of the operand.
+        call_key: Tells calls apart: ``add@forward+3:0``.
+    """
 
     module: str
     function: str
-    call: int = field(compare=False)  # for names; the place is what tells calls apart
+    call: int = field(compare=False)
     operand: int
-    place: str = ""
+    call_key: str = ""
 
     def __str__(self) -> str:
         if self.function == INPUT:
@@ -25,28 +64,174 @@ class _Operand:
         where = f"{self.module}.{self.function}" if self.module else self.function
         return f"{where}:{self.call}[{self.operand}]"
 
+    @property
+    def quantizer_path(self) -> str:
+        """Dotted path of the quantizer that is named after this consumer."""
+        if self.function == INPUT:
+            return names.input_path(self.module)
+        return names.join_path(self.module, self.function, self.call, self.operand)
+
 
 @dataclass
-class _Event:
-    """One consumption: ``tensors`` go into ``where``; ``passes`` come out on the same grid."""
+class Event:
+    """One consumption of tensors.
 
-    where: tuple[_Operand, ...]
+    Args:
+        consumers: One per tensor.
+        tensors: The tensors that are consumed.
+        outputs: The tensors that keep the scale and zero point of the first one.
+        quantizes: The consumers need quantized tensors.
+    """
+
+    consumers: tuple[Operand, ...]
     tensors: tuple[Key, ...]
-    passes: tuple[Key, ...] = ()
+    outputs: tuple[Key, ...] = ()
     quantizes: bool = True
 
 
 @dataclass
-class _Origin:
-    """What is known of a tensor: what made it, and the range it has by definition."""
+class Producer:
+    """What makes a tensor, and what is known of its range.
+
+    Args:
+        name: Module path and function.
+        fixed_range: The range that it has by definition.
+        not_negative: It has no negative values.
+    """
 
     name: str
-    natural: tuple[float, float] | None = None
+    fixed_range: tuple[float, float] | None = None
     not_negative: bool = False
 
 
-class _Groups:
-    """Disjoint sets of tensors that share a quantizer."""
+@dataclass
+class Recording:
+    """What one forward has shown.
+
+    Attributes:
+        events: In the order of the forward.
+        producers: What makes each tensor; a tensor without an entry is an input of the model.
+        call_keys: Module path to the keys of all its calls, as an ordered set.
+        owners: Modules that make calls which the plan must know, as an ordered set.
+        left_float: Calls that stay float, and why, as an ordered set.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    producers: dict[Key, Producer] = field(default_factory=dict)
+    call_keys: dict[str, dict[str, None]] = field(default_factory=dict)
+    owners: dict[str, None] = field(default_factory=dict)
+    left_float: dict[str, None] = field(default_factory=dict)
+
+
+class Solution(NamedTuple):
+    """A plan, and the tensors of the recorded forward that each of its quantizers serves.
+
+    Args:
+        plan: The plan.
+        tensors: Quantizer path to tensors.
+    """
+
+    plan: JoinPlan
+    tensors: Mapping[str, Sequence[Key]]
+
+
+def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) -> Solution:
+    """Make the plan of a recorded forward.
+
+    Args:
+        recording: The forward.
+        spec_of: The spec that the recipe gives to a consumer, before what is known of the range.
+    """
+    group_of, tensors_of = group_consumers(recording.events)
+    consumers: dict[int, list[Operand]] = {}
+    for operand, group in group_of.items():
+        consumers.setdefault(group, []).append(operand)
+    planned: list[PlannedTensor] = []
+    quantizers: dict[int, str] = {}
+    for group, operands in consumers.items():
+        owner = next((o for o in operands if o.function == INPUT), operands[0])
+        producers = [recording.producers.get(k) or Producer(INPUT) for k in tensors_of[group]]
+        spec = with_known_range(spec_of(owner), producers)
+        quantizers[group] = owner.quantizer_path
+        made_by = tuple(dict.fromkeys(producer.name for producer in producers))
+        planned.append(PlannedTensor(quantizers[group], spec, made_by, tuple(map(str, operands))))
+    sites: dict[str, dict[str, dict[str, str]]] = {
+        path: {key: {} for key in recording.call_keys.get(path, ())} for path in recording.owners
+    }
+    links: dict[str, str] = {}
+    for operand, group in group_of.items():
+        if operand.function != INPUT:
+            calls = sites.setdefault(operand.module, {})
+            calls.setdefault(operand.call_key, {})[str(operand.operand)] = quantizers[group]
+        elif operand.quantizer_path != quantizers[group]:
+            links[operand.module] = quantizers[group]
+    plan = JoinPlan(tuple(planned), sites, links, tuple(recording.left_float))
+    return Solution(plan, {name: tensors_of[group] for group, name in quantizers.items()})
+
+
+def group_consumers(events: Sequence[Event]) -> tuple[dict[Operand, int], dict[int, list[Key]]]:
+    """Group the consumers that share a quantizer.
+
+    Returns:
+        The group of each consumer that needs a quantizer, in the order of the forward; and the
+        tensors of each group, without those that inherit it.
+    """
+    groups = _DisjointSets()
+    needed = _needed_tensors(events)
+    group: dict[Key, int] = {}
+    inherited: set[Key] = set()
+    tensors: dict[int, list[Key]] = {}
+    consumers: dict[Operand, int] = {}
+    for event in events:
+        first = event.tensors[0]
+        if not (event.quantizes or first in group or first in needed):
+            continue
+        for key in event.tensors:
+            if key not in group:
+                group[key] = groups.new()
+                tensors[group[key]] = [key]
+        numbers = [group[key] for key in event.tensors]
+        for number in numbers[1:]:
+            groups.join(numbers[0], number)
+        # An operator that keeps values needs no quantizer for a tensor that inherits its scale.
+        if event.quantizes or first not in inherited:
+            for consumer, number in zip(event.consumers, numbers, strict=True):
+                groups.join(consumers.setdefault(consumer, number), number)
+        for key in event.outputs:
+            group[key] = numbers[0]
+            inherited.add(key)
+    merged: dict[int, list[Key]] = {}
+    for number, keys in tensors.items():
+        merged.setdefault(groups.find(number), []).extend(keys)
+    return {consumer: groups.find(number) for consumer, number in consumers.items()}, merged
+
+
+def _needed_tensors(events: Sequence[Event]) -> set[Key]:
+    """The tensors that some consumer needs quantized."""
+    needed = {key for event in events if event.quantizes for key in event.tensors}
+    # What is upsampled is quantized before, where it is small, and by what makes it.
+    for event in reversed(events):
+        if event.consumers[0].function == "interpolate" and needed & set(event.outputs):
+            needed.add(event.tensors[0])
+    return needed
+
+
+def with_known_range(spec: ActivationSpec, producers: Iterable[Producer]) -> ActivationSpec:
+    """A spec with what is known of the range of all tensors that a quantizer serves."""
+    if spec.symmetric or spec.clip is not None or spec.fixed_min is not None:
+        return spec
+    producers = list(producers)
+    # A learned range may well be narrower than what a function can give.
+    fixed = {None if learns(spec) else producer.fixed_range for producer in producers}
+    if len(fixed) == 1 and None not in fixed:
+        return replace(spec, clip=fixed.pop())
+    if all(producer.not_negative for producer in producers):
+        return replace(spec, fixed_min=True)
+    return spec
+
+
+class _DisjointSets:
+    """Disjoint sets of numbers; the smallest number of a set represents it."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
