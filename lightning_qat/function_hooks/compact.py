@@ -1,4 +1,4 @@
-"""Functions of which backward keeps little: one bit per element, or the integers of a grid."""
+"""Calls that save compressed activations for backward: one bit per element, or integers."""
 
 from __future__ import annotations
 

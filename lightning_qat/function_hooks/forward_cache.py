@@ -17,10 +17,10 @@ Key = tuple[int, int]
 
 
 class ForwardCache:
-    """The tensors of one forward that are on a grid, and their quantized forms.
+    """The quantized tensors of one forward.
 
     An in-place operation makes a new value of the same object: the version is part of the identity.
-    No tensor is kept alive: what is known of one is forgotten with it.
+    The cache keeps no tensor alive: an entry disappears together with its tensor.
 
     Args:
         traced: It belongs to a graph that ``torch.compile`` makes.
@@ -34,7 +34,7 @@ class ForwardCache:
         self._changes: Counter[int] = Counter()
         self._viewed: set[int] = set()
         self.relu_fusion = ReluFusion()
-        """What calls of relu gave, and who reads it."""
+        """The results of relu, and their readers."""
         self.runs: Counter[int] = Counter()
         """How often each hooked module has run, by the identity of its hooks."""
         self._watched: dict[int, weakref.ref[Tensor]] = {}
@@ -44,13 +44,13 @@ class ForwardCache:
     def quantize(
         self, x: Tensor, quantizer: object, compute: Callable[[Tensor], Tensor], *, skip: bool
     ) -> Tensor:
-        """``compute(x)``, unless this forward has it already.
+        """Return ``compute(x)``, computed once per forward, tensor value and quantizer.
 
         Args:
             x: What to quantize.
-            quantizer: Whose grid; compared by identity.
-            compute: Quantizes.
-            skip: Give ``x`` back as it is when it lies on that grid already.
+            quantizer: Identity of the quantizer.
+            compute: The quantization.
+            skip: Return ``x`` itself if this quantizer has produced it already.
         """
         (number, version), owner = self._key(x), id(quantizer)
         if skip and self._owner(x) == owner:

@@ -1,9 +1,9 @@
-"""Relu and the quantizer that alone reads its result: one pass over the tensor instead of two.
+"""Fuse ReLU with the only quantizer that reads its result: one pass instead of two.
 
-A quantizer clamps anyway. Where nothing but one quantizer reads what a relu gives, the relu's call
-gives the quantized tensor at once; neither the float tensor nor a backward of relu's own exists.
-Which calls these are is learned from the forwards themselves, and nothing depends on it: whatever
-else reads such a tensor gets the float one, computed then, and the call is left alone from then on.
+A quantizer clamps anyway. If one quantizer alone reads the result of a relu, the call of relu
+returns the quantized tensor at once. The float tensor and ReLU's own backward are then never
+created. Which calls can be fused is learned while the model runs; correctness never depends on it:
+another reader gets the float tensor, computed then, and that call is not fused again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lightning_qat.model.torch_private import saved_tensors_are_hooked
 
 
 class ClampCall(NamedTuple):
-    """One call of relu, relu6 or hardtanh.
+    """The arguments of one call of relu, relu6 or hardtanh.
 
     Args:
-        input: What is clamped.
+        input: The tensor to clamp.
         low: Lower end.
-        high: Upper end; infinity: none.
-        in_place: The input is changed.
+        high: Upper end; infinity: no upper end.
+        in_place: The call changes its input.
     """
 
     input: Tensor
@@ -42,7 +42,7 @@ class ClampCall(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the clamp."""
+        """Lower and upper end."""
         return self.low, self.high
 
     def __call__(self) -> Tensor:
@@ -74,7 +74,7 @@ CLAMP_CALLS: Mapping[Callable[..., Any], Callable[..., ClampCall]] = {
 
 
 class ReluCallSite:
-    """One place that calls relu, and what is known of who reads the result."""
+    """A call site of relu, and the readers of its result so far."""
 
     __slots__ = ("quantizer", "unfusable")
 
@@ -86,13 +86,13 @@ class ReluCallSite:
 
 
 class _Result:
-    """A tensor that a call of relu gave, or an input that it would have changed.
+    """The result of one call of relu, or the input that an in-place call would have changed.
 
     Args:
-        site: Where.
-        relu: The call, where its float result is still to be computed.
-        quantized: What the quantizer of the site gives for it.
-        seen: What the quantizer is to observe once it reads it.
+        site: The call site.
+        relu: The call, if its float result is not computed yet.
+        quantized: The tensor that the quantizer of the site returns for it.
+        seen: The range that the quantizer observes when it reads the tensor.
     """
 
     __slots__ = ("float", "quantized", "readers", "relu", "seen", "site")
@@ -133,17 +133,17 @@ class ReluFusion:
         if found is None:
             return None
         quantized, seen = found
-        # Another tensor of the same memory, to tell who reads it.
+        # Another tensor of the same memory: its readers can be told from those of `quantized`.
         result = quantized.view_as(quantized)
         self._note(result, _Result(site, relu, quantized, seen))
         if relu.in_place:
-            # Its name may go on being used; it holds the values before relu.
+            # The caller may still use this tensor; it still holds the values before relu.
             again = relu._replace(input=relu.input.view_as(relu.input))
             self._note(relu.input, _Result(site, again))
         return result, quantized, quantizer
 
     def record_result(self, site: ReluCallSite, relu: ClampCall, result: Tensor) -> None:
-        """Note what an ordinary call of relu gave."""
+        """Record the result of a call of relu that was not fused."""
         if site.unfusable or not _may_fuse(result):
             return
         found = _Result(site)
@@ -156,28 +156,28 @@ class ReluFusion:
                 self._sources[id(x)] = weakref.ref(x), x._version, site
 
     def note_in_place_change(self, x: Any) -> None:
-        """Leave a relu alone whose input a call has changed: backward would look at it."""
+        """Stop fusing a relu whose input another call has changed: backward would read it."""
         known = self._sources.get(id(x))
         if known is not None and isinstance(x, Tensor) and known[0]() is x:
             known[2].unfusable |= x._version != known[1]
 
     def read(self, x: Any) -> Any:
-        """What a reader other than a quantizer gets for a tensor: always float values.
+        """Return the float values of a tensor, for a reader that is no quantizer.
 
         Args:
             x: A tensor; anything else comes back as it is.
         """
-        found = self._of(x)
-        return x if found is None else self._apart(x, found)
+        found = self._result_of(x)
+        return x if found is None else self._not_fused(x, found)
 
     def read_all(self, values: Any) -> Any:
-        """``read`` of all tensors in nested containers; the very same ones if none is known."""
-        if not self._by_id or not any(self._of(leaf) for leaf in pytree.tree_leaves(values)):
+        """Apply ``read`` to all tensors in containers; returns ``values`` if none changes."""
+        if not self._by_id or not any(self._result_of(leaf) for leaf in pytree.tree_leaves(values)):
             return values
         return pytree.tree_map(self.read, values)
 
     def contains_any(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call is given a tensor that is known here, also in a list or tuple."""
+        """Whether the arguments of a call contain a recorded tensor, also in a list or tuple."""
         if not self._by_id:
             return False
         for x in (*args, *kwargs.values()) if kwargs else args:
@@ -186,8 +186,8 @@ class ReluFusion:
         return False
 
     def read_by_quantizer(self, x: Tensor, quantizer: FusableQuantizer) -> Tensor:
-        """What a quantizer gets for a tensor: float values, unless they are on its grid already."""
-        found = self._of(x)
+        """Return the tensor that a quantizer reads: quantized if the call was fused with it."""
+        found = self._result_of(x)
         if found is None:
             return x
         if found.relu is None:
@@ -199,14 +199,14 @@ class ReluFusion:
                 if found.seen is not None:
                     quantizer.observe(found.seen)
             return found.quantized
-        return self._apart(x, found)
+        return self._not_fused(x, found)
 
     def forget(self, x: Tensor) -> None:
-        """Learn nothing from who reads a tensor: a quantizer has handed it on as it is."""
+        """Ignore further readers of a tensor: a quantizer has returned it unchanged."""
         self._by_id.pop(id(x), None)
 
     def note_readers(self) -> None:
-        """Take note of who has read what, once the forward is through."""
+        """Remember the readers of each result, at the end of the forward."""
         for found in self._all:
             if len(found.readers) > 1:
                 found.site.unfusable = True
@@ -220,7 +220,7 @@ class ReluFusion:
         self._sources.clear()
         self._all.clear()
 
-    def _apart(self, x: Tensor, found: _Result) -> Tensor:
+    def _not_fused(self, x: Tensor, found: _Result) -> Tensor:
         found.site.unfusable = True
         if found.relu is None:
             return x
@@ -228,7 +228,7 @@ class ReluFusion:
             found.float = found.relu()
         return found.float
 
-    def _of(self, x: Any) -> _Result | None:
+    def _result_of(self, x: Any) -> _Result | None:
         known = self._by_id.get(id(x))
         return known[1] if known is not None and known[0]() is x else None
 
@@ -244,6 +244,6 @@ class ReluFusion:
 
 
 def _may_fuse(x: Tensor) -> bool:
-    """Whether backward may look at a tensor: nothing else changes it or decides what is kept."""
+    """Whether backward may keep a tensor as the fused call does."""
     # Activation checkpointing compares what two forwards have kept.
     return not saved_tensors_are_hooked() and not x.is_inference()

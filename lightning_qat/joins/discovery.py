@@ -27,7 +27,7 @@ from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.joins.solver import INPUT, Event, Operand, Producer, Recording, solve
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import WITH_WEIGHTS
-from lightning_qat.model.dry_run import call_of, without_trace
+from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
@@ -353,7 +353,7 @@ def discover(
     """
     discovery = Discovery(model, recipe, paths)
     args, kwargs = call_of(model, example_inputs)
-    with without_trace(model), discovery.watching():
+    with unchanged_afterwards(model), discovery.watching():
         output = model(*args, **kwargs)
     discovery.outputs(output)
     return discovery.plan()

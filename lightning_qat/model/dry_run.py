@@ -1,4 +1,4 @@
-"""Run a model once on example inputs, without leaving a trace in it."""
+"""Run a model once on example inputs; the model is the same afterwards."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def call_of(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any, ...], 
 
 
 @contextmanager
-def without_trace(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, random numbers of its own; everything is as before afterwards."""
+def unchanged_afterwards(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, random numbers of its own; afterwards everything is as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -38,7 +38,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
 def order_of_calls(
     model: nn.Module, layers: Collection[nn.Module], example_inputs: Inputs
 ) -> list[nn.Module]:
-    """Which of the layers one forward calls, in the order of their first calls."""
+    """Return the layers that one forward calls, in the order of their first calls."""
     # Hooks on its layers also keep a transformer encoder from its fused kernel, which calls none.
     called: dict[nn.Module, None] = {}
 
@@ -50,7 +50,7 @@ def order_of_calls(
     eager: Any = torch.compiler.set_stance("force_eager")
     stance: Any = eager if is_compiled(model) else nullcontext()
     try:
-        with without_trace(model), stance:
+        with unchanged_afterwards(model), stance:
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -9,7 +9,7 @@ def is_real_forward(module: nn.Module) -> bool:
     """Whether a call of the module runs its own forward.
 
     Under DDP Lightning sends training_step through the module's ``__call__`` with forward replaced
-    for the moment; losses must not be intercepted.
+    for the moment; losses must not be quantized.
     """
     forward = module.forward
     return getattr(forward, "__func__", forward) is type(module).forward or (
