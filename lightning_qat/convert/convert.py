@@ -19,6 +19,7 @@ from lightning_qat.convert.finalize import (
     tensor_keys,
 )
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
+from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.ir.exported_program import settle
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
@@ -58,6 +59,7 @@ def convert(
     args, kwargs = as_call(example_inputs)
     final = finalized_copy(model)
     capture = capture_program if dynamic_batch else partial(export_program, dynamic=None)
+    mark_recurrences(final)
     program = capture(final, args, kwargs)
     saturated = fold_batchnorms(program)
     for key, count in saturated.items():
@@ -67,12 +69,14 @@ def convert(
             "quantizer='minmax' folds exactly.",
             stacklevel=2,
         )
+    recurrences = take_recurrences(program, final)
     settle(program)
     return QuantizedModel(
         program,
         _input_names(program),
         _output_names(program),
         {} if recipe is None else recipe.to_dict(),
+        recurrences,
     )
 
 

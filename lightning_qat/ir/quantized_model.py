@@ -1,11 +1,11 @@
-"""The neutral description of a converted model: plain frozen data that every exporter reads."""
+"""The converted model: plain frozen data that every exporter reads."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lightning_qat.atomic_write import replacing
 from lightning_qat.ir.exported_program import Constants, module_path
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
+from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.numerics.qparams import QParams
 
 FORMAT_VERSION = 1
@@ -90,6 +91,7 @@ class QuantizedModel:
         input_names: One name per tensor input, in the order of the flattened inputs.
         output_names: One name per tensor output, in the order of the flattened outputs.
         recipe: The recipe as primitives, for the record; may be empty.
+        recurrences: Every LSTM and GRU whose steps are unrolled, in the order of the graph.
 
     Raises:
         ValueError: The program breaks a rule of ``QParams`` or ``QuantizedTensor``.
@@ -99,6 +101,7 @@ class QuantizedModel:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    recurrences: tuple[Recurrence, ...] = ()
 
     def __post_init__(self) -> None:
         _ = self.tensors
@@ -199,6 +202,7 @@ class QuantizedModel:
             "input_names": self.input_names,
             "output_names": self.output_names,
             "recipe": self.recipe,
+            "recurrences": [asdict(recurrence) for recurrence in self.recurrences],
         }
         with replacing(Path(path)) as temporary:
             torch.export.save(self.program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
@@ -229,8 +233,19 @@ class QuantizedModel:
                 f"{str(path)!r} has format version {facts['format_version']}; this version of "
                 f"lightning-qat reads up to {FORMAT_VERSION}. Upgrade lightning-qat."
             )
+        if "recurrences" in facts:
+            recurrences = tuple(
+                Recurrence(r["name"], r["kind"], tuple(r["initial_cells"]))
+                for r in facts["recurrences"]
+            )
+        else:
+            recurrences = recurrences_of_old_file(program)
         return cls(
-            program, tuple(facts["input_names"]), tuple(facts["output_names"]), facts["recipe"]
+            program,
+            tuple(facts["input_names"]),
+            tuple(facts["output_names"]),
+            facts["recipe"],
+            recurrences,
         )
 
 

@@ -37,7 +37,7 @@ from lightning_qat_exporters.onnx_files.read import read_onnx, require_quantized
 from lightning_qat_exporters.onnx_files.run import run_onnx
 from lightning_qat_exporters.onnx_files.write import require_writable, write_onnx
 from lightning_qat_exporters.qdq.build import OPSET, build_qdq
-from lightning_qat_exporters.qdq.recurrent import recurrences, with_recurrent_nodes
+from lightning_qat_exporters.qdq.recurrent import with_recurrent_nodes
 
 REFERENCE = "reference executor"
 SIMULATION = "onnxruntime, fake-quant model"
@@ -113,7 +113,7 @@ class CannExporter:
                 opset; all are named.
         """
         unrolled = self._qdq(model)
-        notes = [f"{call.name!r}: {_UNROLLED}." for call in recurrences(model.program)]
+        notes = [f"{call.name!r}: {_UNROLLED}." for call in model.recurrences]
         folded = unrolled
         if self.rnn == "device" and notes:
             fused, left = with_recurrent_nodes(model)

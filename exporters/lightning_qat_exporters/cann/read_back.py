@@ -12,10 +12,11 @@ from onnx import numpy_helper
 
 from lightning_qat.export.protocol import Array
 from lightning_qat.ir.quantized_model import QuantizedLayer, QuantizedModel
+from lightning_qat.ir.recurrence import Recurrence
 from lightning_qat.numerics.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat_exporters.cann.deploy_file import RNN_OPS
 from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, unpacked
-from lightning_qat_exporters.qdq.recurrent import Recurrence, in_onnx_order, recurrences
+from lightning_qat_exporters.qdq.recurrent import in_onnx_order
 
 
 def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
@@ -38,7 +39,7 @@ def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
     found: list[str] = []
     seen: dict[str, int] = {}
     fused = {node.name: node for node in proto.graph.node if node.op_type in RNN_OPS}
-    for call in recurrences(model.program):
+    for call in model.recurrences:
         if call.name in fused:
             found += _recurrent_differences(model, call, fused[call.name], arrays)
     for layer in model.layers:

@@ -6,9 +6,9 @@ operator again, with the gates in ONNX's order: LSTM i, o, f, c and GRU z, r, h.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,20 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lightning_qat.export.protocol import Unsupported
-from lightning_qat.ir.exported_program import Constants, copied, module_path, settle
-from lightning_qat.ir.ops import FakeQuantizeCall, as_dequantize, as_fake_quantize
+from lightning_qat.ir.exported_program import Constants, copied, settle
+from lightning_qat.ir.ops import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    DequantizeCall,
+    FakeQuantizeCall,
+    as_dequantize,
+    as_fake_quantize,
+)
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
+from lightning_qat.ir.recurrence import Recurrence
 
 GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """Where torch has the gates that ONNX has in this order."""
-
-_KINDS = {"LSTMQAT": "LSTM", "GRUQAT": "GRU"}
 
 _LIBRARY: Any = torch.library.Library(  # type: ignore[no-untyped-call]
     "lightning_qat_exporters", "DEF"
@@ -52,39 +58,27 @@ _as_fake("lightning_qat_exporters::lstm", _lstm)
 _as_fake("lightning_qat_exporters::gru", _gru)
 
 
-@dataclass(frozen=True)
-class Recurrence:
-    """A recurrent layer in a converted model.
+class _Steps:
+    """The unrolled steps of a recurrent layer in a program.
 
     Args:
-        name: Dotted module path.
-        kind: ``LSTM`` or ``GRU``.
-        nodes: What its own forward made, in all calls, in the order of the graph.
+        layer: The layer.
+        program: The program; its nodes are looked up once.
     """
 
-    name: str
-    kind: str
-    nodes: tuple[fx.Node, ...]
-
-    def key(self, tensor: str) -> str:
-        """The key of one of its quantized tensors."""
-        return f"{self.name}.{tensor}" if self.name else tensor
+    def __init__(self, layer: Recurrence, program: ExportedProgram) -> None:
+        self.layer, self.nodes = layer, layer.nodes(program)
 
     def products(self, weight: str) -> list[fx.Node]:
-        """The matrix products with one of its weights."""
-        wanted = self.key(weight)
+        """The matrix products with one of the layer's weights."""
+        wanted = self.layer.key(weight)
         return [n for n in self.nodes if _weight_key(n) == wanted]
 
-
-def recurrences(program: ExportedProgram) -> tuple[Recurrence, ...]:
-    """Every recurrent QAT layer in a program, in the order of the graph."""
-    found: dict[str, tuple[str, list[fx.Node]]] = {}
-    for node in program.graph.nodes:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        kind = _KINDS.get(str(stack[-1][1]).rpartition(".")[2]) if stack else None
-        if kind is not None:
-            found.setdefault(module_path(node), (kind, []))[1].append(node)
-    return tuple(Recurrence(name, kind, tuple(nodes)) for name, (kind, nodes) in found.items())
+    def initial_cell(self) -> fx.Node:
+        """The one initial cell state of an LSTM with one direction and one call."""
+        (name,) = self.layer.initial_cells
+        found: fx.Node = next(n for n in self.nodes[0].graph.nodes if n.name == name)
+        return found
 
 
 def with_recurrent_nodes(model: QuantizedModel) -> tuple[QuantizedModel, tuple[Unsupported, ...]]:
@@ -102,28 +96,32 @@ def with_recurrent_nodes(model: QuantizedModel) -> tuple[QuantizedModel, tuple[U
         stayed unrolled, with the reason.
     """
     program = copied(model.program)
-    found = recurrences(program)
-    left = []
-    for call in found:
-        reason = _why_not(call, model.tensors)
+    unrolled, left = [], []
+    # All are looked up before any is fused: that removes nodes.
+    for steps in [_Steps(layer, program) for layer in model.recurrences]:
+        layer, reason = steps.layer, _why_not(steps, model.tensors)
         if reason is None:
-            _fuse(program, call, model.tensors)
+            _fuse(program, steps, model.tensors)
         else:
             remedy = "It is computed step by step on integers"
-            left.append(Unsupported(call.name, f"{call.kind} has no device node: {reason}", remedy))
+            reason = f"{layer.kind} has no device node: {reason}"
+            unrolled.append(layer)
+            left.append(Unsupported(layer.name, reason, remedy))
     settle(program)
-    fused = QuantizedModel(program, model.input_names, model.output_names, model.recipe)
+    fused = dataclasses.replace(model, program=program, recurrences=tuple(unrolled))
     return fused, tuple(left)
 
 
-def _why_not(call: Recurrence, tensors: Mapping[str, QuantizedTensor]) -> str | None:
-    own = {key.removeprefix(call.key("")) for key in tensors if key.startswith(call.key(""))}
+def _why_not(steps: _Steps, tensors: Mapping[str, QuantizedTensor]) -> str | None:
+    """The reason why a layer has no device node; ``None`` when it has one."""
+    prefix = steps.layer.key("")
+    own = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
     weights = {key for key in own if key.startswith("weight")}
     if weights != {"weight_ih_l0", "weight_hh_l0"}:
         return "it must have one layer, one direction and no projection"
-    if len(call.products("weight_ih_l0")) > 1:
+    if len(steps.products("weight_ih_l0")) > 1:
         return "it is called more than once"
-    reads = [product.args[0] for name in weights for product in call.products(name)]
+    reads = [product.args[0] for name in weights for product in steps.products(name)]
     grids = [as_fake_quantize(node) if isinstance(node, fx.Node) else None for node in reads]
     if any(grid is None for grid in grids):
         return "its input and hidden state must be quantized"
@@ -133,19 +131,18 @@ def _why_not(call: Recurrence, tensors: Mapping[str, QuantizedTensor]) -> str | 
     return None
 
 
-def _fuse(
-    program: ExportedProgram, call: Recurrence, tensors: Mapping[str, QuantizedTensor]
-) -> None:
-    """Put one node before the layer's first product, and let it make what the steps made."""
-    (from_x,), from_h = call.products("weight_ih_l0"), call.products("weight_hh_l0")
+def _fuse(program: ExportedProgram, steps: _Steps, tensors: Mapping[str, QuantizedTensor]) -> None:
+    """Put one node before the layer's first output, and let it make what the steps made."""
+    layer = steps.layer
+    (from_x,), from_h = steps.products("weight_ih_l0"), steps.products("weight_hh_l0")
     source, hidden = _quantized(from_x), _quantized(from_h[0])
-    stacks = [node for node in call.nodes if node.target is _aten.stack.default]
+    stacks = [node for node in steps.nodes if node.target is _aten.stack.default]
     constants = Constants(program)
     weights = [
-        _add_weight(program.graph, constants, call, tensors[call.key(name)])
+        _add_weight(constants, steps, tensors[layer.key(name)])
         for name in ("weight_ih_l0", "weight_hh_l0")
     ]
-    bias = _add_bias(constants, call, from_x, from_h[0])
+    bias = _add_bias(constants, layer, from_x, from_h[0])
     batched = _value(source.x).dim() == 3
     # Of `projected.unbind(time)`.
     (unbind,) = (node for node in from_x.users if node.target is _aten.unbind.int)
@@ -167,8 +164,8 @@ def _fuse(
         return value if batched else write(_aten.unsqueeze.default, value, 0)
 
     states = [write.fake_quantize(as_state(hidden.x), hidden)]
-    states += [as_state(_initial_cell(from_h[0]))] if call.kind == "LSTM" else []
-    fused = getattr(torch.ops.lightning_qat_exporters, call.kind.lower()).default
+    states += [as_state(steps.initial_cell())] if layer.kind == "LSTM" else []
+    fused = getattr(torch.ops.lightning_qat_exporters, layer.kind.lower()).default
     weights = [write(node.target, *node.args) for node in weights]
     results = write(fused, write.fake_quantize(x, source), *weights, bias, *states)
 
@@ -187,7 +184,7 @@ def _fuse(
         dim = stack.args[1] if len(stack.args) > 1 else 0
         if len(parts) > 1 or dim == 1:
             value = sequence()
-        elif call.kind == "LSTM" and parts[0].target is _aten.add.Tensor:
+        elif layer.kind == "LSTM" and parts[0].target is _aten.add.Tensor:
             value = result(2)
         else:
             # Of one step, output and final state are equal; the layer makes the output first.
@@ -210,9 +207,7 @@ class _Writer:
 
     def fake_quantize(self, x: fx.Node, call: FakeQuantizeCall) -> fx.Node:
         """The same quantization of another tensor."""
-        grid = call.grid
-        arguments = (call.scale, call.zero_point, grid.qmin, grid.qmax, call.key)
-        return self(torch.ops.lightning_qat.fake_quantize.default, x, *arguments)
+        return self(FAKE_QUANTIZE, *call._replace(x=x).args)
 
 
 def _value(node: fx.Node) -> Any:
@@ -233,44 +228,30 @@ def _quantized(product: fx.Node) -> FakeQuantizeCall:
     return call
 
 
-def _initial_cell(product: fx.Node) -> fx.Node:
-    """The cell state that an LSTM's first step multiplies with its forget gate."""
-    (gates,) = product.users
-    (chunk,) = gates.users
-    forget = next(n for n in chunk.users if n.args[1] == 1)
-    (sigmoid,) = forget.users
-    (keep,) = sigmoid.users
-    cell = keep.args[1]
-    assert isinstance(cell, fx.Node)
-    return cell
-
-
-def _add_weight(
-    graph: fx.Graph, constants: Constants, call: Recurrence, tensor: QuantizedTensor
-) -> fx.Node:
+def _add_weight(constants: Constants, steps: _Steps, tensor: QuantizedTensor) -> fx.Node:
     """The ``dequantize`` node of a weight ``[1, gates * hidden, features]``."""
     assert tensor.integers is not None
+    kind, before = steps.layer.kind, steps.nodes[0]
     grid, scale, axis = tensor.qparams.grid, tensor.qparams.scale, tensor.qparams.axis
-    rows = in_onnx_order(call.kind, tensor.integers)
+    rows = in_onnx_order(kind, tensor.integers)
     integers = constants.add(f"{tensor.key}.gates", rows[None])
-    scales = in_onnx_order(call.kind, scale) if axis is not None else scale
+    scales = in_onnx_order(kind, scale) if axis is not None else scale
     written = constants.add(f"{tensor.key}.gates_scale", scales)
-    with graph.inserting_before(call.nodes[0]):
-        target: Any = torch.ops.lightning_qat.dequantize.default
-        arguments = (integers, written, grid.qmin, grid.qmax, None if axis is None else 1)
-        node: fx.Node = graph.call_function(target, (*arguments, tensor.key))
+    new = DequantizeCall(integers, written, grid, None if axis is None else 1, tensor.key)
+    with before.graph.inserting_before(before):
+        node: fx.Node = before.graph.call_function(DEQUANTIZE, new.args)
     return node
 
 
 def _add_bias(
-    constants: Constants, call: Recurrence, from_x: fx.Node, from_h: fx.Node
+    constants: Constants, layer: Recurrence, from_x: fx.Node, from_h: fx.Node
 ) -> fx.Node | None:
     """The biases of input and hidden state in one constant, ``[1, 2 * gates * hidden]``."""
     values = [constants.value(p.args[2]) for p in (from_x, from_h) if len(p.args) > 2]
-    parts = [in_onnx_order(call.kind, value) for value in values if value is not None]
+    parts = [in_onnx_order(layer.kind, value) for value in values if value is not None]
     if not parts:
         return None
-    return constants.add(f"{call.key('bias')}.gates", torch.cat(parts)[None])
+    return constants.add(f"{layer.key('bias')}.gates", torch.cat(parts)[None])
 
 
 def in_onnx_order(kind: str, rows: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
-from lightning_qat_exporters.qdq.recurrent import recurrences
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 from lightning_qat_exporters.tflite.tinynn.program_values import (
     Recorder,
@@ -109,8 +108,8 @@ class Lowering:
             UnsupportedByTarget: With everything that has no form.
         """
         samples = []
-        recurrent = recurrences(self.program)
-        inside = {node for call in recurrent for node in call.nodes}
+        recurrent = self.model.recurrences
+        inside = {node for call in recurrent for node in call.nodes(self.program)}
         self.problems += [Unsupported(c.name or c.kind, _FLOAT_GATES, LITERT) for c in recurrent]
         for name, sample in self.inputs.items():
             source = next(n for n in self.program.graph.nodes if n.name == name)
