@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.convert.capture import capture_program, export_program
+from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.finalize import (
     detached_copy,
     finalize_model,
@@ -19,11 +20,20 @@ from lightning_qat.convert.finalize import (
     tensor_keys,
 )
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
+from lightning_qat.convert.merge_quantizations import merge_quantizations
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
+from lightning_qat.convert.slice_constants import slice_constants
 from lightning_qat.ir.exported_program import settle
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
 from lightning_qat.recipe.recipe import Recipe
+
+PASSES = (drop_dropout, drop_single_cat, merge_quantizations, slice_constants)
+"""Rewrites of the captured graph, in place, in this order; batch norm is folded after them.
+
+Dropout and single ``cat`` go first: without them in between, quantizations repeat each other, and a
+batch norm stands right behind its layer.
+"""
 
 
 def convert(
@@ -61,6 +71,8 @@ def convert(
     capture = capture_program if dynamic_batch else partial(export_program, dynamic=None)
     mark_recurrences(final)
     program = capture(final, args, kwargs)
+    for rewrite in PASSES:
+        rewrite(program)
     saturated = fold_batchnorms(program)
     for key, count in saturated.items():
         warnings.warn(

@@ -11,49 +11,30 @@ from torch.export import ExportedProgram
 
 from lightning_qat.convert.batchnorm import BatchNormStatistics
 from lightning_qat.ir.exported_program import Constants, module_path
-from lightning_qat.ir.ops import DEQUANTIZE, DequantizeCall, as_dequantize, as_fake_quantize
+from lightning_qat.ir.ops import DEQUANTIZE, DequantizeCall, as_dequantize
 from lightning_qat.layers.table import CHANNEL_AXES
 from lightning_qat.numerics.qparams import QParams
 
 _ATEN = torch.ops.aten
-
-_DROPOUTS = (
-    _ATEN.dropout.default,
-    _ATEN.feature_dropout.default,
-    _ATEN.alpha_dropout.default,
-    _ATEN.feature_alpha_dropout.default,
-)
 
 
 def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
     """Fold every evaluating batch norm whose input is a layer's output and nothing else reads it.
 
     The folded program computes the same function: integers are negated where a factor is negative,
-    scales multiplied by its size (see ``batchnorm``). Float layers are folded too. Dropout, which
-    does nothing in eval mode, is removed on the way so that it does not stand in between.
+    scales multiplied by its size (see ``batchnorm``). Float layers are folded too.
 
     Args:
         program: Changed in place; constants that are no longer read stay until they are dropped.
 
     Returns:
         Key of each weight whose integers saturated, with how many did. Empty for the grids of
-        ``Grid.weight``.
+        ``IntegerGrid.weight``.
     """
     saturated: dict[str, int] = {}
     constants = Constants(program)
     calls = [as_dequantize(node) for node in program.graph.nodes]
     uses = Counter(call.key for call in calls if call is not None)
-    for node in list(program.graph.nodes):
-        # A forward may keep dropout on in eval mode (Monte-Carlo dropout): that one stays.
-        if node.target in _DROPOUTS and node.args[2] is False:
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-        elif node.target is _ATEN.cat.default and len(node.args[0]) == 1:
-            # torch.onnx drops it, and would leave two quantizations in a row.
-            node.replace_all_uses_with(node.args[0][0])
-            program.graph.erase_node(node)
-    _drop_repeated(program)
-    _slice_constants(program)
     for node in list(program.graph.nodes):
         if node.target is not _ATEN.batch_norm.default:
             continue
@@ -93,33 +74,6 @@ def _groups_of_transposed(layer: fx.Node) -> int:
         return 1
     groups: Any = layer.args[6] if len(layer.args) > 6 else 1
     return int(groups)
-
-
-def _slice_constants(program: ExportedProgram) -> None:
-    """A slice of a constant becomes a constant: attention packs the biases of its projections."""
-    constants = Constants(program)
-    for node in list(program.graph.nodes):
-        value = constants.value(node.args[0]) if node.target is _ATEN.slice.Tensor else None
-        if value is not None and all(isinstance(arg, int) for arg in node.args[1:]):
-            sliced = _ATEN.slice.Tensor(value, *node.args[1:]).contiguous()
-            name = f"{module_path(node)}.{node.name}".lstrip(".")
-            node.replace_all_uses_with(constants.add(name, sliced))
-            program.graph.erase_node(node)
-
-
-def _drop_repeated(program: ExportedProgram) -> None:
-    """Without dropout in between, some tensors stand behind the same quantization twice."""
-    first: dict[tuple[fx.Node, str], fx.Node] = {}
-    for node in list(program.graph.nodes):
-        call = as_fake_quantize(node)
-        if call is None:
-            continue
-        before = as_fake_quantize(call.x)
-        same = call.x if before is not None and before.key == call.key else None
-        same = same or first.setdefault((call.x, call.key), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            program.graph.erase_node(node)
 
 
 def _fold_weight(
