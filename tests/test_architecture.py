@@ -34,7 +34,7 @@ CORE: Mapping[str, str] = {
 EXPORTERS: Mapping[str, str] = {
     "quiet": "",
     "onnx_files": "",
-    "qdq": "",
+    "qdq": "quiet",
     "fake_quant_onnx": "onnx_files qdq",
     "cann": "onnx_files qdq",
     "tflite": "qdq quiet",

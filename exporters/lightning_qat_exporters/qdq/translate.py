@@ -6,29 +6,30 @@ their tensor; scales and zero points are given to them later, by that key.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
-from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import fx
 from torch.export import ExportedProgram
 
 import lightning_qat_exporters.qdq.recurrent  # noqa: F401  # registers lstm and gru
 from lightning_qat.ir.exported_program import Constants, copied, settle
-from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
+from lightning_qat.ir.ops import DEQUANTIZE, FAKE_QUANTIZE, as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat_exporters.qdq.private_onnxscript import splits_sought_at_slices
+from lightning_qat_exporters.quiet import without_remarks
 
 KEY = "lightning_qat.key"
 """Metadata of a node: the keys, a line each, of the quantized tensors that it belongs to."""
 
+
+_IGNORED = ((".*LeafSpec", FutureWarning),)
+"""torch's own use of its own deprecated LeafSpec; its logger names packages that are not needed."""
 
 _TRANSLATED: WeakKeyDictionary[QuantizedModel, dict[int, ir.Model]] = WeakKeyDictionary()
 
@@ -46,7 +47,7 @@ def translated(model: QuantizedModel, opset: int) -> ir.Model:
     """
     by_opset = _TRANSLATED.setdefault(model, {})
     if opset not in by_opset:
-        with _quiet():
+        with without_remarks("torch.onnx", _IGNORED):
             program = torch.onnx.export(
                 _with_few_constants(model),
                 (),
@@ -57,8 +58,8 @@ def translated(model: QuantizedModel, opset: int) -> ir.Model:
                 input_names=list(model.input_names),
                 output_names=list(model.output_names),
                 custom_translation_table={
-                    torch.ops.lightning_qat.fake_quantize.default: _quantize_dequantize,
-                    torch.ops.lightning_qat.dequantize.default: _dequantize,
+                    FAKE_QUANTIZE: _quantize_dequantize,
+                    DEQUANTIZE: _dequantize,
                     torch.ops.lightning_qat_exporters.lstm.default: _lstm,
                     torch.ops.lightning_qat_exporters.gru.default: _gru,
                 },
@@ -94,21 +95,6 @@ def _with_few_constants(model: QuantizedModel) -> ExportedProgram:
             node.update_arg(1, shared(weight.scale))
     settle(program)
     return program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch.onnx's remarks on packages that are not installed away from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch's own use of its own deprecated LeafSpec.
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _quantize_dequantize(
@@ -158,31 +144,10 @@ def _optimize(program: torch.onnx.ONNXProgram) -> None:
     for node in program.model.graph:
         for key in keys_of(node.metadata_props):
             node.attributes[KEY] = ir.AttrString(KEY, key)
-    with _splits_sought_at_slices():
+    with splits_sought_at_slices():
         program.optimize()
     for node in program.model.graph:
         node.attributes.pop(KEY, None)
-
-
-@contextmanager
-def _splits_sought_at_slices() -> Iterator[None]:
-    """Let onnxscript's rule that makes Split of two Slices look at Slices only.
-
-    For every node of a graph it lists all of them first, whatever the node is.
-    """
-    rule: Any = slice_split_rule
-    attempt = rule.try_rewrite
-
-    def at_slices(model: Any, graph_or_function: Any, node: ir.Node, **options: Any) -> Any:
-        if node.op_type != "Slice":
-            return None
-        return attempt(model, graph_or_function, node, **options)
-
-    rule.try_rewrite = at_slices
-    try:
-        yield
-    finally:
-        rule.try_rewrite = attempt
 
 
 def _share_pairs(graph: ir.Graph, model: QuantizedModel) -> None:
