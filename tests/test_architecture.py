@@ -37,7 +37,7 @@ EXPORTERS: Mapping[str, str] = {
     "qdq": "quiet",
     "fake_quant_onnx": "onnx_files qdq",
     "cann": "onnx_files qdq",
-    "tflite": "qdq quiet",
+    "tflite": "quiet",
 }
 OPEN_TO_EXPORTERS = {"numerics", "ir", "export", "atomic_write", "amct"}
 """What of the core exporters may import: final numbers, the converted model, records."""
