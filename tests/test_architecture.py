@@ -1,6 +1,7 @@
 """The rooms: who may import whom. These tables are the map that docs/architecture.md draws."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -220,6 +221,38 @@ def test_a_circle_is_found() -> None:
     assert circles({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
+def room_sentence(package: str, room: str) -> str:
+    """The first sentence of a room's docstring."""
+    folder = FOLDERS[package] / room
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+    return " ".join(docstring.split("\n\n")[0].split())
+
+
+def room_table(package: str) -> str:
+    """The rooms of a package as docs/architecture.md shows them."""
+    lines = ["| room | what it is | imports |", "|---|---|---|"]
+    for room, below in PACKAGES[package].items():
+        names = ", ".join(f"`{name}`" for name in below.split())
+        lines.append(f"| `{room}` | {room_sentence(package, room)} | {names} |")
+    return "\n".join(lines)
+
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_page_shows_the_rooms(package: str) -> None:
+    # python -m tests.test_architecture writes the tables anew.
+    assert f"<!-- rooms: {package} -->\n{room_table(package)}\n" in ARCHITECTURE
+
+
+def test_every_path_on_the_page_exists() -> None:
+    paths = re.findall(r"`((?:lightning_qat|exporters|tests)/[\w/.]*)`", ARCHITECTURE)
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def formats_loaded_by(statement: str) -> set[str]:
     """The file format libraries that a fresh interpreter has loaded after ``statement``."""
     code = f"{statement}\nimport sys\nprint(*{FORMATS} & set(sys.modules))"
@@ -233,3 +266,13 @@ def test_importing_the_package_loads_no_file_format() -> None:
 
 def test_a_loaded_file_format_is_seen() -> None:
     assert "onnx" in formats_loaded_by("import onnx")
+
+
+if __name__ == "__main__":
+    page = ARCHITECTURE
+    for name in PACKAGES:
+        marker = f"<!-- rooms: {name} -->\n"
+        before, after = page.split(marker)
+        rest = re.sub(r"\A(\|.*\n)*", "", after)
+        page = f"{before}{marker}{room_table(name)}\n{rest}"
+    (ROOT / "docs/architecture.md").write_text(page, encoding="utf-8")

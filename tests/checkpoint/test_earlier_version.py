@@ -1,4 +1,4 @@
-"""Files that an earlier version has written load, go on training and export; see the module read."""
+"""Files that an earlier version has written load, go on training and export."""
 
 from pathlib import Path
 from typing import Any
