@@ -226,8 +226,16 @@ def test_the_fake_quant_model_gives_what_amcts_gives_in_onnx_runtime(name: str) 
     case = load_case(name)
     model = to_fake_quant(qdq_of(case))
     onnx.checker.check_model(proto(model), full_check=True)
-    (actual,) = run_float(model, next(iter(case.inputs.values())))
-    np.testing.assert_array_equal(actual, case.outputs[0])
+    x = next(iter(case.inputs.values()))
+    # As it is written it adds whole numbers, which float32 holds: equal in any order, on any CPU.
+    (as_written,) = run_float(model, x, optimize=False)
+    np.testing.assert_array_equal(as_written, AscendExecutor(case.deploy_path).run(case.inputs)[0])
+    # AMCT's numbers are a default session's. There ONNX Runtime folds the last Mul of "branch" into
+    # weights, and sums of fractions depend on the CPU's order: a few of float32's last places.
+    (actual,) = run_float(model, x)
+    places = 4 if name == "branch" else 0
+    tolerance = places * np.spacing(np.abs(case.outputs[0]).max())
+    np.testing.assert_allclose(actual, case.outputs[0], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lightning_qat import QuantizedModel, convert, export, prepare, verify
+from lightning_qat_exporters import CannExporter
+from tests.exporters.exact_sums import ExactSums
 
 CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv1d": (nn.Conv1d(4, 6, 3, padding=1, dilation=2), (4, 9)),
@@ -27,6 +29,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv_transpose2d grouped": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 5, 5)),
     "conv_transpose3d": (nn.ConvTranspose3d(4, 6, 2, stride=2), (4, 3, 3, 3)),
 }
+EXPORTERS = {"fake_quant_onnx": ExactSums, "cann": CannExporter}
 NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -54,7 +57,8 @@ def test_every_runtime_agrees_with_torch(
 ) -> None:
     recipe = {"preset": "int8", "weight": {"granularity": granularity}}
     quantized = converted(*CASES[name], recipe)
-    agreement = verify(quantized, export(quantized, target, tmp_path / "net"))
+    artifact = export(quantized, target, tmp_path / "net")
+    agreement = verify(quantized, artifact, exporter=EXPORTERS[target]())
     assert agreement.parameters_equal, agreement
     for runtime in agreement.runtimes:
         assert runtime.max_steps <= 1.01, agreement
