@@ -8,6 +8,11 @@ import pytest
 import torch
 
 from lightning_qat.function_hooks.running import forget_running, running
+from tests import torch_once
+
+
+def pytest_collection_finish() -> None:
+    torch_once.remember()
 
 
 @pytest.fixture(autouse=True)
