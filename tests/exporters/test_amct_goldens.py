@@ -5,6 +5,7 @@ folded scales, biases and dequant parameters are ours, by the recipe
 that AMCT's own configuration of the network makes.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qat import convert, export, prepare, verify
+from lightning_qat import QuantizedModel, convert, export, prepare, verify
 from lightning_qat.amct.record import parse_record
+from lightning_qat.export.protocol import Artifact
 from lightning_qat.layers import QATLayer
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.final import FinalActivation
@@ -23,6 +25,9 @@ from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat_exporters import CannExporter
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from tests.exporters.amct_goldens import Case, load_case, quantized_layers, quantized_order
+
+# One worker converts and writes each network once.
+pytestmark = pytest.mark.xdist_group("AMCT's networks")
 
 
 class ConvNet(nn.Module):
@@ -134,14 +139,24 @@ def golden_network(case: Case) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_deploy_file_equals_amcts_around_every_quantized_layer(
-    tmp_path: Path, name: str
-) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("amct")
+
+
+@functools.cache
+def written(name: str, folder: Path) -> tuple[QuantizedModel, Artifact]:
+    """One of AMCT's networks as we convert and write it."""
     case = load_case(name)
     (x,) = case.inputs.values()
     model = convert(golden_network(case), torch.from_numpy(x))
-    artifact = export(model, CannExporter(int4_weights=True), tmp_path / "net")
+    return model, export(model, CannExporter(int4_weights=True), folder / name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_deploy_file_equals_amcts_around_every_quantized_layer(folder: Path, name: str) -> None:
+    case = load_case(name)
+    _, artifact = written(name, folder)
     ours = onnx.load(artifact.files["model"])
     assert quantized_order(ours) == quantized_order(case.deploy)
     for mine, theirs in zip(quantized_layers(ours), quantized_layers(case.deploy), strict=True):
@@ -150,12 +165,11 @@ def test_the_deploy_file_equals_amcts_around_every_quantized_layer(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_our_files_compute_what_amcts_simulation_computed(tmp_path: Path, name: str) -> None:
+def test_our_files_compute_what_amcts_simulation_computed(folder: Path, name: str) -> None:
     case = load_case(name)
     (x,) = case.inputs.values()
-    model = convert(golden_network(case), torch.from_numpy(x))
     exporter = CannExporter(int4_weights=True)
-    artifact = exporter.export(model, tmp_path / "net")
+    model, artifact = written(name, folder)
     (wanted,) = case.outputs
     # AMCT's own file and ours in the executor: the same integers and scales, the same floats.
     executor = AscendExecutor(case.deploy_path)

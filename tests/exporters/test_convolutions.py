@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 from lightning_qat import QuantizedModel, convert, export, prepare, verify
 from lightning_qat_exporters import CannExporter
 from tests.exporters.exact_sums import ExactSums
+
+# One worker converts each layer once, for both targets.
+pytestmark = pytest.mark.xdist_group("convolutions")
 
 CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv1d": (nn.Conv1d(4, 6, 3, padding=1, dilation=2), (4, 9)),
@@ -49,16 +53,24 @@ def converted(layer: nn.Module, shape: tuple[int, ...], recipe: Any = "int8") ->
     return convert(model, x)
 
 
+@functools.cache
+def quantized(name: str, granularity: str = "per_channel") -> QuantizedModel:
+    """One of the cases, the same one for every test: exporters leave it as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        recipe = {"preset": "int8", "weight": {"granularity": granularity}}
+        return converted(*CASES[name], recipe)
+
+
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", ["fake_quant_onnx", "cann"])
 def test_every_runtime_agrees_with_torch(
     name: str, granularity: str, target: str, tmp_path: Path
 ) -> None:
-    recipe = {"preset": "int8", "weight": {"granularity": granularity}}
-    quantized = converted(*CASES[name], recipe)
-    artifact = export(quantized, target, tmp_path / "net")
-    agreement = verify(quantized, artifact, exporter=EXPORTERS[target]())
+    model = quantized(name, granularity)
+    artifact = export(model, target, tmp_path / "net")
+    agreement = verify(model, artifact, exporter=EXPORTERS[target]())
     assert agreement.parameters_equal, agreement
     for runtime in agreement.runtimes:
         assert runtime.max_steps <= 1.01, agreement
@@ -67,11 +79,11 @@ def test_every_runtime_agrees_with_torch(
 
 @pytest.mark.parametrize("name", [name for name in CASES if "grouped" not in name])
 def test_a_batch_norm_after_it_is_folded(name: str) -> None:
-    targets = {node.target for node in converted(*CASES[name]).program.graph.nodes}
+    targets = {node.target for node in quantized(name).program.graph.nodes}
     assert torch.ops.aten.batch_norm.default not in targets
 
 
 def test_a_batch_norm_after_a_grouped_transposed_convolution_stays() -> None:
     """Its scales are shared by the groups, whose factors differ."""
-    graph = converted(*CASES["conv_transpose2d grouped"]).program.graph
+    graph = quantized("conv_transpose2d grouped").program.graph
     assert torch.ops.aten.batch_norm.default in {node.target for node in graph.nodes}

@@ -23,6 +23,9 @@ from lightning_qat_exporters.onnx_files.write import save_onnx
 from tests.exporters.contract import ExporterContract, converted
 from tests.models import NETWORKS, Nested, ResidualAdd, inputs_for, trained
 
+# One worker converts and translates the networks, for test_onnx_int4 too.
+pytestmark = pytest.mark.xdist_group("onnx")
+
 COMPUTE = ("Conv", "Gemm", "MatMul")
 
 
@@ -229,7 +232,8 @@ def test_onnx_runtime_is_at_most_one_step_away(network: str, recipe: str, tmp_pa
     assert steps(converted(network, recipe), tmp_path, inputs_for(network, 32)) <= 1.0
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+# A matrix product, a grouped convolution, and a network with everything else.
+@pytest.mark.parametrize("network", ["linear_3d", "depthwise", "residual_add"])
 def test_the_batch_is_dynamic_in_the_file_too(network: str, tmp_path: Path) -> None:
     exporter, model = FakeQuantOnnxExporter(), converted(network, samples=1)
     artifact = export(model, exporter, tmp_path / "net")

@@ -19,6 +19,9 @@ from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.exporters.exact_sums import ExactSums
 from tests.join_networks import NETWORKS, inputs_for, train_steps
 
+# One worker converts each network once, and each session optimizes it once.
+pytestmark = pytest.mark.xdist_group("joins in ONNX Runtime")
+
 INTEGER = ("resnet20", "mobilenet_v2", "dense_block", "unet", "inception")
 """Networks of which nothing is float between the first layer and the last."""
 
@@ -62,8 +65,10 @@ def converted(network: str) -> QuantizedModel:
         return convert(train_steps(model, x), x)
 
 
-def optimized(network: str, level: str, folder: Path) -> onnx.ModelProto:
+@functools.cache
+def optimized(network: str, level: str, of_all: Path) -> onnx.ModelProto:
     """What ONNX Runtime makes of a network's file."""
+    folder = of_all / network / level
     artifact = export(converted(network), FakeQuantOnnxExporter(), folder / "net")
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -73,12 +78,15 @@ def optimized(network: str, level: str, folder: Path) -> onnx.ModelProto:
     return onnx.load(folder / "optimized.onnx")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("joins")
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("network", INTEGER)
-def test_every_node_that_computes_is_an_integer_one(
-    network: str, level: str, tmp_path: Path
-) -> None:
-    found = Counter(node.op_type for node in optimized(network, level, tmp_path).graph.node)
+def test_every_node_that_computes_is_an_integer_one(network: str, level: str, folder: Path) -> None:
+    found = Counter(node.op_type for node in optimized(network, level, folder).graph.node)
     assert {name: count for name, count in found.items() if name in COMPUTES} == {}
     assert {n: c for n, c in found.items() if n.startswith("Q") and n != "QuantizeLinear"} == (
         EXPECTED[network]
@@ -88,9 +96,9 @@ def test_every_node_that_computes_is_an_integer_one(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("network", INTEGER)
 def test_one_quantization_at_the_input_and_one_dequantization_at_the_output(
-    network: str, level: str, tmp_path: Path
+    network: str, level: str, folder: Path
 ) -> None:
-    graph = optimized(network, level, tmp_path).graph
+    graph = optimized(network, level, folder).graph
     quantize = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     dequantize = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     assert [node.input[0] for node in quantize] == [graph.input[0].name]
@@ -98,9 +106,9 @@ def test_one_quantization_at_the_input_and_one_dequantization_at_the_output(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_gates_and_joins_of_a_squeeze_excite_block_are_integer(level: str, tmp_path: Path) -> None:
+def test_gates_and_joins_of_a_squeeze_excite_block_are_integer(level: str, folder: Path) -> None:
     # ONNX Runtime has no integer form of hardswish and hardsigmoid.
-    found = Counter(n.op_type for n in optimized("mobilenet_v3_block", level, tmp_path).graph.node)
+    found = Counter(n.op_type for n in optimized("mobilenet_v3_block", level, folder).graph.node)
     names = ("QLinearConv", "QLinearGlobalAveragePool", "QLinearMul", "QLinearAdd")
     assert [found[name] for name in names] == [5, 1, 1, 1]
     assert found["Conv"] + found["FusedConv"] + found["Add"] == 0

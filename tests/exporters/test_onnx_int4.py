@@ -16,6 +16,9 @@ from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.exporters.contract import KINDS, converted
 from tests.models import inputs_for, trained
 
+# The worker that has the networks of test_fake_quant_onnx.
+pytestmark = pytest.mark.xdist_group("onnx")
+
 INT4 = onnx.TensorProto.INT4
 RUNTIMES = FakeQuantOnnxExporter().runtimes
 

@@ -30,6 +30,9 @@ from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
 from lightning_qat_exporters.onnx_files.read import read_onnx
 from tests.join_networks import NETWORKS, inputs_for, train_steps
 
+# One worker quantizes and converts each model once.
+pytestmark = pytest.mark.xdist_group("quantize_static")
+
 Array = NDArray[Any]
 Int8, UInt8 = QuantType.QInt8, QuantType.QUInt8
 # Activations, weights, one scale per channel, symmetric.

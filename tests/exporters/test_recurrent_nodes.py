@@ -24,6 +24,9 @@ from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from lightning_qat_exporters.onnx_files.run import run_onnx
 from tests.exporters.amct_goldens import GOLDENS, Case, attributes_of, load_case
 
+# One worker writes each of AMCT's networks once.
+pytestmark = pytest.mark.xdist_group("recurrent nodes")
+
 CASES = ("lstm", "lstm_pt", "gru", "gru_seq4")
 UNSUPPORTED = (
     "no current product supports it by Huawei's documents, and kernels require a sequence length "
@@ -187,9 +190,16 @@ class Model(nn.Module):
         return self.head(self.rnn(self.embed(x).relu())[0])
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 3), (1, 3)], ids=["batch first", "one sequence"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+# Every pair of a kind, a bias or none, and a batch first or one sequence.
+@pytest.mark.parametrize(
+    ("kind", "bias", "shape"),
+    [
+        pytest.param(nn.LSTM, True, (5, 1, 3), id="LSTM-bias-batch first"),
+        pytest.param(nn.LSTM, False, (1, 3), id="LSTM-no bias-one sequence"),
+        pytest.param(nn.GRU, True, (1, 3), id="GRU-bias-one sequence"),
+        pytest.param(nn.GRU, False, (5, 1, 3), id="GRU-no bias-batch first"),
+    ],
+)
 def test_a_step_is_that_of_the_trained_layer(
     kind: Any, bias: bool, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
