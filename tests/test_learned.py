@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -246,16 +247,25 @@ def trained(recipe: Recipe, steps: int = 4) -> tuple[nn.Module, Tensor]:
     return model.eval(), x
 
 
+@functools.cache
+def learned(quantizer: str, bits: int) -> tuple[Tensor, Tensor, QuantizedModel]:
+    """An input, what the trained model makes of it, and the model converted; for both targets."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = trained(learned_recipe(quantizer, bits))
+        with torch.no_grad():
+            expected = model(x)
+        return x, expected, convert(model, x)
+
+
+@pytest.mark.xdist_group("learned files")
 @pytest.mark.parametrize("quantizer", ["learned", "ulq"])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("target", ["fake_quant_onnx", "cann"])
 def test_files_hold_what_was_learned(
     quantizer: str, bits: int, target: str, tmp_path: Path
 ) -> None:
-    model, x = trained(learned_recipe(quantizer, bits))
-    with torch.no_grad():
-        expected = model(x)
-    quantized = convert(model, x)
+    x, expected, quantized = learned(quantizer, bits)
     steps = (quantized(x) - expected).abs() / quantized.output_steps["output"]
     if not (quantizer == "ulq" and bits == 8):  # AMCT's grid saturates +128 when it is folded
         assert float(steps.max()) <= 1.01
