@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import Recipe, convert, export, prepare, verify
+from lightning_qat import QuantizedModel, Recipe, convert, export, prepare, verify
 from lightning_qat.layers import LinearQAT, MultiheadAttentionQAT
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize
@@ -392,24 +393,54 @@ NETWORKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["int8", "w4a8", Recipe(joins=False, outputs=False)], ids=str)
-@pytest.mark.parametrize("network", NETWORKS)
+RECIPES: dict[str, Any] = {
+    "int8": "int8",
+    "w4a8": "w4a8",
+    "inputs of layers only": Recipe(joins=False, outputs=False),
+}
+
+# Every network at int8. Weights of 4 bits are those of projections, which are Linears like any;
+# what stays float without joins is the attention, with a mask or without.
+FILES = [
+    *((network, "int8") for network in NETWORKS),
+    *((network, "w4a8") for network in ("self-attention, bias_kv", "encoder")),
+    *(
+        (network, "inputs of layers only")
+        for network in ("self-attention, zero_attn", "cross-attention, padding", "encoder")
+    ),
+]
+
+
+@functools.cache
+def converted(network: str, recipe: str) -> QuantizedModel:
+    """One of the networks, trained a little; the same for every target of a worker."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        make, x = NETWORKS[network]
+        model = make()
+        prepare(model, RECIPES[recipe], x)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.train()(*x).square().mean().backward()
+            optimizer.step()
+        return convert(model, x)
+
+
+@pytest.mark.parametrize(("network", "recipe"), FILES)
 @pytest.mark.parametrize(
     "target",
-    ["fake_quant_onnx", "cann", pytest.param("tflite", marks=pytest.mark.xdist_group("tflite"))],
+    [
+        # One translation serves both.
+        pytest.param("fake_quant_onnx", marks=pytest.mark.xdist_group("attention")),
+        pytest.param("cann", marks=pytest.mark.xdist_group("attention")),
+        pytest.param("tflite", marks=pytest.mark.xdist_group("tflite")),
+    ],
 )
-def test_files_agree_with_torch(network: str, recipe: Any, target: str, tmp_path: Path) -> None:
+def test_files_agree_with_torch(network: str, recipe: str, target: str, tmp_path: Path) -> None:
     if target == "tflite":
         pytest.importorskip("litert_torch")
-    make, x = NETWORKS[network]
-    model = make()
-    prepare(model, recipe, x)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model.train()(*x).square().mean().backward()
-        optimizer.step()
-    quantized = convert(model, x)
+    quantized = converted(network, recipe)
     projections = [name for name in (layer.name for layer in quantized.layers) if "_proj" in name]
     assert len(projections) == (8 if network == "encoder" else 4)
     assert all(layer.bias is not None for layer in quantized.layers)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import ActivationSpec, Recipe, WeightSpec, convert, export, prepare, verify
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.arithmetic import affine_qparams
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+@functools.cache
+def exported(make: Callable[[], Exporter], network: str, of_all: Path) -> Artifact:
+    """A network's files as ``net`` in a folder of its own; read them, and copy them to change."""
+    return export(converted(network), make(), of_all / network / "net")
+
+
 class ExporterContract:
     """Inherit, and say which exporter, how far apart its runtimes may be, and how to break a write.
 
@@ -67,6 +74,14 @@ class ExporterContract:
     def exporter(self) -> Exporter:
         return type(self).make()
 
+    @pytest.fixture
+    def kept(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The folder of the files that tests share."""
+        return tmp_path_factory.getbasetemp() / f"kept_{self.name}"
+
+    def exported(self, network: str, kept: Path) -> Artifact:
+        return exported(type(self).make, network, kept)
+
     def test_it_is_found_by_its_name(self) -> None:
         assert type(load_exporter(self.name)) is type(self.exporter())
         assert self.exporter().name == self.name
@@ -76,11 +91,11 @@ class ExporterContract:
 
     @pytest.mark.parametrize("network", KINDS)
     def test_numbers_read_back_are_the_model_s_and_so_are_the_outputs(
-        self, network: str, tmp_path: Path
+        self, network: str, kept: Path
     ) -> None:
         exporter, model = self.exporter(), converted(network)
         assert isinstance(exporter, Readable)
-        artifact = export(model, exporter, tmp_path / "net")
+        artifact = self.exported(network, kept)
         agreement = verify(model, artifact, inputs_for(network, 16), exporter)
         assert agreement.parameter_differences == ()
         # Float operations in another order can flip one rounding, which is one step.
@@ -105,38 +120,40 @@ class ExporterContract:
         assert model.program.graph_module.code == code
         assert torch.equal(model(x), output)
 
-    def test_the_same_model_gives_the_same_bytes(self, tmp_path: Path) -> None:
-        model = converted("residual_add")
-        for folder in ("one", "two"):
-            export(model, self.exporter(), tmp_path / folder / "net")
-        assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    def test_the_same_model_gives_the_same_bytes(self, kept: Path, tmp_path: Path) -> None:
+        self.exported("residual_add", kept)
+        export(converted("residual_add"), self.exporter(), tmp_path / "net")
+        assert digests(tmp_path) == digests(kept / "residual_add")
 
-    def test_a_saved_and_loaded_model_gives_the_same_bytes(self, tmp_path: Path) -> None:
-        model = converted("residual_add")
-        export(model, self.exporter(), tmp_path / "one" / "net")
-        model.save(tmp_path / "model.pt2")
+    def test_a_saved_and_loaded_model_gives_the_same_bytes(
+        self, kept: Path, tmp_path: Path
+    ) -> None:
+        self.exported("residual_add", kept)
+        converted("residual_add").save(tmp_path / "model.pt2")
         loaded = QuantizedModel.load(tmp_path / "model.pt2")
         export(loaded, self.exporter(), tmp_path / "two" / "net")
-        assert digests(tmp_path / "one") == digests(tmp_path / "two")
+        assert digests(tmp_path / "two") == digests(kept / "residual_add")
 
     def test_a_write_that_fails_leaves_the_old_files(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        export(converted("linear"), self.exporter(), tmp_path / "net")
+        self.exported("linear", kept)
+        shutil.copytree(kept / "linear", tmp_path, dirs_exist_ok=True)
         before = digests(tmp_path)
         self.break_write(monkeypatch)
         with pytest.raises(OSError, match="disk full"):
             export(converted("linear", "w4a8"), self.exporter(), tmp_path / "net")
         assert digests(tmp_path) == before
 
-    def test_a_new_file_takes_the_old_one_s_place(self, tmp_path: Path) -> None:
+    def test_a_new_file_takes_the_old_one_s_place(self, kept: Path, tmp_path: Path) -> None:
         exporter = self.exporter()
-        export(converted("linear"), exporter, tmp_path / "net")
+        self.exported("linear", kept)
+        shutil.copytree(kept / "linear", tmp_path, dirs_exist_ok=True)
         model = converted("linear", "w4a8")
         artifact = export(model, exporter, tmp_path / "net")
         assert isinstance(exporter, Readable)
         assert exporter.differences(model, artifact) == ()
 
-    def test_compute_nodes_have_the_names_of_their_layers(self, tmp_path: Path) -> None:
-        artifact = export(converted("residual_add"), self.exporter(), tmp_path / "net")
+    def test_compute_nodes_have_the_names_of_their_layers(self, kept: Path) -> None:
+        artifact = self.exported("residual_add", kept)
         assert {"conv1", "conv2", "head"} <= self.names_in(artifact)
