@@ -40,9 +40,11 @@ def _remember_composites() -> None:
 
 def _remember_translations() -> None:
     """torch.onnx reads the sources of its 500 translations to know their signatures."""
-    import torch.onnx._internal.exporter._registration as registration
-
-    registry: Any = registration.ONNXRegistry
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # another torch keeps it elsewhere: exports are only slower
+        return
+    registry: Any = ONNXRegistry
     make = functools.cache(registry.from_torchlib)
 
     def made(*args: Any, **kwargs: Any) -> Any:
