@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import onnxruntime as ort
 
-from lightning_qat.export import Array, Artifact
+from lightning_qat.export.protocol import Array, Artifact
 from lightning_qat_exporters import FakeQuantOnnxExporter
 
 
