@@ -11,7 +11,7 @@ from lightning_qat.convert.convert import PASSES
 from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.merge_quantizations import merge_quantizations
 from lightning_qat.convert.slice_constants import slice_constants
-from lightning_qat.ir.exported_program import Constants, settle
+from lightning_qat.ir.exported_program import Constants, clean_up
 from lightning_qat.ir.ops import fake_quantize_node
 
 
@@ -39,7 +39,7 @@ def captured(function: Any) -> ExportedProgram:
 
 def operators(program: ExportedProgram) -> list[str]:
     """The operators of a graph after dead code is gone."""
-    settle(program)
+    clean_up(program)
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     return [str(node.target).split(".")[1] for node in nodes]
 

@@ -23,7 +23,7 @@ from lightning_qat.convert.fold_batchnorm import fold_batchnorms
 from lightning_qat.convert.merge_quantizations import merge_quantizations
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.slice_constants import slice_constants
-from lightning_qat.ir.exported_program import settle
+from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
 from lightning_qat.recipe.recipe import Recipe
@@ -59,7 +59,7 @@ def convert(
         dynamic_batch: False gives every dimension the size that it has in ``example_inputs``.
 
     Returns:
-        The neutral description that exporters read.
+        The converted model, which exporters read.
 
     Raises:
         ValueError: The model has no QAT layers, or layers whose range was never observed or whose
@@ -82,7 +82,7 @@ def convert(
             stacklevel=2,
         )
     recurrences = take_recurrences(program, final)
-    settle(program)
+    clean_up(program)
     return QuantizedModel(
         program,
         _input_names(program),

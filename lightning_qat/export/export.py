@@ -1,4 +1,4 @@
-"""The exporter protocol, the way to an exporter by name, and ``export``. Knows no file format."""
+"""``export``: write a converted model with an exporter. Contains no file format."""
 
 from __future__ import annotations
 

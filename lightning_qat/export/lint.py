@@ -1,4 +1,4 @@
-"""What a lint of a target's file finds; the rules are the target's own."""
+"""Findings of a lint of a target's file; the rules are in the target's exporter."""
 
 from __future__ import annotations
 

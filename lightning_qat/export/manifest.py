@@ -25,7 +25,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What became of one target: an artifact with its agreement, or an error.
+    """The result of one target: an artifact with its agreement, or an error.
 
     Args:
         target: Name of the exporter.
@@ -69,7 +69,7 @@ def export_all(
         ValueError: Two exporters have the same name, so they would write the same files.
     """
     refuse_repeated(exporters)
-    results = tuple(_deliver(model, e, folder / name, check, inputs) for e in exporters)
+    results = tuple(_export_one(model, e, folder / name, check, inputs) for e in exporters)
     manifest = {
         "versions": _versions(),
         "python": platform.python_version(),
@@ -95,7 +95,7 @@ def refuse_repeated(exporters: Sequence[Exporter]) -> None:
         )
 
 
-def _deliver(
+def _export_one(
     model: QuantizedModel, exporter: Exporter, prefix: Path, check: bool, inputs: Any
 ) -> ExportResult:
     artifact = None

@@ -1,4 +1,4 @@
-"""What an exporter is: its protocols, what it returns and what it raises."""
+"""The protocols of an exporter, what it returns and what it raises."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class MissingDependency(ImportError):
 
 @runtime_checkable
 class Exporter(Protocol):
-    """What an exporter is; no base class is needed.
+    """The three members of every exporter; no base class is needed.
 
     Options are constructor arguments, and a constructor does no work and imports nothing heavy.
     """
@@ -107,7 +107,7 @@ class Exporter(Protocol):
         """Write the files, atomically.
 
         Args:
-            model: The neutral description; the only thing an exporter may read.
+            model: The converted model; the only thing an exporter may read.
             path_prefix: Folder and beginning of every file's name.
 
         Raises:

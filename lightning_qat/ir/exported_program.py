@@ -92,8 +92,8 @@ def copied(program: ExportedProgram) -> ExportedProgram:
         return copy.deepcopy(program, {id(value): value for value in values})
 
 
-def settle(program: ExportedProgram) -> None:
-    """After changes to the graph: remove what is dead, bring the signature in step, in place."""
+def clean_up(program: ExportedProgram) -> None:
+    """Remove dead nodes and constants of a changed graph and update its signature, in place."""
     program.graph.eliminate_dead_code()
     outputs: Any = program.graph.output_node().args[0]
     for output, value in zip(program.graph_signature.output_specs, outputs, strict=True):

@@ -13,9 +13,9 @@ from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.fake_quant_onnx.int32_bias import quantize_biases
 from lightning_qat_exporters.fake_quant_onnx.read_back import (
-    _activation_differences,
-    _bias_differences,
-    _weight_differences,
+    activation_differences,
+    bias_differences,
+    weight_differences,
 )
 from lightning_qat_exporters.onnx_files.run import has_vnni, run_onnx
 from lightning_qat_exporters.onnx_files.write import save_onnx
@@ -100,7 +100,7 @@ class FakeQuantOnnxExporter:
         return run_onnx(artifact.files["model"], inputs, optimize=_RUNTIMES[runtime])
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
-        """Say so where 8-bit products saturate: without VNNI instructions, in optimized kernels."""
+        """Explain large differences that come from saturating 8-bit products, on CPUs without VNNI."""
         literal, optimized = (max_steps[runtime] for runtime in _RUNTIMES)
         if self.activation_type != "uint8" or optimized <= 2 or optimized <= 2 * literal:
             return ()
@@ -127,14 +127,14 @@ class FakeQuantOnnxExporter:
             if not any(node.op_type == "DequantizeLinear" for node in of_key):
                 found.append(f"{key}: the file has no DequantizeLinear for it")
                 continue
-            differ = _weight_differences if tensor.kind == "weight" else _activation_differences
+            differ = weight_differences if tensor.kind == "weight" else activation_differences
             found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
-        found += _bias_differences(model, proto, stored)
+        found += bias_differences(model, proto, stored)
         return tuple(dict.fromkeys(found))
 
 
 def _int4_notes(model: QuantizedModel) -> tuple[str, ...]:
-    """How much smaller weights have become, and which have not."""
+    """One note on the size of INT4 weights, one on 4-bit weights that stay INT8."""
     weights = [t for t in model.tensors.values() if t.kind == "weight"]
     narrow = [t.integers for t in weights if t.qparams.grid == INT4_GRID]
     sizes = [integers.numel() for integers in narrow if integers is not None]

@@ -25,10 +25,10 @@ def quantize_biases(graph: ir.Graph) -> None:
         if integers.min() < limits.min or integers.max() > limits.max:
             # Saturating a bias would change the function; a float bias is exact.
             continue
-        step = accumulator_scale(scale_input, scale_weight, len(integers)).numpy()
+        scale = accumulator_scale(scale_input, scale_weight, len(integers)).numpy()
         constants = [
             initializer(graph, f"{node.name}.bias_int32", integers.astype(np.int32)),
-            initializer(graph, f"{node.name}.bias_int32_scale", step),
+            initializer(graph, f"{node.name}.bias_int32_scale", scale),
         ]
         name = f"{node.name}.bias.DequantizeLinear"
         axis = ir.AttrInt64("axis", 0)

@@ -16,9 +16,10 @@ from lightning_qat.numerics.arithmetic import quantize_bias
 from lightning_qat_exporters.qdq.build import FULL_GRIDS
 
 
-def _weight_differences(
+def weight_differences(
     tensor: QuantizedTensor, nodes: list[onnx.NodeProto], stored: Mapping[str, Array]
 ) -> Iterator[str]:
+    """Differences of a weight's nodes in a file from its integers, scale and axis."""
     for node in nodes:
         integers, axis = stored[node.input[0]], tensor.qparams.axis
         if node.input[0].endswith("_transposed"):
@@ -31,18 +32,19 @@ def _weight_differences(
             yield f"the channel axis must be {axis}; the file has {_axis(node)}"
 
 
-def _activation_differences(
+def activation_differences(
     tensor: QuantizedTensor, nodes: list[onnx.NodeProto], stored: Mapping[str, Array]
 ) -> Iterator[str]:
+    """Differences of an activation's nodes in a file from its scale, zero point and grid."""
     grid = tensor.qparams.grid
     pairs = [n for n in nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
     shift = 0
     for node in pairs:
-        origin = stored[node.input[2]]
-        shift = 128 if origin.dtype == np.uint8 else 0
+        zero_point = stored[node.input[2]]
+        shift = 128 if zero_point.dtype == np.uint8 else 0
         yield from _compare("scale", stored[node.input[1]], tensor.qparams.scale)
         yield from _compare(
-            "zero point", origin.astype(np.int32) - shift, tensor.qparams.zero_point
+            "zero point", zero_point.astype(np.int32) - shift, tensor.qparams.zero_point
         )
     if sum(n.op_type == "QuantizeLinear" for n in pairs) * 2 != len(pairs):
         yield "QuantizeLinear and DequantizeLinear must come in pairs"
@@ -56,9 +58,10 @@ def _activation_differences(
             yield f"the grid must be {grid.qmin} .. {grid.qmax}; the file clips to {bounds}"
 
 
-def _bias_differences(
+def bias_differences(
     model: QuantizedModel, proto: onnx.ModelProto, stored: Mapping[str, Array]
 ) -> Iterator[str]:
+    """Differences of the biases in a file from those of the model's layers."""
     nodes = {node.name: node for node in proto.graph.node}
     made_by = {output: node for node in proto.graph.node for output in node.output}
     readers = {name: node for node in proto.graph.node for name in node.input}

@@ -1,4 +1,4 @@
-"""From the neutral description to one QDQ graph, which both ONNX exporters start from.
+"""From the converted model to one QDQ graph, which both ONNX exporters start from.
 
 The translated program gets the very constants of the model. The passes below then give nodes and
 initializers the names of layers and put transposes of weights into their integers.
@@ -50,7 +50,7 @@ def build_qdq(
     """Translate a converted model to ONNX with explicit quantization.
 
     Args:
-        model: The neutral description.
+        model: The converted model.
         target: Name of the exporter, for errors.
         opset: 18 or newer; 16-bit activations and ``int4_weights`` need 21.
         activation_type: ``uint8`` moves integers and zero points of 8 and fewer bits up by 128:
@@ -124,11 +124,13 @@ def _give_constants(
         wide = grid.dtype is torch.int16
         shift = 128 if activation_type == "uint8" and not wide else 0
         dtype = np.dtype("int16" if wide else activation_type)
-        origin = initializer(graph, f"{key}_zero_point", (zero_point + shift).astype(dtype))
+        stored_zero_point = initializer(
+            graph, f"{key}_zero_point", (zero_point + shift).astype(dtype)
+        )
         # The type of the integers is that of the zero point, so both nodes must name it.
         node.resize_inputs(3)
         node.replace_input_with(1, scale)
-        node.replace_input_with(2, origin)
+        node.replace_input_with(2, stored_zero_point)
         # Per tensor: an axis would only mislead.
         node.attributes.pop("axis", None)
         if node.op_type == "QuantizeLinear":

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lightning_qat.export.protocol import Unsupported
-from lightning_qat.ir.exported_program import Constants, copied, settle
+from lightning_qat.ir.exported_program import Constants, clean_up, copied
 from lightning_qat.ir.ops import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
@@ -89,7 +89,7 @@ def with_recurrent_nodes(model: QuantizedModel) -> tuple[QuantizedModel, tuple[U
     steps are the node's own matter.
 
     Args:
-        model: The neutral description; left as it is.
+        model: The converted model; left as it is.
 
     Returns:
         The same model with nodes ``lightning_qat_exporters::lstm`` and ``gru``, and the layers that
@@ -107,7 +107,7 @@ def with_recurrent_nodes(model: QuantizedModel) -> tuple[QuantizedModel, tuple[U
             reason = f"{layer.kind} has no device node: {reason}"
             unrolled.append(layer)
             left.append(Unsupported(layer.name, reason, remedy))
-    settle(program)
+    clean_up(program)
     fused = dataclasses.replace(model, program=program, recurrences=tuple(unrolled))
     return fused, tuple(left)
 

@@ -17,7 +17,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import lightning_qat_exporters.qdq.recurrent  # noqa: F401  # registers lstm and gru
-from lightning_qat.ir.exported_program import Constants, copied, settle
+from lightning_qat.ir.exported_program import Constants, clean_up, copied
 from lightning_qat.ir.ops import DEQUANTIZE, FAKE_QUANTIZE, as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -38,7 +38,7 @@ def translated(model: QuantizedModel, opset: int) -> ir.Model:
     """What ``torch.onnx`` makes of a model's program; made once for all exporters.
 
     Args:
-        model: The neutral description.
+        model: The converted model.
         opset: 18 or newer.
 
     Returns:
@@ -93,7 +93,7 @@ def _with_few_constants(model: QuantizedModel) -> ExportedProgram:
             node.update_arg(2, shared(activation.zero_point))
         elif weight is not None:
             node.update_arg(1, shared(weight.scale))
-    settle(program)
+    clean_up(program)
     return program
 
 
