@@ -1,5 +1,6 @@
 """What is done once for all targets, and how what it costs grows with the layers."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from lightning_qat import QuantizedModel, convert
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.manifest import export_all
+from lightning_qat.export.protocol import MissingDependency
 from lightning_qat_exporters import TFLiteExporter
 from lightning_qat_exporters.cann.exporter import CannExporter
 from lightning_qat_exporters.fake_quant_onnx.exporter import FakeQuantOnnxExporter
 from lightning_qat_exporters.qdq.translate import translated as translate
-from lightning_qat_exporters.tflite import read_back as _tflite_differences
-from lightning_qat_exporters.tflite.flatbuffer import match_layers as _tflite_layers
+from lightning_qat_exporters.tflite import read_back
+from lightning_qat_exporters.tflite.flatbuffer import file as tflite_file
+from lightning_qat_exporters.tflite.flatbuffer import match_layers
 from lightning_qat_exporters.tflite.litert.lowering import Lowered
 from tests.models import INPUTS_ONLY, conv_bn_relu, inputs_for, trained
 
@@ -141,7 +144,7 @@ def test_a_tflite_file_is_read_back_with_one_comparison_per_layer(
 ) -> None:
     pytest.importorskip("litert_torch")
     weights, grids = list[str](), list[str]()
-    same_weight, grid_of = _tflite_layers.same_weight, _tflite_differences.grid_of
+    same_weight, grid_of = match_layers.same_weight, read_back.grid_of
 
     def weighed(file: Any, layer: Any, weight: Any) -> bool:
         weights.append(weight.key)
@@ -151,8 +154,8 @@ def test_a_tflite_file_is_read_back_with_one_comparison_per_layer(
         grids.append(stored.name)
         return grid_of(stored)
 
-    monkeypatch.setattr(_tflite_layers, "same_weight", weighed)
-    monkeypatch.setattr(_tflite_differences, "grid_of", seen)
+    monkeypatch.setattr(match_layers, "same_weight", weighed)
+    monkeypatch.setattr(read_back, "grid_of", seen)
     quantized, exporter = layers(5), TFLiteExporter(backend="litert")
     artifact = exporter.export(quantized, tmp_path / "net")
     weights.clear()
@@ -160,6 +163,40 @@ def test_a_tflite_file_is_read_back_with_one_comparison_per_layer(
     assert weights == [f"{number}.weight" for number in range(5)]
     # In the table of all grids; as it is, and as the output of a hardsigmoid.
     assert max(Counter(grids).values()) <= 3
+
+
+@pytest.mark.xdist_group("tflite")
+@pytest.mark.parametrize("backend", ["litert", "tinynn"])
+def test_a_tflite_file_is_unpacked_packed_and_matched_once(
+    backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    exporter = TFLiteExporter(backend=backend, io="int8")
+    try:
+        exporter.check_available()
+    except MissingDependency as error:
+        pytest.skip(str(error))
+    calls = list[str]()
+
+    def count(function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return counted
+
+    places = [m for name, m in sys.modules.items() if name.startswith("lightning_qat_exporters.")]
+    for function in (tflite_file.unpack, tflite_file.pack, match_layers.match_layers):
+        counted = count(function)
+        for module in places:
+            if vars(module).get(function.__name__) is function:
+                monkeypatch.setattr(module, function.__name__, counted)
+    model = layers(2)
+    artifact = exporter.export(model, tmp_path / "net")
+    assert sorted(calls) == ["match_layers", "pack", "unpack"]
+    calls.clear()
+    # The file on the disk is what is compared with the model.
+    assert exporter.differences(model, artifact) == ()
+    assert sorted(calls) == ["match_layers", "unpack"]
 
 
 class Halves(nn.Module):

@@ -27,6 +27,7 @@ from lightning_qat.numerics.arithmetic import quantize_bias
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import WeightSpec
+from lightning_qat_exporters.tflite.flatbuffer.file import pack
 from lightning_qat_exporters.tflite.tinynn import backend as _tinynn
 from tests import join_networks, models
 from tests.exporters.litert_operators import assert_as_defined
@@ -177,9 +178,13 @@ def converted(network: str, recipe: str = "int8") -> QuantizedModel:
         return convert(join_networks.train_steps(model, x), x)
 
 
+def written(model: QuantizedModel, io: str = "float", layout: str = "nhwc") -> bytes:
+    return pack(_tinynn.convert(model, io=io, layout=layout))
+
+
 @functools.cache
 def file_of(network: str, io: str = "float", layout: str = "nhwc") -> bytes:
-    return _tinynn.convert(converted(network), io=io, layout=layout)
+    return written(converted(network), io, layout)
 
 
 class Function(nn.Module):
@@ -422,7 +427,7 @@ def samples(shapes: tuple[tuple[int, ...], ...], count: int) -> tuple[Tensor, ..
 def test_a_join_is_one_step_from_torch_in_integers(name: str) -> None:
     function, shapes, operator = INTEGER_FORMS[name]
     model = quantized_model(Function(function), samples(shapes, 4))
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     file = read(data)
     assert operator in file.counts
     assert not [o.name for o in file.operators if is_float(o)]
@@ -475,7 +480,7 @@ def test_an_operator_that_hands_values_on_needs_no_quantization(name: str) -> No
     function, operators = PASSING[name]
     shapes = (PICTURE, PICTURE)
     model = quantized_model(Function(lambda x, y: function(x * y)), samples(shapes, 4))
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     counts = read(data).counts
     assert (counts.pop("QUANTIZE"), counts.pop("DEQUANTIZE")) == (2, 2)
     assert counts.keys() - {"TRANSPOSE"} == operators | {"MUL", "FULLY_CONNECTED"}
@@ -502,7 +507,7 @@ FLOAT_FORMS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]
 def test_what_has_no_integer_kernel_is_computed_in_float_on_quantized_values(name: str) -> None:
     function, shapes = FLOAT_FORMS[name]
     model = quantized_model(Function(function), samples(shapes, 4))
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     assert [o.name for o in read(data).operators if is_float(o)]
     unfusable = steps_apart(model, data, list(samples(shapes, 8)))
     assert np.mean(unfusable > 0.5) < 0.03
@@ -515,7 +520,7 @@ def test_a_value_that_is_quantized_and_read_as_float_keeps_its_rounding() -> Non
     # Its optimizer takes QUANTIZE and DEQUANTIZE in a row for nothing.
     shapes = (ROWS, ROWS)
     model = quantized_model(Function(lambda x, y: F.mish(y) + x), samples(shapes, 4))
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     operators = read(data).operators
     quantized = [t.name for o in operators if o.name == "QUANTIZE" for t in o.outputs]
     read_as_float = [o.inputs[0].name for o in operators if o.name == "DEQUANTIZE"]
@@ -530,7 +535,7 @@ def test_gelu_is_the_one_that_torch_computes(approximate: str) -> None:
     # The two are less than a step apart.
     function = functools.partial(F.gelu, approximate=approximate)
     model = quantized_model(Function(function), samples((ROWS,), 4))
-    file = read(_tinynn.convert(model, io="float", layout="nhwc"))
+    file = read(written(model))
     (options,) = (o.options for o in file.operators if o.name == "GELU")
     assert options.approximate == (approximate == "tanh")
 
@@ -570,7 +575,7 @@ def test_a_layer_is_one_step_from_torch(name: str, recipe: str | Recipe) -> None
     make, shape, operator = LAYERS[name]
     (x,) = samples((shape,), 4)
     model = quantized_model(nn.Sequential(make()), x, recipe)
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     file = read(data)
     assert operator in file.counts
     weight, stored = model.tensors["0.weight"], file.tensors["0.weight"]
@@ -595,7 +600,7 @@ def test_an_activation_becomes_part_of_the_kernel(
 ) -> None:
     (x,) = samples((PICTURE,), 4)
     model = quantized_model(nn.Sequential(layer, activation), x)
-    file = read(_tinynn.convert(model, io="float", layout="nhwc"))
+    file = read(written(model))
     kernel = next(o for o in file.operators if o.name in ("CONV_2D", "FULLY_CONNECTED"))
     schema: Any = importlib.import_module("ai_edge_litert.schema_py_generated")
     assert kernel.options.fusedActivationFunction == getattr(
@@ -619,7 +624,7 @@ class Shared(nn.Module):
 def test_a_layer_that_is_called_twice_has_its_weight_twice() -> None:
     (x,) = samples((PICTURE,), 4)
     model = quantized_model(Shared(), x)
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     weights = [o.inputs[1] for o in read(data).operators if o.name == "CONV_2D"]
     assert [weight.name for weight in weights] == ["layer.weight", "layer.weight_1"]
     assert steps_apart(model, data, x).max() <= 2.001
@@ -642,7 +647,7 @@ class Forked(nn.Module):
 def test_a_result_on_two_grids_takes_the_wider_one_first() -> None:
     (x,) = samples((PICTURE,), 4)
     model = quantized_model(Forked(), x)
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     stem = next(o for o in read(data).operators if o.name == "CONV_2D")
     assert stem.outputs[0].scale[0] == model.tensors["left.input"].qparams.scale.item()
     assert read(data).counts["QUANTIZE"] == 2
@@ -655,7 +660,7 @@ def test_a_layer_left_out_of_the_recipe_is_float() -> None:
     (x,) = samples((PICTURE,), 4)
     network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
     model = quantized_model(network, x, Recipe(exclude=("0", "2")))
-    data = _tinynn.convert(model, io="float", layout="nhwc")
+    data = written(model)
     kernels = [o for o in read(data).operators if o.name == "CONV_2D"]
     assert [kernel.inputs[1].dtype for kernel in kernels] == ["FLOAT32", "FLOAT32", "INT8"]
     assert steps_apart(model, data, x).max() <= 1.001
@@ -726,7 +731,7 @@ def test_several_inputs_and_outputs_keep_their_order() -> None:
     with torch.no_grad():
         model.train()(**inputs)
     quantized = convert(model.eval(), inputs)
-    data = _tinynn.convert(quantized, io="float", layout="nhwc")
+    data = written(quantized)
     litert: Any = importlib.import_module("ai_edge_litert.interpreter")
     interpreter = litert.Interpreter(model_content=data)
     interpreter.allocate_tensors()
@@ -745,10 +750,11 @@ CONVERT = """
 import logging
 import sys
 from pathlib import Path
-from lightning_qat.quantized_model import QuantizedModel
-from lightning_qat_exporters import _tinynn
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.flatbuffer.file import pack
+from lightning_qat_exporters.tflite.tinynn import backend
 model = QuantizedModel.load(sys.argv[1])
-Path(sys.argv[2]).write_bytes(_tinynn.convert(model, io="float", layout="nhwc"))
+Path(sys.argv[2]).write_bytes(pack(backend.convert(model, io="float", layout="nhwc")))
 assert logging.getLogger().handlers == []
 """
 """A process that converts a saved model."""
@@ -781,7 +787,7 @@ class Unsupported(nn.Module):
 def test_everything_that_has_no_form_is_named_at_once() -> None:
     (x,) = samples((PICTURE,), 4)
     with pytest.raises(UnsupportedByTarget) as caught:
-        _tinynn.convert(quantized_model(Unsupported(), x), io="float", layout="nhwc")
+        written(quantized_model(Unsupported(), x))
     assert [(p.layer, p.reason.split(";")[0]) for p in caught.value.problems] == [
         ("conv (conv2d)", "an int8 kernel needs the scale of its output, which is not quantized"),
         ("erf", "aten.erf.default has no form in TinyNeuralNetwork's backend"),
@@ -812,7 +818,7 @@ def test_recipes_that_int8_kernels_cannot_express_are_refused(
     (x,) = samples((PICTURE,), 4)
     model = quantized_model(nn.Sequential(nn.Conv2d(4, 2, 1)), x, recipe)
     with pytest.raises(UnsupportedByTarget, match=reason) as caught:
-        _tinynn.convert(model, io="float", layout="nhwc")
+        written(model)
     assert caught.value.problems[0].layer == layer
 
 
@@ -832,7 +838,7 @@ class Recurrent(nn.Module):
 def test_recurrent_layers_are_refused_once_each_with_everything_else() -> None:
     (x,) = samples(((5, 8),), 4)
     with pytest.raises(UnsupportedByTarget) as caught:
-        _tinynn.convert(quantized_model(Recurrent(), x), io="float", layout="nhwc")
+        written(quantized_model(Recurrent(), x))
     reason = (
         "LSTM and GRU compute their gates in float; an int8 kernel needs the scale of every product"
     )
@@ -860,7 +866,7 @@ def test_an_integer_input_that_is_read_as_float_is_refused() -> None:
     (x,) = samples((ROWS,), 4)
     model = quantized_model(nn.Sequential(Divided(), nn.Linear(8, 2)), x)
     with pytest.raises(UnsupportedByTarget, match="an integer input must be quantized") as caught:
-        _tinynn.convert(model, io="int8", layout="nhwc")
+        written(model, "int8")
     assert [(p.layer, p.remedy) for p in caught.value.problems] == [("input", 'Use io="float"')]
 
 
@@ -904,7 +910,7 @@ def test_nothing_is_left_in_the_process(
     table, passes = dict(OPERATOR_CONVERTER_DICT), dict(vars(GraphOptimizer))
     before = process_state()
     if succeeds:
-        _tinynn.convert(model, io="float", layout="nhwc")
+        written(model)
     else:
 
         def fail(*_: Any) -> None:
@@ -912,7 +918,7 @@ def test_nothing_is_left_in_the_process(
 
         monkeypatch.setattr("tinynn.converter.base.OPVersioner.process", fail)
         with pytest.raises(UnsupportedByTarget, match="converter failed: RuntimeError: in the mid"):
-            _tinynn.convert(model, io="float", layout="nhwc")
+            written(model)
     assert process_state() == before
     assert OPERATOR_CONVERTER_DICT == table
     assert dict(vars(GraphOptimizer)) == passes
@@ -935,7 +941,7 @@ def test_the_model_is_untouched() -> None:
     before = {**model.program.state_dict, **model.program.constants}
     copies = {name: value.clone() for name, value in before.items()}
     output, code = model(x), model.program.graph_module.code
-    _tinynn.convert(model, io="uint8", layout="nhwc")
+    written(model, "uint8")
     after = {**model.program.state_dict, **model.program.constants}
     assert all(torch.equal(after[name], value) for name, value in copies.items())
     assert model.program.graph_module.code == code

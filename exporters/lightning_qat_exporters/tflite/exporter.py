@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from lightning_qat.atomic_write import replacing
 from lightning_qat.export.protocol import (
@@ -15,9 +15,13 @@ from lightning_qat.export.protocol import (
     UnsupportedByTarget,
 )
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat_exporters.tflite.flatbuffer.file import read
+from lightning_qat_exporters.tflite.flatbuffer.bias_types import widen_biases
+from lightning_qat_exporters.tflite.flatbuffer.file import pack, read, view
+from lightning_qat_exporters.tflite.flatbuffer.int8_constants import store_integers
+from lightning_qat_exporters.tflite.flatbuffer.io_types import give_types
+from lightning_qat_exporters.tflite.flatbuffer.match_layers import match_layers
 from lightning_qat_exporters.tflite.litert import backend as litert_backend
-from lightning_qat_exporters.tflite.metadata import described
+from lightning_qat_exporters.tflite.metadata import describe, sign
 from lightning_qat_exporters.tflite.notes import notes_on
 from lightning_qat_exporters.tflite.read_back import tflite_differences
 from lightning_qat_exporters.tflite.run import RUNTIMES, check_runs, run
@@ -31,13 +35,13 @@ Layout = Literal["nhwc", "nchw"]
 
 
 class Backend(Protocol):
-    """A module that turns a converted model into the bytes of a file."""
+    """A module that turns a converted model into an unpacked file."""
 
     def check_available(self) -> None:
         """Raise ``MissingDependency`` when a package is missing."""
 
-    def convert(self, model: QuantizedModel, *, io: str, layout: str) -> bytes:
-        """Convert; raise ``UnsupportedByTarget`` with everything that has no form."""
+    def convert(self, model: QuantizedModel, *, io: str, layout: str) -> Any:
+        """Convert; raise ``UnsupportedByTarget`` with everything that cannot be expressed."""
         ...
 
 
@@ -107,14 +111,17 @@ class TFLiteExporter:
             MissingDependency: As ``check_available``.
             UnsupportedByTarget: Parts of the model have no form; all that can be known are named.
         """
-        problems = problems_of(
-            model, linear_per_tensor=self.weight_granularity_linear == "per_tensor"
+        self._refuse(
+            problems_of(model, linear_per_tensor=self.weight_granularity_linear == "per_tensor")
         )
-        if problems:
-            raise UnsupportedByTarget(self.name, problems)
         backend_name, backend = self._choose()
-        content = backend.convert(model, io=self.io, layout=self.layout)
-        content = described(content, model, backend=backend_name, layout=self.layout)
+        file = backend.convert(model, io=self.io, layout=self.layout)
+        sign(file, model.input_names, model.output_names)
+        layers = store_integers(file, model, match_layers(view(file), model))
+        self._refuse(give_types(file, self.io))
+        widen_biases(file)
+        describe(file, layers, backend=backend_name, layout=self.layout)
+        content = pack(file)
         failure = check_runs(content)
         if failure is not None:
             problem = Unsupported(
@@ -122,11 +129,11 @@ class TFLiteExporter:
                 f"LiteRT cannot prepare the file that {backend_name} wrote: {failure}",
                 "Replace that operator, or leave its inputs or output unquantized (exclude)",
             )
-            raise UnsupportedByTarget(self.name, (problem,))
+            self._refuse((problem,))
         path = path_prefix.with_name(f"{path_prefix.name}.tflite")
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-        return Artifact(self.name, {"model": path}, notes_on(model, read(content)))
+        return Artifact(self.name, {"model": path}, notes_on(model, view(file), layers))
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -148,6 +155,10 @@ class TFLiteExporter:
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: integers, scales, biases."""
         return tflite_differences(model, read(artifact.files["model"].read_bytes()))
+
+    def _refuse(self, problems: tuple[Unsupported, ...]) -> None:
+        if problems:
+            raise UnsupportedByTarget(self.name, problems)
 
     def _choose(self) -> tuple[str, Backend]:
         wanted = ("tinynn", "litert") if self.backend == "auto" else (self.backend,)

@@ -1,56 +1,34 @@
-"""Put names and facts into a ``.tflite`` file: what is called how, and who wrote it."""
+"""Write a signature, the names of tensors and our metadata entry into an unpacked file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat_exporters.tflite.flatbuffer.file import (
-    METADATA,
-    TFLiteFile,
-    pack,
-    read,
-    schema,
-    unpack,
-)
-from lightning_qat_exporters.tflite.flatbuffer.match_layers import matched
+from lightning_qat_exporters.tflite.flatbuffer.file import METADATA, schema
+from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 
-def described(content: bytes, model: QuantizedModel, *, backend: str, layout: str) -> bytes:
-    """A file with the model's names, a signature, a description and our metadata entry.
-
-    Inputs and outputs are called as in the model, in a signature and as tensors. What a layer
-    computes is called like the layer, its weight and bias ``<layer>.weight`` and ``<layer>.bias``.
-    Nothing of the machine or the time of writing is in it.
+def sign(file: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Add a signature to an unpacked file that has none, in place.
 
     Args:
-        content: A file with or without a signature; without one, inputs and outputs are in the
-            order of the model's.
-        model: What it was made of.
-        backend: Which backend made it.
-        layout: ``nhwc`` or ``nchw``, of 4-D inputs and outputs.
+        file: An unpacked file.
+        inputs: Names of the main graph's inputs, in order.
+        outputs: Names of its outputs, in order.
     """
-    file = unpack(content)
-    if not file.signatureDefs:
-        _sign(file, model)
-    _name_tensors(file, read(content), model)
-    own = version("lightning-qat")
-    file.description = f"Quantized with lightning-qat {own}, written by its {backend} backend"
-    _add_entry(file, {"version": own, "backend": backend, "layout": layout})
-    return pack(file)
-
-
-def _sign(file: Any, model: QuantizedModel) -> None:
+    if file.signatureDefs:
+        return
     s, graph = schema(), file.subgraphs[0]
     signature = s.SignatureDefT()
     signature.signatureKey = "serving_default"
     for indices, names, role in (
-        (graph.inputs, model.input_names, "inputs"),
-        (graph.outputs, model.output_names, "outputs"),
+        (graph.inputs, inputs, "inputs"),
+        (graph.outputs, outputs, "outputs"),
     ):
         entries = []
         for index, name in zip(indices, names, strict=True):
@@ -61,14 +39,33 @@ def _sign(file: Any, model: QuantizedModel) -> None:
     file.signatureDefs = [signature]
 
 
-def _name_tensors(file: Any, plain: TFLiteFile, model: QuantizedModel) -> None:
+def describe(file: Any, layers: MatchedLayers, *, backend: str, layout: str) -> None:
+    """Name the tensors of an unpacked file, add a description and our metadata entry, in place.
+
+    Inputs and outputs are called as in the signature. The output of a layer is called like the
+    layer, its weight and bias ``<layer>.weight`` and ``<layer>.bias``. Nothing that depends on the
+    machine or the time of writing is added.
+
+    Args:
+        file: An unpacked file with a signature.
+        layers: The model's layers in the file.
+        backend: Name of the backend that made it.
+        layout: ``nhwc`` or ``nchw``, of 4-D inputs and outputs.
+    """
+    _name_tensors(file, layers)
+    own = version("lightning-qat")
+    file.description = f"Quantized with lightning-qat {own}, written by its {backend} backend"
+    _add_entry(file, {"version": own, "backend": backend, "layout": layout})
+
+
+def _name_tensors(file: Any, layers: MatchedLayers) -> None:
     tensors, signature = file.subgraphs[0].tensors, file.signatureDefs[0]
     names: dict[int, str] = {
         int(entry.tensorIndex): entry.name.decode()
         for entry in (*signature.inputs, *signature.outputs)
     }
     calls: dict[str, int] = {}
-    for layer, stored in matched(plain, model):
+    for layer, stored in layers:
         name = layer.name or "layer"
         number = calls[name] = calls.get(name, -1) + 1
         if stored is None:
@@ -77,7 +74,7 @@ def _name_tensors(file: Any, plain: TFLiteFile, model: QuantizedModel) -> None:
         names.setdefault(stored.operator.outputs[0], f"{name}_{number}" if number else name)
         names.setdefault(stored.weight, layer.weight_key)
         if stored.bias is not None:
-            names.setdefault(plain.tensors.index(stored.bias), f"{name}.bias")
+            names.setdefault(stored.bias, f"{name}.bias")
     for index, text in names.items():
         tensors[index].name = text.encode()
 

@@ -6,13 +6,13 @@ from collections import Counter
 
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
-from lightning_qat_exporters.tflite.flatbuffer.match_layers import matched
+from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 
-def notes_on(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
+def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> tuple[str, ...]:
     """A sentence per layer in float; one on other floats, on double rounding, on narrow grids."""
     notes, explained = [], set()
-    for layer, stored in matched(file, model):
+    for layer, stored in layers:
         if stored is None or stored.operator not in file.float_operators:
             continue
         explained.add(stored.operator)

@@ -20,7 +20,7 @@ from lightning_qat_exporters.tflite.flatbuffer.match_embeddings import tables
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import (
     FileLayer,
     grid_of,
-    matched,
+    match_layers,
     model_grid,
     same_grid,
 )
@@ -38,9 +38,10 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
     that LiteRT prescribes.
     """
     found: list[str] = []
-    layers = matched(file, model)
-    for layer, stored in layers:
-        found += (f"{layer.name}: {text}" for text in _layer_differences(model, layer, stored))
+    for layer, stored in match_layers(file, model):
+        found += (
+            f"{layer.name}: {text}" for text in _layer_differences(file, model, layer, stored)
+        )
     found += (
         f"{table.key}: no operator of the file has its integers and scales"
         for table, index in tables(file, model)
@@ -68,7 +69,10 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
 
 
 def _layer_differences(
-    model: QuantizedModel, layer: QuantizedLayer, stored: FileLayer | None
+    file: TFLiteFile,
+    model: QuantizedModel,
+    layer: QuantizedLayer,
+    stored: FileLayer | None,
 ) -> Iterator[str]:
     if stored is None:
         yield "no operator of the file has the integers and scales of its weight"
@@ -81,7 +85,9 @@ def _layer_differences(
         if layer.bias is not None and layer.bias.any():
             yield "the file has no bias for it"
         return
-    yield from _bias_differences(stored.bias, layer, source.qparams.scale, weight.qparams.scale)
+    yield from _bias_differences(
+        file.tensors[stored.bias], layer, source.qparams.scale, weight.qparams.scale
+    )
 
 
 def _bias_differences(

@@ -1,7 +1,8 @@
 """Read and write the bytes of a ``.tflite`` file.
 
-``read`` gives plain data to look at. ``unpack`` and ``pack`` give LiteRT's own mutable objects, for
-the few places that change a file. Only this module knows LiteRT's schema.
+``unpack`` and ``pack`` go between bytes and LiteRT's own mutable objects; ``view`` shows such an
+object as plain data. An export unpacks once, changes the objects, and packs once. Only this module
+imports LiteRT's schema.
 """
 
 from __future__ import annotations
@@ -108,7 +109,11 @@ class TFLiteFile:
 
 def read(content: bytes) -> TFLiteFile:
     """Read the main graph of a file."""
-    model = unpack(content)
+    return view(unpack(content))
+
+
+def view(model: Any) -> TFLiteFile:
+    """Show the main graph of an unpacked file as it is now; constants are not copied."""
     graph = model.subgraphs[0]
     inputs, outputs = _signature(model, graph)
     facts: dict[str, str] = {}
@@ -155,10 +160,10 @@ def pack(model: Any) -> bytes:
 def prune(model: Any) -> None:
     """Drop the operator codes and tensors that nothing uses any more, in place."""
     graph, signature = model.subgraphs[0], model.signatureDefs[0]
-    int_repr = sorted({operator.opcodeIndex for operator in graph.operators})
+    codes = sorted({operator.opcodeIndex for operator in graph.operators})
     for operator in graph.operators:
-        operator.opcodeIndex = int_repr.index(operator.opcodeIndex)
-    model.operatorCodes = [model.operatorCodes[index] for index in int_repr]
+        operator.opcodeIndex = codes.index(operator.opcodeIndex)
+    model.operatorCodes = [model.operatorCodes[index] for index in codes]
     ends = [*_indices(graph.inputs), *_indices(graph.outputs)]
     used = {index for op in graph.operators for index in (*op.inputs, *op.outputs) if index >= 0}
     kept = sorted({*ends, *map(int, used)})
@@ -205,6 +210,29 @@ def code_of(model: Any, name: str) -> int:
     return len(model.operatorCodes) - 1
 
 
+def insert_operator(model: Any, place: int, name: str, source: int, target: int) -> None:
+    """Insert a QUANTIZE or DEQUANTIZE from one tensor to another into the main graph.
+
+    Args:
+        model: An unpacked file; changed in place.
+        place: Index in the order of execution.
+        name: ``QUANTIZE`` or ``DEQUANTIZE``.
+        source: Index of the tensor that it reads.
+        target: Index of the tensor that it writes.
+    """
+    s = schema()
+    operator = s.OperatorT()
+    operator.opcodeIndex = code_of(model, name)
+    operator.inputs, operator.outputs = [source], [target]
+    quantizes = name == "QUANTIZE"
+    operator.builtinOptions = s.QuantizeOptionsT() if quantizes else s.DequantizeOptionsT()
+    options = s.BuiltinOptions
+    operator.builtinOptionsType = (
+        options.QuantizeOptions if quantizes else options.DequantizeOptions
+    )
+    model.subgraphs[0].operators.insert(place, operator)
+
+
 @cache
 def _names(enumeration: str) -> dict[int, str]:
     values = vars(getattr(schema(), enumeration))
@@ -239,7 +267,7 @@ def _tensor(model: Any, tensor: Any) -> FileTensor:
     content = model.buffers[tensor.buffer].data
     data = None
     if content is not None and dtype is not None:
-        data = np.frombuffer(np.asarray(content, np.uint8).tobytes(), dtype).reshape(shape)
+        data = np.asarray(content, np.uint8).view(dtype).reshape(shape)
     return FileTensor(
         tensor.name.decode(),
         kind,

@@ -44,13 +44,17 @@ class FileLayer:
         weight: Index of its constant: integers, which may stand behind a DEQUANTIZE, or real
             values, as litert-torch writes some.
         source: The quantized tensor that it reads; ``None`` when it reads a float one.
-        bias: Its bias; ``None`` without one.
+        bias: Index of its bias; ``None`` without one.
     """
 
     operator: FileOperator
     weight: int
     source: FileTensor | None
-    bias: FileTensor | None
+    bias: int | None
+
+
+MatchedLayers = tuple[tuple[QuantizedLayer, FileLayer | None], ...]
+"""The model's layers, each with its operator in a file; ``None``: the file has none for it."""
 
 
 def file_layers(file: TFLiteFile) -> tuple[FileLayer, ...]:
@@ -58,10 +62,8 @@ def file_layers(file: TFLiteFile) -> tuple[FileLayer, ...]:
     return tuple(_file_layers(file))
 
 
-def matched(
-    file: TFLiteFile, model: QuantizedModel
-) -> tuple[tuple[QuantizedLayer, FileLayer | None], ...]:
-    """The model's layers, each with the operator that has its integers, scales and input grid.
+def match_layers(file: TFLiteFile, model: QuantizedModel) -> MatchedLayers:
+    """Find the operator that has a layer's integers, scales and input grid, for every layer.
 
     Layers that are equal in all of these are taken in order. One whose input has another grid in
     the file is still found by its weight, so that the difference can be told. A call that reads no
@@ -183,16 +185,16 @@ def _file_layers(file: TFLiteFile) -> Iterator[FileLayer]:
             continue
         read = file.tensors[origin(operator.inputs[source])]
         has_bias = len(operator.inputs) > bias and operator.inputs[bias] >= 0
-        stored = file.tensors[origin(operator.inputs[bias])] if has_bias else None
-        if "3D" in operator.kind:
-            stored = _added(file, operator) or stored
+        stored = origin(operator.inputs[bias]) if has_bias else None
+        if "3D" in operator.kind and (added := _added(file, operator)) is not None:
+            stored = added
         yield FileLayer(operator, weight, read if read.quantized else None, stored)
 
 
-def _added(file: TFLiteFile, operator: FileOperator) -> FileTensor | None:
-    """A constant that alone is added to what an operator writes: litert-torch's bias in 3-D."""
+def _added(file: TFLiteFile, operator: FileOperator) -> int | None:
+    """Find the constant that an ADD adds to an output: the bias of a 3-D layer of litert-torch."""
     readers = [op for op in file.operators if operator.outputs[0] in op.inputs]
     if [op.kind for op in readers] != ["ADD"]:
         return None
     other = next(index for index in readers[0].inputs if index != operator.outputs[0])
-    return file.tensors[other] if file.tensors[other].data is not None else None
+    return other if file.tensors[other].data is not None else None

@@ -9,17 +9,14 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from packaging.requirements import Requirement
 
 from lightning_qat.export.protocol import MissingDependency, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.quiet import last_lines, quietly
-from lightning_qat_exporters.tflite.flatbuffer.file import kind_of, pack, prune, schema, unpack
+from lightning_qat_exporters.tflite.flatbuffer.file import prune, unpack
 from lightning_qat_exporters.tflite.litert.conv_transpose_op import register, without_biases
-from lightning_qat_exporters.tflite.litert.int8_constants import store_integers
-from lightning_qat_exporters.tflite.litert.io_types import give_types
 from lightning_qat_exporters.tflite.litert.lowering import Lowered
 from lightning_qat_exporters.tflite.litert.requantize import remove_marks
 
@@ -56,8 +53,8 @@ def _requirements() -> list[str]:
         return []
 
 
-def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
-    """Write a model as a ``.tflite`` file with the model's own integers and scales.
+def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
+    """Convert a model to a TFLite file with the model's own integers and scales.
 
     litert-torch runs in its static mode, in which the converter turns every operator between
     quantized tensors into an integer one and leaves all others float behind DEQUANTIZE. The
@@ -65,15 +62,14 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
 
     Args:
         model: The neutral description.
-        io: Type of inputs and outputs: ``float``, ``int8`` or ``uint8``.
+        io: Not read here: quantized inputs and outputs are always integers.
         layout: ``nhwc`` or ``nchw``, of 4-D inputs and outputs.
 
     Returns:
-        The file, with one signature that has the model's names.
+        The unpacked file, with one signature that has the model's names.
 
     Raises:
-        UnsupportedByTarget: litert-torch has no form of an operator, or an input or output has no
-            integers; all of the latter are named.
+        UnsupportedByTarget: litert-torch cannot express an operator.
     """
     lowered = Lowered(model, channels_last=layout == "nhwc")
     with _no_progress_of_its_own(), quietly("TFLite: converting with litert-torch") as printed:
@@ -97,13 +93,8 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
     remove_marks(file, lowered.mark)
     without_biases(file)
     prune(file)
-    store_integers(file, model)
     _name_ends(file, model)
-    problems = give_types(file, io)
-    if problems:
-        raise UnsupportedByTarget("tflite", problems)
-    _widen_biases(file)
-    return pack(file)
+    return file
 
 
 @contextmanager
@@ -147,24 +138,3 @@ def _name_ends(file: Any, model: QuantizedModel) -> None:
     ):
         for entry in entries:
             entry.name = names[int(entry.name.removeprefix(prefix))].encode()
-
-
-def _widen_biases(file: Any) -> None:
-    """Biases of layers with 16-bit inputs are int64 in LiteRT's specification.
-
-    litert-torch writes int32, which DEPTHWISE_CONV_2D refuses and the reference kernel of
-    FULLY_CONNECTED misreads.
-    """
-    s, graph = schema(), file.subgraphs[0]
-    types = s.TensorType
-    for operator in graph.operators:
-        of_layer = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-        if kind_of(file, operator) not in of_layer or len(operator.inputs) < 3:
-            continue
-        source, bias = (graph.tensors[operator.inputs[index]] for index in (0, 2))
-        if source.type == types.INT16 and bias.type == types.INT32:
-            narrow = np.asarray(file.buffers[bias.buffer].data, np.uint8).view(np.int32)
-            wide = s.BufferT()
-            wide.data = narrow.astype(np.int64).view(np.uint8)
-            file.buffers.append(wide)
-            bias.type, bias.buffer = types.INT64, len(file.buffers) - 1

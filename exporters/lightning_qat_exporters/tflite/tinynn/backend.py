@@ -22,6 +22,7 @@ import torch
 
 from lightning_qat.export.protocol import MissingDependency, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.flatbuffer.file import unpack
 from lightning_qat_exporters.tflite.tinynn.lower_ops import FORMS
 from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import PASSING
 from lightning_qat_exporters.tflite.tinynn.lowering import LITERT, Lowering
@@ -55,7 +56,7 @@ def check_available() -> None:
         _converter_class()
 
 
-def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
+def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
     """Make a TFLite file of a converted model.
 
     The file takes one sample where the model's batch is dynamic. Its graph is int8 also with
@@ -69,7 +70,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
         layout: Layout of four-dimensional inputs and outputs: ``nhwc`` or ``nchw``.
 
     Returns:
-        The file's bytes.
+        The unpacked file, without a signature.
 
     Raises:
         MissingDependency: TinyNeuralNetwork cannot be imported.
@@ -99,7 +100,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> bytes:
                 reason = f"TinyNeuralNetwork's converter failed: {type(error).__name__}: {error}"
                 problem = Unsupported("the network", reason.splitlines()[0].rstrip("."), LITERT)
                 raise UnsupportedByTarget("tflite", (problem,)) from error
-        return path.read_bytes()
+        return unpack(path.read_bytes())
 
 
 def _converter_class() -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_qat.export.protocol import Unsupported
-from lightning_qat_exporters.tflite.flatbuffer.file import code_of, schema
+from lightning_qat_exporters.tflite.flatbuffer.file import insert_operator, schema
 
 
 def give_types(model: Any, io: str) -> tuple[Unsupported, ...]:
@@ -71,18 +71,10 @@ def _replace(model: Any, entry: Any, io: str, *, is_input: bool) -> None:
     entry.tensorIndex = new
     ends = graph.inputs if is_input else graph.outputs
     ends = [new if int(index) == inner else int(index) for index in ends]
-    operator = s.OperatorT()
-    dequantizes = io == "float" and not is_input
-    operator.opcodeIndex = code_of(model, "DEQUANTIZE" if dequantizes else "QUANTIZE")
-    operator.inputs, operator.outputs = ([new], [inner]) if is_input else ([inner], [new])
-    options = s.DequantizeOptionsT() if dequantizes else s.QuantizeOptionsT()
-    operator.builtinOptions = options
-    operator.builtinOptionsType = (
-        s.BuiltinOptions.DequantizeOptions if dequantizes else s.BuiltinOptions.QuantizeOptions
-    )
     if is_input:
         graph.inputs = ends
-        graph.operators.insert(0, operator)
+        insert_operator(model, 0, "QUANTIZE", new, inner)
     else:
         graph.outputs = ends
-        graph.operators.append(operator)
+        name = "DEQUANTIZE" if io == "float" else "QUANTIZE"
+        insert_operator(model, len(graph.operators), name, inner, new)

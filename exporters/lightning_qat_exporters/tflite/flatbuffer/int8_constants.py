@@ -9,49 +9,61 @@ prepares the file.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.decompose.conv_transpose import dense_scale
-from lightning_qat_exporters.tflite.flatbuffer.file import code_of, pack, read, schema
+from lightning_qat_exporters.tflite.flatbuffer.file import insert_operator, schema, view
 from lightning_qat_exporters.tflite.flatbuffer.match_embeddings import tables
-from lightning_qat_exporters.tflite.flatbuffer.match_layers import matched
+from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 _CHANNELS = {"FULLY_CONNECTED": 0, "CONV_3D_TRANSPOSE": 3}
 """The axis of output channels in a stored weight."""
 
 
-def store_integers(file: Any, model: QuantizedModel) -> None:
-    """Put int8 and DEQUANTIZE in the place of every float weight that is a model's, in place."""
-    plain = read(pack(file))
-    done: set[int] = set()
-    for layer, stored in matched(plain, model):
-        if stored is None or stored.weight in done or stored.operator.kind not in _CHANNELS:
+def store_integers(file: Any, model: QuantizedModel, layers: MatchedLayers) -> MatchedLayers:
+    """Replace every float constant that holds a model's weight by its integers and DEQUANTIZE.
+
+    Args:
+        file: An unpacked file; changed in place.
+        model: The model that it is made of.
+        layers: The model's layers in the file.
+
+    Returns:
+        The same layers; ``weight`` is now the index of the integers.
+    """
+    plain, moved = view(file), dict[int, int]()
+    for layer, stored in layers:
+        if stored is None or stored.weight in moved or stored.operator.kind not in _CHANNELS:
             continue
         values, axis = plain.tensors[stored.weight], _CHANNELS[stored.operator.kind]
         if values.quantized or values.data is None:
             continue
-        done.add(stored.weight)
         qparams = model.tensors[layer.weight_key].qparams
         channels = values.shape[axis]
         scale = dense_scale(qparams, max(channels // qparams.scale.numel(), 1)).numpy().reshape(-1)
         shape = [-1 if place == axis else 1 for place in range(values.data.ndim)]
         # Exact: the values are products of the integers and the scale.
         integers = np.rint(values.data / scale.reshape(shape)).astype(np.int8)
-        _dequantized(file, stored.weight, integers, scale, axis)
-
+        moved[stored.weight] = _dequantized(file, stored.weight, integers, scale, axis)
     for table, index in tables(plain, model):
-        if index is None or index in done or plain.tensors[index].quantized:
+        if index is None or index in moved or plain.tensors[index].quantized:
             continue
-        done.add(index)
         assert table.integers is not None
         scale = table.qparams.scale.numpy().reshape(-1)
-        _dequantized(file, index, table.integers.numpy().astype(np.int8), scale, 0)
+        integers = table.integers.numpy().astype(np.int8)
+        moved[index] = _dequantized(file, index, integers, scale, 0)
+    return tuple(
+        (layer, None if at is None else replace(at, weight=moved.get(at.weight, at.weight)))
+        for layer, at in layers
+    )
 
 
-def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) -> None:
+def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) -> int:
+    """Make a float constant the output of a DEQUANTIZE; return the index of its integers."""
     s, graph = schema(), file.subgraphs[0]
     real = graph.tensors[index]
     tensor, grid, buffer = copy.copy(real), s.QuantizationParametersT(), s.BufferT()
@@ -70,9 +82,6 @@ def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) ->
         file.buffers[real.buffer].data = None
     # The first buffer is the empty one, of tensors that are computed.
     real.buffer = 0
-    operator = s.OperatorT()
-    operator.opcodeIndex = code_of(file, "DEQUANTIZE")
-    operator.inputs, operator.outputs = [len(graph.tensors) - 1], [index]
-    operator.builtinOptions = s.DequantizeOptionsT()
-    operator.builtinOptionsType = s.BuiltinOptions.DequantizeOptions
-    graph.operators.insert(0, operator)
+    new = len(graph.tensors) - 1
+    insert_operator(file, 0, "DEQUANTIZE", new, index)
+    return new
