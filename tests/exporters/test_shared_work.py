@@ -144,7 +144,7 @@ def test_a_tflite_file_is_read_back_with_one_comparison_per_layer(
 ) -> None:
     pytest.importorskip("litert_torch")
     weights, grids = list[str](), list[str]()
-    same_weight, grid_of = match_layers.same_weight, read_back.grid_of
+    same_weight, stored_qparams = match_layers.same_weight, read_back.stored_qparams
 
     def weighed(file: Any, layer: Any, weight: Any) -> bool:
         weights.append(weight.key)
@@ -152,10 +152,10 @@ def test_a_tflite_file_is_read_back_with_one_comparison_per_layer(
 
     def seen(stored: Any) -> Any:
         grids.append(stored.name)
-        return grid_of(stored)
+        return stored_qparams(stored)
 
     monkeypatch.setattr(match_layers, "same_weight", weighed)
-    monkeypatch.setattr(read_back, "grid_of", seen)
+    monkeypatch.setattr(read_back, "stored_qparams", seen)
     quantized, exporter = layers(5), TFLiteExporter(backend="litert")
     artifact = exporter.export(quantized, tmp_path / "net")
     weights.clear()

@@ -19,10 +19,10 @@ from lightning_qat_exporters.tflite.flatbuffer.file import FileTensor, TFLiteFil
 from lightning_qat_exporters.tflite.flatbuffer.match_embeddings import tables
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import (
     FileLayer,
-    grid_of,
     match_layers,
-    model_grid,
-    same_grid,
+    model_qparams,
+    same_qparams,
+    stored_qparams,
 )
 
 _PRESCRIBED = ((1 / 256, -128), (1 / 128, 0))
@@ -52,15 +52,17 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
     fixed = fixed_in(model)
     calls = {n.name: as_fake_quantize(n) for n in model.program.graph.nodes}
     run = {call.key for name, call in calls.items() if call is not None and name not in fixed}
-    in_file = {grid_of(other) for other in computed}
-    in_model = {model_grid(tensor) for tensor in activations}
+    in_file = {stored_qparams(other) for other in computed}
+    in_model = {model_qparams(tensor) for tensor in activations}
     for tensor in (t for t in activations if t.key in run):
-        if model_grid(tensor) not in in_file:
+        if model_qparams(tensor) not in in_file:
             found.append(f"{tensor.key}: no tensor of the file has its scale and zero point")
     for other in computed:
         grid = (float(other.scale[0]), int(other.zero_point[0]))
         of_hardsigmoid = replace(other, scale=other.scale / np.float32(TIMES))
-        if grid not in _PRESCRIBED and in_model.isdisjoint(map(grid_of, (other, of_hardsigmoid))):
+        if grid not in _PRESCRIBED and in_model.isdisjoint(
+            map(stored_qparams, (other, of_hardsigmoid))
+        ):
             found.append(
                 f"the file's tensor {other.name!r} has scale {other.scale.tolist()} and zero "
                 f"point {other.zero_point.tolist()}, which no tensor of the model has"
@@ -78,7 +80,7 @@ def _layer_differences(
         yield "no operator of the file has the integers and scales of its weight"
         return
     source, weight = (model.tensors[key] for key in (layer.input_key, layer.weight_key))
-    if stored.source is None or not same_grid(stored.source, source):
+    if stored.source is None or not same_qparams(stored.source, source):
         yield "its input has another scale or zero point in the file"
     if stored.bias is None:
         # Converters leave zeros out.

@@ -1,4 +1,4 @@
-"""What no TFLite file can express, found before anything is converted."""
+"""Find what no TFLite file can express, before anything is converted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lightning_qat.export.protocol import Unsupported
+from lightning_qat.ir.ops import as_dequantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 
 LARGEST_BYTES = 2**31 - 2**20
@@ -16,10 +17,10 @@ LARGEST_BYTES = 2**31 - 2**20
 def problems_of(
     model: QuantizedModel, *, linear_per_tensor: bool, largest: int = LARGEST_BYTES
 ) -> tuple[Unsupported, ...]:
-    """Everything about a model that has no form in a file.
+    """List everything about a model that a file cannot express.
 
     Args:
-        model: The neutral description.
+        model: The converted model.
         linear_per_tensor: Weights of Linear layers must have one scale.
         largest: How many bytes of constants a file may hold.
     """
@@ -75,9 +76,9 @@ def _linear_weights(model: QuantizedModel) -> dict[str, QuantizedTensor]:
     found = {}
     for node in model.program.graph.nodes:
         if node.target is torch.ops.aten.linear.default:
-            weight = node.args[1]
-            if weight.target is torch.ops.lightning_qat.dequantize.default:
-                found[weight.args[5]] = model.tensors[weight.args[5]]
+            weight = as_dequantize(node.args[1])
+            if weight is not None:
+                found[weight.key] = model.tensors[weight.key]
     return found
 
 

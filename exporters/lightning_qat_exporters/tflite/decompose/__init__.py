@@ -1,1 +1,1 @@
-"""What LiteRT lacks, spelled in operators it has; shared by both backends."""
+"""Decompositions of what LiteRT lacks to operators it has; both backends use them."""

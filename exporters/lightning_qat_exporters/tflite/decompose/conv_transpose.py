@@ -1,14 +1,18 @@
-"""The weight of a transposed convolution, as LiteRT's kernels want it.
+"""Decompose transposed convolutions to what LiteRT's kernels compute.
 
-TRANSPOSE_CONV knows neither groups nor dilation. Zeros between the integers stand for both: the
-same sums, of more terms.
+TRANSPOSE_CONV has no groups and no dilation. Zeros between the integers replace both: the same
+sums, of more terms. Its padding differs from torch's, so the output is computed without padding and
+then cut.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+
+from torch import Tensor, fx
 
 from lightning_qat.numerics.qparams import QParams
+from lightning_qat_exporters.tflite.decompose.arguments import arguments_of, per_axis
 
 
 def dense(integers: Tensor, groups: int, dilation: list[int]) -> Tensor:
@@ -57,25 +61,54 @@ def dense_like(integers: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int] |
     return None if inputs % groups else (dense(integers, groups, dilation), groups)
 
 
-def size_and_cut(
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: list[int],
-    padding: list[int],
-    output_padding: list[int],
-) -> tuple[list[int], list[int], list[int]]:
-    """What the kernel computes, which knows no padding, and what of it is the result.
+@dataclass(frozen=True)
+class TransposedConvolution:
+    """A transposed convolution that LiteRT's kernels compute, and what of its output is the result.
 
     Args:
-        size: Of the input, without batch and channels.
-        kernel: Of the dense weight.
+        integers: The weight, ``(in, out, height, width)`` or ``(in, out, depth, height, width)``.
+        scale: A scalar, or ``(out,)``.
         stride: Per axis.
-        padding: What torch cuts from either side.
-        output_padding: What torch adds at the end.
-
-    Returns:
-        Per axis: the size of the kernel's output, where the result starts in it, and where it ends.
+        size: Of the kernel's output, per axis; what lies behind the last window holds the bias.
+        cuts: Axis, counted from the first after the channels, start and end of what is kept; only
+            axes that are cut.
+        one_dimensional: The layer has one axis and is computed on a picture of height 1.
     """
-    full = [(n - 1) * s + k for n, s, k in zip(size, stride, kernel, strict=True)]
+
+    integers: Tensor
+    scale: Tensor
+    stride: list[int]
+    size: list[int]
+    cuts: list[tuple[int, int, int]]
+    one_dimensional: bool
+
+
+def conv_transpose(
+    node: fx.Node, integers: Tensor, qparams: QParams, size: tuple[int, ...]
+) -> TransposedConvolution:
+    """Decompose an ``aten.conv_transpose`` to one without groups, dilation and padding, and cuts.
+
+    Args:
+        node: The operator.
+        integers: Its weight, ``(in, out / groups, *kernel)``.
+        qparams: Of the weight.
+        size: Of its input, without batch and channels.
+    """
+    axes, options = len(size), arguments_of(node)[3:]
+    groups = options.pop(3)
+    stride, padding, output_padding, dilation = (per_axis(value, axes) for value in options)
+    integers = dense(integers, groups, dilation)
+    full = [(n - 1) * s + k for n, s, k in zip(size, stride, integers.shape[2:], strict=True)]
     ends = [n - p + extra for n, p, extra in zip(full, padding, output_padding, strict=True)]
-    return [max(n, end) for n, end in zip(full, ends, strict=True)], list(padding), ends
+    whole = [max(n, end) for n, end in zip(full, ends, strict=True)]
+    starts = list(padding)
+    if axes == 1:
+        integers = integers.unsqueeze(2)
+        stride, whole, starts, ends = [1, *stride], [1, *whole], [0, *starts], [1, *ends]
+    cuts = [
+        (axis, start, end)
+        for axis, (n, start, end) in enumerate(zip(whole, starts, ends, strict=True))
+        if (start, end) != (0, n)
+    ]
+    scale = dense_scale(qparams, groups)
+    return TransposedConvolution(integers, scale, stride, whole, cuts, axes == 1)

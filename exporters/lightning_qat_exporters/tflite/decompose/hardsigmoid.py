@@ -1,21 +1,33 @@
-"""hardsigmoid in integers, with one rounding: ``relu6(x + 3)`` six times as coarse, and a sixth."""
+"""Decompose hardsigmoid to ``relu6(x + 3) * (1 / 6)`` with a single rounding of its values.
+
+The sum uses six times the scale of the result, so the multiplication by a sixth is exact.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from lightning_qat.ir.quantized_model import QuantizedTensor
+from lightning_qat.numerics.qparams import QParams
 from lightning_qat_exporters.tflite.decompose.average_pool import constant
+from lightning_qat_exporters.tflite.decompose.builder import Builder, V
 
 TIMES = 6.0
-"""The sum is put on the grid of the result with six times its scale, so a sixth is exact there."""
+"""The scale of the sum in scales of the result."""
 
 
-def three(key: str) -> QuantizedTensor:
-    """The constant that is added."""
-    return constant(key, torch.tensor([127], dtype=torch.int8), 3 / 127)
+def hardsigmoid(build: Builder[V], x: V, name: str, output: QParams) -> V:
+    """Add the operators of a hardsigmoid.
 
-
-def sixth(key: str) -> QuantizedTensor:
-    """The constant that the sum is multiplied by."""
-    return constant(key, torch.tensor([127], dtype=torch.int8), 1 / 6 / 127)
+    Args:
+        build: The backend's graph.
+        x: A quantized tensor.
+        name: Prefix of the constants' keys.
+        output: Scale and zero point of the result.
+    """
+    largest = torch.tensor([127], dtype=torch.int8)
+    three = build.constant(constant(f"{name}.three", largest, 3 / 127))
+    sixth = build.constant(constant(f"{name}.sixth", largest, 1 / 6 / 127))
+    coarse = replace(output, scale=torch.tensor(float(output.scale) * TIMES))
+    return build.binary("mul", build.binary("add", x, three, coarse, "relu6"), sixth, output)

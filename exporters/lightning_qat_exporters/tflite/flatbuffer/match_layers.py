@@ -79,7 +79,7 @@ def match_layers(file: TFLiteFile, model: QuantizedModel) -> MatchedLayers:
         chosen = None
         # Files keep the order of layers, so that the first is mostly the one.
         for one in (one for one in free if same_weight(file, one, weight)):
-            exact = one.source is not None and same_grid(one.source, source)
+            exact = one.source is not None and same_qparams(one.source, source)
             chosen = one if exact else chosen or one
             if exact:
                 break
@@ -119,7 +119,7 @@ def same_weight(file: TFLiteFile, layer: FileLayer, weight: QuantizedTensor) -> 
     return np.array_equal(values, real.numpy())
 
 
-def grid_of(stored: FileTensor) -> tuple[float, int] | None:
+def stored_qparams(stored: FileTensor) -> tuple[float, int] | None:
     """The scale and the int8 zero point of an activation; ``None`` where it has several.
 
     Both may be repeated for each channel.
@@ -132,14 +132,14 @@ def grid_of(stored: FileTensor) -> tuple[float, int] | None:
     return scales.pop(), zero_points.pop() - (128 if stored.type == "UINT8" else 0)
 
 
-def model_grid(tensor: QuantizedTensor) -> tuple[float, int]:
-    """Scale and zero point of one of the model's activations, as ``grid_of`` has them."""
+def model_qparams(tensor: QuantizedTensor) -> tuple[float, int]:
+    """Scale and zero point of one of the model's activations, as ``stored_qparams`` has them."""
     return float(tensor.qparams.scale), int(tensor.qparams.zero_point)
 
 
-def same_grid(stored: FileTensor, tensor: QuantizedTensor) -> bool:
+def same_qparams(stored: FileTensor, tensor: QuantizedTensor) -> bool:
     """Whether scale and zero point are the model's to the bit."""
-    return grid_of(stored) == model_grid(tensor)
+    return stored_qparams(stored) == model_qparams(tensor)
 
 
 def _same_scales(stored: FileTensor, scale: Array, zero_point: Array) -> bool:

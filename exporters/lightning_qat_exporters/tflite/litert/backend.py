@@ -61,7 +61,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
     quantizer object only selects that mode; nothing is calibrated.
 
     Args:
-        model: The neutral description.
+        model: The converted model.
         io: Not read here: quantized inputs and outputs are always integers.
         layout: ``nhwc`` or ``nchw``, of 4-D inputs and outputs.
 

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.arithmetic import along_axis, dequantize
-from lightning_qat_exporters.tflite.litert.requantize import MARKS, Annotated, Quantization
-from lightning_qat_exporters.tflite.litert.rewrite_ops import spell_in_integers
+from lightning_qat_exporters.tflite.decompose.sample import sample_of
+from lightning_qat_exporters.tflite.litert.requantize import MARKS, Annotated, PlainQParams
+from lightning_qat_exporters.tflite.litert.rewrite_ops import rewrite_ops
 
 
 class Lowered(nn.Module):
     """A model that takes and returns its tensors one by one, images in the layout of the target.
 
     Args:
-        model: The neutral description; left as it is.
+        model: The converted model; it is not changed.
         channels_last: 4-D inputs and outputs are NHWC instead of torch's NCHW.
 
     Attributes:
@@ -30,13 +32,17 @@ class Lowered(nn.Module):
         mark: LiteRT's name of the operator that keeps others apart, to be removed from the file.
     """
 
+    # litert-torch writes this path into tensors' names: a file's bytes must not depend on where
+    # the class is defined.
+    __module__ = "lightning_qat_exporters._litert_lowering"
+
     def __init__(self, model: QuantizedModel, *, channels_last: bool) -> None:
         super().__init__()
         self.graph_module, self.mark = _rewritten(model)
         self.channels_last = channels_last
         leaves, self.spec = pytree.tree_flatten(model.example_inputs)
         self.leaves = leaves
-        self.example_inputs = tuple(self._outwards(x) for x in _smallest_batch(model))
+        self.example_inputs = tuple(self._outwards(x) for x in sample_of(model).values())
         # The module of an exported program knows neither train() nor eval().
         self.training = False
 
@@ -58,49 +64,36 @@ class Lowered(nn.Module):
         return x.permute(0, 2, 3, 1) if self.channels_last and x.dim() == 4 else x
 
 
-def _smallest_batch(model: QuantizedModel) -> list[Tensor]:
-    """The example inputs; one sample of each whose first dimension is dynamic."""
-    args, kwargs = model.example_inputs
-    values = model.flat_inputs(args, kwargs)
-    shapes = {
-        node.name: node.meta["val"].shape
-        for node in model.program.graph.nodes
-        if node.name in values
-    }
-    return [
-        x[:1] if x.dim() and isinstance(shapes[name][0], torch.SymInt) else x
-        for name, x in values.items()
-    ]
-
-
 def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
     # The import registers torch.ops.quantized_decomposed.
-    import torch.ao.quantization.fx._decomposed
 
     program = model.program
     if any(_writes_in_place(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     module: Any = program.module(check_guards=False)
     _drop_copies(module.graph)
-    grids = {
-        node: _quantization(model.tensors[node.args[5]])
-        for node in module.graph.nodes
-        if node.target is torch.ops.lightning_qat.fake_quantize.default
+    calls = {node: as_fake_quantize(node) for node in module.graph.nodes}
+    qparams = {
+        node: PlainQParams.of(model.tensors[call.key].qparams)
+        for node, call in calls.items()
+        if call is not None
     }
-    annotated = Annotated(module.graph, grids)
-    tensors = {**model.tensors, **spell_in_integers(annotated, model.tensors)}
+    annotated = Annotated(module.graph, qparams)
+    tensors = {**model.tensors, **rewrite_ops(annotated, model.tensors)}
     annotated.make_explicit()
-    for node, grid in grids.items():
+    for node, numbers in qparams.items():
+        call = as_fake_quantize(node)
+        assert call is not None
         # A pair for each reader; the converter joins them. litert-torch turns pictures to NHWC for
         # some readers, and gave a Linear that shared the pair the turned one.
         for reader in list(node.users):
             with module.graph.inserting_before(node):
-                reader.replace_input_with(node, _activation(module, node.args[0], grid))
+                reader.replace_input_with(node, _activation(module, call.x, numbers))
         module.graph.erase_node(node)
     weights: dict[str, fx.Node] = {}
     for node in list(module.graph.nodes):
-        if node.target is torch.ops.lightning_qat.dequantize.default:
-            key = node.args[5]
+        if (weight := as_dequantize(node)) is not None:
+            key = weight.key
             if key not in weights:
                 with module.graph.inserting_before(node):
                     weights[key] = _weight(module, tensors[key], len(weights))
@@ -144,23 +137,18 @@ def _drop_copies(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _quantization(tensor: QuantizedTensor) -> Quantization:
-    qparams = tensor.qparams
-    grid, scale, zero_point = qparams.grid, float(qparams.scale), int(qparams.zero_point)
-    return Quantization(scale, zero_point, grid.qmin, grid.qmax, grid.dtype)
-
-
-def _activation(module: Any, x: fx.Node, grid: Quantization) -> fx.Node:
+def _activation(module: Any, x: fx.Node, qparams: PlainQParams) -> fx.Node:
     """A pair on all integers of the type; a clamp and a second pair where the grid has fewer.
 
     A file stores no bounds of a grid, so MINIMUM and MAXIMUM on integers keep them.
     """
+    scale, zero_point, grid = qparams
     limits = torch.iinfo(grid.dtype)
-    arguments = (grid.scale, grid.zero_point, limits.min, limits.max, grid.dtype)
+    arguments = (scale, zero_point, limits.min, limits.max, grid.dtype)
     x = _pair(module, "per_tensor", x, arguments)
     if (grid.qmin, grid.qmax) == (limits.min, limits.max):
         return x
-    low, high = ((bound - grid.zero_point) * grid.scale for bound in (grid.qmin, grid.qmax))
+    low, high = ((bound - zero_point) * scale for bound in (grid.qmin, grid.qmax))
     x = module.graph.call_function(torch.ops.aten.clamp.default, (x, low, high))
     return _pair(module, "per_tensor", x, arguments)
 

@@ -1,21 +1,21 @@
-"""Leave litert-torch's converter nothing to decide about grids.
+"""Make every requantization explicit, so that litert-torch's converter cannot choose scales.
 
-The converter knows operators whose output must have the grid of their input (pools, reshapes,
-selections) and moves grids through them, against the graph's direction too. Where two grids meet it
-keeps one of them, and values saturate on a grid that was never theirs: a softplus, which is
-decomposed to a selection, came out 38 steps off, a bilinear resize 13. These rules come before it:
+The converter has operators whose output must have the qparams (scale and zero point) of their input
+(pools, reshapes, selections) and moves qparams through them, also against the graph's direction.
+Where two meet it keeps one of them, and values saturate: a softplus, which is decomposed to a
+selection, was 38 steps off, a bilinear resize 13. These rules are applied first:
 
-1. A tensor that is read on two grids, or on a grid and in float, is written in float.
-2. An operator that hands values on, or averages them, between two grids is computed on the grid of
-   its input and requantized.
-3. An operator with a fixed output grid (sigmoid, softmax, tanh) is requantized from that.
+1. A tensor that is read with two qparams, or with qparams and in float, is written in float.
+2. An operator that preserves values, or averages them, between two qparams is computed with those
+   of its input and requantized.
+3. An operator with a fixed output range (sigmoid, softmax, tanh) is requantized from that range.
 4. A layer that is read in float is kept apart, else the converter multiplies constants that come
    later into its weight.
-5. An operator that is none of those known to be safe, or reads a float tensor, is computed in
-   float; else a float reader of its output may get values that were never rounded.
+5. An operator that is not listed here, or reads a float tensor, is computed in float; else a float
+   reader of its output may get values that were never rounded.
 
-To keep apart means to put a mark between two operators: one that the converter knows in float only.
-``remove_marks`` takes the marks out of the finished file.
+To keep apart means to put a mark between two operators: one that the converter has in float only.
+``remove_marks`` removes the marks from the finished file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from lightning_qat.ir.ops import as_dequantize, make_fake_quantize
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat_exporters.tflite.decompose.constant_nodes import fixed_nodes
 from lightning_qat_exporters.tflite.flatbuffer.file import kind_of
 from lightning_qat_exporters.tflite.litert import (
@@ -38,14 +40,25 @@ MARKS = {_ATEN.ceil: "CEIL", _ATEN.sin: "SIN", _ATEN.cos: "COS"}
 """Operators that can be a mark, in torch and in a file; the first that a model does not use is."""
 
 
-class Quantization(NamedTuple):
-    """A grid as plain numbers, to be compared and hashed."""
+class PlainQParams(NamedTuple):
+    """Per-tensor ``QParams`` as Python numbers, which can be compared and hashed."""
 
     scale: float
     zero_point: int
-    qmin: int
-    qmax: int
-    dtype: torch.dtype
+    grid: IntegerGrid
+
+    @classmethod
+    def of(cls, qparams: QParams) -> PlainQParams:
+        """The numbers of per-tensor qparams."""
+        return cls(float(qparams.scale), int(qparams.zero_point), qparams.grid)
+
+    def as_qparams(self) -> QParams:
+        """The same numbers as tensors."""
+        zero_point = torch.tensor(self.zero_point, dtype=torch.int32)
+        return QParams(torch.tensor(self.scale), zero_point, self.grid)
+
+
+_INT8 = IntegerGrid.signed(8)
 
 
 _LAYERS = (
@@ -59,16 +72,16 @@ _COMPUTES = (
     # Float, and decomposed to nothing that moves grids.
     *(_ATEN.layer_norm, _ATEN.group_norm, _ATEN.silu),
 )
-"""Operators whose inputs and output may have grids of their own."""
+"""Operators whose inputs and output may have qparams of their own."""
 
 _FIXED = {
-    _ATEN.sigmoid: Quantization(1 / 256, -128, -128, 127, torch.int8),
-    _ATEN.softmax: Quantization(1 / 256, -128, -128, 127, torch.int8),
-    _ATEN.tanh: Quantization(1 / 128, 0, -128, 127, torch.int8),
+    _ATEN.sigmoid: PlainQParams(1 / 256, -128, _INT8),
+    _ATEN.softmax: PlainQParams(1 / 256, -128, _INT8),
+    _ATEN.tanh: PlainQParams(1 / 128, 0, _INT8),
 }
-"""Operators whose output grid LiteRT's specification prescribes, at 8 bits."""
+"""Operators whose output qparams LiteRT's specification fixes, at 8 bits."""
 
-_HANDS_ON = (
+_VALUE_PRESERVING = (
     *(_ATEN.view, _ATEN.reshape, _ATEN.flatten, _ATEN.unflatten, _ATEN.squeeze, _ATEN.unsqueeze),
     *(_ATEN.permute, _ATEN.transpose, _ATEN.t, _ATEN.expand, _ATEN.repeat, _ATEN.flip, _ATEN.roll),
     *(_ATEN.slice, _ATEN.select, _ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk, _ATEN.unbind),
@@ -76,28 +89,28 @@ _HANDS_ON = (
     *(_ATEN.relu, _ATEN.max_pool1d, _ATEN.max_pool2d, _ATEN.upsample_nearest2d),
     *(_ATEN.pixel_shuffle, _ATEN.pixel_unshuffle),
 )
-"""Operators that output values of their input, on its grid."""
+"""Operators that output values of their input, with its qparams."""
 
 _AVERAGES = (
     *(_ATEN.avg_pool1d, _ATEN.avg_pool2d, _ATEN.adaptive_avg_pool2d),
     _ATEN.upsample_bilinear2d,
 )
-"""Operators that LiteRT computes on one grid although their values lie between its steps."""
+"""Operators that LiteRT computes with one scale although their results need rounding."""
 
 
 class Annotated:
-    """A functional graph with the grids of its fake quantizations.
+    """A functional graph with the qparams of its fake quantizations.
 
     Args:
         graph: Without operators that write in place.
-        grids: Every fake quantization with its grid; those that are added are entered.
+        qparams: Every fake quantization with its qparams; those that are added are entered.
 
     Attributes:
         mark: The operator that stands between others as a mark.
     """
 
-    def __init__(self, graph: fx.Graph, grids: dict[fx.Node, Quantization]) -> None:
-        self.graph, self.grids = graph, grids
+    def __init__(self, graph: fx.Graph, qparams: dict[fx.Node, PlainQParams]) -> None:
+        self.graph, self.qparams = graph, qparams
         taken = {kind(node) for node in graph.nodes}
         self.mark = next(mark for mark in MARKS if mark not in taken)
         # The converter computes these, a mark among them as what it is, before it can be removed.
@@ -107,7 +120,7 @@ class Annotated:
         """Apply the rules, in place."""
         # Backwards, so that what reads a tensor is settled before the tensor is.
         for node in reversed(list(self.graph.nodes)):
-            if node in self.grids or is_constant(node) or not is_real(node) or not node.users:
+            if node in self.qparams or is_constant(node) or not is_real(node) or not node.users:
                 continue
             if node.op == "call_function":
                 self._settle(node)
@@ -117,65 +130,70 @@ class Annotated:
 
     def _settle(self, node: fx.Node) -> None:
         """Rules 2 to 5 for one operator."""
-        source, written = self.source(node), self.written(node)
+        source, output = self.source(node), self.output(node)
         if kind(node) in _LAYERS:
             end = node
             while len(end.users) == 1 and activates(following := next(iter(end.users))):
                 end = following
             if None in self.reached(end):
                 self.part(end, list(end.users))
-        elif hands_on(node):
-            if source is not None and written is not None and source != written:
+        elif preserves_values(node):
+            if source is not None and output is not None and source != output:
                 self.requantize(node, source)
             elif len(self.read(node)) > 1:
                 self.compute_in_float(node)
-        elif kind(node) in _FIXED and source is not None and written is not None:
+        elif kind(node) in _FIXED and source is not None and output is not None:
             fixed = _FIXED[kind(node)]
-            if written.dtype is not torch.int8:
+            if output.grid.dtype is not torch.int8:
                 self.compute_in_float(node)
-            elif written != fixed:
+            elif output != fixed:
                 self.requantize(node, fixed)
-        elif kind(node) in _AVERAGES and not is_mean(node) and source and written:
+        elif kind(node) in _AVERAGES and not is_mean(node) and source and output:
             self.requantize(node, source)
         elif None in self.read(node) or (
             kind(node) not in (*_COMPUTES, *_FIXED) and not is_mean(node)
         ):
             self.compute_in_float(node)
 
-    def read(self, node: fx.Node) -> set[Quantization | None]:
-        """The grids of an operator's real inputs; None: float."""
+    def read(self, node: fx.Node) -> set[PlainQParams | None]:
+        """The qparams of an operator's real inputs; None: float."""
         inputs = [x for x in node.all_input_nodes if is_real(x) and not is_constant(x)]
-        return {self.grids.get(x) for x in inputs}
+        return {self.qparams.get(x) for x in inputs}
 
-    def source(self, node: fx.Node) -> Quantization | None:
-        """The one grid of an operator's real inputs."""
+    def source(self, node: fx.Node) -> PlainQParams | None:
+        """The qparams of an operator's real inputs; ``None``: float, or several."""
         found = self.read(node)
         return found.pop() if len(found) == 1 else None
 
-    def written(self, node: fx.Node) -> Quantization | None:
-        """The one grid that an operator's output is read on."""
+    def output(self, node: fx.Node) -> PlainQParams | None:
+        """The qparams that an operator's output is read with; ``None``: float, or several."""
         found = self.reached(node)
         return found.pop() if len(found) == 1 else None
 
-    def reached(self, node: fx.Node) -> set[Quantization | None]:
-        """The grids that a tensor is read on, through operators that hand it on; None: float."""
-        found: set[Quantization | None] = set()
+    def reached(self, node: fx.Node) -> set[PlainQParams | None]:
+        """The qparams that readers behind value-preserving operators use; None: float."""
+        found: set[PlainQParams | None] = set()
         for user in node.users:
-            if user in self.grids:
-                found.add(self.grids[user])
-            elif hands_on(user):
+            if user in self.qparams:
+                found.add(self.qparams[user])
+            elif preserves_values(user):
                 found |= self.reached(user)
             elif is_real(user) or user.op == "output":
                 found.add(None)
         return found
 
-    def requantize(self, node: fx.Node, grid: Quantization) -> None:
-        """Quantize an operator's output to a grid before it is quantized to another."""
+    def quantize(self, x: fx.Node, qparams: PlainQParams) -> fx.Node:
+        """Add a fake quantization at the graph's insertion point."""
+        name = f"{x.name}.output"
+        new = make_fake_quantize(self.graph, x, qparams.as_qparams(), name)
+        self.qparams[new] = qparams
+        return new
+
+    def requantize(self, node: fx.Node, qparams: PlainQParams) -> None:
+        """Quantize an operator's output with some qparams before it is quantized with others."""
         users = list(node.users)
         with self.graph.inserting_after(node):
-            new = self.graph.call_function(torch.ops.lightning_qat.fake_quantize.default, (node,))
-        new.meta["val"] = node.meta["val"]
-        self.grids[new] = grid
+            new = self.quantize(node, qparams)
         for user in users:
             user.replace_input_with(node, new)
         self.part(new, users)
@@ -183,7 +201,7 @@ class Annotated:
     def compute_in_float(self, node: fx.Node) -> None:
         """Keep an operator apart from the quantizations before and after it."""
         for source in node.all_input_nodes:
-            if source in self.grids:
+            if source in self.qparams:
                 self.part(source, [node])
         if self.reached(node) - {None}:
             self.part(node, list(node.users))
@@ -250,7 +268,7 @@ def is_real(node: fx.Node) -> bool:
 
 def is_constant(node: fx.Node) -> bool:
     """Whether a node is a weight or another constant."""
-    return node.op == "get_attr" or node.target is torch.ops.lightning_qat.dequantize.default
+    return node.op == "get_attr" or as_dequantize(node) is not None
 
 
 def is_mean(node: fx.Node) -> bool:
@@ -258,8 +276,8 @@ def is_mean(node: fx.Node) -> bool:
     return kind(node) is _ATEN.adaptive_avg_pool2d and set(node.args[1]) == {1}  # type: ignore[arg-type]
 
 
-def hands_on(node: fx.Node) -> bool:
-    """Whether a node outputs values of its input, on its grid."""
+def preserves_values(node: fx.Node) -> bool:
+    """Whether a node outputs values of its input, with its qparams."""
     arguments: Any = node.args
     if kind(node) in (_ATEN.constant_pad_nd, _ATEN.pad):
         # Another value than zero may lie between two steps.
@@ -267,8 +285,8 @@ def hands_on(node: fx.Node) -> bool:
     if kind(node) in (_ATEN.hardtanh, _ATEN.relu6):
         return kind(node) is _ATEN.relu6 or tuple(arguments[1:3]) == (0.0, 6.0)
     if node.target is operator.getitem:
-        return hands_on(arguments[0])
-    return kind(node) in _HANDS_ON
+        return preserves_values(arguments[0])
+    return kind(node) in _VALUE_PRESERVING
 
 
 def activates(node: fx.Node) -> bool:

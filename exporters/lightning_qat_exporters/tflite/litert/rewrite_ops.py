@@ -1,9 +1,9 @@
-"""Spell operators that LiteRT has in float only, or rounds twice, by integer ones.
+"""Rewrite operators that LiteRT computes in float only, or rounds twice, to integer operators.
 
 ==========================  ======================================================================
 torch                       in the file
 ==========================  ======================================================================
-average pools               DEPTHWISE_CONV_2D of equal weights, where input and output have grids
+average pools               DEPTHWISE_CONV_2D of equal weights, where input and output have scales
                             of their own; MUL at the border where padding is not counted
 hardsigmoid                 ADD of 3 with relu6, MUL by a sixth
 repeat, tile                CONCATENATION: litert-torch repeats pictures along another axis
@@ -14,199 +14,208 @@ transposed convolutions     TRANSPOSE_CONV, CONV_3D_TRANSPOSE, and a SLICE where
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from lightning_qat.export.protocol import CannotExpress
+from lightning_qat.ir.ops import as_dequantize, make_dequantize
 from lightning_qat.ir.quantized_model import QuantizedTensor
 from lightning_qat.numerics.qparams import QParams
-from lightning_qat_exporters.tflite.decompose import average_pool as averages
-from lightning_qat_exporters.tflite.decompose import hardsigmoid as sigmoids
-from lightning_qat_exporters.tflite.decompose.conv_transpose import dense, dense_scale, size_and_cut
-from lightning_qat_exporters.tflite.litert.requantize import Annotated, kind
+from lightning_qat_exporters.tflite.decompose.arguments import arguments_of
+from lightning_qat_exporters.tflite.decompose.average_pool import (
+    Pool,
+    adaptive_avg_pool2d,
+    average_pool,
+    avg_pool2d,
+)
+from lightning_qat_exporters.tflite.decompose.conv_transpose import (
+    TransposedConvolution,
+    conv_transpose,
+)
+from lightning_qat_exporters.tflite.decompose.hardsigmoid import hardsigmoid
+from lightning_qat_exporters.tflite.litert.requantize import Annotated, PlainQParams, kind
 
 _ATEN = torch.ops.aten
-_DEQUANTIZE = torch.ops.lightning_qat.dequantize.default
 _TRANSPOSE_CONV = torch.ops.lightning_qat_litert.transpose_conv.default
 _TRANSPOSED = (_ATEN.conv_transpose1d, _ATEN.conv_transpose2d, _ATEN.conv_transpose3d)
+_BINARY = {"add": _ATEN.add.Tensor, "mul": _ATEN.mul.Tensor}
 
 
-def spell_in_integers(
+def rewrite_ops(
     annotated: Annotated, tensors: Mapping[str, QuantizedTensor]
 ) -> dict[str, QuantizedTensor]:
     """Rewrite a graph in place.
 
     Args:
-        annotated: The graph with its grids.
+        annotated: The graph with its qparams.
         tensors: The model's, by key.
 
     Returns:
         Every constant that was added, by the key of its ``dequantize`` node.
     """
-    writer = _Writer(annotated, tensors)
+    constants: dict[str, QuantizedTensor] = {}
     for node in list(annotated.graph.nodes):
-        if kind(node) in _TRANSPOSED:
-            writer.transposed(node)
-            continue
-        if kind(node) in (_ATEN.repeat, _ATEN.tile):
-            writer.repeated(node)
-            continue
-        source, written = annotated.source(node), annotated.written(node)
-        if source is None or written is None or written.dtype is not torch.int8:
-            continue
-        if kind(node) is _ATEN.hardsigmoid:
-            writer.hardsigmoid(node)
-        elif kind(node) is _ATEN.avg_pool2d and source != written:
-            _, kernel, stride, padding, ceil, counts, divisor = _defaults(
-                node, None, None, [], 0, False, True, None
-            )
-            if not ceil and divisor is None:
-                kernel = _pair(kernel)
-                writer.average(node, kernel, _pair(stride) or kernel, _pair(padding), counts)
-        elif kind(node) is _ATEN.adaptive_avg_pool2d and source != written:
-            before, after = _size(node.args[0]), _size(node)
-            if after != (1, 1) and all(b % a == 0 for b, a in zip(before, after, strict=True)):
-                kernel = [b // a for b, a in zip(before, after, strict=True)]
-                writer.average(node, kernel, kernel, [0, 0], counts=True)
-    return writer.constants
+        with annotated.graph.inserting_before(node):
+            new = _rewritten(_Writer(annotated, node, constants), node, tensors)
+        if new is not None:
+            node.replace_all_uses_with(new)
+            annotated.graph.erase_node(node)
+    return constants
+
+
+def _rewritten(
+    writer: _Writer, node: fx.Node, tensors: Mapping[str, QuantizedTensor]
+) -> fx.Node | None:
+    """The node that replaces an operator; ``None``: the operator stays."""
+    if kind(node) in _TRANSPOSED:
+        return _conv_transpose(writer, node, tensors)
+    if kind(node) in (_ATEN.repeat, _ATEN.tile):
+        return _repeat(writer, node)
+    source, output = writer.annotated.source(node), writer.annotated.output(node)
+    if source is None or output is None or output.grid.dtype is not torch.int8:
+        return None
+    x: Any = node.args[0] if node.args else None
+    if kind(node) is _ATEN.hardsigmoid:
+        result: fx.Node = hardsigmoid(writer, x, node.name, output.as_qparams())
+        return result
+    pool = None if source == output else _pool_of(node)
+    if pool is None:
+        return None
+    shape = tuple(x.meta["val"].shape)
+    mean: fx.Node = average_pool(writer, x, node.name, pool, shape, output.as_qparams())
+    return mean
+
+
+def _pool_of(node: fx.Node) -> Pool | None:
+    """The average pool that an operator is; ``None``: another operator, or one left as it is."""
+    try:
+        if kind(node) is _ATEN.avg_pool2d:
+            return avg_pool2d(node)
+        if kind(node) is _ATEN.adaptive_avg_pool2d and _size(node) != (1, 1):
+            return adaptive_avg_pool2d(_size(node.args[0]), _size(node))
+    except CannotExpress:
+        # litert-torch has float operators for it.
+        return None
+    return None
+
+
+def _repeat(writer: _Writer, node: fx.Node) -> fx.Node:
+    x, times = arguments_of(node)
+    rank = len(x.meta["val"].shape)
+    times = [1] * (rank - len(times)) + list(times)
+    for _ in range(len(times) - rank):
+        x = writer.call(_ATEN.unsqueeze.default, x, 0)
+    for axis, count in enumerate(times):
+        if count != 1:
+            x = writer.call(_ATEN.cat.default, [x] * count, axis)
+    result: fx.Node = x
+    return result
+
+
+def _conv_transpose(
+    writer: _Writer, node: fx.Node, tensors: Mapping[str, QuantizedTensor]
+) -> fx.Node | None:
+    """A layer with integer weights; one in float is left to litert-torch."""
+    x, weight, bias = arguments_of(node)[:3]
+    weight = as_dequantize(weight)
+    if weight is None:
+        return None
+    tensor, output = tensors[weight.key], writer.annotated.output(node)
+    assert tensor.integers is not None
+    size = tuple(int(n) for n in x.meta["val"].shape[2:])
+    plan = conv_transpose(node, tensor.integers, tensor.qparams, size)
+    if plan.one_dimensional:
+        x = writer.call(_ATEN.unsqueeze.default, x, 2)
+    rank = plan.integers.dim()
+    y = writer.call(_ATEN.permute.default, x, [0, *range(2, rank), 1])
+    stored = writer.constant(_in_litert_order(f"{node.name}.weight", plan, tensor.qparams))
+    inputs, outputs = plan.integers.shape[:2]
+    if rank == 5:
+        zeros = writer.zeros(f"{node.name}_zeros", inputs)
+        y = writer.call(_TRANSPOSE_CONV, y, stored, zeros, plan.stride, plan.size)
+        y = y if bias is None else writer.call(_ATEN.add.Tensor, y, bias)
+    else:
+        bias = writer.zeros(f"{node.name}_bias", outputs) if bias is None else bias
+        y = writer.call(_TRANSPOSE_CONV, y, stored, bias, plan.stride, plan.size)
+        # Before what cuts and permutes the result, so that the kernel rounds.
+        y = y if output is None else writer.annotated.quantize(y, output)
+    for axis, start, end in plan.cuts:
+        y = writer.call(_ATEN.slice.Tensor, y, 1 + axis, start, end)
+    y = writer.call(_ATEN.permute.default, y, [0, rank - 1, *range(1, rank - 1)])
+    return writer.call(_ATEN.squeeze.dim, y, 2) if plan.one_dimensional else y
+
+
+def _in_litert_order(key: str, plan: TransposedConvolution, qparams: QParams) -> QuantizedTensor:
+    """The dense weight, its axes as LiteRT has them."""
+    order = (1, 2, 3, 0) if plan.integers.dim() == 4 else (2, 3, 4, 1, 0)
+    axis = None if qparams.axis is None else order.index(1)
+    zero_point = torch.zeros_like(plan.scale, dtype=torch.int32)
+    stored = QParams(plan.scale, zero_point, qparams.grid, axis)
+    return QuantizedTensor(key, "weight", stored, plan.integers.permute(order).contiguous())
 
 
 class _Writer:
-    """Puts operators in the place of others."""
+    """Adds operators in front of one that they replace: the ``Builder`` of this backend.
 
-    def __init__(self, annotated: Annotated, tensors: Mapping[str, QuantizedTensor]) -> None:
-        self.annotated, self.graph, self.tensors = annotated, annotated.graph, tensors
-        self.constants: dict[str, QuantizedTensor] = {}
+    An output is quantized when another operator reads it; the last one is quantized by the graph.
+    """
 
-    def hardsigmoid(self, node: fx.Node) -> None:
-        grid = self.annotated.written(node)
-        assert grid is not None
-        with self.graph.inserting_before(node):
-            three = self._constant(sigmoids.three(f"{node.name}.three"))
-            sixth = self._constant(sigmoids.sixth(f"{node.name}.sixth"))
-            moved = self._call(node, _ATEN.add.Tensor, node.args[0], three)
-            moved = self._call(node, _ATEN.hardtanh.default, moved, 0.0, 6.0)
-            coarse = grid._replace(scale=float(torch.tensor(grid.scale * sigmoids.TIMES)))
-            moved = self._quantize(node, moved, coarse)
-            self._replace(node, self._call(node, _ATEN.mul.Tensor, moved, sixth))
-
-    def average(
-        self, node: fx.Node, kernel: list[int], stride: list[int], padding: list[int], counts: bool
+    def __init__(
+        self, annotated: Annotated, node: fx.Node, constants: dict[str, QuantizedTensor]
     ) -> None:
-        source: Any = node.args[0]
-        grid, channels = self.annotated.written(node), int(source.meta["val"].shape[-3])
-        assert grid is not None
-        options = (None, stride, padding, [1, 1], channels)
-        with self.graph.inserting_before(node):
-            weight = self._constant(averages.equal_weights(f"{node.name}.weight", channels, kernel))
-            mean = self._call(node, _ATEN.conv2d.default, source, weight, *options)
-            if any(padding) and not counts:
-                factors = averages.border_factors(
-                    f"{node.name}.border", _size(source), kernel, stride, padding
-                )
-                mean = self._quantize(node, mean, grid)
-                mean = self._call(node, _ATEN.mul.Tensor, mean, self._constant(factors))
-            self._replace(node, mean)
+        self.annotated, self._node, self._constants = annotated, node, constants
+        self._outputs: dict[fx.Node, QParams] = {}
 
-    def repeated(self, node: fx.Node) -> None:
-        x: Any = node.args[0]
-        times: Any = node.args[1]
-        size = x.meta["val"].shape
-        times = [1] * (len(size) - len(times)) + list(times)
-        with self.graph.inserting_before(node):
-            for _ in range(len(times) - len(size)):
-                x = self._call(node, _ATEN.unsqueeze.default, x, 0)
-            for axis, count in enumerate(times):
-                if count != 1:
-                    x = self._call(node, _ATEN.cat.default, [x] * count, axis)
-            self._replace(node, x)
-
-    def transposed(self, node: fx.Node) -> None:
-        """A layer with integer weights; one in float is left to litert-torch."""
-        x, weight, bias, *options = _defaults(node, None, None, None, 1, 0, 0, 1, 1)
-        if weight.target is not _DEQUANTIZE:
-            return
-        tensor, grid = self.tensors[weight.args[5]], self.annotated.written(node)
+    def constant(self, tensor: QuantizedTensor) -> fx.Node:
+        self._constants[tensor.key] = tensor
         assert tensor.integers is not None
-        axes = tensor.integers.dim() - 2
-        groups = options.pop(3)
-        stride, padding, extra, dilation = (_each(value, axes) for value in options)
-        integers = dense(tensor.integers, groups, dilation)
-        size = tuple(int(n) for n in x.meta["val"].shape[2:])
-        whole, starts, ends = size_and_cut(size, integers.shape[2:], stride, padding, extra)
-        with self.graph.inserting_before(node):
-            if axes == 1:
-                # A picture of height 1.
-                x, integers = self._call(node, _ATEN.unsqueeze.default, x, 2), integers.unsqueeze(2)
-                stride, whole, starts, ends = [1, *stride], [1, *whole], [0, *starts], [1, *ends]
-            rank = integers.dim()
-            y = self._call(node, _ATEN.permute.default, x, [0, *range(2, rank), 1])
-            turned = self._turned(f"{node.name}.weight", tensor.qparams, integers, groups)
-            inputs, outputs = integers.shape[:2]
-            if rank == 5:
-                zeros = self._zeros(f"{node.name}_zeros", inputs)
-                y = self._call(node, _TRANSPOSE_CONV, y, turned, zeros, stride, whole)
-                y = y if bias is None else self._call(node, _ATEN.add.Tensor, y, bias)
-            else:
-                bias = self._zeros(f"{node.name}_bias", outputs) if bias is None else bias
-                y = self._call(node, _TRANSPOSE_CONV, y, turned, bias, stride, whole)
-                # Before what cuts and turns the result, so that the kernel rounds.
-                y = y if grid is None else self._quantize(node, y, grid)
-            for axis, n, start, end in zip(range(1, rank), whole, starts, ends, strict=False):
-                if (start, end) != (0, n):
-                    y = self._call(node, _ATEN.slice.Tensor, y, axis, start, end)
-            y = self._call(node, _ATEN.permute.default, y, [0, rank - 1, *range(1, rank - 1)])
-            self._replace(node, self._call(node, _ATEN.squeeze.dim, y, 2) if axes == 1 else y)
+        return make_dequantize(self.annotated.graph, tensor.integers, tensor.qparams, tensor.key)
 
-    def _turned(self, key: str, qparams: QParams, integers: torch.Tensor, groups: int) -> fx.Node:
-        """A dense weight, its axes as LiteRT has them."""
-        order = (1, 2, 3, 0) if integers.dim() == 4 else (2, 3, 4, 1, 0)
-        scale = dense_scale(qparams, groups)
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        axis = None if qparams.axis is None else order.index(1)
-        of_file = QParams(scale, zero_point, qparams.grid, axis)
-        integers = integers.permute(order).contiguous()
-        return self._constant(QuantizedTensor(key, "weight", of_file, integers))
+    def binary(
+        self,
+        function: Literal["add", "mul"],
+        x: fx.Node,
+        y: fx.Node,
+        output: QParams,
+        activation: Literal["none", "relu6"] = "none",
+    ) -> fx.Node:
+        result = self.call(_BINARY[function], self._quantized(x), y)
+        if activation == "relu6":
+            result = self.call(_ATEN.hardtanh.default, result, 0.0, 6.0)
+        self._outputs[result] = output
+        return result
 
-    def _zeros(self, name: str, count: int) -> fx.Node:
-        module: Any = self.graph.owning_module
+    def depthwise(
+        self,
+        x: fx.Node,
+        weight: QuantizedTensor,
+        stride: list[int],
+        padding: list[int],
+        output: QParams,
+    ) -> fx.Node:
+        assert weight.integers is not None
+        options = (None, stride, padding, [1, 1], weight.integers.shape[0])
+        result = self.call(_ATEN.conv2d.default, x, self.constant(weight), *options)
+        self._outputs[result] = output
+        return result
+
+    def zeros(self, name: str, count: int) -> fx.Node:
+        module: Any = self.annotated.graph.owning_module
         module.register_buffer(name, torch.zeros(count))
-        return self.graph.get_attr(name)
+        return self.annotated.graph.get_attr(name)
 
-    def _call(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-        new = self.graph.call_function(target, args)
-        new.meta["val"] = like.meta["val"]
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        new = self.annotated.graph.call_function(target, args)
+        new.meta["val"] = self._node.meta["val"]
         return new
 
-    def _quantize(self, like: fx.Node, x: fx.Node, grid: Any) -> fx.Node:
-        new = self._call(like, torch.ops.lightning_qat.fake_quantize.default, x)
-        self.annotated.grids[new] = grid
-        return new
-
-    def _constant(self, tensor: QuantizedTensor) -> fx.Node:
-        self.constants[tensor.key] = tensor
-        arguments = (None, None, None, None, None, tensor.key)
-        return self.graph.call_function(_DEQUANTIZE, arguments)
-
-    def _replace(self, node: fx.Node, new: fx.Node) -> None:
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+    def _quantized(self, x: fx.Node) -> fx.Node:
+        output = self._outputs.get(x)
+        return x if output is None else self.annotated.quantize(x, PlainQParams.of(output))
 
 
 def _size(node: Any) -> tuple[int, ...]:
     """Height and width of a picture."""
     return tuple(int(n) for n in node.meta["val"].shape[-2:])
-
-
-def _pair(value: Any) -> list[int]:
-    return _each(value, 2)
-
-
-def _each(value: Any, axes: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * axes if len(values) == 1 else values
-
-
-def _defaults(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
-    return (*node.args, *defaults[len(node.args) :])

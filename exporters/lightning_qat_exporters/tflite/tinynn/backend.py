@@ -1,7 +1,7 @@
 """TFLite through TinyNeuralNetwork's converter.
 
-The captured program is lowered to integer operators (``_tinynn_lowering``), traced, and handed to
-``TFLiteConverter``, which knows these operators for the time of the call (``_tinynn_converters``).
+The captured program is lowered to integer operators (``lowering``), traced, and handed to
+``TFLiteConverter``, which knows these operators for the time of the call (``converters``).
 It lays tensors out, folds constants, removes transposes and writes the file; every number in it is
 the model's. No quantized kernel of torch computes anything, so its engine does not matter.
 """
@@ -23,8 +23,8 @@ import torch
 from lightning_qat.export.protocol import MissingDependency, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.flatbuffer.file import unpack
-from lightning_qat_exporters.tflite.tinynn.lower_ops import FORMS
-from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import PASSING
+from lightning_qat_exporters.tflite.tinynn.lower_ops import LOWER_FUNCTIONS
+from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import VALUE_PRESERVING
 from lightning_qat_exporters.tflite.tinynn.lowering import LITERT, Lowering
 
 _INSTALL = (
@@ -65,7 +65,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
     of weights stay the model's.
 
     Args:
-        model: The neutral description.
+        model: The converted model.
         io: Type of inputs and outputs: ``float``, ``int8`` or ``uint8``.
         layout: Layout of four-dimensional inputs and outputs: ``nhwc`` or ``nchw``.
 
@@ -78,7 +78,9 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
     """
     with _contained(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         converter_class = _converter_class()
-        graph, samples = Lowering(model, FORMS, PASSING, integer_io=io != "float").run()
+        graph, samples = Lowering(
+            model, LOWER_FUNCTIONS, VALUE_PRESERVING, integer_io=io != "float"
+        ).run()
         # Needs TinyNeuralNetwork at its top.
         from lightning_qat_exporters.tflite.tinynn.converters import extended
 

@@ -1,7 +1,7 @@
 """What TinyNeuralNetwork's converter makes of our integer operators, and which rewrites it leaves.
 
 This is the one place that reaches into TinyNeuralNetwork. ``extended`` puts the operators of
-``_tinynn_ops`` into its table and takes them out again. They close these gaps of its own table:
+``ops`` into its table and takes them out again. They close these gaps of its own table:
 
 =====================================  ====================================================
 its converter                          here
@@ -70,7 +70,7 @@ _LEFT_OUT = ("fuse_activation", "fuse_requantize", "fuse_dequant_quant_pass")
 
 
 class _IntegerOperator(OperatorConverter):  # type: ignore[misc] # it has no types
-    """One call of an operator of ``_tinynn_ops``, on its way into the file's graph."""
+    """One call of an operator of ``ops``, on its way into the file's graph."""
 
     def parse(self, node: Any, attrs: Any, args: Any, graph_converter: Any) -> None:
         self.run(node)

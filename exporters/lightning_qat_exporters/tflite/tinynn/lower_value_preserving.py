@@ -1,7 +1,6 @@
-"""Operators that hand on the values they are given: moved, chosen, or clamped.
+"""Lower value-preserving operators, which move, select or clamp values.
 
-What comes out lies on the grid of what went in, so the same operator on integers is exact, and a
-grid behind such an operator can be put in front of it.
+Their output has the qparams of their input, so the same operator on integers is exact.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from lightning_qat.export.protocol import CannotExpress
 from lightning_qat.numerics.qparams import QParams
+from lightning_qat_exporters.tflite.decompose.arguments import arguments_of
 from lightning_qat_exporters.tflite.tinynn.lowering import (
     INT8,
-    LITERT,
-    Form,
+    LowerFunction,
     Lowering,
-    Refused,
     Value,
-    arguments_of,
 )
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 
@@ -53,10 +51,10 @@ def _clamp_range(node: fx.Node) -> tuple[float, float] | None:
     if node.target is _ATEN.clamp_min.default:
         return float(arguments_of(node)[1]), math.inf
     if node.target is _ATEN.hardtanh.default:
-        _, low, high = arguments_of(node, None, -1.0, 1.0)
+        _, low, high = arguments_of(node)
         return float(low), float(high)
     if node.target is _ATEN.clamp.default:
-        _, low, high = arguments_of(node, None, None, None)
+        _, low, high = arguments_of(node)
         return (
             -math.inf if low is None else float(low),
             math.inf if high is None else float(high),
@@ -89,12 +87,12 @@ def _clamp(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _nearest(bound: float, qparams: QParams) -> float:
-    """The integer next to a real bound, also outside the grid."""
+    """The integer next to a real bound, also outside the range of integers."""
     steps = bound / float(qparams.scale)
     return (round(steps) if math.isfinite(steps) else steps) + int(qparams.zero_point)
 
 
-# Moves
+# Moves and selections
 
 
 def _same(lowering: Lowering, node: fx.Node) -> Value:
@@ -121,11 +119,9 @@ def _reshape(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _t(lowering: Lowering, node: fx.Node) -> Value:
-    return (
-        _moved(lowering, node, _ATEN.transpose.int, -2, -1)
-        if (len(lowering.shape(node)) > 1)
-        else _given(lowering, node)
-    )
+    if len(lowering.shape(node)) < 2:
+        return _given(lowering, node)
+    return _moved(lowering, node, _ATEN.transpose.int, -2, -1)
 
 
 def _tile(lowering: Lowering, node: fx.Node) -> Value:
@@ -140,14 +136,16 @@ def _adaptive_max_pool2d(lowering: Lowering, node: fx.Node) -> Value:
     before = lowering.shape(source)[-2:]
     kernel = [b // a for b, a in zip(before, after, strict=True)]
     if any(b % a for b, a in zip(before, after, strict=True)):
-        raise Refused(f"windows of unequal size: {tuple(before)} to {tuple(after)}", LITERT)
+        raise CannotExpress(f"windows of unequal size: {tuple(before)} to {tuple(after)}")
     return _moved(lowering, node, _ATEN.max_pool2d.default, kernel, kernel)
 
 
 def _roll(lowering: Lowering, node: fx.Node) -> Value:
-    _, shifts, axes = arguments_of(node, None, None, ())
+    _, shifts, axes = arguments_of(node)
     if not axes:
-        raise Refused("roll over all elements has no form", 'Roll along axes, or use "litert"')
+        raise CannotExpress(
+            "roll over all elements has no form", 'Roll along axes, or use "litert"'
+        )
     value = _given(lowering, node)
     rolled = value.node
     for shift, axis in zip(shifts, axes, strict=True):
@@ -162,7 +160,7 @@ def _roll(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _unbind(lowering: Lowering, node: fx.Node) -> Value:
-    """Nothing yet: each part is selected where it is taken."""
+    """`unbind` itself emits nothing; each `getitem` becomes a `select`."""
     return _given(lowering, node)
 
 
@@ -170,13 +168,13 @@ def _getitem(lowering: Lowering, node: fx.Node) -> Value:
     whole, index = arguments_of(node)
     if whole.target is _ATEN.adaptive_max_pool2d.default:
         if index:
-            raise Refused("the indices of adaptive_max_pool2d have no form", LITERT)
+            raise CannotExpress("the indices of adaptive_max_pool2d have no form")
         return _given(lowering, node)
     if whole.target is _ATEN._native_batch_norm_legit_no_training.default:
         return _given(lowering, node)
     if whole.target is not _ATEN.unbind.int:
         return _same(lowering, node)
-    axis = arguments_of(whole, None, 0)[1]
+    axis = arguments_of(whole)[1]
     return _moved(lowering, node, _ATEN.select.int, axis, index)
 
 
@@ -191,16 +189,16 @@ def _channel_shuffle(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _pad(lowering: Lowering, node: fx.Node) -> Value:
-    _, amounts, mode, fill = arguments_of(node, None, None, "constant", None)
     if node.target is _ATEN.constant_pad_nd.default:
-        _, amounts, fill = arguments_of(node, None, None, 0)
-        mode = "constant"
+        (_, amounts, fill), mode = arguments_of(node), "constant"
+    else:
+        _, amounts, mode, fill = arguments_of(node)
     if mode == "reflect" and len(amounts) == 4:
         return _moved(lowering, node, _ATEN.reflection_pad2d.default, amounts)
     if mode != "constant":
-        raise Refused(f"padding of mode {mode!r} has no form for these dimensions", LITERT)
+        raise CannotExpress(f"padding of mode {mode!r} has no form for these dimensions")
     if fill and _given(lowering, node).qparams is not None:
-        raise Refused(f"padding with {fill} instead of 0 would need another grid", LITERT)
+        raise CannotExpress(f"padding with {fill} instead of 0 would need another grid")
     return _moved(lowering, node, _ATEN.constant_pad_nd.default, amounts, fill or 0)
 
 
@@ -209,7 +207,7 @@ def _identity(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _copy(lowering: Lowering, node: fx.Node) -> Value:
-    """What an in-place operator has become: its second argument is the new value."""
+    """The functional form of an in-place operator: its second argument is the new value."""
     value = lowering.value(node.args[1])
     assert value is not None
     return value
@@ -219,35 +217,35 @@ def _copy(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _cat(lowering: Lowering, node: fx.Node) -> Value:
-    items, axis = arguments_of(node, None, 0)
-    nodes, qparams = _on_one_grid(lowering, node, items)
+    items, axis = arguments_of(node)
+    nodes, qparams = _with_one_qparams(lowering, node, items)
     return Value(lowering.call(_ATEN.cat.default, nodes, axis), qparams)
 
 
 def _stack(lowering: Lowering, node: fx.Node) -> Value:
-    items, axis = arguments_of(node, None, 0)
-    nodes, qparams = _on_one_grid(lowering, node, items)
+    items, axis = arguments_of(node)
+    nodes, qparams = _with_one_qparams(lowering, node, items)
     rows = [lowering.call(_ATEN.unsqueeze.default, item, axis) for item in nodes]
     axis %= len(lowering.shape(node))
     return Value(lowering.call(_ATEN.cat.default, rows, axis), qparams)
 
 
-def _on_one_grid(
+def _with_one_qparams(
     lowering: Lowering, node: fx.Node, items: list[fx.Node]
 ) -> tuple[list[fx.Node], QParams | None]:
-    """CONCATENATION has one grid for all its inputs and its output: others are moved to it."""
-    grids = [pair[1] for pair in lowering.quantized(*items) or ()]
-    if grids and all(grid.equal(grids[0]) for grid in grids):
-        output: QParams | None = grids[0]
+    """Requantize the inputs of a CONCATENATION: they and its output must have the same qparams."""
+    inputs = [pair[1] for pair in lowering.quantized(*items) or ()]
+    if inputs and all(qparams.equal(inputs[0]) for qparams in inputs):
+        output: QParams | None = inputs[0]
     else:
-        output = lowering.grid_behind(node)
+        output = lowering.output_qparams(node)
     if output is None:
         return [lowering.real(item) for item in items], None
     values = [value for item in items if (value := lowering.value(item)) is not None]
-    return [lowering.on_grid(value, output).node for value in values], output
+    return [lowering.requantized(value, output).node for value in values], output
 
 
-PASSING: Mapping[Any, Form] = {
+VALUE_PRESERVING: Mapping[Any, LowerFunction] = {
     _ATEN.relu.default: _clamp,
     _ATEN.relu6.default: _clamp,
     _ATEN.hardtanh.default: _clamp,
@@ -287,4 +285,4 @@ PASSING: Mapping[Any, Form] = {
     _ATEN.cat.default: _cat,
     _ATEN.stack.default: _stack,
 }
-"""Every operator that only hands values on."""
+"""Every value-preserving operator that is lowered."""

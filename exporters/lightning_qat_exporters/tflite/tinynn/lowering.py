@@ -1,11 +1,11 @@
-"""From the neutral description to a graph of integer operators that can be traced.
+"""Lower a converted model to a graph of integer operators that can be traced.
 
-The walk of this module keeps, for every value of the captured program, what stands for it in the
-new graph: a float tensor, or integers with the grid they lie on. Which operator becomes what is
-the table of ``_tinynn_forms``.
+``Lowering`` goes through the captured program and keeps, for every value, its counterpart in the
+new graph: a float tensor, or integers with their qparams. The tables of ``lower_ops`` and
+``lower_value_preserving`` have one function per operator.
 
-An integer kernel must know the grid of its result before any quantization is reached. It is found
-by reading ahead: through the operators that pass values on, to the ``fake_quantize`` behind.
+An integer kernel needs the qparams of its output before their ``fake_quantize`` node is reached.
+``Lowering.output_qparams`` reads ahead, through value-preserving operators, to that node.
 """
 
 from __future__ import annotations
@@ -17,53 +17,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
+from lightning_qat.export.protocol import CannotExpress, Unsupported, UnsupportedByTarget
+from lightning_qat.ir.exported_program import Constants, module_path
+from lightning_qat.ir.ops import DEQUANTIZE, FakeQuantizeCall, as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
+from lightning_qat_exporters.tflite.decompose.sample import sample_of
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 from lightning_qat_exporters.tflite.tinynn.program_values import (
     Recorder,
-    constants_of,
     outputs_of,
     placeholder_values,
-    sample_of,
 )
-
-_FAKE_QUANTIZE = torch.ops.lightning_qat.fake_quantize.default
-_DEQUANTIZE = torch.ops.lightning_qat.dequantize.default
 
 INT8 = IntegerGrid.signed(8)
 LITERT = 'Export with backend="litert"'
 
 
-class Refused(Exception):
-    """One operator has no form here.
-
-    Args:
-        reason: Why, without a full stop.
-        remedy: What to do.
-    """
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.reason, self.remedy = reason, remedy
-
-
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What stands for a value of the program in the new graph.
+    """The counterpart of a value of the program in the new graph.
 
     Args:
         node: A float tensor, or a ``quint8`` one.
-        qparams: Its grid; ``None`` for a float tensor.
+        qparams: Its scale, zero point and grid; ``None`` for a float tensor.
     """
 
     node: fx.Node
     qparams: QParams | None
 
 
-Form = Callable[["Lowering", fx.Node], Value]
+LowerFunction = Callable[["Lowering", fx.Node], Value]
+"""Lowers one operator of the program."""
 
 _FLOAT_GATES = (
     "LSTM and GRU compute their gates in float; an int8 kernel needs the scale of every product"
@@ -74,24 +60,25 @@ class Lowering:
     """One walk over a program.
 
     Args:
-        model: The neutral description.
-        forms: Which operator becomes what.
-        passing: Operators whose result lies on the grid of what they are given.
+        model: The converted model.
+        functions: Operator to the function that lowers it.
+        value_preserving: Operators whose output has the qparams of their input.
         integer_io: Inputs and outputs are integers.
     """
 
     def __init__(
         self,
         model: QuantizedModel,
-        forms: Mapping[Any, Form],
-        passing: Container[Any],
+        functions: Mapping[Any, LowerFunction],
+        value_preserving: Container[Any],
         integer_io: bool,
     ) -> None:
-        self.model, self.forms, self.passing, self.integer_io = model, forms, passing, integer_io
+        self.model, self.integer_io = model, integer_io
+        self.functions, self.value_preserving = functions, value_preserving
         # In-place operators become plain ones; nothing else is taken apart.
         self.program = model.program.run_decompositions({})
-        self.inputs = sample_of(model, self.program)
-        self.constants = constants_of(self.program)
+        self.inputs = sample_of(model)
+        self.constants = Constants(self.program)
         recorder = Recorder(self.program.graph_module)
         with torch.no_grad():
             recorder.run(*placeholder_values(self.program, self.constants, self.inputs))
@@ -105,7 +92,7 @@ class Lowering:
         """The new graph, and inputs to trace it with.
 
         Raises:
-            UnsupportedByTarget: With everything that has no form.
+            UnsupportedByTarget: With everything that cannot be lowered.
         """
         samples = []
         recurrent = self.model.recurrences
@@ -114,14 +101,14 @@ class Lowering:
         for name, sample in self.inputs.items():
             source = next(n for n in self.program.graph.nodes if n.name == name)
             placeholder = self.graph.placeholder(name)
-            qparams = self._checked(name, self._input_grid, source)
+            qparams = self._checked(name, self._input_qparams, source)
             self.values[source] = Value(placeholder, qparams)
             samples.append(sample if qparams is None else _as_quint8(sample, qparams))
         for node in self.program.graph.nodes:
             if node.op == "call_function" and self._is_tensor(node):
-                told = node in inside
-                value = None if told else self._checked(self.where(node), self._lower, node)
-                # What was refused is taken as float, so that the rest is looked at too.
+                # What cannot be lowered counts as float, so that the rest is checked too.
+                where = self.where(node)
+                value = None if node in inside else self._checked(where, self._lower, node)
                 self.values[node] = value or Value(self.graph.placeholder(node.name), None)
         outputs = tuple(
             self._checked(name, self._output, node)
@@ -132,18 +119,17 @@ class Lowering:
         self.graph.output(outputs)
         return fx.GraphModule(self.root, self.graph), tuple(samples)
 
-    # What forms ask
+    # For functions that lower an operator
 
     def where(self, node: fx.Node) -> str:
         """The dotted path of the module that called an operator, with the operator's name.
 
         A quantization is named by its key.
         """
-        if node.target is _FAKE_QUANTIZE:
-            return str(node.args[-1])
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [str(path).split("@")[0] for path, _ in stack.values()]
-        path = paths[-1] if paths else ""
+        call = as_fake_quantize(node)
+        if call is not None:
+            return call.key
+        path = module_path(node)
         operator = str(node.target).removeprefix("aten.").split(".")[0]
         return f"{path} ({operator})" if path else operator
 
@@ -156,17 +142,18 @@ class Lowering:
         return fx.map_arg(argument, self._concrete)
 
     def value(self, argument: Any) -> Value | None:
-        """What stands for an argument; ``None`` for a number."""
+        """The counterpart of an argument; ``None`` for a number."""
         if not isinstance(argument, fx.Node):
             return None
         if argument not in self.values:
-            if argument not in self.constants:
+            constant = self.constants.value(argument)
+            if constant is None:
                 return None
-            self.values[argument] = Value(self.attribute(self.constants[argument]), None)
+            self.values[argument] = Value(self.attribute(constant), None)
         return self.values[argument]
 
     def quantized(self, *arguments: Any) -> list[tuple[fx.Node, QParams]] | None:
-        """The arguments as integers and grids; ``None`` unless all are integers."""
+        """The arguments as integers and qparams; ``None`` unless all are integers."""
         values = [self.value(argument) for argument in arguments]
         pairs = [(v.node, v.qparams) for v in values if v is not None and v.qparams is not None]
         return pairs if len(pairs) == len(arguments) else None
@@ -182,19 +169,19 @@ class Lowering:
 
     def weight(self, argument: Any) -> QuantizedTensor | None:
         """The quantized weight that a node holds; ``None`` for anything else."""
-        if not isinstance(argument, fx.Node) or argument.target is not _DEQUANTIZE:
-            return None
-        return self.model.tensors[str(argument.args[-1])]
+        call = as_dequantize(argument)
+        return None if call is None else self.model.tensors[call.key]
 
-    def grid_behind(self, node: fx.Node) -> QParams | None:
-        """The grid that a result is put on; ``None`` when something reads it as it is.
+    def output_qparams(self, node: fx.Node) -> QParams | None:
+        """The qparams that an output is quantized with; ``None`` when something reads it in float.
 
-        A result that is put on several grids gets the widest, from which the others follow.
+        An output that is quantized with several gets the largest scale, and is requantized from
+        that.
         """
-        grids = self._grids_behind(node)
-        if not grids or None in grids:
+        read = self._qparams_read(node)
+        if not read or None in read:
             return None
-        return max((g for g in grids if g is not None), key=lambda g: float(g.scale))
+        return max((q for q in read if q is not None), key=lambda q: float(q.scale))
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         """The one operator that reads a result."""
@@ -238,8 +225,8 @@ class Lowering:
         assert tensor.integers is not None
         return self.constant(tensor.integers * qparams.scale, qparams)
 
-    def on_grid(self, value: Value, qparams: QParams) -> Value:
-        """A value moved to a grid."""
+    def requantized(self, value: Value, qparams: QParams) -> Value:
+        """A value with other qparams, or a float tensor quantized."""
         if value.qparams is None:
             quantizer = torch.ops.aten.quantize_per_tensor.default
             node = self.call(quantizer, value.node, *affine(qparams), torch.quint8)
@@ -254,52 +241,52 @@ class Lowering:
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return not isinstance(self.recorded.get(node), int | float) and (
-            node.target is not _DEQUANTIZE
+            node.target is not DEQUANTIZE
         )
 
     def _lower(self, node: fx.Node) -> Value:
-        if node.target is _FAKE_QUANTIZE:
-            return self._fake_quantize(node)
-        form = self.forms.get(node.target)
-        if form is None:
-            raise Refused(f"{node.target} has no form in TinyNeuralNetwork's backend", LITERT)
-        return form(self, node)
+        call = as_fake_quantize(node)
+        if call is not None:
+            return self._fake_quantize(call)
+        function = self.functions.get(node.target)
+        if function is None:
+            raise CannotExpress(f"{node.target} has no form in TinyNeuralNetwork's backend")
+        return function(self, node)
 
-    def _fake_quantize(self, node: fx.Node) -> Value:
-        source, qparams = self.value(node.args[0]), self._grid_of(node)
+    def _fake_quantize(self, call: FakeQuantizeCall) -> Value:
+        source, qparams = self.value(call.x), self.model.tensors[call.key].qparams
         if qparams.grid != INT8:
-            raise Refused(
+            raise CannotExpress(
                 f"activations must have 8 bits; got the grid {qparams.grid.qmin} .. "
                 f"{qparams.grid.qmax}",
                 "Use ActivationSpec(bits=8)",
             )
         assert source is not None
-        return self.on_grid(source, qparams)
+        return self.requantized(source, qparams)
 
-    def _grid_of(self, node: fx.Node) -> QParams:
-        return self.model.tensors[str(node.args[-1])].qparams
-
-    def _grids_behind(self, node: fx.Node) -> list[QParams | None]:
-        grids: list[QParams | None] = []
+    def _qparams_read(self, node: fx.Node) -> list[QParams | None]:
+        """The qparams that each reader of a tensor quantizes it with; ``None``: read in float."""
+        found: list[QParams | None] = []
         for user in node.users:
-            if user.target is _FAKE_QUANTIZE:
-                grids.append(self._grid_of(user))
-            elif user.target in self.passing:
+            call = as_fake_quantize(user)
+            if call is not None:
+                found.append(self.model.tensors[call.key].qparams)
+            elif user.target in self.value_preserving:
                 # `copy` overwrites its first argument: nothing of it is read.
                 if user.target is not torch.ops.aten.copy.default or user.args[0] is not node:
-                    grids += self._grids_behind(user)
+                    found += self._qparams_read(user)
             elif not isinstance(self.recorded.get(user), int):
                 # Asking for a size reads no value.
-                grids.append(None)
-        return grids
+                found.append(None)
+        return found
 
-    def _input_grid(self, node: fx.Node) -> QParams | None:
+    def _input_qparams(self, node: fx.Node) -> QParams | None:
         if not self.integer_io:
             return None
-        grids = self._grids_behind(node)
-        first = grids[0] if grids else None
-        if first is None or not all(g is not None and g.equal(first) for g in grids):
-            raise Refused(
+        read = self._qparams_read(node)
+        first = read[0] if read else None
+        if first is None or not all(q is not None and q.equal(first) for q in read):
+            raise CannotExpress(
                 "an integer input must be quantized, and once, before anything reads it",
                 'Use io="float"',
             )
@@ -308,7 +295,7 @@ class Lowering:
     def _output(self, node: fx.Node) -> fx.Node:
         value = self.value(node)
         if value is not None and value.qparams is None and self.integer_io:
-            raise Refused(
+            raise CannotExpress(
                 "an integer output must be quantized",
                 'Prepare with Recipe(outputs=True), or use io="float"',
             )
@@ -317,15 +304,9 @@ class Lowering:
     def _checked(self, layer: str, step: Callable[[fx.Node], Any], node: fx.Node) -> Any:
         try:
             return step(node)
-        except Refused as refused:
-            self.problems.append(Unsupported(layer, refused.reason, refused.remedy))
+        except CannotExpress as error:
+            self.problems.append(Unsupported(layer, error.reason, error.remedy or LITERT))
             return None
-
-
-def arguments_of(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
-    """The positional arguments of an operator, the missing ones from their defaults."""
-    given: tuple[Any, ...] = node.args
-    return (*given, *defaults[len(given) :])
 
 
 def affine(qparams: QParams) -> tuple[float, int]:
@@ -334,6 +315,6 @@ def affine(qparams: QParams) -> tuple[float, int]:
 
 
 def _as_quint8(values: Tensor, qparams: QParams) -> Tensor:
-    # On the grid already, so that torch's own rounding has nothing to decide.
+    # These are multiples of the scale, so that torch's own rounding has nothing to decide.
     real = fake_quantize(values.float(), qparams.scale, qparams.zero_point, qparams.grid)
     return torch.quantize_per_tensor(real, *affine(qparams), torch.quint8)

@@ -4,7 +4,7 @@ torch's own quantized operators cannot say everything that a TFLite kernel can: 
 activation there keeps the grid of its input, a linear layer's weight has one scale in the
 converter, and a bias is rounded in float32. Each operator here takes and gives ``quint8`` tensors,
 states the output's ``scale`` and ``zero_point`` itself, and is computed as the definition says:
-dequantize, compute in float, quantize. ``_tinynn_converters`` says which TFLite operator each one
+dequantize, compute in float, quantize. ``converters`` says which TFLite operator each one
 becomes; what is computed here is only seen by constant folding.
 """
 

@@ -1,4 +1,4 @@
-"""Values of a captured program: constants, placeholders, outputs, samples."""
+"""Values of a captured program: arguments, outputs, shapes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.ir.exported_program import Constants
 
 
 class Recorder(fx.Interpreter):
-    """Runs a program and keeps every shape and every number."""
+    """Runs a program and records the shape of every tensor and the value of every number."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.recorded: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node and record its result."""
         if n.target is torch.ops.aten.view.default:
             # Without in-place operators, a view may meet strides that only reshape can read.
             args: Any = self.fetch_args_kwargs_from_env(n)[0]
@@ -31,46 +32,19 @@ class Recorder(fx.Interpreter):
         return result
 
 
-def constants_of(program: ExportedProgram) -> dict[fx.Node, Tensor]:
-    signature = program.graph_signature
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    values: dict[str, Any] = {**program.state_dict, **program.constants}
-    return {
-        node: values[names[node.name]].detach()
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names
-    }
-
-
-def sample_of(model: QuantizedModel, program: ExportedProgram) -> dict[str, Tensor]:
-    """The example inputs; one sample of them where the batch is dynamic."""
-    args, kwargs = model.example_inputs
-    dynamic = {
-        node.name: bool(val.shape) and isinstance(val.shape[0], torch.SymInt)
-        for node in program.graph.nodes
-        if node.op == "placeholder" and isinstance(val := node.meta.get("val"), Tensor)
-    }
-    return {
-        name: value[:1] if dynamic[name] else value
-        for name, value in model.flat_inputs(args, kwargs).items()
-    }
-
-
 def placeholder_values(
-    program: ExportedProgram, constants: Mapping[fx.Node, Tensor], inputs: Mapping[str, Tensor]
+    program: ExportedProgram, constants: Constants, inputs: Mapping[str, Tensor]
 ) -> list[Any]:
+    """The arguments of the program's graph module, in order: constants and inputs."""
     return [
-        constants[node] if node in constants else inputs.get(node.name)
+        constants.value(node) if constants.name(node) is not None else inputs.get(node.name)
         for node in program.graph.nodes
         if node.op == "placeholder"
     ]
 
 
 def outputs_of(program: ExportedProgram) -> list[fx.Node]:
+    """The nodes of the model's own outputs, in order."""
     values: Any = program.graph.output_node().args[0]
     specs = program.graph_signature.output_specs
     return [
