@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
@@ -16,8 +13,9 @@ from lightning_qat.export.protocol import MissingDependency, Unsupported, Unsupp
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.quiet import last_lines, quietly
 from lightning_qat_exporters.tflite.flatbuffer.file import prune, unpack
-from lightning_qat_exporters.tflite.litert.conv_transpose_op import register, without_biases
+from lightning_qat_exporters.tflite.litert.conv_transpose_op import lower, without_biases
 from lightning_qat_exporters.tflite.litert.lowering import Lowered
+from lightning_qat_exporters.tflite.litert.private import registered, without_progress
 from lightning_qat_exporters.tflite.litert.requantize import remove_marks
 
 INSTALL = "pip install 'lightning-qat[tflite]'"
@@ -72,21 +70,22 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
         UnsupportedByTarget: litert-torch cannot express an operator.
     """
     lowered = Lowered(model, channels_last=layout == "nhwc")
-    with _no_progress_of_its_own(), quietly("TFLite: converting with litert-torch") as printed:
+    with without_progress(), quietly("TFLite: converting with litert-torch") as printed:
         import litert_torch
         from litert_torch.quantize import pt2e_quantizer
         from litert_torch.quantize.quant_config import QuantConfig
 
-        register()
         static = pt2e_quantizer.get_symmetric_quantization_config(
             is_per_channel=True, is_dynamic=False
         )
         quantizer = pt2e_quantizer.PT2EQuantizer().set_global(static)
+        operator = torch.ops.lightning_qat_litert.transpose_conv.default
         try:
-            converted = litert_torch.convert(
-                lowered, lowered.example_inputs, quant_config=QuantConfig(quantizer)
-            )
-            content = converted.model_content()
+            with registered(operator, lower):
+                converted = litert_torch.convert(
+                    lowered, lowered.example_inputs, quant_config=QuantConfig(quantizer)
+                )
+                content = converted.model_content()
         except Exception as error:
             raise _unsupported(error, last_lines(printed)) from error
     file = unpack(content)
@@ -95,22 +94,6 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
     prune(file)
     _name_ends(file, model)
     return file
-
-
-@contextmanager
-def _no_progress_of_its_own() -> Iterator[None]:
-    """litert-torch reads its settings from the environment whenever it needs them."""
-    settings = {"LITERT_TORCH_SHOW_PROGRESS": "n", "LITERT_TORCH_SILENCE_TORCH_LOGS": "n"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _unsupported(error: Exception, printed: str) -> UnsupportedByTarget:

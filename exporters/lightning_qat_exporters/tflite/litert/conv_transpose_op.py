@@ -6,7 +6,6 @@ often cannot express at all. An operator of ours carries LiteRT's through its co
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qat_exporters.tflite.flatbuffer.file import kind_of
+from lightning_qat_exporters.tflite.litert.private import custom_call
 
 _FUNCTIONS = {4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
@@ -45,41 +45,18 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], size: list[int
     return x.new_empty(x.shape[0], *size, weight.shape[0 if x.dim() == 4 else 3])
 
 
-@cache
-def register() -> None:
-    """Tell litert-torch what the operator is. Imports it."""
-    from litert_converter.mlir import ir as mlir
-    from litert_converter.mlir.dialects import stablehlo
-    from litert_torch.backend.lowerings import registry, utils
-
-    # Compiled, with names that no type checker sees.
-    ir: Any = mlir
-
-    def integer(value: int) -> Any:
-        return ir.IntegerAttr.get(ir.IntegerType.get_signless(32), value)
-
-    def lower(context: Any, x: Any, weight: Any, bias: Any, stride: Any, size: Any) -> Any:
-        types = utils.node_meta_to_ir_types(context.node)
-        shape = utils.convert_shape_to_ir_value(list(ir.RankedTensorType(types[0]).shape))
-        names = ("stride_d", "stride_h", "stride_w")[-len(stride) :]
-        attributes = {
-            "padding": ir.StringAttr.get("VALID"),
-            "fused_activation_function": ir.StringAttr.get("NONE"),
-            **{name: integer(by) for name, by in zip(names, stride, strict=True)},
-        }
-        if len(stride) == 3:
-            attributes.update((f"dilation_{axis}_factor", integer(1)) for axis in "dhw")
-        kind = "tfl.transpose_conv" if len(stride) == 2 else "tfl.conv_3d_transpose"
-        return stablehlo.custom_call(
-            result=types,
-            inputs=[shape, weight, x, bias],
-            call_target_name=ir.StringAttr.get(kind),
-            has_side_effect=ir.BoolAttr.get(False),
-            backend_config=ir.StringAttr.get(str(ir.DictAttr.get(attributes))),
-        )
-
-    lowers: Any = registry.lower(transpose_conv._opoverload)
-    lowers(lower)
+def lower(context: Any, x: Any, weight: Any, bias: Any, stride: list[int], size: list[int]) -> Any:
+    """Lower the operator to LiteRT's, in litert-torch."""
+    names = ("stride_d", "stride_h", "stride_w")[-len(stride) :]
+    attributes: dict[str, str | int] = {
+        "padding": "VALID",
+        "fused_activation_function": "NONE",
+        **dict(zip(names, stride, strict=True)),
+    }
+    if len(stride) == 3:
+        attributes.update((f"dilation_{axis}_factor", 1) for axis in "dhw")
+    kind = "tfl.transpose_conv" if len(stride) == 2 else "tfl.conv_3d_transpose"
+    return custom_call(context, kind, [weight, x, bias], attributes)
 
 
 def without_biases(file: Any) -> None:

@@ -16,6 +16,7 @@ from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.arithmetic import along_axis, dequantize
 from lightning_qat_exporters.tflite.decompose.sample import sample_of
+from lightning_qat_exporters.tflite.litert.private import quantized_decomposed
 from lightning_qat_exporters.tflite.litert.requantize import MARKS, Annotated, PlainQParams
 from lightning_qat_exporters.tflite.litert.rewrite_ops import rewrite_ops
 
@@ -65,8 +66,6 @@ class Lowered(nn.Module):
 
 
 def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
-    # The import registers torch.ops.quantized_decomposed.
-
     program = model.program
     if any(_writes_in_place(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
@@ -172,7 +171,7 @@ def _weight(module: Any, tensor: QuantizedTensor, number: int) -> fx.Node:
 
 
 def _pair(module: Any, kind: str, x: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
-    operators = torch.ops.quantized_decomposed
+    operators = quantized_decomposed()
     for name in (f"quantize_{kind}", f"dequantize_{kind}"):
         x = module.graph.call_function(getattr(operators, name).default, (x, *arguments))
     return x
