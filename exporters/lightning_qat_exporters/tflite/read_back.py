@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.export.protocol import Array
+from lightning_qat.ir.operators import FIXED_OUTPUT_RANGES, fixed_scale_and_zero_point
 from lightning_qat.ir.ops import as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedLayer, QuantizedModel
 from lightning_qat.numerics.arithmetic import quantize_bias
@@ -25,17 +26,16 @@ from lightning_qat_exporters.tflite.flatbuffer.match_layers import (
     stored_qparams,
 )
 
-_PRESCRIBED = ((1 / 256, -128), (1 / 128, 0))
-"""Output grids of LOGISTIC, SOFTMAX and TANH, which are requantized where the model has others."""
+_PRESCRIBED = {fixed_scale_and_zero_point(name) for name in FIXED_OUTPUT_RANGES}
+"""Output qparams of LOGISTIC, SOFTMAX and TANH; requantized where the model has others."""
 
 
 def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ...]:
     """Every integer, scale, zero point and bias in a file that is not the model's, in words.
 
-    Of each layer: the integers and scales of its weight, the grid of its input and its bias. Of
-    each embedding: the integers and scales of its table. Of
-    all other tensors: every grid of the model is in the file, and the file has no other but those
-    that LiteRT prescribes.
+    A layer is compared by the integers and scales of its weight, the qparams of its input, and its
+    bias; an embedding by the integers and scales of its table. All other tensors are compared as a
+    set: the file has the model's qparams, and no others but those that LiteRT prescribes.
     """
     found: list[str] = []
     for layer, stored in match_layers(file, model):

@@ -32,7 +32,7 @@ _OPERATORS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
     "BATCH_MATMUL": (None, 0, 2),
 }
 
-_KEEP_THE_GRID = ("PAD", "PADV2", "TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "DEQUANTIZE")
+_VALUE_PRESERVING = ("PAD", "PADV2", "TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "DEQUANTIZE")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +168,10 @@ def _file_layers(file: TFLiteFile) -> Iterator[FileLayer]:
     makers = {output: op for op in file.operators for output in op.outputs}
 
     def origin(index: int) -> int:
-        """The tensor that an index stands for, behind operators that only hand integers on."""
+        """The tensor that an index stands for, behind value-preserving operators and DEQUANTIZE."""
         while not file.tensors[index].quantized:
             maker = makers.get(index)
-            if maker is None or maker.kind not in _KEEP_THE_GRID:
+            if maker is None or maker.kind not in _VALUE_PRESERVING:
                 break
             index = maker.inputs[0]
         return index

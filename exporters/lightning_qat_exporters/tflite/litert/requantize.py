@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from lightning_qat.ir.operators import fixed_scale_and_zero_point, value_preserving
 from lightning_qat.ir.ops import as_dequantize, make_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat_exporters.tflite.decompose.constant_nodes import fixed_nodes
@@ -58,9 +59,6 @@ class PlainQParams(NamedTuple):
         return QParams(torch.tensor(self.scale), zero_point, self.grid)
 
 
-_INT8 = IntegerGrid.signed(8)
-
-
 _LAYERS = (
     *(_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d, _ATEN.linear),
     torch.ops.lightning_qat_litert.transpose_conv,
@@ -75,19 +73,29 @@ _COMPUTES = (
 """Operators whose inputs and output may have qparams of their own."""
 
 _FIXED = {
-    _ATEN.sigmoid: PlainQParams(1 / 256, -128, _INT8),
-    _ATEN.softmax: PlainQParams(1 / 256, -128, _INT8),
-    _ATEN.tanh: PlainQParams(1 / 128, 0, _INT8),
+    getattr(_ATEN, name): PlainQParams(*fixed_scale_and_zero_point(name), IntegerGrid.signed(8))
+    for name in ("sigmoid", "softmax", "tanh")
 }
-"""Operators whose output qparams LiteRT's specification fixes, at 8 bits."""
+"""Operators whose output qparams LiteRT's specification fixes, at 8 bits.
+
+hardsigmoid, whose range is fixed too, is rewritten to ADD and MUL before.
+"""
+
+_COMPUTED_IN_FLOAT = (
+    # litert-torch decomposes these, or has them in float: only those that were tried are listed
+    # as value-preserving, so that the converter moves no qparams through the others.
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool3d"),
+    *("upsample_nearest1d", "upsample_nearest3d", "index_select", "channel_shuffle"),
+    *("movedim", "moveaxis", "swapaxes", "swapdims", "narrow", "tensor_split"),
+    *("broadcast_to", "expand_as", "feature_dropout", "detach"),
+    # Replaced before: by concatenations, and by their input.
+    *("tile", "clone"),
+)
 
 _VALUE_PRESERVING = (
-    *(_ATEN.view, _ATEN.reshape, _ATEN.flatten, _ATEN.unflatten, _ATEN.squeeze, _ATEN.unsqueeze),
-    *(_ATEN.permute, _ATEN.transpose, _ATEN.t, _ATEN.expand, _ATEN.repeat, _ATEN.flip, _ATEN.roll),
-    *(_ATEN.slice, _ATEN.select, _ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk, _ATEN.unbind),
-    *(_ATEN.cat, _ATEN.stack, _ATEN.embedding, _ATEN.contiguous, _ATEN.dropout),
-    *(_ATEN.relu, _ATEN.max_pool1d, _ATEN.max_pool2d, _ATEN.upsample_nearest2d),
-    *(_ATEN.pixel_shuffle, _ATEN.pixel_unshuffle),
+    *(getattr(_ATEN, n) for n in value_preserving("aten") if n not in _COMPUTED_IN_FLOAT),
+    # Their inputs have one scale, or are requantized; a table of an embedding is a weight.
+    *(_ATEN.cat, _ATEN.stack, _ATEN.embedding),
 )
 """Operators that output values of their input, with its qparams."""
 
@@ -192,7 +200,8 @@ class Annotated:
     def requantize(self, node: fx.Node, qparams: PlainQParams) -> None:
         """Quantize an operator's output with some qparams before it is quantized with others."""
         users = list(node.users)
-        with self.graph.inserting_after(node):
+        # Several nodes are added; after `node` itself, their order would be reversed.
+        with self.graph.inserting_before(node.next):
             new = self.quantize(node, qparams)
         for user in users:
             user.replace_input_with(node, new)

@@ -9,12 +9,7 @@ the model's. No quantized kernel of torch computes anything, so its engine does 
 from __future__ import annotations
 
 import importlib
-import io as streams
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +21,13 @@ from lightning_qat_exporters.tflite.flatbuffer.file import unpack
 from lightning_qat_exporters.tflite.tinynn.lower_ops import LOWER_FUNCTIONS
 from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import VALUE_PRESERVING
 from lightning_qat_exporters.tflite.tinynn.lowering import LITERT, Lowering
+from lightning_qat_exporters.tflite.tinynn.private import contained
 
 _INSTALL = (
     "pip install igraph flatbuffers PyYAML 'ruamel.yaml<0.18', then pip install --no-deps "
     "git+https://github.com/alibaba/TinyNeuralNetwork"
 )
 _ELSE = 'Or use backend="litert"'
-
-_WARNINGS = (
-    # The converter knows integers by torch's quantized dtypes, whose removal is announced.
-    ("torch.quantize_per_tensor.*quantized tensor creation functions", UserWarning),
-    # It reads TorchScript.
-    (r"`torch\.jit\..*` is deprecated", DeprecationWarning),
-    # torch's own deepcopy of a program.
-    (".*LeafSpec.*is deprecated", FutureWarning),
-    # It compares versions with distutils and calls flatbuffers by an old name.
-    ("(The distutils package|distutils Version classes).* deprecated", DeprecationWarning),
-    ("numElems is deprecated", DeprecationWarning),
-)
 
 
 def check_available() -> None:
@@ -52,7 +36,7 @@ def check_available() -> None:
     Raises:
         MissingDependency: It is not installed, another package has its name, or its import fails.
     """
-    with _contained():
+    with contained():
         _converter_class()
 
 
@@ -76,7 +60,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
         MissingDependency: TinyNeuralNetwork cannot be imported.
         UnsupportedByTarget: With everything this backend cannot express.
     """
-    with _contained(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with contained(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         converter_class = _converter_class()
         graph, samples = Lowering(
             model, LOWER_FUNCTIONS, VALUE_PRESERVING, integer_io=io != "float"
@@ -142,29 +126,3 @@ def _import_failed(error: Exception) -> MissingDependency:
         "It needs igraph, flatbuffers, PyYAML, ruamel.yaml below 0.18 and, from Python 3.12 on, "
         f"setuptools; a torchvision that does not fit torch breaks it too. {_ELSE}."
     )
-
-
-@contextmanager
-def _contained() -> Iterator[None]:
-    """Everything that TinyNeuralNetwork changes in the process, as it was afterwards.
-
-    Importing it installs a handler on the root logger; its loggers and some operators talk.
-    """
-    root, own = logging.getLogger(), logging.getLogger("tinynn")
-    handlers, propagate, dtype = list(root.handlers), own.propagate, torch.get_default_dtype()
-    silent = logging.NullHandler()
-    own.addHandler(silent)
-    own.propagate = False
-    torch.set_default_dtype(torch.float32)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(streams.StringIO()):
-            for message, category in _WARNINGS:
-                warnings.filterwarnings("ignore", message, category)
-            # torch says this once in a process; from inside the tracer it would reach stderr.
-            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        own.propagate = propagate
-        own.removeHandler(silent)
-        root.handlers[:] = handlers

@@ -1,7 +1,7 @@
-"""What TinyNeuralNetwork's converter makes of our integer operators, and which rewrites it leaves.
+"""Convert our integer operators to TFLite operators inside TinyNeuralNetwork's converter.
 
-This is the one place that reaches into TinyNeuralNetwork. ``extended`` puts the operators of
-``ops`` into its table and takes them out again. They close these gaps of its own table:
+``extended`` adds the operators of ``ops`` to its table and removes them again. They close these
+gaps of its own table:
 
 =====================================  ====================================================
 its converter                          here
@@ -11,7 +11,7 @@ transposed convolution per channel:    quantized_dimension 0 of the weight as it
 rejected by LiteRT
 bias divided in float32                integers of ``arithmetic.quantize_bias``
 small per-tensor scales times 10       scales as they are
-mean and pools keep the input's grid   MEAN with the output's own grid
+mean and pools keep the input's scale  MEAN with the output's own scale
 softmax, matmul, sub, gelu in float    SOFTMAX, BATCH_MATMUL, SUB, GELU in int8
 gelu's ``approximate`` is inverted     as torch says
 =====================================  ====================================================
@@ -28,14 +28,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import tinynn.converter.operators.graph as graph_module
-import tinynn.converter.operators.optimize as optimize_module
 import torch
 from tinynn.converter.operators import tflite as tfl
-from tinynn.converter.operators.torch import OPERATOR_CONVERTER_DICT, OperatorConverter
+from tinynn.converter.operators.torch import OperatorConverter
 from tinynn.converter.schemas.tflite.schema_generated import ActivationFunctionType, Padding
 
 from lightning_qat_exporters.tflite.tinynn.ops import NAMESPACE
+from lightning_qat_exporters.tflite.tinynn.private import (
+    ordered_sets,
+    registered,
+    without_passes,
+)
 
 _ACTIVATIONS = {
     "none": ActivationFunctionType.NONE,
@@ -95,17 +98,19 @@ class _IntegerOperator(OperatorConverter):  # type: ignore[misc] # it has no typ
     ) -> list[Any]:
         """Weight and bias of a layer, the weight's axes in ``order``, ``channels`` the scales'."""
         x, weight, scale, bias = self.input_tensors[:4]
-        origin: Any = [0] * len(scale) if scale.dim() else 0
+        zero_point: Any = [0] * len(scale) if scale.dim() else 0
         if bias is None:
             bias = torch.zeros(weight.shape[channels], dtype=torch.int32)
         stored = tfl.FakeQuantTensor(
             weight.permute(order).contiguous(),
             scale.tolist(),
-            origin,
+            zero_point,
             order.index(channels) if scale.dim() else None,
         )
         bias_scale = scale.double() * x.q_scale()
-        added = tfl.FakeQuantTensor(bias, bias_scale.tolist(), origin, 0 if scale.dim() else None)
+        added = tfl.FakeQuantTensor(
+            bias, bias_scale.tolist(), zero_point, 0 if scale.dim() else None
+        )
         name = key.removesuffix("weight")
         return [self.constant(stored, key, graph), self.constant(added, f"{name}bias", graph)]
 
@@ -286,24 +291,7 @@ class _OrderedSet(MutableSet[Any]):
 
 @contextmanager
 def extended() -> Iterator[None]:
-    """TinyNeuralNetwork's converter with our operators and without the passes in ``_LEFT_OUT``.
-
-    It goes through sets of nodes, in the order of their addresses, and numbers what it makes on
-    the way: the same model would give another file each time. Its modules get ordered sets.
-    """
-    table: dict[str, Any] = OPERATOR_CONVERTER_DICT
-    passes = {name: vars(optimize_module.GraphOptimizer)[name] for name in _LEFT_OUT}
-    try:
-        table.update(dict.fromkeys(_EMITTERS, _IntegerOperator))
-        for name in passes:
-            setattr(optimize_module.GraphOptimizer, name, lambda _optimizer, **_options: None)
-        for module in (graph_module, optimize_module):
-            vars(module)["set"] = _OrderedSet
+    """TinyNeuralNetwork's converter with our operators and without the passes in ``_LEFT_OUT``."""
+    converters = dict.fromkeys(_EMITTERS, _IntegerOperator)
+    with registered(converters), without_passes(*_LEFT_OUT), ordered_sets(_OrderedSet):
         yield
-    finally:
-        for module in (graph_module, optimize_module):
-            vars(module).pop("set", None)
-        for name, method in passes.items():
-            setattr(optimize_module.GraphOptimizer, name, method)
-        for kind in _EMITTERS:
-            table.pop(kind, None)

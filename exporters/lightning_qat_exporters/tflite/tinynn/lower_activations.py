@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from lightning_qat.ir.operators import fixed_scale_and_zero_point
 from lightning_qat.numerics.qparams import QParams
 from lightning_qat_exporters.tflite.decompose.arguments import arguments_of
 from lightning_qat_exporters.tflite.decompose.hardsigmoid import hardsigmoid as decomposed
@@ -18,14 +19,13 @@ from lightning_qat_exporters.tflite.tinynn.lowering_builder import LoweringBuild
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 
 
-def _int8(scale: float, zero_point: int) -> QParams:
+def _fixed(name: str) -> QParams:
+    scale, zero_point = fixed_scale_and_zero_point(name)
     return QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), INT8)
 
 
 # Output qparams that TFLite's specification fixes.
-OF_SIGMOID = _int8(1 / 256, -128)
-_OF_SOFTMAX = _int8(1 / 256, -128)
-OF_TANH = _int8(1 / 128, 0)
+OF_SIGMOID, OF_SOFTMAX, OF_TANH = (_fixed(name) for name in ("sigmoid", "softmax", "tanh"))
 
 
 def unary(function: str) -> LowerFunction:
@@ -92,4 +92,4 @@ def softmax(lowering: Lowering, node: fx.Node) -> Value:
         return lowering.as_float(node)
     x, axis = arguments_of(node)[:2]
     axis %= len(lowering.shape(x))
-    return lowering.emit(OPS.softmax.default, pairs[0][0], axis, qparams=_OF_SOFTMAX)
+    return lowering.emit(OPS.softmax.default, pairs[0][0], axis, qparams=OF_SOFTMAX)

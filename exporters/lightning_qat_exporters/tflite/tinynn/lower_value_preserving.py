@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lightning_qat.export.protocol import CannotExpress
+from lightning_qat.ir.operators import CLAMPS
 from lightning_qat.numerics.qparams import QParams
 from lightning_qat_exporters.tflite.decompose.arguments import arguments_of
 from lightning_qat_exporters.tflite.tinynn.lowering import (
@@ -44,22 +45,18 @@ def fused_activation(lowering: Lowering, node: fx.Node) -> str:
 
 def _clamp_range(node: fx.Node) -> tuple[float, float] | None:
     """The range that an operator clamps to; ``None`` for any other operator."""
-    if node.target is _ATEN.relu.default:
-        return 0.0, math.inf
-    if node.target is _ATEN.relu6.default:
-        return 0.0, 6.0
-    if node.target is _ATEN.clamp_min.default:
-        return float(arguments_of(node)[1]), math.inf
-    if node.target is _ATEN.hardtanh.default:
-        _, low, high = arguments_of(node)
-        return float(low), float(high)
-    if node.target is _ATEN.clamp.default:
-        _, low, high = arguments_of(node)
-        return (
-            -math.inf if low is None else float(low),
-            math.inf if high is None else float(high),
-        )
-    return None
+    target: Any = node.target
+    packet, arguments = getattr(target, "overloadpacket", None), arguments_of(node)
+    if target is _ATEN.clamp_min.default:
+        return float(arguments[1]), math.inf
+    clamp = CLAMPS.get(packet.__name__) if packet and target is packet.default else None
+    if clamp is None:
+        return None
+    low, high = arguments[1:3] if clamp.arguments else (clamp.low, clamp.high)
+    return (
+        -math.inf if low is None else float(low),
+        math.inf if high is None else float(high),
+    )
 
 
 def _clamp(lowering: Lowering, node: fx.Node) -> Value:
