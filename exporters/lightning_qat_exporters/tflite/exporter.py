@@ -48,10 +48,10 @@ class Backend(Protocol):
 class TFLiteExporter:
     """Writes ``<prefix>.tflite`` with the integers and scales of the model, to the bit.
 
-    A tensor is computed in integers where the recipe quantized what an operator reads and writes;
-    what it left float stays float behind DEQUANTIZE, exactly, and the artifact's notes name it. The
-    file takes one sample at a time where the model's batch is dynamic, because delegates and
-    microcontrollers want fixed shapes.
+    An operator is computed in integers if the recipe quantized its inputs and its output; all
+    others are computed in float behind DEQUANTIZE, and the artifact's notes name them. The file
+    takes one sample at a time if the model's batch is dynamic, because delegates and
+    microcontrollers need fixed shapes.
 
     Args:
         backend: ``tinynn`` is TinyNeuralNetwork, ``litert`` Google's litert-torch; ``auto`` takes
@@ -60,7 +60,7 @@ class TFLiteExporter:
             at its ends, ``int8`` and ``uint8`` leave the integers to the caller.
         weight_granularity_linear: ``per_tensor`` refuses Linear layers whose weight has a scale
             per channel, which TFLite-Micro does not run. It never rounds a weight anew.
-        layout: Of 4-D inputs and outputs: ``nhwc`` is LiteRT's own, ``nchw`` torch's.
+        layout: Layout of 4-D inputs and outputs: ``nhwc`` is LiteRT's, ``nchw`` torch's.
 
     Raises:
         ValueError: An option is none of these.
@@ -94,7 +94,7 @@ class TFLiteExporter:
         return tuple(RUNTIMES)
 
     def check_available(self) -> None:
-        """Find the backend.
+        """Check that the backend is installed.
 
         Raises:
             MissingDependency: It is not installed, or with ``auto`` none of the two.
@@ -109,7 +109,7 @@ class TFLiteExporter:
 
         Raises:
             MissingDependency: As ``check_available``.
-            UnsupportedByTarget: Parts of the model have no form; all that can be known are named.
+            UnsupportedByTarget: The file cannot express parts of the model; the error names them.
         """
         self._refuse(
             problems_of(model, linear_per_tensor=self.weight_granularity_linear == "per_tensor")
@@ -142,7 +142,7 @@ class TFLiteExporter:
         return run(artifact.files["model"].read_bytes(), RUNTIMES[runtime], inputs)
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
-        """Say so where LiteRT's own kernels are farther away than XNNPACK."""
+        """Explain a difference of LiteRT's own kernels that is larger than that of XNNPACK."""
         xnnpack, *others = (max_steps[runtime] for runtime in RUNTIMES)
         if max(others) <= 2 or max(others) <= 2 * xnnpack:
             return ()

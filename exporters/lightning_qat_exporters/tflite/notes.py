@@ -1,4 +1,4 @@
-"""What a reader of a ``.tflite`` file should know: what in it is not integer, and why."""
+"""Notes on a ``.tflite`` file: what is computed in float and why, and what rounds differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 
 def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> tuple[str, ...]:
-    """A sentence per layer in float; one on other floats, on double rounding, on narrow grids."""
+    """Write one sentence per layer in float, and one each on other facts of a file.
+
+    The other facts are operators in float, double rounding, weights of fewer than 8 bits, and
+    weights of -128.
+    """
     notes, explained = [], set()
     for layer, stored in layers:
         if stored is None or stored.operator not in file.float_operators:
@@ -58,7 +62,7 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
 
 
 def _is_rounded_twice(file: TFLiteFile, operator: FileOperator) -> bool:
-    """Whether an operator averages on the grid of its input and is requantized."""
+    """Whether an operator averages with its input's scale and is requantized."""
     written = operator.outputs[0]
     readers = [op for op in file.operators if written in op.inputs]
     return (

@@ -58,9 +58,9 @@ def tflite_differences(model: QuantizedModel, file: TFLiteFile) -> tuple[str, ..
         if model_qparams(tensor) not in in_file:
             found.append(f"{tensor.key}: no tensor of the file has its scale and zero point")
     for other in computed:
-        grid = (float(other.scale[0]), int(other.zero_point[0]))
+        qparams = (float(other.scale[0]), int(other.zero_point[0]))
         of_hardsigmoid = replace(other, scale=other.scale / np.float32(TIMES))
-        if grid not in _PRESCRIBED and in_model.isdisjoint(
+        if qparams not in _PRESCRIBED and in_model.isdisjoint(
             map(stored_qparams, (other, of_hardsigmoid))
         ):
             found.append(

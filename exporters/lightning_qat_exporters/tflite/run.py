@@ -39,7 +39,7 @@ def interpreter(content: bytes, kernels: str, **options: Any) -> Any:
 
 
 def check_runs(content: bytes) -> str | None:
-    """Why LiteRT cannot prepare a file, with XNNPACK or without; ``None`` when it can."""
+    """Prepare a file with LiteRT, with and without XNNPACK; return its error or ``None``."""
     for kernels in ("BUILTIN_WITHOUT_DEFAULT_DELEGATES", "AUTO"):
         try:
             interpreter(content, kernels)

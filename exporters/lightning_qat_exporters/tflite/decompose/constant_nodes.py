@@ -1,7 +1,7 @@
-"""What of a converted model's graph is the same for every input of one size.
+"""Find the nodes of a graph whose values are the same for every input of one size.
 
-A recurrent layer starts at zero where it is given no state, so the first product with its hidden
-state is known. litert-torch's converter computes such things once and stores the results.
+A recurrent layer without a given state starts at zero, so the first product with its hidden state
+is constant. litert-torch's converter computes such nodes once and stores the results.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _FILLS = (
     *(_ATEN.zeros, _ATEN.ones, _ATEN.full, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like),
     *(_ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full),
 )
-"""Operators that read at most the size of what they are given."""
+"""Operators that read at most the size of their input."""
 
 
 def fixed_nodes(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
-    """Every node whose values depend on no input.
+    """Return every node whose values depend on no input.
 
     Args:
-        graph: In order.
-        constants: Its placeholders that are constants.
+        graph: A graph in topological order.
+        constants: The placeholders that are constants.
     """
     fixed = set(constants)
     for node in graph.nodes:
@@ -36,7 +36,7 @@ def fixed_nodes(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
 
 
 def fixed_in(model: QuantizedModel) -> set[str]:
-    """The names of such nodes in a converted model."""
+    """Return the names of the nodes of a converted model whose values depend on no input."""
     inputs = set(model.input_names)
     placeholders = {n for n in model.program.graph.nodes if n.op == "placeholder"}
     constants = {n for n in placeholders if n.name not in inputs}

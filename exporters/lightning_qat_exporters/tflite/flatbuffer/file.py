@@ -3,6 +3,9 @@
 ``unpack`` and ``pack`` go between bytes and LiteRT's own mutable objects; ``view`` shows such an
 object as plain data. An export unpacks once, changes the objects, and packs once. Only this module
 imports LiteRT's schema.
+
+``ai_edge_litert.tools.flatbuffer_utils`` (2.3) reads and writes the same objects, and is not used:
+its writer does not align constants to 16 bytes, and its reader drops and renumbers buffers.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class FileTensor:
         scale: One scale or one per channel, float32; empty where the tensor is not quantized.
         zero_point: Zero points, as many as scales.
         axis: The channel axis of ``scale``.
-        data: A constant's values; ``None`` when it is computed, or of a type NumPy has not.
+        data: A constant's values; ``None`` for a computed tensor, or a type that NumPy lacks.
     """
 
     name: str
@@ -80,7 +83,7 @@ class TFLiteFile:
         operators: In the order of execution.
         inputs: Index of each input, by its name.
         outputs: Index of each output, by its name.
-        facts: What our metadata entry says; empty in files of others.
+        facts: The content of our metadata entry; empty in a file without one.
     """
 
     tensors: tuple[FileTensor, ...]
@@ -259,9 +262,9 @@ def _signature(model: Any, graph: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _tensor(model: Any, tensor: Any) -> FileTensor:
-    grid = tensor.quantization
-    scale = None if grid is None else grid.scale
-    zero_point = None if grid is None else grid.zeroPoint
+    quantization = tensor.quantization
+    scale = None if quantization is None else quantization.scale
+    zero_point = None if quantization is None else quantization.zeroPoint
     kind = _names("TensorType")[tensor.type]
     shape, dtype = _indices(tensor.shape), DTYPES.get(kind)
     content = model.buffers[tensor.buffer].data
@@ -274,6 +277,6 @@ def _tensor(model: Any, tensor: Any) -> FileTensor:
         shape,
         np.asarray([] if scale is None else scale, np.float32),
         np.asarray([] if zero_point is None else zero_point, np.int64),
-        0 if grid is None else int(grid.quantizedDimension),
+        0 if quantization is None else int(quantization.quantizedDimension),
         data,
     )

@@ -1,6 +1,6 @@
-"""Store the integers of weights that litert-torch's converter has multiplied out.
+"""Store weights as int8 that litert-torch's converter wrote as float32.
 
-Where a layer is computed in float, the converter keeps the weight of a convolution as int8 behind
+If a layer is computed in float, the converter keeps the weight of a convolution as int8 behind
 DEQUANTIZE, but writes those of FULLY_CONNECTED and CONV_3D_TRANSPOSE and the tables of embeddings
 as float32: four times the bytes for the same numbers. LiteRT dequantizes a constant once, when it
 prepares the file.
@@ -66,15 +66,15 @@ def _dequantized(file: Any, index: int, integers: Any, scale: Any, axis: int) ->
     """Make a float constant the output of a DEQUANTIZE; return the index of its integers."""
     s, graph = schema(), file.subgraphs[0]
     real = graph.tensors[index]
-    tensor, grid, buffer = copy.copy(real), s.QuantizationParametersT(), s.BufferT()
-    grid.scale, grid.zeroPoint = scale, np.zeros(scale.size, np.int64)
-    grid.quantizedDimension = axis if scale.size > 1 else 0
+    tensor, quantization, buffer = copy.copy(real), s.QuantizationParametersT(), s.BufferT()
+    quantization.scale, quantization.zeroPoint = scale, np.zeros(scale.size, np.int64)
+    quantization.quantizedDimension = axis if scale.size > 1 else 0
     buffer.data = integers.reshape(-1).view(np.uint8)
     file.buffers.append(buffer)
     tensor.name, tensor.type, tensor.quantization = (
         real.name + b"_integers",
         s.TensorType.INT8,
-        grid,
+        quantization,
     )
     tensor.buffer = len(file.buffers) - 1
     graph.tensors.append(tensor)

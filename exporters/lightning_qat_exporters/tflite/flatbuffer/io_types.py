@@ -1,4 +1,4 @@
-"""Give the inputs and outputs of an integer ``.tflite`` file the type that was asked for."""
+"""Set the type of the inputs and outputs of an unpacked integer file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def give_types(model: Any, io: str) -> tuple[Unsupported, ...]:
         io: ``float``, ``int8`` or ``uint8``.
 
     Returns:
-        Float inputs and outputs, which have no grid to store integers on; empty for ``float``.
-        Tensors that are no reals (indices, masks) stay as they are.
+        Float inputs and outputs, which have no scale for integers; empty for ``float``. Tensors
+        that hold no real numbers (indices, masks) are not changed.
     """
     signature = model.signatureDefs[0]
     problems: list[Unsupported] = []
@@ -54,15 +54,20 @@ def _replace(model: Any, entry: Any, io: str, *, is_input: bool) -> None:
     s, graph = schema(), model.subgraphs[0]
     inner = int(entry.tensorIndex)
     outer = copy.copy(graph.tensors[inner])
-    grid = outer.quantization
+    quantization = outer.quantization
     integers = (s.TensorType.INT8, s.TensorType.INT16, s.TensorType.UINT8)
-    if outer.type not in integers or grid is None or grid.scale is None or not len(grid.scale):
+    if (
+        outer.type not in integers
+        or quantization is None
+        or quantization.scale is None
+        or not len(quantization.scale)
+    ):
         return
     if io == "float":
         outer.type, outer.quantization = s.TensorType.FLOAT32, None
     elif io == "uint8" and outer.type == s.TensorType.INT8:
-        outer.type, outer.quantization = s.TensorType.UINT8, copy.copy(grid)
-        outer.quantization.zeroPoint = [int(z) + 128 for z in grid.zeroPoint]
+        outer.type, outer.quantization = s.TensorType.UINT8, copy.copy(quantization)
+        outer.quantization.zeroPoint = [int(z) + 128 for z in quantization.zeroPoint]
     else:
         return
     graph.tensors[inner].name += b"_quantized"

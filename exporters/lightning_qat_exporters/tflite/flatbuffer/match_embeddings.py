@@ -1,4 +1,4 @@
-"""Tables of embeddings in a ``.tflite`` file: found by their values, stored as integers."""
+"""Find the tables of embeddings in a ``.tflite`` file by their values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from lightning_qat.numerics.arithmetic import along_axis, dequantize
 from lightning_qat_exporters.tflite.flatbuffer.file import FileTensor, TFLiteFile
 
 _TABLE = {"EMBEDDING_LOOKUP": 1, "GATHER": 0}
-"""Operator to the place of its table."""
+"""Operator to the place of its table among the inputs."""
 
 
 def tables(file: TFLiteFile, model: QuantizedModel) -> Iterator[tuple[QuantizedTensor, int | None]]:
-    """Every quantized weight that no layer multiplies with, and the file's constant for it.
+    """Yield every quantized weight that no layer multiplies with, and its constant in the file.
 
-    Either its integers, which may stand behind DEQUANTIZE, or real values, as litert-torch writes
-    them: the product of integers and scale, to the bit. ``None``: no operator reads it.
+    The constant holds either the integers, maybe with a DEQUANTIZE behind them, or real values as
+    litert-torch writes them: exactly the product of integers and scale. Its index is ``None`` when
+    no operator reads it.
     """
     stored = {
         _origin(file, op.inputs[_TABLE[op.kind]]) for op in file.operators if op.kind in _TABLE

@@ -63,11 +63,12 @@ def file_layers(file: TFLiteFile) -> tuple[FileLayer, ...]:
 
 
 def match_layers(file: TFLiteFile, model: QuantizedModel) -> MatchedLayers:
-    """Find the operator that has a layer's integers, scales and input grid, for every layer.
+    """Find the operator that has a layer's integers, scales and input's qparams, for every layer.
 
-    Layers that are equal in all of these are taken in order. One whose input has another grid in
-    the file is still found by its weight, so that the difference can be told. A call that reads no
-    input of the model, as a recurrent layer's first step from zero, is no operator of the file.
+    Layers that are equal in all of these are matched in order. A layer whose input has other
+    qparams in the file is still found by its weight, so that ``read_back`` can report the
+    difference. A call that depends on no input of the model, such as a recurrent layer's first
+    step from zero, is no operator of the file.
     """
     free = list(file_layers(file))
     found = []
@@ -77,7 +78,7 @@ def match_layers(file: TFLiteFile, model: QuantizedModel) -> MatchedLayers:
             continue
         weight, source = model.tensors[layer.weight_key], model.tensors[layer.input_key]
         chosen = None
-        # Files keep the order of layers, so that the first is mostly the one.
+        # Files keep the order of layers, so the first candidate is usually right.
         for one in (one for one in free if same_weight(file, one, weight)):
             exact = one.source is not None and same_qparams(one.source, source)
             chosen = one if exact else chosen or one

@@ -1,7 +1,7 @@
 """Transposed convolutions in litert-torch: LiteRT's own operator instead of a decomposition.
 
-litert-torch writes them as convolutions of turned weights, which its converter leaves in float and
-often cannot express at all. An operator of ours carries LiteRT's through its converter unchanged.
+litert-torch decomposes them to convolutions of flipped weights, which its converter leaves in float
+and often cannot express. A torch operator of ours is lowered to LiteRT's operator instead.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def lower(context: Any, x: Any, weight: Any, bias: Any, stride: list[int], size:
 
 
 def without_biases(file: Any) -> None:
-    """Take the biases of CONV_3D_TRANSPOSE out of a file, in place."""
+    """Remove the biases of CONV_3D_TRANSPOSE from an unpacked file, in place."""
     for operator in file.subgraphs[0].operators:
         if kind_of(file, operator) == "CONV_3D_TRANSPOSE":
             operator.inputs = operator.inputs[:3]

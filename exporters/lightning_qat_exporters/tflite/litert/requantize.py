@@ -67,7 +67,7 @@ _LAYERS = (
 _COMPUTES = (
     *(_ATEN.add, _ATEN.sub, _ATEN.mul, _ATEN.mean, _ATEN.matmul, _ATEN.bmm),
     *(_ATEN.hardswish, _ATEN.gelu, _ATEN.leaky_relu, _ATEN.scaled_dot_product_attention),
-    # Float, and decomposed to nothing that moves grids.
+    # Float, and decomposed to nothing that moves qparams.
     *(_ATEN.layer_norm, _ATEN.group_norm, _ATEN.silu),
 )
 """Operators whose inputs and output may have qparams of their own."""

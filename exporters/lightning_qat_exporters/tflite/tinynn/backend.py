@@ -1,9 +1,9 @@
 """TFLite through TinyNeuralNetwork's converter.
 
-The captured program is lowered to integer operators (``lowering``), traced, and handed to
-``TFLiteConverter``, which knows these operators for the time of the call (``converters``).
-It lays tensors out, folds constants, removes transposes and writes the file; every number in it is
-the model's. No quantized kernel of torch computes anything, so its engine does not matter.
+The captured program is lowered to integer operators (``lowering``), traced, and converted by
+``TFLiteConverter``, to which these operators are added for the time of the call (``converters``).
+The converter chooses layouts, folds constants, removes transposes and writes the file; every number
+in the file is the model's. No quantized kernel of torch is run, so torch's engine does not matter.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The integer operators of a lowered graph: torch operators that carry the grid of their output.
+"""The integer operators of a lowered graph: torch operators with the scale of their output.
 
-torch's own quantized operators cannot say everything that a TFLite kernel can: a mean, a pool or an
-activation there keeps the grid of its input, a linear layer's weight has one scale in the
-converter, and a bias is rounded in float32. Each operator here takes and gives ``quint8`` tensors,
-states the output's ``scale`` and ``zero_point`` itself, and is computed as the definition says:
-dequantize, compute in float, quantize. ``converters`` says which TFLite operator each one
-becomes; what is computed here is only seen by constant folding.
+torch's own quantized operators cannot express every TFLite kernel: a mean, a pool or an activation
+there keeps the scale of its input, a linear layer's weight has one scale in the
+converter, and a bias is rounded in float32. Each operator here reads and returns ``quint8``
+tensors, has the output's ``scale`` and ``zero_point`` as arguments, and is computed by its
+definition: dequantize, compute in float, quantize. ``converters`` maps each one to a TFLite
+operator; only constant folding uses the values computed here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "relu_n1_to_1": lambda x: x.clamp(-1.0, 1.0),
 }
-"""What a TFLite kernel can do to its result before it rounds."""
+"""Functions that a TFLite kernel can fuse: applied to its result before rounding."""
 
 BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
@@ -47,7 +47,7 @@ UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "elu": F.elu,
 }
-"""Functions of one value; ``none`` moves values to another grid."""
+"""Functions of one value; ``none`` requantizes."""
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -83,14 +83,14 @@ def convolve(
         x: ``quint8``, ``(batch, channels, height, width)``.
         weight: ``int8``, ``(out_channels, channels / groups, height, width)``.
         weight_scale: A scalar, or ``(out_channels,)``.
-        bias: ``int32`` on the grid ``scale_x * scale_weight``, ``(out_channels,)``.
+        bias: ``int32`` of scale ``scale_x * scale_weight``, ``(out_channels,)``.
         stride: Per axis.
         padding: Per axis, on both sides.
         dilation: Per axis.
         groups: As in torch.
         activation: A name in ``ACTIVATIONS``.
-        scale: Of the output.
-        zero_point: Of the output, 0 .. 255.
+        scale: The output's scale.
+        zero_point: The output's zero point, 0 .. 255.
         key: The weight's key: its name in the file.
     """
     real = F.conv2d(
@@ -123,11 +123,11 @@ def transpose_convolve(
         x: ``quint8``, ``(batch, channels, height, width)``.
         weight: ``int8``, ``(channels, out_channels, height, width)``.
         weight_scale: A scalar, or ``(out_channels,)``.
-        bias: ``int32`` on the grid ``scale_x * scale_weight``, ``(out_channels,)``.
+        bias: ``int32`` of scale ``scale_x * scale_weight``, ``(out_channels,)``.
         stride: Per axis.
         size: Of the output; what lies behind the last window holds the bias alone.
-        scale: Of the output.
-        zero_point: Of the output, 0 .. 255.
+        scale: The output's scale.
+        zero_point: The output's zero point, 0 .. 255.
         key: The weight's key: its name in the file.
     """
     real = weight * along_axis(weight_scale, 4, 1 if weight_scale.dim() else None)
@@ -197,7 +197,7 @@ def average_pool(
     scale: float,
     zero_point: int,
 ) -> Tensor:
-    """Means over windows of a picture. Its kernels want the output on the grid of the input."""
+    """Means over windows of a picture. Its kernels have one scale for input and output."""
     real = F.avg_pool2d(
         x.dequantize(),
         list(kernel),
