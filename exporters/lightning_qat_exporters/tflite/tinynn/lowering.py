@@ -194,7 +194,7 @@ class Lowering:
         return self.graph.call_function(operator, args)
 
     def emit(self, operator: Any, *args: Any, qparams: QParams) -> Value:
-        """Add one of our integer operators; its last arguments are scale and zero point of its output."""
+        """Add one of our integer operators, which ends with scale and zero point of its output."""
         return Value(self.call(operator, *args, *affine(qparams)), qparams)
 
     def emit_layer(self, operator: Any, *args: Any, qparams: QParams, key: str) -> Value:
