@@ -22,7 +22,7 @@ import torch
 from benchmarks.joins import ResNet20
 from lightning_qat import convert, export, prepare
 from lightning_qat.export.protocol import Array
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann import AscendExecutor
 
 
 def files(shape: tuple[int, ...], folder: Path) -> dict[str, Path]:

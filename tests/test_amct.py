@@ -15,7 +15,7 @@ import lightning_qat.amct as amct
 from lightning_qat.amct.record import parse_record
 from lightning_qat.convert.capture import CaptureError
 from lightning_qat.layers import QATLayer
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann import AscendExecutor
 from tests.exporters.test_amct_goldens import CASES
 
 GOLDENS = Path(__file__).parent / "goldens" / "amct"

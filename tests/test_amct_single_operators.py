@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 import lightning_qat
 from lightning_qat.layers import Conv2dQAT, LinearQAT
+from lightning_qat_exporters.cann import AscendExecutor
 from lightning_qat_exporters.cann.deploy import to_deploy
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann.normalize.normalize import with_plain_constants
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
+from lightning_qat_exporters.cann.qdq_graph.types import QuantizedGraph
+
+
+def matched(path: Path) -> QuantizedGraph:
+    return find_quantized(with_plain_constants(ir.load(path)))
 
 
 def config(*, channel_wise: bool) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def test_the_intermediate_model_has_every_layer_between_quantize_and_dequantize(
     np.testing.assert_allclose(
         run(tmp_path / "inter_model.onnx", data), live, rtol=0, atol=2e-3 * np.ptp(live)
     )
-    deploy = to_deploy(ir.load(tmp_path / "inter_model.onnx"))
+    deploy = to_deploy(matched(tmp_path / "inter_model.onnx"))
     names = [node.op_type for node in deploy.graph]
     assert names.count("AscendDequant") == SAMPLES[name][2]
     executor = AscendExecutor(deploy)
@@ -185,7 +191,7 @@ def test_the_intermediate_model_holds_the_very_numbers_of_convert(
     torch.onnx.export(net, (x,), tmp_path / "inter.onnx", verbose=False)
     final = layer.weight_quantizer.qparams(layer.weight)  # type: ignore[union-attr, operator]
     data = layer.input_quantizer.qparams()  # type: ignore[union-attr, operator]
-    deploy = to_deploy(ir.load(tmp_path / "inter.onnx"))
+    deploy = to_deploy(matched(tmp_path / "inter.onnx"))
     (param,) = (v for n, v in deploy.graph.initializers.items() if n.endswith("dequant.param"))
     assert param.const_value is not None
     product = (data.scale * final.scale).reshape(1).numpy()
@@ -207,5 +213,5 @@ def test_an_export_in_training_mode_observes_nothing(tmp_path: Path) -> None:
     before = quantizer.min_val.clone(), float(quantizer.batches)
     torch.onnx.export(net.train(), (10 * x,), tmp_path / "inter.onnx", verbose=False)
     assert (quantizer.min_val, float(quantizer.batches)) == before
-    found = find_quantized(ir.load(tmp_path / "inter.onnx"))
+    found = matched(tmp_path / "inter.onnx")
     assert len(found.activations) == 1

@@ -35,7 +35,7 @@ CORE: Mapping[str, str] = {
 EXPORTERS: Mapping[str, str] = {
     "quiet": "",
     "onnx_files": "",
-    "qdq": "quiet",
+    "qdq": "onnx_files quiet",
     "fake_quant_onnx": "onnx_files qdq",
     "cann": "onnx_files qdq",
     "tflite": "quiet",

@@ -23,7 +23,7 @@ from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.final import FinalActivation
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann import AscendExecutor
 from tests.exporters.amct_goldens import Case, load_case, quantized_layers, quantized_order
 
 # One worker converts and writes each network once.

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lightning_qat import export, verify
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann import AscendExecutor
 from tests.exporters.amct_goldens import CASES, load_case
 from tests.exporters.contract import converted
 

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_qat.amct.record import format_record, parse_record
+from lightning_qat.export.protocol import UnsupportedByTarget
+from lightning_qat_exporters.cann import AscendExecutor
 from lightning_qat_exporters.cann.deploy import to_deploy
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from lightning_qat_exporters.cann.fake_quant import to_fake_quant
 from lightning_qat_exporters.cann.layer_records import layer_records
+from lightning_qat_exporters.cann.normalize.normalize import with_plain_constants
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
-from lightning_qat_exporters.cann.qdq_graph.types import NotExpressible
+from lightning_qat_exporters.cann.qdq_graph.types import QuantizedGraph
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from tests.exporters.amct_goldens import (
     CASES,
@@ -96,6 +98,18 @@ class Qdq:
         )
         typed = onnx.shape_inference.infer_shapes(model)
         return ir.from_proto(typed)
+
+
+def matched(model: ir.Model) -> QuantizedGraph:
+    return find_quantized(with_plain_constants(model))
+
+
+def deploy_of(model: ir.Model, opset: int = 11) -> ir.Model:
+    return to_deploy(matched(model), opset)
+
+
+def fake_quant_of(model: ir.Model, opset: int = 11) -> ir.Model:
+    return to_fake_quant(matched(model), opset)
 
 
 def proto(model: ir.Model) -> onnx.ModelProto:
@@ -209,7 +223,7 @@ def qdq_of(case: Case) -> ir.Model:
 @pytest.mark.parametrize("name", CASES)
 def test_the_deploy_model_equals_amcts_around_every_layer(name: str) -> None:
     case = load_case(name)
-    ours = proto(to_deploy(qdq_of(case)))
+    ours = proto(deploy_of(qdq_of(case)))
     assert quantized_layers(ours) == quantized_layers(case.deploy)
     assert quantized_order(ours) == quantized_order(case.deploy)
     assert [(i.domain, i.version) for i in ours.opset_import] == [("", 11)]
@@ -224,7 +238,7 @@ def test_the_deploy_model_equals_amcts_around_every_layer(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_fake_quant_model_gives_what_amcts_gives_in_onnx_runtime(name: str) -> None:
     case = load_case(name)
-    model = to_fake_quant(qdq_of(case))
+    model = fake_quant_of(qdq_of(case))
     onnx.checker.check_model(proto(model), full_check=True)
     x = next(iter(case.inputs.values()))
     # As it is written it adds whole numbers, which float32 holds: equal in any order, on any CPU.
@@ -241,8 +255,8 @@ def test_the_fake_quant_model_gives_what_amcts_gives_in_onnx_runtime(name: str) 
 @pytest.mark.parametrize("name", CASES)
 def test_the_record_equals_amcts_to_the_letter(name: str) -> None:
     case = load_case(name)
-    found = find_quantized(qdq_of(case))
-    assert format_record(layer_records(found.layers)) == case.record_text
+    found = matched(qdq_of(case))
+    assert format_record(layer_records(found)) == case.record_text
     assert [remark.name for remark in (*found.left_float, *found.problems)] == []
 
 
@@ -260,7 +274,7 @@ def gemm_net(**options: Any) -> Qdq:
 
 
 def test_a_gemm_gets_a_transposed_weight_an_integer_bias_and_a_parameter_of_float_bits() -> None:
-    model = to_deploy(gemm_net().model("v3"))
+    model = deploy_of(gemm_net().model("v3"))
     assert nodes_of(model) == [
         ("AscendQuant", "fc.quant"),
         ("Gemm", "fc"),
@@ -289,13 +303,13 @@ def test_a_gemm_gets_a_transposed_weight_an_integer_bias_and_a_parameter_of_floa
 def test_the_given_model_stays_as_it_is() -> None:
     model = gemm_net().model("v3")
     before = proto(model).SerializeToString()
-    to_deploy(model)
-    to_fake_quant(model)
+    deploy_of(model)
+    fake_quant_of(model)
     assert proto(model).SerializeToString() == before
 
 
 def test_tensors_are_stored_raw() -> None:
-    stored = proto(to_deploy(gemm_net().model("v3"))).graph.initializer
+    stored = proto(deploy_of(gemm_net().model("v3"))).graph.initializer
     assert [bool(tensor.raw_data) for tensor in stored] == [True] * 3
 
 
@@ -306,7 +320,7 @@ def test_two_pairs_on_one_tensor_with_the_same_numbers_share_one_quant() -> None
         net.node("MatMul", net.fake(r, scale, 3), net.weight([[1, 2], [3, 4]], 1.0), name=name)
         for name, scale in (("a", 0.5), ("b", 0.5), ("c", 0.25))
     ]
-    model = to_deploy(net.model(*ys))
+    model = deploy_of(net.model(*ys))
     assert nodes_of(model) == [
         ("Relu", "relu"),
         *(("AscendQuant", "a.quant"), ("MatMul", "a"), ("AscendDequant", "a.dequant")),
@@ -320,7 +334,7 @@ def test_a_real_reader_of_a_quantized_tensor_gets_antiquant_from_the_shared_quan
     data = net.fake("x", 0.5, 3)
     y = net.node("MatMul", data, net.weight([[1, 2], [3, 4]], 1.0), name="fc")
     qdq = net.model(net.node("Add", y, data, name="join"))
-    model = to_deploy(qdq)
+    model = deploy_of(qdq)
     assert nodes_of(model) == [
         ("AscendQuant", "fc.quant"),
         ("AscendAntiQuant", "fc.antiquant"),
@@ -333,13 +347,13 @@ def test_a_real_reader_of_a_quantized_tensor_gets_antiquant_from_the_shared_quan
     # x = [0.6, 1.4] is 1 and 3 steps: [1 + 9, 2 + 12] * 0.5 + [0.5, 1.5]
     x = f32([[0.6, 1.4]])
     assert run_deploy(model, x)[0].tolist() == [[5.5, 8.5]]
-    assert run_float(to_fake_quant(qdq), x)[0].tolist() == [[5.5, 8.5]]
+    assert run_float(fake_quant_of(qdq), x)[0].tolist() == [[5.5, 8.5]]
 
 
 def test_a_join_without_a_layer_is_named_after_its_reader() -> None:
     net = Qdq([1, 2])
     left, right = net.fake("x", 0.5), net.fake(net.node("Relu", "x", name="relu"), 0.25)
-    model = to_deploy(net.model(net.node("Add", left, right, name="join")))
+    model = deploy_of(net.model(net.node("Add", left, right, name="join")))
     assert sorted(nodes_of(model)) == [
         ("Add", "join"),
         ("AscendAntiQuant", "join.antiquant"),
@@ -355,7 +369,7 @@ def test_integers_and_real_values_of_one_tensor_may_be_graph_outputs() -> None:
     net = Qdq([2])
     real = net.fake("x", 0.5, 3)
     qdq = net.model(net.nodes[0].output[0], real, net.node("Neg", real))
-    model = to_deploy(qdq)
+    model = deploy_of(qdq)
     assert [value.name for value in model.graph.outputs] == ["y", "y1", "y2"]
     assert [n.op_type for n in model.graph] == ["AscendQuant", "AscendAntiQuant", "Neg"]
     x = f32([0.6, 100.0])
@@ -364,7 +378,7 @@ def test_integers_and_real_values_of_one_tensor_may_be_graph_outputs() -> None:
     assert values.tolist() == [0.5, 62.0]
     assert negated.tolist() == [-0.5, -62.0]
     for ours, float_form in zip(
-        run_deploy(model, x), run_float(to_fake_quant(qdq), x), strict=True
+        run_deploy(model, x), run_float(fake_quant_of(qdq), x), strict=True
     ):
         assert ours.dtype == float_form.dtype
         assert ours.tolist() == float_form.tolist()
@@ -372,8 +386,8 @@ def test_integers_and_real_values_of_one_tensor_may_be_graph_outputs() -> None:
 
 def test_unsigned_grids_become_signed_ones() -> None:
     signed, unsigned = (
-        to_deploy(gemm_net().model("v3")),
-        to_deploy(_unsigned_gemm().model("v3")),
+        deploy_of(gemm_net().model("v3")),
+        deploy_of(_unsigned_gemm().model("v3")),
     )
     assert attributes_of(unsigned, "fc.quant") == attributes_of(signed, "fc.quant")
 
@@ -387,7 +401,7 @@ def _unsigned_gemm() -> Qdq:
 
 def test_a_clip_that_narrows_the_grid_keeps_its_meaning() -> None:
     qdq = gemm_net(clip=(-10, -5)).model("v4")
-    deploy, fake = to_deploy(qdq), to_fake_quant(qdq)
+    deploy, fake = deploy_of(qdq), fake_quant_of(qdq)
     assert nodes_of(deploy)[:2] == [("Clip", "fc.quant.clip"), ("AscendQuant", "fc.quant")]
     x = f32([[9.0, 0.3, -9.0]])
     # 3, 1 and -2 steps: 3 + 2 - 6 + 8 = 7 and 12 + 5 - 12 - 2 = 3
@@ -401,7 +415,7 @@ def test_a_layer_called_twice_gets_names_of_its_own() -> None:
     for _ in range(2):
         weight = net.weight([[1, 2], [3, 4]], 1.0)
         y = net.node("Gemm", net.fake(y, 0.5), weight, name="fc")
-    model = to_deploy(net.model(y))
+    model = deploy_of(net.model(y))
     assert [name for _, name in nodes_of(model)] == [
         *("fc.quant", "fc", "fc.dequant", "fc_1.quant", "fc_1", "fc_1.dequant"),
     ]
@@ -427,7 +441,7 @@ def test_third_party_weights_are_read(transposed_first: bool) -> None:
         value = net.node("Transpose", value, perm=[1, 0, 2])
     single = net.node("Slice", data, *(net.constant([n], np.int64) for n in (0, 1, 1)))
     requantized = net.fake(single, 0.5)
-    model = to_deploy(net.model(net.node("Conv", requantized, value, name="conv")))
+    model = deploy_of(net.model(net.node("Conv", requantized, value, name="conv")))
     # 1 / 0.5 = 2, -0.8 / 0.25 = -3.2, 9.9 / 0.0625 = 158.4 saturates
     assert array_of(model, "conv.weight").tolist() == [[[2]], [[-3]], [[127]]]
 
@@ -436,7 +450,7 @@ def test_grouped_transposed_convolutions_repeat_their_scales() -> None:
     net = Qdq([1, 4, 3])
     weight = net.weight(np.ones((4, 2, 1)), [0.5, 0.25], 1)
     y = net.node("ConvTranspose", net.fake("x", 1.0), weight, name="d", group=2)
-    model = to_deploy(net.model(y))
+    model = deploy_of(net.model(y))
     steps = array_of(model, "d.dequant.param").astype(np.uint32).view(np.float32)
     assert steps.tolist() == [0.5, 0.25, 0.5, 0.25]
 
@@ -448,7 +462,7 @@ def test_a_bias_stored_as_scaled_integers_comes_back_exactly() -> None:
     bias = net.node("DequantizeLinear", net.constant(integers), net.constant(step))
     weight = net.weight([[1], [2]], 0.3)
     y = net.node("Gemm", net.fake("x", 0.1), weight, bias, name="fc", transB=1)
-    model = to_deploy(net.model(y))
+    model = deploy_of(net.model(y))
     assert array_of(model, "fc.bias").tolist() == integers.tolist()
 
 
@@ -462,7 +476,7 @@ def test_layers_without_integers_stay_float_and_say_why() -> None:
     )
     y = net.node("MatMul", net.fake(y, 0.5), net.weight(np.ones((2, 2)), [1, 2]), name="by_row")
     qdq = net.model(y)
-    found = find_quantized(qdq)
+    found = matched(qdq)
     assert found.layers == ()
     assert [str(remark) for remark in found.left_float] == [
         "'weight_only': its weight is quantized and its input is not.",
@@ -472,7 +486,7 @@ def test_layers_without_integers_stay_float_and_say_why() -> None:
         "'by_row': its weight's scales must run along the output channels (axis 1); they run "
         "along axis 0.",
     ]
-    model = to_deploy(qdq)
+    model = deploy_of(qdq)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in model.graph}
     # x = [1, 1] -> [2, 3] -> itself -> itself -> 2 * [5.5, 8] -> [11, 16] @ [[1, 1], [2, 2]]
     assert run_deploy(model, f32([[1, 1]]))[0].tolist() == [[43.0, 43.0]]
@@ -483,19 +497,21 @@ def test_a_bias_outside_int32_is_refused_by_layer_and_channel() -> None:
     name = net.nodes[3].input[2]
     net.constants[name] = f32([1.0, 3e8])
     with pytest.raises(
-        NotExpressible,
-        match=r"'fc': the bias of channel 1, .* must fit int32; got 2400000000 \(bias 3e\+08, step "
+        UnsupportedByTarget,
+        match=r"fc: the bias of channel 1, .* must fit int32; got 2400000000 \(bias 3e\+08, step "
         r"0\.125\)\. Widen the range",
     ):
-        to_deploy(net.model("v3"))
+        deploy_of(net.model("v3"))
 
 
 def test_weights_outside_int8_are_refused() -> None:
     net = Qdq([1, 1])
     factors = [net.constant([[200]], np.uint8), net.constant(1.0, np.float32)]
     y = net.node("MatMul", net.fake("x", 1.0), net.node("DequantizeLinear", *factors), name="fc")
-    with pytest.raises(NotExpressible, match=r"'fc': .* must fit int8; they run from 200 to 200"):
-        to_deploy(net.model(y))
+    with pytest.raises(
+        UnsupportedByTarget, match=r"fc: .* must fit int8; they run from 200 to 200"
+    ):
+        deploy_of(net.model(y))
 
 
 def test_pairs_that_have_no_form_are_all_named() -> None:
@@ -507,9 +523,9 @@ def test_pairs_that_have_no_form_are_all_named() -> None:
     zero = net.constant(0, np.int8)
     differing = net.node("QuantizeLinear", y, one, zero, name="differing")
     y = net.node("DequantizeLinear", differing, two, zero, name="dq")
-    with pytest.raises(NotExpressible) as caught:
-        to_deploy(net.model(y))
-    assert [(p.name, p.reason) for p in caught.value.problems] == [
+    with pytest.raises(UnsupportedByTarget) as caught:
+        deploy_of(net.model(y))
+    assert [(p.layer, p.reason) for p in caught.value.problems] == [
         (
             "per_channel",
             "an activation must have one scale and one zero point; got 2 scales and 2 zero points "
@@ -538,8 +554,8 @@ def test_pairs_inside_a_subgraph_are_refused() -> None:
     net = Qdq([2])
     net.constants |= {"scale": np.asarray(0.5, np.float32), "zero": np.asarray(0, np.int8)}
     qdq = net.model(net.node("If", net.constant(True), **branches))
-    with pytest.raises(NotExpressible, match=r"'then_branch.q': a Q/DQ pair must not be inside"):
-        to_deploy(qdq)
+    with pytest.raises(UnsupportedByTarget, match=r"then_branch.q: a Q/DQ pair must not be inside"):
+        deploy_of(qdq)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -576,7 +592,7 @@ def float_net(opset: int = 18) -> tuple[Qdq, str]:
 def test_remaining_operators_keep_their_meaning_at_older_opsets(opset: int) -> None:
     net, y = float_net()
     qdq = net.model(y)
-    older = to_fake_quant(qdq, opset)
+    older = fake_quant_of(qdq, opset)
     assert older.graph.opset_imports == {"": opset}
     onnx.checker.check_model(proto(older), full_check=True)
     x = np.random.default_rng(0).normal(size=net.shape).astype(np.float32)
@@ -590,7 +606,7 @@ def test_gelu_is_spelt_out(approximate: str) -> None:
     net = Qdq([50], opset=20)
     qdq = net.model(net.node("Gelu", "x", approximate=approximate))
     x = np.linspace(-4, 4, 50, dtype=np.float32)
-    (expected,), (actual,) = run_float(qdq, x), run_float(to_fake_quant(qdq), x)
+    (expected,), (actual,) = run_float(qdq, x), run_float(fake_quant_of(qdq), x)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
@@ -603,9 +619,9 @@ def test_what_an_opset_cannot_express_names_the_node_and_the_lowest_opset_that_c
     size = net.node("Shape", "x", start=0, end=1)
     computed = net.node("ReduceMax", float_again, size, name="reach")
     qdq = net.model(computed)
-    with pytest.raises(NotExpressible) as caught:
-        to_fake_quant(qdq, 11)
-    problems = {p.name: p for p in caught.value.problems}
+    with pytest.raises(UnsupportedByTarget) as caught:
+        fake_quant_of(qdq, 11)
+    problems = {p.layer: p for p in caught.value.problems}
     assert list(problems) == ["mask", "limit", "reach"]
     assert str(problems["mask"]) == (
         "'mask': Trilu does not exist yet; opset 11 cannot express it, the lowest opset that can "
@@ -615,17 +631,19 @@ def test_what_an_opset_cannot_express_names_the_node_and_the_lowest_opset_that_c
     assert problems["limit"].reason.endswith("is 12")
     assert "takes 'axes' as a computed input" in problems["reach"].reason
     assert problems["reach"].reason.endswith("is 18")
-    assert to_fake_quant(qdq, 18).graph.opset_imports == {"": 18}
+    assert fake_quant_of(qdq, 18).graph.opset_imports == {"": 18}
 
 
 def test_an_opset_that_the_parser_does_not_take_is_no_remedy() -> None:
     net = Qdq([4], opset=20)
     qdq = net.model(net.node("Cast", net.node("IsInf", "x"), to=TensorProto.FLOAT))
-    assert to_deploy(qdq).graph.opset_imports == {"": 11}
+    assert deploy_of(qdq).graph.opset_imports == {"": 11}
     net = Qdq([1, 1, 4, 4], opset=20)
     y = net.node("AveragePool", "x", name="thin", kernel_shape=[2, 2], dilations=[2, 2])
-    with pytest.raises(NotExpressible, match=r"lowest opset that can is 19\. Use another operator"):
-        to_deploy(net.model(y))
+    with pytest.raises(
+        UnsupportedByTarget, match=r"lowest opset that can is 19\. Use another operator"
+    ):
+        deploy_of(net.model(y))
 
 
 def test_a_default_that_changed_is_not_taken_for_the_old_one(
@@ -634,8 +652,8 @@ def test_a_default_that_changed_is_not_taken_for_the_old_one(
     net = Qdq([2, 3, 4])
     qdq = net.model(net.node("Softmax", "x", name="soft"))
     monkeypatch.setattr("lightning_qat_exporters.cann.downgrade_opset._ADAPTERS", ())
-    with pytest.raises(NotExpressible, match="'soft': Softmax has another default for 'axis'"):
-        to_deploy(qdq)
+    with pytest.raises(UnsupportedByTarget, match="soft: Softmax has another default for 'axis'"):
+        deploy_of(qdq)
 
 
 def test_grid_samples_get_their_older_modes() -> None:
@@ -644,7 +662,7 @@ def test_grid_samples_get_their_older_modes() -> None:
     ys = [net.node("GridSample", "x", grid), net.node("GridSample", "x", grid, mode="cubic")]
     qdq = net.model(*ys)
     x = np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3)
-    older = to_fake_quant(qdq, 16)
+    older = fake_quant_of(qdq, 16)
     for expected, actual in zip(run_float(qdq, x), run_float(older, x), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
@@ -653,18 +671,20 @@ def test_a_new_attribute_away_from_its_default_is_refused() -> None:
     net = Qdq([1, 1, 4, 4])
     sizes = net.constant([1, 1, 2, 2], np.int64)
     y = net.node("Resize", "x", "", "", sizes, name="shrink", mode="linear", antialias=1)
-    with pytest.raises(NotExpressible, match=r"'shrink': Resize has no attribute 'antialias' yet"):
-        to_deploy(net.model(y))
+    with pytest.raises(
+        UnsupportedByTarget, match=r"shrink: Resize has no attribute 'antialias' yet"
+    ):
+        deploy_of(net.model(y))
 
 
 def test_an_opset_outside_what_the_parser_takes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"opset must be from 11 to 18, .* got 19\. Use 11"):
-        to_deploy(gemm_net().model("v3"), 19)
+        deploy_of(gemm_net().model("v3"), 19)
 
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(11, 6), (13, 7), (18, 8)])
 def test_the_ir_version_goes_with_the_opset(opset: int, ir_version: int) -> None:
-    assert to_deploy(gemm_net().model("v3"), opset).ir_version == ir_version
+    assert deploy_of(gemm_net().model("v3"), opset).ir_version == ir_version
 
 
 # ----------------------------------------------------------------------------------------------
@@ -674,7 +694,7 @@ def test_the_ir_version_goes_with_the_opset(opset: int, ir_version: int) -> None
 def test_large_models_keep_their_weights_beside_them(tmp_path: Path) -> None:
     net = Qdq([1, 40])
     y = net.node("MatMul", net.fake("x", 1.0), net.weight(np.ones((40, 40)), 1.0), name="fc")
-    model = to_deploy(net.model(y))
+    model = deploy_of(net.model(y))
     save_onnx(model, tmp_path / "small.onnx")
     save_onnx(model, tmp_path / "large.onnx", external_above=1000)
     assert sorted(p.name for p in tmp_path.iterdir()) == [

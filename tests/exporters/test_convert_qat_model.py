@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lightning_qat import Conversion, UnsupportedByTarget, convert_qat_model
 from lightning_qat.amct.record import parse_record
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann import AscendExecutor
 from lightning_qat_exporters.onnx_files.write import write_onnx
 from tests.exporters.amct_goldens import GOLDENS
 from tests.exporters.test_ascend_passes import Qdq, f32, proto
@@ -632,7 +632,7 @@ def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(_: Any) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lightning_qat_exporters.cann.exporter.format_record", fail)
+    monkeypatch.setattr("lightning_qat_exporters.cann.write_files.format_record", fail)
     source = net_file(fc(), tmp_path, "v3")
     with pytest.raises(OSError, match="disk full"):
         convert_qat_model(source, tmp_path / "net", tmp_path / "record.txt")

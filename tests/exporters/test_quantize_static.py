@@ -24,8 +24,8 @@ from onnxruntime.quantization import (
 )
 
 from lightning_qat import Conversion, convert_qat_model
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
-from lightning_qat_exporters.cann.normalize.normalize import canonical
+from lightning_qat_exporters.cann import AscendExecutor
+from lightning_qat_exporters.cann.normalize.normalize import normalize
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
 from lightning_qat_exporters.onnx_files.read import read_onnx
 from tests.join_networks import NETWORKS, inputs_for, train_steps
@@ -148,7 +148,7 @@ def test_every_operator_on_onnx_runtimes_own_inputs_is_one_step_apart(case: Case
     deploy = onnx.load(case.done.files["model"])
     quants = {n.name: n for n in deploy.graph.node if n.op_type == "AscendQuant"}
     # Which node of the source each of them is; what is quantized again on its way has none there.
-    found = find_quantized(canonical(read_onnx(case.source)))
+    found = find_quantized(normalize(read_onnx(case.source)))
     of = {
         f"{activation.name}.quant": activation.quantizes[0].outputs[0].name
         for activation in found.activations

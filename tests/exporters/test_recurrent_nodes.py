@@ -20,7 +20,7 @@ from lightning_qat.export.protocol import Artifact
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.final import FinalActivation
 from lightning_qat_exporters import CannExporter
-from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann import AscendExecutor
 from lightning_qat_exporters.onnx_files.run import run_onnx
 from tests.exporters.amct_goldens import GOLDENS, Case, attributes_of, load_case
 

@@ -16,7 +16,7 @@ from lightning_qat.export.load import load_exporter
 from lightning_qat.export.manifest import export_all
 from lightning_qat.export.protocol import MissingDependency
 from lightning_qat_exporters import TFLiteExporter
-from lightning_qat_exporters.cann.exporter import CannExporter
+from lightning_qat_exporters.cann import CannExporter
 from lightning_qat_exporters.fake_quant_onnx.exporter import FakeQuantOnnxExporter
 from lightning_qat_exporters.qdq.translate import translated as translate
 from lightning_qat_exporters.tflite import read_back

@@ -8,47 +8,57 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lightning_qat_exporters.cann.graph_writer import _DTYPES, GraphWriter
+from lightning_qat.export.protocol import Array
+from lightning_qat_exporters.cann.device_nodes import write_device_nodes
 from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, pack
-from lightning_qat_exporters.cann.qdq_graph.types import Activation, Array, QuantizedLayer
-from lightning_qat_exporters.cann.recurrent_nodes import ToDeviceNodes
+from lightning_qat_exporters.cann.qdq_graph.types import (
+    IntegerLayer,
+    QuantizedActivation,
+    QuantizedGraph,
+)
 from lightning_qat_exporters.cann.rewrite import QuantizedForm, rewritten
+from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter
+
+# ONNX's order of types, as the attribute ``dtype`` of CANN's operators counts.
+_DTYPES = {ir.DataType.FLOAT: 0, ir.DataType.FLOAT16: 1}
 
 
-def to_deploy(
-    model: ir.Model, opset: int = 11, *, float_bias: bool = False, recurrent: bool = False
-) -> ir.Model:
-    """Write a QDQ model with Ascend's operators; the given model stays as it is.
+def to_deploy(found: QuantizedGraph, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
+    """Write a QDQ model with Ascend's operators; the matched model stays as it is.
 
     Args:
-        model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
+        found: The QDQ model, matched.
         opset: Version of the default domain, 11 to 18. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
-        recurrent: Write quantized LSTM and GRU as device nodes.
 
     Returns:
         A model with AscendQuant, AscendDequant and AscendAntiQuant in the default domain.
 
     Raises:
-        NotExpressible: A pair, bias or operator cannot be expressed; all are named.
+        UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    steps = (ToDeviceNodes(),) if recurrent else ()
-    return rewritten(model, (*steps, ToDeploy(float_bias)), opset)
+    return rewritten(found, ToDeploy(float_bias=float_bias), opset)
 
 
-def dequant_param(layer: QuantizedLayer) -> NDArray[np.uint64]:
+def dequant_param(layer: IntegerLayer) -> NDArray[np.uint64]:
     """AscendDequant's parameter: the bits of float32 ``scale_d * scale_w`` as uint64.
 
     CANN's AscendDequant takes the low 32 bits as a float and wants the high 32 bits zero.
     """
-    return layer.product_scale.view(np.uint32).astype(np.uint64)
+    return layer.accumulator_scale.view(np.uint32).astype(np.uint64)
 
 
 class ToDeploy(QuantizedForm):
-    """Ascend's spelling: AscendQuant, layers on integers, AscendDequant, AscendAntiQuant."""
+    """Ascend's operators: AscendQuant, layers on integers, AscendDequant, AscendAntiQuant."""
 
-    def quantize(self, graph: GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+    def rewrite_recurrent(self, found: QuantizedGraph) -> QuantizedGraph:
+        """Device nodes, which quantize their inputs themselves."""
+        return write_device_nodes(found)
+
+    def quantize(
+        self, graph: GraphWriter, activation: QuantizedActivation, anchor: ir.Node
+    ) -> ir.Value:
         """AscendQuant; its ``scale`` is the float32 reciprocal, as CANN multiplies by it."""
         source = activation.source
         name = activation.name
@@ -76,7 +86,7 @@ class ToDeploy(QuantizedForm):
         )
 
     def dequantize(
-        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+        self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """AscendAntiQuant; its ``scale`` is scale_d itself, CANN's parser negates the offset."""
         attributes: dict[str, Any] = {
@@ -91,12 +101,12 @@ class ToDeploy(QuantizedForm):
         )
 
     def integers(
-        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+        self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
-        """What AscendQuant gives."""
+        """The output of AscendQuant."""
         return read
 
-    def scale(self, graph: GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+    def scale(self, graph: GraphWriter, layer: IntegerLayer, accumulator: ir.Value) -> ir.Value:
         """AscendDequant to float32 (``dtype`` 0) or float16 (1)."""
         name = f"{layer.name}.dequant"
         inputs = [accumulator, graph.constant(f"{name}.param", dequant_param(layer))]
@@ -108,7 +118,7 @@ class ToDeploy(QuantizedForm):
         accumulator.type = ir.TensorType(ir.DataType.INT32)
         return result
 
-    def weight(self, layer: QuantizedLayer) -> Array:
+    def weight(self, layer: IntegerLayer) -> Array:
         """Integers as they are, or two of 4 bits in a byte."""
         if layer.wts_type == "INT4":
             return pack(layer.weight, INPUT_AXIS[layer.node.op_type])

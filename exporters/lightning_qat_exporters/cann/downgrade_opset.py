@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,15 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from lightning_qat.export.protocol import (
+    Array,
+    CannotExpress,
+    Unsupported,
+    UnsupportedByTarget,
+)
 from lightning_qat_exporters.cann.qdq_graph.constants import constant
-from lightning_qat_exporters.cann.qdq_graph.names import unique
-from lightning_qat_exporters.cann.qdq_graph.types import Array, NotExpressible, Remark
+from lightning_qat_exporters.cann.qdq_graph.types import TARGET
+from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter, initializer
 
 OPSETS = range(11, 19)
 """Opsets that CANN's parsers take; 11 is the one that all of them take and AMCT writes."""
@@ -39,7 +45,7 @@ class Downgrade(ir.passes.InPlacePass):
         """Rewrite ``model`` in place.
 
         Raises:
-            NotExpressible: Nodes have no form at the opset; each is named with the lowest
+            UnsupportedByTarget: Nodes have no form at the opset; each is named with the lowest
                 opset that has one.
         """
         source = model.graph.opset_imports.get("", self.opset)
@@ -50,14 +56,15 @@ class Downgrade(ir.passes.InPlacePass):
         if target < source:
             problems = _lowered(model.clone(), source, target)
             if problems:
-                raise NotExpressible(_with_lowest_opset(model, source, target, problems))
+                lowest = _with_lowest_opset(model, source, target, problems)
+                raise UnsupportedByTarget(TARGET, lowest)
             _lowered(model, source, target)
             model.graph.opset_imports[""] = target
         common.RemoveUnusedOpsetsPass()(model)
         return ir.passes.PassResult(model, modified=target < source)
 
 
-def _lowered(model: ir.Model, source: int, target: int) -> dict[int, Remark]:
+def _lowered(model: ir.Model, source: int, target: int) -> dict[int, Unsupported]:
     """Lower every node of ``model``; return what is impossible, by the node's position."""
     problems = {}
     for position, node in enumerate(tuple(model.graph.all_nodes())):
@@ -72,34 +79,31 @@ def _lowered(model: ir.Model, source: int, target: int) -> dict[int, Remark]:
                     adapt(node, target)
             if node.graph is not None:
                 _require_same_meaning(node, source, target)
-        except _Impossible as error:
-            problems[position] = Remark(node.name or node.op_type, f"{node.op_type} {error}")
+        except CannotExpress as error:
+            reason = f"{node.op_type} {error.reason}"
+            problems[position] = Unsupported(node.name or node.op_type, reason)
     return problems
 
 
 def _with_lowest_opset(
-    model: ir.Model, source: int, target: int, problems: dict[int, Remark]
-) -> list[Remark]:
+    model: ir.Model, source: int, target: int, problems: dict[int, Unsupported]
+) -> list[Unsupported]:
     lowest: dict[int, int] = {}
     for opset in range(target + 1, source + 1):
         still = _lowered(model.clone(), source, opset) if opset < source else {}
         for position in problems.keys() - still.keys():
             lowest.setdefault(position, opset)
     return [
-        Remark(
-            remark.name,
-            f"{remark.reason}; opset {target} cannot express it, the lowest opset that can is "
+        Unsupported(
+            problem.layer,
+            f"{problem.reason}; opset {target} cannot express it, the lowest opset that can is "
             f"{lowest[position]}",
             f"Ask for opset {lowest[position]}, or use another operator"
             if lowest[position] in OPSETS
             else "Use another operator",
         )
-        for position, remark in problems.items()
+        for position, problem in problems.items()
     ]
-
-
-class _Impossible(Exception):
-    """A node has no form at the wanted opset; the text says what stands in the way."""
 
 
 def _require_same_meaning(node: ir.Node, source: int, target: int) -> None:
@@ -107,28 +111,30 @@ def _require_same_meaning(node: ir.Node, source: int, target: int) -> None:
     try:
         new = onnx.defs.get_schema(node.op_type, target)
     except onnx.defs.SchemaError:
-        raise _Impossible("does not exist yet") from None
+        raise CannotExpress("does not exist yet") from None
     old = onnx.defs.get_schema(node.op_type, source)
     if new.since_version == old.since_version:
         return
     for name in list(node.attributes):
         if name not in new.attributes:
             if node.attributes[name].value != _default(old, name):
-                raise _Impossible(f"has no attribute {name!r} yet")
+                raise CannotExpress(f"has no attribute {name!r} yet")
             del node.attributes[name]
     for name in old.attributes:
         unsaid = name in new.attributes and name not in node.attributes
         if unsaid and _default(old, name) != _default(new, name):
-            raise _Impossible(f"has another default for {name!r}")
+            raise CannotExpress(f"has another default for {name!r}")
     variadic = new.inputs and new.inputs[-1].option == _VARIADIC
     for index, value in enumerate(node.inputs):
         if value is None:
             continue
         if index >= len(new.inputs) and not variadic:
-            raise _Impossible(f"has no input {old.inputs[index].name!r} yet")
+            raise CannotExpress(f"has no input {old.inputs[index].name!r} yet")
         formal = new.inputs[min(index, len(new.inputs) - 1)]
         if value.dtype is not None and _type_name(value.dtype) not in formal.types:
-            raise _Impossible(f"does not take {value.dtype.name} for its input {formal.name!r} yet")
+            raise CannotExpress(
+                f"does not take {value.dtype.name} for its input {formal.name!r} yet"
+            )
 
 
 def _default(schema: onnx.defs.OpSchema, name: str) -> Any:
@@ -146,7 +152,7 @@ def _type_name(dtype: ir.DataType) -> str:
 def _axes_to_attribute(node: ir.Node, target: int) -> None:
     """Reduce*, Squeeze, Unsqueeze: the input ``axes`` was an attribute."""
     if node.attributes.get_int("noop_with_empty_axes", 0) and len(node.inputs) < 2:
-        raise _Impossible("has no attribute 'noop_with_empty_axes' yet")
+        raise CannotExpress("has no attribute 'noop_with_empty_axes' yet")
     node.attributes.pop("noop_with_empty_axes", None)
     _input_to_attribute(node, "axes")
 
@@ -156,7 +162,7 @@ def _input_to_attribute(node: ir.Node, name: str) -> None:
         if node.inputs[1] is not None:
             numbers = constant(node.inputs[1])
             if numbers is None:
-                raise _Impossible(f"takes {name!r} as a computed input")
+                raise CannotExpress(f"takes {name!r} as a computed input")
             values = [int(n) for n in numbers.reshape(-1)]
             node.attributes[name] = ir.AttrInt64s(name, values)
         node.resize_inputs(1)
@@ -172,7 +178,7 @@ def _split(node: ir.Node, target: int) -> None:
         shape = _shape(node)
         size = None if shape is None else shape[node.attributes.get_int("axis", 0)]
         if not isinstance(size, int):
-            raise _Impossible(f"needs the size of the dimension to split it into {parts}")
+            raise CannotExpress(f"needs the size of the dimension to split it into {parts}")
         most = -(-size // parts)
         sizes = [most] * (parts - 1) + [size - most * (parts - 1)]
         del node.attributes["num_outputs"]
@@ -190,7 +196,7 @@ def _softmax(node: ir.Node, target: int) -> None:
         node.attributes["axis"] = ir.AttrInt64("axis", axis)
         return
     if shape is None:
-        raise _Impossible(f"needs the rank of its input to work along axis {axis}")
+        raise CannotExpress(f"needs the rank of its input to work along axis {axis}")
     perm = list(range(len(shape)))
     perm[axis], perm[-1] = perm[-1], perm[axis]
     write = _Expansion(node)
@@ -211,7 +217,7 @@ def _reshape(node: ir.Node, target: int) -> None:
     """Reshape: a 0 means "as it was"; a computed shape has one only for empty tensors."""
     shape = constant(node.inputs[1])
     if node.attributes.get_int("allowzero", 0) and shape is not None and 0 in shape:
-        raise _Impossible("makes a dimension of 0 (allowzero = 1)")
+        raise CannotExpress("makes a dimension of 0 (allowzero = 1)")
     node.attributes.pop("allowzero", None)
 
 
@@ -235,7 +241,7 @@ def _pad(node: ir.Node, target: int) -> None:
         return
     amounts, axes, shape = constant(node.inputs[1]), constant(node.inputs[3]), _shape(node)
     if amounts is None or axes is None or shape is None:
-        raise _Impossible("pads axes that are not all known")
+        raise CannotExpress("pads axes that are not all known")
     full = np.zeros((2, len(shape)), np.int64)
     full[:, axes] = amounts.reshape(2, -1)
     node.replace_input_with(1, _Expansion(node).constant("pads", full.reshape(-1)))
@@ -246,7 +252,7 @@ def _roi_align(node: ir.Node, target: int) -> None:
     """RoiAlign: coordinates were shifted by half a pixel."""
     mode = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if mode != "output_half_pixel":
-        raise _Impossible(f"has no coordinate_transformation_mode {mode!r} yet")
+        raise CannotExpress(f"has no coordinate_transformation_mode {mode!r} yet")
     node.attributes.pop("coordinate_transformation_mode")
 
 
@@ -260,10 +266,10 @@ def _grid_sample(node: ir.Node, target: int) -> None:
 def _layer_normalization(node: ir.Node, target: int) -> None:
     """LayerNormalization: ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
-        raise _Impossible("gives its mean and deviation, too")
+        raise CannotExpress("gives its mean and deviation, too")
     shape, axis = _shape(node), node.attributes.get_int("axis", -1)
     if axis >= 0 and shape is None:
-        raise _Impossible(f"needs the rank of its input to work from axis {axis} on")
+        raise CannotExpress(f"needs the rank of its input to work from axis {axis} on")
     axes = list(range(axis - len(shape) if shape is not None and axis >= 0 else axis, 0))
     write = _Expansion(node)
     x, weight, *rest = node.inputs
@@ -342,8 +348,8 @@ class _Expansion:
     """Writes the nodes that replace one node, named after it."""
 
     def __init__(self, node: ir.Node) -> None:
-        assert node.graph is not None
-        self._node, self._graph, self._count = node, node.graph, 0
+        assert isinstance(node.graph, ir.Graph)  # functions are inlined before
+        self._node, self._writer, self._count = node, GraphWriter(node.graph), 0
         self._name = node.name or node.outputs[0].name or node.op_type
 
     def __call__(
@@ -359,27 +365,26 @@ class _Expansion:
         first = self._node.inputs[0]
         kind = dtype if dtype is not None or first is None else first.dtype
         output = ir.Value(name=f"{name}.output0", type=ir.TensorType(kind) if kind else None)
-        node = ir.node(op_type, inputs, attributes, outputs=[output], name=name)
-        self._graph.insert_before(self._node, node)
-        return output
+        return self._insert(op_type, inputs, attributes, name, output)
 
     def constant(self, key: str, array: Array | np.generic) -> ir.Value:
         """A small initializer of the node's graph."""
-        assert isinstance(self._graph, ir.Graph)  # functions are inlined before
-        taken = {name for name in self._graph.initializers if name}
-        name = unique(f"{self._name}.{key}", taken)
-        tensor = ir.Tensor(np.asarray(array), name=name)
-        value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
-        )
-        self._graph.register_initializer(value)
-        return value
+        return initializer(self._writer.graph, f"{self._name}.{key}", np.asarray(array))
 
     def finish(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> None:
         """Insert the last node; it takes the replaced node's output, name and place."""
         old = self._node.outputs[0]
         output = ir.Value(name=old.name, type=old.type, shape=old.shape)
-        node = ir.node(op_type, inputs, attributes, outputs=[output], name=self._name)
-        self._graph.insert_before(self._node, node)
+        self._insert(op_type, inputs, attributes, self._name, output)
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
-        self._graph.remove(self._node, safe=True)
+        self._writer.graph.remove(self._node, safe=True)
+
+    def _insert(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any],
+        name: str,
+        output: ir.Value,
+    ) -> ir.Value:
+        return self._writer.insert(self._node, op_type, inputs, attributes, name, output=output)

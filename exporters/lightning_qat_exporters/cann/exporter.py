@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 import torch
 
-from lightning_qat.amct.record import BINARY_SUFFIX, encode_record, format_record
-from lightning_qat.atomic_write import replacing
 from lightning_qat.export.convert_onnx import Conversion
 from lightning_qat.export.lint import Finding
-from lightning_qat.export.protocol import Array, Artifact, Unsupported, UnsupportedByTarget
+from lightning_qat.export.protocol import Array, Artifact
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat_exporters.cann.deploy import to_deploy
+from lightning_qat_exporters.cann.device_nodes import device_note
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
-from lightning_qat_exporters.cann.fake_quant import to_fake_quant
-from lightning_qat_exporters.cann.layer_records import layer_records
 from lightning_qat_exporters.cann.lint.lint import lint_deploy
-from lightning_qat_exporters.cann.normalize.normalize import canonical
+from lightning_qat_exporters.cann.normalize.normalize import normalize, with_plain_constants
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SHIFT
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized, integer_outputs, joins
 from lightning_qat_exporters.cann.qdq_graph.types import (
     DEVICE_REMEDY,
-    NotExpressible,
+    TARGET,
+    IntegerRecurrent,
     QuantizedGraph,
 )
 from lightning_qat_exporters.cann.read_back import deploy_differences
-from lightning_qat_exporters.cann.recurrent_nodes import QuantizedRecurrent, find_recurrent
+from lightning_qat_exporters.cann.write_files import file_paths, write_files
 from lightning_qat_exporters.onnx_files.read import read_onnx, require_quantized
 from lightning_qat_exporters.onnx_files.run import run_onnx
-from lightning_qat_exporters.onnx_files.write import require_writable, write_onnx
+from lightning_qat_exporters.onnx_files.write import require_writable
 from lightning_qat_exporters.qdq.build import OPSET, build_qdq
 from lightning_qat_exporters.qdq.recurrent import with_recurrent_nodes
 
@@ -74,7 +71,7 @@ class CannExporter:
         ValueError: ``opset`` is outside 11 to 18, or ``rnn`` is another word.
     """
 
-    name = "cann"
+    name = TARGET
 
     def __init__(
         self,
@@ -112,25 +109,17 @@ class CannExporter:
             UnsupportedByTarget: A quantized tensor, a bias or an operator has no form at this
                 opset; all are named.
         """
-        unrolled = self._qdq(model)
-        notes = [f"{call.name!r}: {_UNROLLED}." for call in model.recurrences]
-        folded = unrolled
-        if self.rnn == "device" and notes:
+        found = deploy = find_quantized(with_plain_constants(self._qdq(model)))
+        calls = model.recurrences
+        notes = [f"{call.name!r}: {_UNROLLED}." for call in calls]
+        if self.rnn == "device" and calls:
             fused, left = with_recurrent_nodes(model)
-            if len(left) < len(notes):
-                folded = self._qdq(fused)
-            notes = [f"{layer.layer!r}: {layer.reason}. {layer.remedy}." for layer in left]
-            notes += _device_notes(find_recurrent(folded)[0])
-        files = _paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
+            if len(left) < len(calls):
+                deploy = find_quantized(with_plain_constants(self._qdq(fused)), recurrent=True)
+            notes = [*map(str, left), *_device_notes(deploy.recurrent)]
+        files = file_paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
-        found = find_quantized(unrolled)
-        written = self._write(
-            folded,
-            unrolled,
-            found if folded is unrolled else find_quantized(folded),
-            files,
-            float_bias=False,
-        )
+        written = write_files(deploy, found, files, self.opset)
         return Artifact(self.name, written, (*map(str, found.left_float), *notes))
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
@@ -166,51 +155,21 @@ class CannExporter:
             UnsupportedByTarget: Quantized parts have no form here; all are named.
             OSError: The files cannot be written.
         """
+        files = file_paths(path_prefix, record_file)
         with _collector_paused():
-            return self._converted(
-                model_file, _paths(path_prefix, record_file), float_bias=float_bias
-            )
-
-    def _converted(
-        self, model_file: Path, files: Mapping[str, Path], *, float_bias: bool
-    ) -> Conversion:
-        source = read_onnx(model_file)
-        if model_file.resolve() in {path.resolve() for path in files.values()}:
-            raise ValueError(f"The files must not replace the model {str(model_file)!r} itself.")
-        require_writable(files.values())
-        require_quantized(source, model_file)
-        qdq = canonical(source)
-        found = find_quantized(qdq)
-        left_float = found.left_float
-        recurrent: tuple[QuantizedRecurrent, ...] = ()
-        if self._writes_recurrent(float_bias):
-            recurrent, left = find_recurrent(qdq, found)
-            told = {layer.name for layer in recurrent} | {remark.name for remark in left}
-            left_float = (*(r for r in left_float if r.name not in told), *left)
-        if not found.problems and not found.layers and not found.activations:
-            reasons = "".join(f"\n  {remark}" for remark in left_float)
-            raise ValueError(
-                f"Data and weight of a layer, or the inputs of a join, must be quantized; nothing "
-                f"in {str(model_file)!r} is:{reasons}"
-            )
-        written = self._write(qdq, qdq, found, files, float_bias=float_bias)
-        names = [layer.name for layer in found.layers] + [layer.name for layer in recurrent]
-        shifts = {f"{n}{SHIFT}": n for n in names if f"{n}{SHIFT}" in names}
-        return Conversion(
-            files=written,
-            layers=tuple(name for name in names if name not in shifts),
-            joins=tuple(name for name in joins(found) if name not in names),
-            outputs=integer_outputs(found),
-            left_float=tuple(map(str, left_float)),
-            notes=(
-                *(
-                    f"{name!r}: its weight's zero point takes it out of int8; the layer {shift!r} "
-                    "adds the rest, exactly."
-                    for shift, name in shifts.items()
-                ),
-                *_device_notes(recurrent),
-            ),
-        )
+            source = read_onnx(model_file)
+            if model_file.resolve() in {path.resolve() for path in files.values()}:
+                raise ValueError(
+                    f"The files must not replace the model {str(model_file)!r} itself."
+                )
+            require_writable(files.values())
+            require_quantized(source, model_file)
+            # A device node has its biases in integers.
+            recurrent = self.rnn == "device" and not float_bias
+            found = find_quantized(normalize(source), recurrent=recurrent)
+            _require_something_quantized(found, model_file)
+            written = write_files(found, found, files, self.opset, float_bias=float_bias)
+            return _conversion(found, written)
 
     def lint(self, path: Path) -> tuple[Finding, ...]:
         """Check a deploy model against every rule that ATC is known to have.
@@ -220,46 +179,6 @@ class CannExporter:
             ValueError: It is no ONNX model.
         """
         return lint_deploy(path)
-
-    def _writes_recurrent(self, float_bias: bool) -> bool:
-        # A device node has its biases in integers.
-        return self.rnn == "device" and not float_bias
-
-    def _write(
-        self,
-        deploy: ir.Model,
-        simulated: ir.Model,
-        found: QuantizedGraph,
-        files: Mapping[str, Path],
-        *,
-        float_bias: bool,
-    ) -> dict[str, Path]:
-        """Write all files or none."""
-        recurrent = self._writes_recurrent(float_bias)
-        forms = {"model": (to_deploy, deploy), "fake_quant": (to_fake_quant, simulated)}
-        written = dict(files)
-        try:
-            with ExitStack() as stack:
-                # One after the other: only one of the models is in memory, and no file takes its
-                # place before all are written.
-                for role, (form, source) in forms.items():
-                    temporary = stack.enter_context(replacing(files[role]))
-                    model = form(source, self.opset, float_bias=float_bias, recurrent=recurrent)
-                    _, *weights = write_onnx(model, temporary, files[role])
-                    written.update({f"{role}_weights": path for path in weights})
-                    del model
-                if "record" in files:
-                    nodes, _ = find_recurrent(deploy, found) if recurrent else ((), ())
-                    records = layer_records(found.layers, nodes)
-                    if files["record"].suffix == BINARY_SUFFIX:
-                        data = encode_record(records)
-                    else:
-                        data = format_record(records).encode()
-                    stack.enter_context(replacing(files["record"])).write_bytes(data)
-        except NotExpressible as error:
-            problems = (Unsupported(p.name, p.reason, p.remedy) for p in error.problems)
-            raise UnsupportedByTarget(self.name, tuple(problems)) from error
-        return written
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -275,9 +194,55 @@ class CannExporter:
         return deploy_differences(model, artifact.files["model"])
 
 
+_UNROLLED = (
+    "its steps are unrolled into integer matrix products with float gates between them; "
+    f"{DEVICE_REMEDY}"
+)
+
+
+def _device_notes(layers: Sequence[IntegerRecurrent]) -> list[str]:
+    """Notes on device nodes, each a warning as well: it is easily overlooked."""
+    notes = [device_note(layer) for layer in layers]
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
+    return notes
+
+
+def _require_something_quantized(found: QuantizedGraph, model_file: Path) -> None:
+    if not found.problems and not found.layers and not found.activations:
+        reasons = "".join(f"\n  {remark}" for remark in found.left_float)
+        raise ValueError(
+            f"Data and weight of a layer, or the inputs of a join, must be quantized; nothing "
+            f"in {str(model_file)!r} is:{reasons}"
+        )
+
+
+def _conversion(found: QuantizedGraph, written: Mapping[str, Path]) -> Conversion:
+    names = [layer.name for layer in found.layers] + [layer.name for layer in found.recurrent]
+    shifts = {f"{name}{SHIFT}": name for name in names if f"{name}{SHIFT}" in names}
+    shift_notes = (
+        f"{name!r}: its weight's zero point takes it out of int8; the layer {shift!r} adds the "
+        "rest, exactly."
+        for shift, name in shifts.items()
+    )
+    return Conversion(
+        files=dict(written),
+        layers=tuple(name for name in names if name not in shifts),
+        joins=tuple(name for name in joins(found) if name not in names),
+        outputs=integer_outputs(found),
+        left_float=tuple(map(str, found.left_float)),
+        notes=(*shift_notes, *_device_notes(found.recurrent)),
+    )
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keep Python's collector from walking all of torch's objects for every few hundred nodes."""
+    """Pause Python's garbage collector, in the whole process, while a model is converted.
+
+    A model of thousands of nodes makes so many objects that the collector runs all the time, and
+    each full run walks all of torch's objects. Nothing is lost: reference counts still free what
+    has no cycles, and the collector runs again afterwards. Other threads see it paused, too.
+    """
     running = gc.isenabled()
     gc.disable()
     try:
@@ -285,28 +250,3 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
-
-
-_UNROLLED = (
-    "its steps are unrolled into integer matrix products with float gates between them; "
-    f"{DEVICE_REMEDY}"
-)
-
-
-def _device_notes(layers: Iterable[QuantizedRecurrent]) -> tuple[str, ...]:
-    """What must be known of device nodes; a warning as well, for it is easily overlooked."""
-    notes = tuple(layer.note for layer in layers)
-    for note in notes:
-        warnings.warn(note, stacklevel=4)
-    return notes
-
-
-def _paths(prefix: Path, record: Path | None) -> dict[str, Path]:
-    files = {
-        role: prefix.with_name(prefix.name + suffix)
-        for role, suffix in (
-            ("model", "_deploy_model.onnx"),
-            ("fake_quant", "_fake_quant_model.onnx"),
-        )
-    }
-    return files if record is None else {**files, "record": record}

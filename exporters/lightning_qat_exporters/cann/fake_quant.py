@@ -5,41 +5,49 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lightning_qat_exporters.cann.graph_writer import GraphWriter
-from lightning_qat_exporters.cann.qdq_graph.types import Activation, Array, QuantizedLayer
-from lightning_qat_exporters.cann.recurrent_nodes import RoundRecurrentBiases
+from lightning_qat.export.protocol import Array
+from lightning_qat_exporters.cann.device_nodes import round_recurrent_biases
+from lightning_qat_exporters.cann.qdq_graph.types import (
+    IntegerLayer,
+    QuantizedActivation,
+    QuantizedGraph,
+)
 from lightning_qat_exporters.cann.rewrite import CONV_OPS, QuantizedForm, rewritten
+from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter
 
 
-def to_fake_quant(
-    model: ir.Model, opset: int = 11, *, float_bias: bool = False, recurrent: bool = False
-) -> ir.Model:
+def to_fake_quant(found: QuantizedGraph, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
     """Write a QDQ model as float operators on integer values, in AMCT's form.
 
     ``Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> layer on integer-valued float
     weights -> Mul(scale_d * scale_w)``. Exact while an accumulator stays below 2**24.
 
     Args:
-        model: QDQ model; what ``canonical`` returns, where a layer needs rewriting.
+        found: The QDQ model, matched; it stays as it is.
         opset: Version of the default domain, 11 to 18. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
-        recurrent: Round the biases of quantized LSTM and GRU as device nodes have them.
 
     Returns:
         A model of standard operators that any ONNX runtime runs.
 
     Raises:
-        NotExpressible: A pair, bias or operator cannot be expressed; all are named.
+        UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    steps = (RoundRecurrentBiases(),) if recurrent else ()
-    return rewritten(model, (*steps, ToFakeQuant(float_bias)), opset)
+    return rewritten(found, ToFakeQuant(float_bias=float_bias), opset)
 
 
 class ToFakeQuant(QuantizedForm):
-    """AMCT's float spelling of the same arithmetic."""
+    """AMCT's float operators for the same arithmetic."""
 
-    def quantize(self, graph: GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+    def rewrite_recurrent(self, found: QuantizedGraph) -> QuantizedGraph:
+        """LSTM and GRU stay; their biases get the values of the device node's integers."""
+        round_recurrent_biases(found)
+        return found
+
+    def quantize(
+        self, graph: GraphWriter, activation: QuantizedActivation, anchor: ir.Node
+    ) -> ir.Value:
         """``Mul -> Round -> Add -> Clip -> Sub``: integers around zero, as float32."""
         name = f"{activation.name}.quant.fakequant"
         numbers = {
@@ -60,7 +68,7 @@ class ToFakeQuant(QuantizedForm):
         return graph.insert(anchor, "Sub", [value, of["offset"]], {}, f"{name}.sub")
 
     def dequantize(
-        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+        self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """``Mul(scale_d)``."""
         name = f"{activation.name}.fakeantiquant"
@@ -71,9 +79,9 @@ class ToFakeQuant(QuantizedForm):
         return value
 
     def integers(
-        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+        self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
-        """What Clip gives, cast to the integer type."""
+        """The output of Clip, cast to the integer type."""
         subtract = read.producer()
         assert subtract is not None  # quantize wrote it
         clipped = subtract.inputs[0]
@@ -81,13 +89,13 @@ class ToFakeQuant(QuantizedForm):
         dtype = ir.DataType[activation.dst_type]
         return graph.cast(anchor, clipped, dtype, f"{activation.name}.quant.fakequant.integers")
 
-    def scale(self, graph: GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+    def scale(self, graph: GraphWriter, layer: IntegerLayer, accumulator: ir.Value) -> ir.Value:
         """``Mul(scale_d * scale_w)``, the product in float32."""
         name = f"{layer.name}.fakedequant"
         trailing = layer.weight.ndim - 2 if layer.node.op_type in CONV_OPS else 0
         # A vector stays one.
         leading = [] if accumulator.shape is not None and len(accumulator.shape) == 1 else [1]
-        product = layer.product_scale.reshape(*leading, -1, *[1] * trailing)
+        product = layer.accumulator_scale.reshape(*leading, -1, *[1] * trailing)
         inputs = [accumulator, graph.constant(f"{name}.dqscale", product)]
         value = graph.insert(layer.node, "Mul", inputs, {}, f"{name}.mul", after=True)
         # Not .dtype: a clone shares the type object with the model it was made from.
@@ -98,7 +106,7 @@ class ToFakeQuant(QuantizedForm):
             value = graph.cast(anchor, value, layer.real, f"{name}.cast", after=True)
         return value
 
-    def weight(self, layer: QuantizedLayer) -> ir.LazyTensor:
+    def weight(self, layer: IntegerLayer) -> ir.LazyTensor:
         """Integer-valued float32, computed when it is written: four times the integers' size."""
         integers = layer.weight
         return ir.LazyTensor(

@@ -1,40 +1,34 @@
-"""The record of a deploy model: what AMCT notes of every quantized layer."""
+"""AMCT's record of a deploy model: the quantization parameters of every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from lightning_qat.amct.record import LayerRecord
-from lightning_qat_exporters.cann.qdq_graph.types import QuantizedLayer
-from lightning_qat_exporters.cann.recurrent_nodes import QuantizedRecurrent
+from lightning_qat_exporters.cann.qdq_graph.types import (
+    IntegerLayer,
+    IntegerRecurrent,
+    QuantizedGraph,
+)
 
 
-def layer_records(
-    layers: Iterable[QuantizedLayer], recurrent: Iterable[QuantizedRecurrent] = ()
-) -> tuple[LayerRecord, ...]:
-    """The records of what ``find_quantized`` and ``find_recurrent`` found, in graph order."""
-    found = [(layer.node, _of_layer(layer)) for layer in layers]
-    found += [(layer.node, _of_recurrent(layer)) for layer in recurrent]
-    if not found:
-        return ()
-    graph = found[0][0].graph
-    assert graph is not None  # both found it in one
-    places = {node: place for place, node in enumerate(graph)}
-    return tuple(record for _, record in sorted(found, key=lambda pair: places[pair[0]]))
+def layer_records(found: QuantizedGraph) -> tuple[LayerRecord, ...]:
+    """A record for every integer layer and device node, in graph order."""
+    records = {layer.node: _of_layer(layer) for layer in found.layers}
+    records |= {layer.node: _of_recurrent(layer) for layer in found.recurrent}
+    return tuple(records[node] for node in found.model.graph if node in records)
 
 
-def _of_layer(layer: QuantizedLayer) -> LayerRecord:
+def _of_layer(layer: IntegerLayer) -> LayerRecord:
     return LayerRecord(
         name=layer.name,
-        scale_d=float(layer.scale_d),
-        offset_d=layer.offset_d,
+        scale_d=float(layer.activation.scale_d),
+        offset_d=layer.activation.offset_d,
         scale_w=tuple(map(float, layer.scale_w)),
-        act_type=layer.dst_type,
+        act_type=layer.activation.dst_type,
         wts_type=layer.wts_type,
     )
 
 
-def _of_recurrent(layer: QuantizedRecurrent) -> LayerRecord:
+def _of_recurrent(layer: IntegerRecurrent) -> LayerRecord:
     return LayerRecord(
         name=layer.name,
         scale_d=float(layer.x.scale_d),

@@ -1,15 +1,14 @@
-"""A QDQ model as Ascend CANN reads it, and as float operators that compute the same numbers.
+"""The walk that rewrites a QDQ model: to a deploy model, or to a fake-quant model.
 
-``to_deploy`` writes AscendQuant, integer layers and AscendDequant; ``to_fake_quant`` the same
-arithmetic in standard float operators. Both are one walk over what ``_quantized_ops`` found, with
-another spelling, and end with ``Downgrade``, which brings the remaining operators to the opset that
-the target's parser takes. Formats and numbers are those of Huawei AMCT, read from files that AMCT
-wrote; nothing here was run on an Ascend device.
+``deploy.py`` and ``fake_quant.py`` say what stands for a pair and for a layer; this file replaces
+every pair and layer, and ends with ``Downgrade``, which brings the remaining operators to the opset
+that the target's parser takes. Formats and numbers are those of Huawei AMCT, read from files that
+AMCT wrote; nothing here was run on an Ascend device.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,44 +17,44 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from lightning_qat.export.protocol import Array, Unsupported, UnsupportedByTarget
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS, Downgrade
-from lightning_qat_exporters.cann.graph_writer import GraphWriter, typed
-from lightning_qat_exporters.cann.normalize.fold_qparams import FoldFactors
-from lightning_qat_exporters.cann.qdq_graph.constants import constant, real_constant
-from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
+from lightning_qat_exporters.cann.qdq_graph.constants import constant
+from lightning_qat_exporters.cann.qdq_graph.quantized_constants import real_constant
 from lightning_qat_exporters.cann.qdq_graph.types import (
-    Activation,
-    Array,
-    NotExpressible,
-    QuantizedLayer,
-    Remark,
+    TARGET,
+    IntegerLayer,
+    QuantizedActivation,
+    QuantizedGraph,
 )
+from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter, typed
 
 _INT32 = np.iinfo(np.int32)
-CONV_OPS = ("Conv", "ConvTranspose")
 _QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+CONV_OPS = ("Conv", "ConvTranspose")
 
 
-def integer_bias(layer: QuantizedLayer) -> NDArray[np.int32] | None:
+def integer_bias(layer: IntegerLayer) -> NDArray[np.int32] | None:
     """The bias in steps of the accumulator: ``rint(bias / (scale_d * scale_w))``.
 
     The product is taken in float32, the division in float64, ties go to even: AMCT's biases, to
     the last integer.
 
     Raises:
-        NotExpressible: A channel is outside int32; every such channel is named.
+        UnsupportedByTarget: A channel is outside int32; every such channel is named.
     """
     if layer.bias is None or layer.add is not None:
         return None
-    step = layer.product_scale.astype(np.float64)
+    step = layer.accumulator_scale.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.rint(layer.bias.astype(np.float64) / step)
     fits = (steps >= _INT32.min) & (steps <= _INT32.max)
     if not fits.all():
         step = np.broadcast_to(step, steps.shape)
-        raise NotExpressible(
+        raise UnsupportedByTarget(
+            TARGET,
             [
-                Remark(
+                Unsupported(
                     layer.name,
                     f"the bias of channel {channel}, in steps of scale_d * scale_w, must fit "
                     f"int32; got {steps[channel]:.0f} (bias {layer.bias[channel]:.6g}, step "
@@ -63,55 +62,64 @@ def integer_bias(layer: QuantizedLayer) -> NDArray[np.int32] | None:
                     "Widen the range of the layer's input or weight, or exclude the layer",
                 )
                 for channel in np.flatnonzero(~fits)
-            ]
+            ],
         )
     return steps.astype(np.int32)
 
 
-def rewritten(model: ir.Model, forms: Sequence[ir.passes.InPlacePass], opset: int) -> ir.Model:
+def rewritten(found: QuantizedGraph, form: QuantizedForm, opset: int) -> ir.Model:
+    """A rewritten copy of the model that was matched.
+
+    Raises:
+        UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
+        ValueError: ``opset`` is outside 11 to 18.
+    """
     if opset not in OPSETS:
         raise ValueError(
             f"The opset must be from {OPSETS[0]} to {OPSETS[-1]}, which is what CANN's parsers "
             f"take; got {opset!r}. Use 11 unless an operator needs more."
         )
-    written = model.clone()
+    copy = found.copied()
+    form.rewrite(copy)
     for step in (
-        common.InlinePass(),
-        common.RemoveInitializersFromInputsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        FoldFactors(),
-        *forms,
         Downgrade(opset),
         common.RemoveUnusedNodesPass(),
         common.ClearMetadataAndDocStringPass(),
         common.NameFixPass(),
     ):
-        step(written)
-    return written
+        step(copy.model)
+    return copy.model
 
 
-class QuantizedForm(ir.passes.InPlacePass):
-    """Replace the Q/DQ pairs and quantized layers of a model; subclasses spell the replacement."""
+class QuantizedForm(ABC):
+    """Replaces the Q/DQ pairs and quantized layers of a model; subclasses write the replacement.
 
-    def __init__(self, float_bias: bool) -> None:
-        """Remember where biases go."""
-        super().__init__()
+    Args:
+        float_bias: Keep biases in float and add them after the layers.
+    """
+
+    def __init__(self, *, float_bias: bool) -> None:
         self.float_bias = float_bias
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite ``model`` in place."""
-        found = find_quantized(model)
+    def rewrite(self, found: QuantizedGraph) -> None:
+        """Rewrite the model of ``found`` in place.
+
+        Raises:
+            UnsupportedByTarget: A pair or bias cannot be expressed; all are named.
+        """
         problems = list(found.problems)
         biases: dict[str, NDArray[np.int32] | None] = {}
         for layer in found.layers:
             try:
                 biases[layer.name] = None if self.float_bias else integer_bias(layer)
-            except NotExpressible as error:
+            except UnsupportedByTarget as error:
                 problems += error.problems
         if problems:
-            raise NotExpressible(problems)
+            raise UnsupportedByTarget(TARGET, problems)
+        found = self.rewrite_recurrent(found)
+        model = found.model
         graph = GraphWriter(model.graph)
-        readers: dict[Activation, list[ir.Node]] = {}
+        readers: dict[QuantizedActivation, list[ir.Node]] = {}
         for layer in found.layers:
             readers.setdefault(layer.activation, []).append(layer.node)
         for activation in found.activations:
@@ -123,22 +131,14 @@ class QuantizedForm(ir.passes.InPlacePass):
         if _fold_real_constants(graph):
             common.RemoveUnusedNodesPass()(model)
         graph.register_constants()
-        inside = [n for n in model.graph.all_nodes() if n.op_type in _QDQ_OPS]
-        if inside:
-            raise NotExpressible(
-                [
-                    Remark(
-                        n.name or n.op_type,
-                        "a Q/DQ pair must not be inside a subgraph or read another pair",
-                        "Take it out of the branch or loop",
-                    )
-                    for n in inside
-                ]
-            )
-        return ir.passes.PassResult(model, modified=bool(found.activations or found.layers))
+        _require_no_pairs(model)
+
+    @abstractmethod
+    def rewrite_recurrent(self, found: QuantizedGraph) -> QuantizedGraph:
+        """Rewrite the LSTM and GRU that were matched; return what is quantized afterwards."""
 
     def _activation(
-        self, graph: GraphWriter, activation: Activation, readers: Sequence[ir.Node]
+        self, graph: GraphWriter, activation: QuantizedActivation, readers: Sequence[ir.Node]
     ) -> None:
         read = self.quantize(graph, activation, activation.quantizes[0])
         for layer_node in readers:
@@ -150,16 +150,16 @@ class QuantizedForm(ir.passes.InPlacePass):
             if old.uses() or old.is_graph_output():
                 if real is None:
                     real = self.dequantize(graph, activation, read, node)
-                graph.take_over(old, real, node)
+                graph.replace(old, real, node)
         for node in activation.quantizes:
             # A narrowed grid's integers leave the model behind the Clip.
             last = next((n for n in node.outputs[0].consumers() if n.op_type == "Clip"), node)
             if last.outputs[0].is_graph_output():
                 integers = self.integers(graph, activation, read, last)
-                graph.take_over(last.outputs[0], integers, last)
+                graph.replace(last.outputs[0], integers, last)
 
     def _layer(
-        self, graph: GraphWriter, layer: QuantizedLayer, bias: NDArray[np.int32] | None
+        self, graph: GraphWriter, layer: IntegerLayer, bias: NDArray[np.int32] | None
     ) -> None:
         node = layer.node
         node.name = layer.name
@@ -194,31 +194,33 @@ class QuantizedForm(ir.passes.InPlacePass):
                     dtype=layer.real,
                     after=True,
                 )
-        graph.take_over(accumulator, result, node, readers)
+        graph.replace(accumulator, result, node, readers)
         accumulator.name = f"{layer.name}_output0"
 
     @abstractmethod
-    def quantize(self, graph: GraphWriter, activation: Activation, anchor: ir.Node) -> ir.Value:
+    def quantize(
+        self, graph: GraphWriter, activation: QuantizedActivation, anchor: ir.Node
+    ) -> ir.Value:
         """Write the quantization before ``anchor``; return what layers read."""
 
     @abstractmethod
     def dequantize(
-        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+        self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """Write real values for readers that are no layers."""
 
     @abstractmethod
     def integers(
-        self, graph: GraphWriter, activation: Activation, read: ir.Value, anchor: ir.Node
+        self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """Return the integers themselves, for a graph output."""
 
     @abstractmethod
-    def scale(self, graph: GraphWriter, layer: QuantizedLayer, accumulator: ir.Value) -> ir.Value:
+    def scale(self, graph: GraphWriter, layer: IntegerLayer, accumulator: ir.Value) -> ir.Value:
         """Write what makes a layer's accumulator real, after the layer."""
 
     @abstractmethod
-    def weight(self, layer: QuantizedLayer) -> Array | ir.LazyTensor:
+    def weight(self, layer: IntegerLayer) -> Array | ir.LazyTensor:
         """The form in which a layer's weight is stored."""
 
     @abstractmethod
@@ -226,7 +228,23 @@ class QuantizedForm(ir.passes.InPlacePass):
         """The type in which a layer's integers are stored."""
 
 
-def _layer_attributes(layer: QuantizedLayer) -> dict[str, Any]:
+def _require_no_pairs(model: ir.Model) -> None:
+    inside = [node for node in model.graph.all_nodes() if node.op_type in _QDQ_OPS]
+    if inside:
+        raise UnsupportedByTarget(
+            TARGET,
+            [
+                Unsupported(
+                    node.name or node.op_type,
+                    "a Q/DQ pair must not be inside a subgraph or read another pair",
+                    "Take it out of the branch or loop",
+                )
+                for node in inside
+            ],
+        )
+
+
+def _layer_attributes(layer: IntegerLayer) -> dict[str, Any]:
     """A layer's attributes, all written out as AMCT does."""
     node = layer.node
     if node.op_type == "Gemm":
@@ -274,7 +292,7 @@ def _fold_real_constants(graph: GraphWriter) -> bool:
                 kind = scale.dtype
                 if "output_dtype" in node.attributes:
                     kind = ir.DataType(node.attributes.get_int("output_dtype")).numpy()
-                graph.take_over(old, graph.constant(name, real.astype(kind)), node)
+                graph.replace(old, graph.constant(name, real.astype(kind)), node)
                 folded = True
     return folded
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import torch
 
 from lightning_qat.numerics.arithmetic import accumulator_scale, quantize_bias
+from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
 from lightning_qat_exporters.qdq.build import layer_of
-from lightning_qat_exporters.qdq.initializers import array_of, initializer
 
 
 def quantize_biases(graph: ir.Graph) -> None:

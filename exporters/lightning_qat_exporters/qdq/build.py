@@ -18,8 +18,8 @@ import torch
 from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
 from lightning_qat_exporters.qdq.global_average_pool import global_average_pools
-from lightning_qat_exporters.qdq.initializers import array_of, initializer
 from lightning_qat_exporters.qdq.recurrent import GATES
 from lightning_qat_exporters.qdq.translate import KEY, keys_of, translated
 

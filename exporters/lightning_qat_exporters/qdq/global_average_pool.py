@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lightning_qat_exporters.qdq.initializers import array_of, initializer
+from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
 
 
 def global_average_pools(graph: ir.Graph) -> None:

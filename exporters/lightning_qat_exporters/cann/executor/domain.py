@@ -16,5 +16,6 @@ _EXACT_IN_FLOAT32 = 2**24
 
 
 def require(label: str, attribute: str, value: Any, known: Mapping[Any, Any]) -> None:
+    """Raise ``ValueError`` unless an attribute of the node ``label`` has a known value."""
     if value not in known:
         raise ValueError(f"{attribute} of {label!r} must be one of {list(known)}; got {value!r}.")

@@ -12,6 +12,7 @@ from lightning_qat_exporters.cann.executor.domain import Array
 
 
 def filled_attribute(values: Sequence[int] | None, kernel: Sequence[int]) -> list[int]:
+    """Strides or dilations, 1 for each axis where the node has none."""
     return [1] * len(kernel) if values is None else list(values)
 
 
@@ -57,6 +58,7 @@ def with_padding(x: Array, begin: Sequence[int], end: Sequence[int], fill: float
 def windows_of(
     x: Array, spans: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> Array:
+    """All windows of padded data, as ``[N, C, out..., kernel...]``; a view."""
     axes = tuple(range(2, x.ndim))
     view: Array = sliding_window_view(x, tuple(spans), axes)
     steps = (slice(None, None, s) for s in (*strides, *dilations))

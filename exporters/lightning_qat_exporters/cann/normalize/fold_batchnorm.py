@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lightning_qat_exporters.cann.qdq_graph.constants import constant
-from lightning_qat_exporters.cann.qdq_graph.match import find_quantized
-from lightning_qat_exporters.cann.qdq_graph.types import Array, QuantizedLayer
-from lightning_qat_exporters.qdq.initializers import initializer
+from lightning_qat.export.protocol import Array, CannotExpress
+from lightning_qat_exporters.cann.normalize.quantized_weight import insert_weight
+from lightning_qat_exporters.cann.qdq_graph.activations import quantize_before, read_pair
+from lightning_qat_exporters.cann.qdq_graph.constants import constant, followed, is_constant
+from lightning_qat_exporters.cann.qdq_graph.layers import LayerParts, read_layer
+from lightning_qat_exporters.cann.qdq_graph.names import label
+from lightning_qat_exporters.onnx_files.graph_writer import initializer
 
 _FOLDS_INTO = ("Conv", "ConvTranspose", "Gemm")
 
@@ -26,13 +29,12 @@ class FoldBatchNorm(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
-        if not any(node.op_type == "BatchNormalization" for node in model.graph):
-            return ir.passes.PassResult(model, modified=False)
         folded = 0
-        for layer in find_quantized(model).layers:
-            norm = _norm_after(layer)
-            if norm is not None and _fold(model.graph, layer, norm):
-                folded += 1
+        for node in tuple(model.graph):
+            layer = _layer_before(node) if node.op_type == "BatchNormalization" else None
+            norm = None if layer is None else _norm(node)
+            if layer is not None and norm is not None:
+                folded += _fold(model.graph, layer, norm)
         return ir.passes.PassResult(model, modified=folded > 0)
 
 
@@ -45,15 +47,18 @@ class _Norm:
     inverse_deviation: Array
 
 
-def _norm_after(layer: QuantizedLayer) -> _Norm | None:
-    output = layer.node.outputs[0]
-    readers = output.consumers()
-    if layer.node.op_type not in _FOLDS_INTO or len(readers) != 1 or output.is_graph_output():
+def _layer_before(norm: ir.Node) -> ir.Node | None:
+    """The layer whose output a batch norm alone reads."""
+    value = norm.inputs[0]
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.op_type not in _FOLDS_INTO or node.domain:
         return None
-    (node,) = readers
-    if node.op_type != "BatchNormalization" or node.inputs[0] is not output:
-        return None
-    if node.attributes.get_int("training_mode", 0) or _read(node.outputs[1:]):
+    return None if len(value.uses()) != 1 or value.is_graph_output() else node
+
+
+def _norm(node: ir.Node) -> _Norm | None:
+    """The statistics of a batch norm that has constant ones."""
+    if node.attributes.get_int("training_mode", 0) or _is_read(node.outputs[1:]):
         return None
     statistics = [constant(value) for value in node.inputs[1:5]]
     if any(array is None for array in statistics):
@@ -63,55 +68,56 @@ def _norm_after(layer: QuantizedLayer) -> _Norm | None:
     return _Norm(node, gamma, beta, mean, np.float32(1) / np.sqrt(var + epsilon))
 
 
-def _read(values: Sequence[ir.Value]) -> bool:
+def _is_read(values: Sequence[ir.Value]) -> bool:
     return any(value.uses() or value.is_graph_output() for value in values)
 
 
-def _fold(graph: ir.Graph, layer: QuantizedLayer, norm: _Norm) -> bool:
-    node, axis = layer.node, layer.channel_axis
+def _parts(node: ir.Node) -> LayerParts | None:
+    """The layer as integers, if it is quantized; only its own surroundings are matched."""
+    dequantize = _dequantize_before(node.inputs[0])
+    quantize = None if dequantize is None else quantize_before(dequantize)
+    if dequantize is None or quantize is None or is_constant(quantize.inputs[0]):
+        return None
+    try:
+        return read_layer(node, {dequantize: read_pair(quantize)})
+    except CannotExpress:
+        return None
+
+
+def _dequantize_before(value: ir.Value | None) -> ir.Node | None:
+    for node in followed(value):
+        value = node.inputs[0]
+    return None if value is None else value.producer()
+
+
+def _fold(graph: ir.Graph, node: ir.Node, norm: _Norm) -> bool:
+    parts = _parts(node)
+    if parts is None:
+        return False
+    integers, scale, axis, channels, _ = parts.weight
     factor = norm.gamma * norm.inverse_deviation
     groups = node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
-    channels = layer.weight.shape[axis] * groups
     # A transposed convolution's scales run over the channels of one group.
     if factor.size != channels or groups > 1 or not factor.all():
         return False
-    along = [1] * layer.weight.ndim
+    along = [1] * integers.ndim
     along[axis] = -1
-    flipped = np.broadcast_to((factor < 0).reshape(along), layer.weight.shape)
-    if (layer.weight[flipped] == -128).any():
+    flipped = np.broadcast_to((factor < 0).reshape(along), integers.shape)
+    if (integers[flipped] == -128).any():
         return False
-    integers = np.where(flipped, -layer.weight, layer.weight)
-    scale = layer.scale_w * np.abs(factor)
-    bias = np.float32(0) if layer.bias is None else layer.bias.astype(np.float32)
+    real = parts.bias.real
+    bias = np.float32(0) if real is None else real.astype(np.float32)
     shifted = (bias - norm.mean) * norm.inverse_deviation * norm.gamma + norm.beta
-    rewrite_layer(graph, layer, integers, scale, shifted)
+    name = label(node)
+    signed = np.where(flipped, -integers.astype(np.int8), integers)
+    weight = insert_weight(
+        graph, node, f"{name}.folded_weight", signed, scale * np.abs(factor), axis
+    )
+    node.resize_inputs(3)
+    node.replace_input_with(1, weight)
+    added = initializer(graph, f"{name}.folded_bias", shifted.astype(np.float32))
+    node.replace_input_with(2, added)
+    node.attributes.pop("transB", None)
     norm.node.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
     graph.remove(norm.node, safe=True)
     return True
-
-
-def rewrite_layer(
-    graph: ir.Graph,
-    layer: QuantizedLayer,
-    integers: Array,
-    scale: Array,
-    bias: Array,
-) -> None:
-    """Give a layer other constants: int8 weights in the layout of ``layer``, and a real bias."""
-    node, name = layer.node, layer.name
-    weight = ir.Value(name=f"{name}.folded_weight.real", type=ir.TensorType(ir.DataType.FLOAT))
-    dequantize = ir.node(
-        "DequantizeLinear",
-        [
-            initializer(graph, f"{name}.folded_weight", integers.astype(np.int8)),
-            initializer(graph, f"{name}.folded_scale", scale),
-        ],
-        {"axis": layer.channel_axis},
-        outputs=[weight],
-        name=f"{name}.folded_weight",
-    )
-    graph.insert_before(node, dequantize)
-    node.resize_inputs(3)
-    node.replace_input_with(1, weight)
-    node.replace_input_with(2, initializer(graph, f"{name}.folded_bias", bias.astype(np.float32)))
-    node.attributes.pop("transB", None)

@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from lightning_qat_exporters.qdq.initializers import initializer
+from lightning_qat.export.protocol import Array
+from lightning_qat_exporters.onnx_files.graph_writer import initializer
 
-Array = NDArray[Any]
 
-
-class FoldFactors(ir.passes.InPlacePass):
-    """Give every QuantizeLinear and DequantizeLinear the values of its factors, where constant."""
+class FoldQParams(ir.passes.InPlacePass):
+    """Make scales and zero points initializers, where constants alone determine them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place; what depends on an input stays as it is."""

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from lightning_qat_exporters.cann.normalize.fold_batchnorm import FoldBatchNorm
-from lightning_qat_exporters.cann.normalize.propagate_pairs import CarryGrids
-from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SplitWideWeights
+from lightning_qat_exporters.cann.normalize.fold_qparams import FoldQParams
+from lightning_qat_exporters.cann.normalize.propagate_pairs import PropagatePairs
+from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SplitAsymmetricWeights
 
 
-def canonical(model: ir.Model) -> ir.Model:
-    """A model that computes the same, with constants as initializers and every grid at its layer.
+def with_plain_constants(model: ir.Model) -> ir.Model:
+    """A copy with functions inlined, constants as initializers, and constant scales."""
+    return _rewritten(model, (*_plain(), FoldQParams()))
 
-    Functions are inlined, Identity removed, batch norms folded into quantized layers, weights that
-    leave int8 split, and grids repeated where a tensor is only moved between its pair and a layer.
+
+def normalize(model: ir.Model) -> ir.Model:
+    """A copy that computes the same, with plain constants and a Q/DQ pair before every layer.
+
+    Identity is removed, batch norms are folded into quantized layers, weights that leave int8 are
+    split, and pairs repeated where only value-preserving operators stand between a pair and a
+    layer.
     """
-    same = model.clone()
-    for step in (
+    passes = (
+        *_plain(),
+        common.IdentityEliminationPass(),
+        PropagatePairs(),
+        SplitAsymmetricWeights(),
+        FoldBatchNorm(),
+        common.RemoveUnusedNodesPass(),
+        FoldQParams(),
+    )
+    return _rewritten(model, passes)
+
+
+def _plain() -> tuple[ir.passes.InPlacePass, ...]:
+    return (
         common.InlinePass(),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.IdentityEliminationPass(),
-        CarryGrids(),
-        SplitWideWeights(),
-        FoldBatchNorm(),
-        common.RemoveUnusedNodesPass(),
-    ):
-        step(same)
-    return same
+    )
+
+
+def _rewritten(model: ir.Model, passes: Iterable[ir.passes.InPlacePass]) -> ir.Model:
+    copy = model.clone()
+    for step in passes:
+        step(copy)
+    return copy

@@ -7,8 +7,8 @@ import onnx_ir as ir
 from lightning_qat_exporters.cann.qdq_graph.constants import (
     constant,
     is_constant,
-    weight_dequantize,
 )
+from lightning_qat_exporters.cann.qdq_graph.quantized_constants import constant_dequantize
 from lightning_qat_exporters.cann.qdq_graph.types import COMPUTE_OPS
 
 _MOVES = {
@@ -18,7 +18,7 @@ _MOVES = {
 """Every element of the output is one of input 0, or real zero: all on the same grid."""
 
 
-class CarryGrids(ir.passes.InPlacePass):
+class PropagatePairs(ir.passes.InPlacePass):
     """Quantize again, on the same grid, what a layer with a quantized weight reads moved.
 
     Many tools put one pair behind an activation function and none behind the pool or reshape that
@@ -32,7 +32,7 @@ class CarryGrids(ir.passes.InPlacePass):
         for node in tuple(model.graph):
             if node.op_type in COMPUTE_OPS and not node.domain and len(node.inputs) > 1:
                 moved = node.inputs[0]
-                pair = _pair_before(moved) if weight_dequantize(node.inputs[1]) else None
+                pair = _pair_before(moved) if constant_dequantize(node.inputs[1]) else None
                 if moved is not None and pair is not None:
                     if moved not in carried:
                         carried[moved] = _requantized(model.graph, moved, pair)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lightning_qat_exporters.cann.qdq_graph.constants import weight_dequantize
-from lightning_qat_exporters.cann.qdq_graph.layer_weights import layer_weight
-from lightning_qat_exporters.cann.qdq_graph.types import COMPUTE_OPS, Array, LayerWeight, Mismatch
-from lightning_qat_exporters.qdq.initializers import initializer
+from lightning_qat.export.protocol import Array, CannotExpress
+from lightning_qat_exporters.cann.normalize.quantized_weight import insert_weight
+from lightning_qat_exporters.cann.qdq_graph.layers import LayerWeight, read_weight
+from lightning_qat_exporters.cann.qdq_graph.names import label
+from lightning_qat_exporters.cann.qdq_graph.quantized_constants import constant_dequantize
+from lightning_qat_exporters.cann.qdq_graph.types import COMPUTE_OPS
 
 SHIFT = ".shift"
-"""What the second layer of a split one is called after the first."""
+"""Ending of the second layer's name, behind that of the layer that was split."""
 
 _LEVELS = 255
 
 
-class SplitWideWeights(ir.passes.InPlacePass):
+class SplitAsymmetricWeights(ir.passes.InPlacePass):
     """Make layers with an asymmetric weight symmetric, without rounding anything.
 
     ``q - zero_point`` of an asymmetric 8-bit weight may leave int8, and Ascend's integer layers
@@ -39,12 +41,12 @@ class SplitWideWeights(ir.passes.InPlacePass):
 
 
 def _wide_weight(node: ir.Node) -> LayerWeight | None:
-    dequantize = weight_dequantize(node.inputs[1])
+    dequantize = constant_dequantize(node.inputs[1])
     if dequantize is None or len(dequantize.inputs) < 3:
         return None
     try:
-        weight = layer_weight(node)
-    except Mismatch:
+        weight = read_weight(node)
+    except CannotExpress:
         return None
     integers = weight.integers
     if not integers.size or (integers.min() >= -128 and integers.max() <= 127):
@@ -55,7 +57,7 @@ def _wide_weight(node: ir.Node) -> LayerWeight | None:
 
 
 def _split(graph: ir.Graph, node: ir.Node, weight: LayerWeight) -> None:
-    name = node.name or node.outputs[0].name or node.op_type
+    name = label(node)
     shift = _shift(weight)
     groups = node.attributes.get_int("group", 1)
     along = [1] * weight.integers.ndim
@@ -78,7 +80,7 @@ def _split(graph: ir.Graph, node: ir.Node, weight: LayerWeight) -> None:
         node.op_type,
         [
             node.inputs[0],
-            _dequantized(graph, node, f"{name}.shift_weight", ones, size, weight.channel_axis),
+            insert_weight(graph, node, f"{name}.shift_weight", ones, size, weight.channel_axis),
         ],
         attributes,
         outputs=[output],
@@ -86,7 +88,7 @@ def _split(graph: ir.Graph, node: ir.Node, weight: LayerWeight) -> None:
     )
     old = node.outputs[0]
     uses = tuple(old.uses())
-    real = _dequantized(graph, node, f"{name}.near_weight", near, scale, weight.channel_axis)
+    real = insert_weight(graph, node, f"{name}.near_weight", near, scale, weight.channel_axis)
     node.replace_input_with(1, real)
     node.attributes.pop("transB", None)
     total = ir.Value(type=old.type, shape=old.shape)
@@ -109,18 +111,3 @@ def _shift(weight: LayerWeight) -> Array:
     low, high = np.reshape(integers.min(axes), -1), np.reshape(integers.max(axes), -1)
     shift: Array = np.minimum(low.astype(int) + 128, 0) + np.maximum(high.astype(int) - 127, 0)
     return shift
-
-
-def _dequantized(
-    graph: ir.Graph, before: ir.Node, name: str, integers: Array, scale: Array, axis: int
-) -> ir.Value:
-    """A quantized constant of the graph, dequantized right before a node."""
-    scale = scale if scale.size > 1 else scale.reshape(())
-    real = ir.Value(name=f"{name}.real", type=ir.TensorType(ir.DataType.FLOAT))
-    inputs = [
-        initializer(graph, name, integers.astype(np.int8)),
-        initializer(graph, f"{name}.scale", scale.astype(np.float32)),
-    ]
-    node = ir.node("DequantizeLinear", inputs, {"axis": axis}, outputs=[real], name=name)
-    graph.insert_before(before, node)
-    return real

@@ -1,133 +1,86 @@
-"""The quantized part of a QDQ graph, read once: which layers compute with integers, and on which.
+"""What a QDQ graph quantizes, matched once: which layers can run on integers on an Ascend device.
 
 Matches structure, never names: ``QuantizeLinear -> [Clip] -> DequantizeLinear`` before a
-convolution or a matrix product whose weight is ``DequantizeLinear`` of constant integers. Says what
-the numbers are and changes nothing; how a target spells them is left to the target's own module.
+convolution or a matrix product whose weight is ``DequantizeLinear`` of constant integers. Types,
+ranges and packing are those of Ascend's operators. The model stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from lightning_qat_exporters.cann.qdq_graph.constants import (
-    array_of,
-    check_constant,
-    factors_of,
-    is_constant,
-    require_usable,
-    same_factors,
-    usable_scale,
-    weight_dequantize,
+from lightning_qat.export.protocol import CannotExpress, Unsupported
+from lightning_qat_exporters.cann.qdq_graph.activations import (
+    PairGroup,
+    named_activations,
+    quantize_before,
+    read_pair,
 )
-from lightning_qat_exporters.cann.qdq_graph.layer_weights import (
-    grid_of_layer,
-    layer_bias,
-    layer_weight,
+from lightning_qat_exporters.cann.qdq_graph.constants import FOLLOWED, is_constant
+from lightning_qat_exporters.cann.qdq_graph.layers import LayerParts, read_layer
+from lightning_qat_exporters.cann.qdq_graph.names import label
+from lightning_qat_exporters.cann.qdq_graph.quantized_constants import (
+    check_quantized_constant,
+    constant_dequantize,
 )
-from lightning_qat_exporters.cann.qdq_graph.names import label, unique
+from lightning_qat_exporters.cann.qdq_graph.recurrent import read_recurrent
 from lightning_qat_exporters.cann.qdq_graph.types import (
     COMPUTE_OPS,
     DEVICE_REMEDY,
-    GRIDS,
-    REAL,
     RECURRENT_OPS,
-    VALUE_PRESERVING,
-    GridOf,
-    LayerBias,
-    LayerWeight,
-    Mismatch,
+    IntegerLayer,
+    IntegerRecurrent,
+    QuantizedActivation,
     QuantizedGraph,
-    QuantizedLayer,
-    Remark,
-    Unfit,
-    of_tensor,
-    type_range,
+    UnusableValues,
 )
+from lightning_qat_exporters.onnx_files.graph_writer import unique
 
 
-def find_quantized(model: ir.Model) -> QuantizedGraph:
-    """Find the quantized tensors and layers of a QDQ model; the model stays as it is.
+def find_quantized(model: ir.Model, *, recurrent: bool = False) -> QuantizedGraph:
+    """Find the quantized tensors and layers of a QDQ model.
 
     Pairs that read the same tensor with the same scale, zero point, type and range are one
-    ``Activation``. Layers with equal node names get ``name``, ``name_1``, and so on.
+    ``QuantizedActivation``. Layers with equal node names get ``name``, ``name_1``, and so on.
 
     Args:
-        model: The QDQ model. Functions must be inlined; subgraphs are not searched.
+        model: A model as ``with_plain_constants`` or ``normalize`` returns it. Subgraphs are not
+            searched.
+        recurrent: Find LSTM and GRU that have a device node, too.
 
     Returns:
         The findings. Nothing is raised: what cannot be expressed is listed in ``problems``.
     """
-    problems: list[Remark] = []
-    grids: dict[tuple[Any, ...], GridOf] = {}
-    of_node: dict[ir.Node, GridOf] = {}
-    for node in model.graph:
-        if node.op_type == "QuantizeLinear" and not is_constant(node.inputs[0]):
-            try:
-                pair = _activation_pair(node)
-            except Mismatch as mismatch:
-                problems.append(of_tensor(node, mismatch))
-                continue
-            grid = grids.setdefault(pair.key, pair)
-            if grid is not pair:
-                grid.quantizes += pair.quantizes
-                grid.dequantizes += pair.dequantizes
-            of_node.update(dict.fromkeys(pair.dequantizes, grid))
-        elif weight_dequantize(node.outputs[0]) is node:
-            try:
-                check_constant(node)
-            except Mismatch as mismatch:
-                problems.append(of_tensor(node, mismatch))
-        elif node.op_type == "DequantizeLinear" and _unpaired(node):
-            unpaired = Mismatch("no QuantizeLinear makes the integers it reads")
-            problems.append(of_tensor(node, unpaired))
-
-    left_float: list[Remark] = []
-    found: list[tuple[str, ir.Node, GridOf, ir.DataType, LayerWeight, LayerBias]] = []
+    groups, group_of, problems = _find_pairs(model.graph)
+    parts, left_float, more = _find_layers(model.graph, group_of)
     names: set[str] = set()
-    for node in model.graph:
-        if node.op_type not in COMPUTE_OPS or node.domain:
-            passes_on = node.op_type in (*VALUE_PRESERVING, "DequantizeLinear")
-            if not passes_on and any(weight_dequantize(v) is not None for v in node.inputs):
-                remedy = DEVICE_REMEDY if node.op_type in RECURRENT_OPS else ""
-                reason = f"{node.op_type} keeps real weights"
-                left_float.append(Remark(label(node), reason, remedy))
-            continue
-        try:
-            layer_grid, real = grid_of_layer(node, of_node)
-            weight = layer_weight(node)
-            require_usable(weight, layer_grid)
-            bias = layer_bias(node, weight)
-        except Unfit as unfit:
-            problems.append(Remark(label(node), *unfit.args))
-        except Mismatch as mismatch:
-            left_float.append(Remark(label(node), *mismatch.args))
-        else:
-            name = unique(label(node), names)
-            layer_grid.reader = layer_grid.reader or name
-            found.append((name, node, layer_grid, real, weight, bias))
-
-    names = set()
-    activations = {id(grid): grid.finished(names) for grid in grids.values()}
+    name_of = {node: unique(label(node), names) for node in parts}
+    first_layer: dict[PairGroup, str] = {}
+    for node, part in parts.items():
+        first_layer.setdefault(part.input, name_of[node])
+    activations = named_activations(groups, first_layer)
     layers = tuple(
-        QuantizedLayer(
-            name=name,
-            node=node,
-            activation=activations[id(grid)],
-            weight=weight.integers.astype(np.int8, copy=False),
-            scale_w=weight.scale,
-            channel_axis=weight.channel_axis,
-            bias=bias.real,
-            add=bias.add,
-            real=real,
-            wts_type=weight.wts_type,
-        )
-        for name, node, grid, real, weight, bias in found
+        _finished(node, name_of[node], part, activations[part.input])
+        for node, part in parts.items()
     )
-    return QuantizedGraph(tuple(activations.values()), layers, tuple(left_float), tuple(problems))
+    found: tuple[IntegerRecurrent, ...] = ()
+    if recurrent:
+        activation_of = {node: activations[group] for node, group in group_of.items()}
+        found, left = _find_recurrent(model.graph, activation_of)
+        judged = {layer.name for layer in found} | {remark.layer for remark in left}
+        left_float = [*(r for r in left_float if r.layer not in judged), *left]
+    return QuantizedGraph(
+        model=model,
+        activations=tuple(activations.values()),
+        layers=layers,
+        recurrent=found,
+        left_float=tuple(left_float),
+        problems=(*problems, *more),
+    )
 
 
 def joins(found: QuantizedGraph) -> tuple[str, ...]:
@@ -144,15 +97,6 @@ def joins(found: QuantizedGraph) -> tuple[str, ...]:
     )
 
 
-def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    """What reads a tensor, also cast or transposed."""
-    for node in value.consumers():
-        if node.op_type in VALUE_PRESERVING:
-            yield from _readers(node.outputs[0])
-        else:
-            yield node
-
-
 def integer_outputs(found: QuantizedGraph) -> tuple[str, ...]:
     """Graph outputs that are the integers of a quantized tensor."""
     return tuple(
@@ -164,80 +108,102 @@ def integer_outputs(found: QuantizedGraph) -> tuple[str, ...]:
     )
 
 
+def _find_pairs(
+    graph: ir.Graph,
+) -> tuple[list[PairGroup], dict[ir.Node, PairGroup], list[Unsupported]]:
+    """All groups, the group of every activation's DequantizeLinear, and wrong parameters."""
+    problems: list[Unsupported] = []
+    groups: dict[tuple[Any, ...], PairGroup] = {}
+    group_of: dict[ir.Node, PairGroup] = {}
+    for node in graph:
+        try:
+            if node.op_type == "QuantizeLinear" and not is_constant(node.inputs[0]):
+                pair = read_pair(node)
+                group = groups.setdefault(pair.key, pair)
+                if group is not pair:
+                    group.quantizes += pair.quantizes
+                    group.dequantizes += pair.dequantizes
+                group_of.update(dict.fromkeys(pair.dequantizes, group))
+            elif constant_dequantize(node.outputs[0]) is node:
+                check_quantized_constant(node)
+            elif node.op_type == "DequantizeLinear" and _unpaired(node):
+                raise CannotExpress("no QuantizeLinear makes the integers it reads")
+        except CannotExpress as error:
+            assert node.inputs[0] is not None  # that of these two operators is not optional
+            reason = f"{error.reason} (tensor {node.inputs[0].name!r})"
+            problems.append(Unsupported(label(node), reason, error.remedy))
+    return list(groups.values()), group_of, problems
+
+
+def _find_layers(
+    graph: ir.Graph, group_of: Mapping[ir.Node, PairGroup]
+) -> tuple[dict[ir.Node, LayerParts], list[Unsupported], list[Unsupported]]:
+    """Integer layers, compute nodes that are left float, and layers with unusable values."""
+    parts: dict[ir.Node, LayerParts] = {}
+    left_float: list[Unsupported] = []
+    problems: list[Unsupported] = []
+    for node in graph:
+        if node.op_type not in COMPUTE_OPS or node.domain:
+            hands_on = node.op_type in (*FOLLOWED, "DequantizeLinear")
+            if not hands_on and any(constant_dequantize(v) is not None for v in node.inputs):
+                remedy = DEVICE_REMEDY if node.op_type in RECURRENT_OPS else ""
+                reason = f"{node.op_type} keeps real weights"
+                left_float.append(Unsupported(label(node), reason, remedy))
+            continue
+        try:
+            parts[node] = read_layer(node, group_of)
+        except UnusableValues as error:
+            problems.append(error.at(label(node)))
+        except CannotExpress as error:
+            left_float.append(error.at(label(node)))
+    return parts, left_float, problems
+
+
+def _finished(
+    node: ir.Node, name: str, parts: LayerParts, activation: QuantizedActivation
+) -> IntegerLayer:
+    return IntegerLayer(
+        name=name,
+        node=node,
+        activation=activation,
+        weight=parts.weight.integers.astype(np.int8, copy=False),
+        scale_w=parts.weight.scale,
+        channel_axis=parts.weight.channel_axis,
+        bias=parts.bias.real,
+        add=parts.bias.add,
+        real=parts.real,
+        wts_type=parts.weight.wts_type,
+    )
+
+
+def _find_recurrent(
+    graph: ir.Graph, activation_of: Mapping[ir.Node, QuantizedActivation]
+) -> tuple[tuple[IntegerRecurrent, ...], tuple[Unsupported, ...]]:
+    """LSTM and GRU that have a device node, and why the others have none."""
+    layers, left = [], []
+    for node in graph:
+        if node.op_type in RECURRENT_OPS and not node.domain:
+            try:
+                layers.append(read_recurrent(node, activation_of))
+            except CannotExpress as error:
+                reason = f"it has no device node: {error.reason}"
+                left.append(Unsupported(label(node), reason, error.remedy))
+    return tuple(layers), tuple(left)
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that read a tensor, also cast or transposed."""
+    for node in value.consumers():
+        if node.op_type in FOLLOWED:
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
+
+
 def _unpaired(dequantize: ir.Node) -> bool:
     """Whether integers come from elsewhere than a QuantizeLinear or a constant."""
     value = dequantize.inputs[0]
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Clip":
         value = node.inputs[0]
-        node = value.producer() if value is not None else None
-    return not is_constant(value) and (node is None or node.op_type != "QuantizeLinear")
-
-
-def _activation_pair(quantize: ir.Node) -> GridOf:
-    """Read one QuantizeLinear of an activation with everything that hangs on its integers.
-
-    Raises:
-        Mismatch: The pair is none: several factors, other readers, other types.
-    """
-    scale, zero_point, dtype = factors_of(quantize)
-    if scale.size != 1 or zero_point.size != 1:
-        raise Mismatch(
-            f"an activation must have one scale and one zero point; got {scale.size} scales and "
-            f"{zero_point.size} zero points",
-            "Quantize activations per tensor",
-        )
-    if dtype not in GRIDS:
-        raise Mismatch(
-            f"activations must be int8, uint8, int16 or uint16; got {dtype}",
-            "Quantize the activation with 8 or 16 bits",
-        )
-    step = np.float32(scale.reshape(()))
-    if not usable_scale(step):
-        raise Mismatch(
-            f"a scale must be positive, and it and its reciprocal normal float32; got {step!r}",
-            "Calibrate the tensor again, or leave it real",
-        )
-    real = ir.DataType.from_numpy(scale.dtype)
-    if real not in REAL:
-        raise Mismatch(
-            f"the tensor must be float32 or float16; its scale is {real.name}",
-            "Convert the model to one of the two",
-        )
-    dst_type, shift = GRIDS[dtype]
-    low, high = type_range(dst_type)
-    source = quantize.inputs[0]
-    assert source is not None  # QuantizeLinear's first input is not optional
-    integers = quantize.outputs[0]
-    clips = [n for n in integers.consumers() if n.op_type == "Clip"]
-    if clips:
-        if len(integers.consumers()) > 1 or integers.is_graph_output():
-            raise Mismatch("the integers must be read either by one Clip or by DequantizeLinear")
-        bounds = [*clips[0].inputs, None, None][1:3]
-        ends = [
-            None if v is None else int(array_of(v, "bound of a Clip").reshape(())) for v in bounds
-        ]
-        low = low if ends[0] is None else max(low, ends[0] - shift)
-        high = high if ends[1] is None else min(high, ends[1] - shift)
-        integers = clips[0].outputs[0]
-    dequantizes = list(integers.consumers())
-    for node in dequantizes:
-        if node.op_type != "DequantizeLinear":
-            raise Mismatch(f"its integers are read by {label(node)!r} ({node.op_type})")
-        other = factors_of(node)
-        if not same_factors((scale, zero_point, dtype), other, typed=len(node.inputs) > 2):
-            raise Mismatch(
-                f"QuantizeLinear and DequantizeLinear of a pair must share scale and zero point; "
-                f"{label(node)!r} has others"
-            )
-    return GridOf(
-        source=source,
-        scale=step,
-        offset=int(zero_point.reshape(())) - shift,
-        dst_type=dst_type,
-        low=low,
-        high=high,
-        real=real,
-        quantizes=[quantize],
-        dequantizes=dequantizes,
-    )
+    return not is_constant(value) and quantize_before(dequantize) is None

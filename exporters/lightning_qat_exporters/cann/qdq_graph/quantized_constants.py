@@ -1,0 +1,188 @@
+"""Quantized constants: integers, stored or computed here, behind a DequantizeLinear."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lightning_qat.export.protocol import Array, CannotExpress
+from lightning_qat_exporters.cann.qdq_graph.constants import (
+    constant,
+    followed,
+    is_constant,
+    required_constant,
+)
+from lightning_qat_exporters.cann.qdq_graph.names import label
+from lightning_qat_exporters.cann.qdq_graph.qparams import (
+    broadcast_along,
+    first_unusable,
+    qparams_of,
+    undoes,
+    usable_scale,
+)
+from lightning_qat_exporters.cann.qdq_graph.types import UnusableValues
+
+
+class ConstantIntegers(NamedTuple):
+    """A quantized constant, ``real = scale * integers``.
+
+    Args:
+        integers: Integers, the zero point subtracted; they need not fit ``dtype``.
+        scale: float32, 1-D, of length 1 or as long as ``axis``.
+        axis: The axis of the scales.
+        dtype: Type in which the model stores the integers.
+    """
+
+    integers: Array
+    scale: NDArray[np.float32]
+    axis: int
+    dtype: np.dtype[Any]
+
+
+def constant_dequantize(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear of a constant behind ``value``, through Transpose and Identity."""
+    for copy in followed(value):
+        value = copy.inputs[0]
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    value = node.inputs[0]
+    inner = value.producer() if value is not None else None
+    while inner is not None and inner.op_type in ("Clip", "QuantizeLinear"):
+        value = inner.inputs[0]
+        inner = value.producer() if value is not None else None
+    return node if is_constant(value) else None
+
+
+def constant_integers(value: ir.Value | None) -> ConstantIntegers:
+    """The integers of a quantized constant, also transposed, the zero point subtracted.
+
+    Raises:
+        CannotExpress: It has a scale per block, or is no quantized constant.
+        UnusableValues: It holds NaN or infinity.
+    """
+    dequantize = constant_dequantize(value)
+    if dequantize is None:
+        raise CannotExpress("its weight is no quantized constant")
+    stored, zero_point = _stored(dequantize)
+    scale = required_constant(dequantize.inputs[1], "scale").astype(np.float32)
+    if scale.ndim > 1 or dequantize.attributes.get_int("block_size", 0) > 0:
+        raise CannotExpress("its weight has one scale per block; use one per tensor or per channel")
+    axis: int = dequantize.attributes.get_int("axis", 1) % max(stored.ndim, 1)
+    integers = stored
+    if zero_point.any():
+        wide = np.int16 if stored.dtype.itemsize == 1 else np.int64
+        along = broadcast_along(zero_point, stored.ndim, axis)
+        integers = stored.astype(wide) - along.astype(wide)
+    for perm in _permutations(value, integers.ndim):
+        integers, axis = integers.transpose(perm), perm.index(axis)
+    return ConstantIntegers(integers, scale.reshape(-1), axis, stored.dtype)
+
+
+def real_constant(value: ir.Value | None) -> Array | None:
+    """The real values of a constant, quantized or not.
+
+    ``(q - zero_point) * scale`` as ONNX ``DequantizeLinear`` defines it. A quantized 32-bit
+    integer is multiplied in float64, where the product is exact.
+
+    Returns:
+        Float values in the constant's own layout, or None where ``value`` is no such constant.
+
+    Raises:
+        CannotExpress: Its scale is no constant.
+        UnusableValues: It holds NaN or infinity.
+    """
+    plain = constant(value)
+    if plain is not None:
+        return plain if np.issubdtype(plain.dtype, np.floating) else None
+    dequantize = constant_dequantize(value)
+    if dequantize is None:
+        return None
+    integers, zero_point = _stored(dequantize)
+    scale = required_constant(dequantize.inputs[1], "scale")
+    axis = dequantize.attributes.get_int("axis", 1)
+    kind = np.float64 if integers.itemsize >= 4 else np.float32
+    difference = integers.astype(np.int64) - broadcast_along(zero_point, integers.ndim, axis)
+    real = difference.astype(kind) * broadcast_along(scale, integers.ndim, axis)
+    for perm in _permutations(value, real.ndim):
+        real = real.transpose(perm)
+    return real
+
+
+def check_quantized_constant(dequantize: ir.Node) -> None:
+    """Check the quantization parameters of a quantized constant.
+
+    Raises:
+        CannotExpress: QuantizeLinear and DequantizeLinear have different ones, there are not as
+            many as the axis is long, or a scale is not usable.
+    """
+    source = dequantize.inputs[0]
+    while (node := None if source is None else source.producer()) and node.op_type != "Constant":
+        if node.op_type == "QuantizeLinear" and not undoes(dequantize, qparams_of(node)):
+            raise CannotExpress(
+                "QuantizeLinear and DequantizeLinear of a constant must share scale and zero "
+                f"point; {label(node)!r} has others"
+            )
+        source = node.inputs[0]
+    scale, zero_point, _ = qparams_of(dequantize)
+    if dequantize.attributes.get_int("block_size", 0):
+        return
+    shape = dequantize.inputs[0].shape if dequantize.inputs[0] is not None else None
+    axis = dequantize.attributes.get_int("axis", 1)
+    for what, values in (("scales", scale), ("zero points", zero_point)):
+        if values.size > 1 and shape is not None and not _runs_along(values, shape, axis):
+            raise CannotExpress(
+                f"a constant of shape {list(shape)} must have one scale and zero point, or as many "
+                f"as its axis {axis} is long; got {values.size} {what}"
+            )
+    if not usable_scale(scale):
+        raise CannotExpress(
+            f"scales must be positive normal float32; got {first_unusable(scale)!r}"
+        )
+
+
+def _runs_along(values: Array, shape: ir.Shape, axis: int) -> bool:
+    known = -len(shape) <= axis < len(shape)
+    return known and (not isinstance(shape[axis], int) or shape[axis] == values.size)
+
+
+def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
+    """Stored integers and zero point under a DequantizeLinear of a constant.
+
+    A constant that is still float before a QuantizeLinear is quantized here as ONNX defines it:
+    ``saturate(rint(x / scale) + zero_point)``.
+    """
+    zero_point = qparams_of(dequantize).zero_point
+    value = dequantize.inputs[0]
+    stored = constant(value)
+    if stored is not None:
+        return stored, zero_point
+    node = value.producer() if value is not None else None
+    bounds: list[ir.Value | None] = []
+    if node is not None and node.op_type == "Clip":
+        bounds = [*node.inputs, None, None][1:3]
+        inner = node.inputs[0]
+        node = inner.producer() if inner is not None else None
+    real = constant(node.inputs[0]) if node is not None else None
+    if node is None or node.op_type != "QuantizeLinear" or real is None:
+        raise CannotExpress("the weight must be constant integers or a quantized constant")
+    scale, zero_point, dtype = qparams_of(node)
+    if not np.isfinite(real).all():
+        raise UnusableValues("the weight must be finite; it holds NaN or infinity")
+    axis = node.attributes.get_int("axis", 1)
+    levels = np.rint(real / broadcast_along(scale, real.ndim, axis))
+    limits = ir.DataType.from_numpy(dtype)
+    levels = np.clip(levels + broadcast_along(zero_point, real.ndim, axis), limits.min, limits.max)
+    for bound, side in zip(bounds, (np.maximum, np.minimum), strict=False):
+        if bound is not None:
+            levels = side(levels, required_constant(bound, "bound of a Clip"))
+    return levels.astype(np.int64).astype(dtype), zero_point
+
+
+def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:
+    """The Transposes between the DequantizeLinear and its reader, first applied first."""
+    transposes = [node for node in followed(value) if node.op_type == "Transpose"]
+    return [list(n.attributes.get_ints("perm", range(rank)[::-1])) for n in transposes][::-1]
