@@ -11,7 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+from lightning_qat.ir.operators import LAYER_TYPES
+
 RNN_OPS = ("BasicLSTMInplaceFillWindowCache", "BasicGRUInplaceFillWindowCache")
 
 
@@ -63,7 +64,7 @@ class DeployFile:
 
     def is_integer_layer(self, node: onnx.NodeProto) -> bool:
         """Whether a node computes on integers: its data or its weight are."""
-        if node.op_type not in LAYER_OPS or len(node.input) < 2:
+        if node.op_type not in LAYER_TYPES or len(node.input) < 2:
             return False
         weight = self.tensor(node.input[1])
         return self.quant_before(node) is not None or (

@@ -152,7 +152,7 @@ class QuantizedForm(ABC):
                     real = self.dequantize(graph, activation, read, node)
                 graph.replace(old, real, node)
         for node in activation.quantizes:
-            # A narrowed grid's integers leave the model behind the Clip.
+            # A graph output of integers with a narrower range is the output of the Clip.
             last = next((n for n in node.outputs[0].consumers() if n.op_type == "Clip"), node)
             if last.outputs[0].is_graph_output():
                 integers = self.integers(graph, activation, read, last)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from lightning_qat.ir.operators import LAYER_TYPES
 from lightning_qat_exporters.cann.executor import recurrent as cells
 from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array
 from lightning_qat_exporters.cann.executor.layers import (
@@ -112,16 +113,16 @@ def _resolved(model: onnx.ModelProto, device_fp16: bool) -> onnx.ModelProto:
         if node.op_type not in names or (node.op_type in ("Gemm", "MatMul") and not quantized):
             continue
         extra: dict[str, Any] = {"label": node.name}
-        if quantized and node.op_type in _LAYERS:
+        if quantized and node.op_type in LAYER_TYPES:
             assert before is not None
             extra["offset"] = _attributes(before).get("offset", 0.0)
         if node.op_type == "AscendQuant":
             extra["half"] = int(device_fp16)
         if node.op_type == "AscendDequant":
-            if before is None or before.op_type not in _LAYERS:
+            if before is None or before.op_type not in LAYER_TYPES:
                 raise ValueError(
                     "An AscendDequant must read the accumulator of one of "
-                    f"{sorted(_LAYERS)}; {node.name!r} reads {node.input[0]!r}."
+                    f"{sorted(LAYER_TYPES)}; {node.name!r} reads {node.input[0]!r}."
                 )
             extra["axis"] = 1 if before.op_type in ("Conv", "ConvTranspose") else -1
         node.domain = DOMAIN
@@ -155,7 +156,6 @@ class BasicGRUInplaceFillWindowCache(OpRun):
         return cells.gru(*given, **attributes)  # type: ignore[arg-type]
 
 
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _OPS = (
     *(AscendQuant, AscendDequant, AscendAntiQuant),
     *(Conv, ConvTranspose, Gemm, MatMul),

@@ -1,7 +1,7 @@
 """What the device nodes for LSTM and GRU compute, in NumPy.
 
-By AMCT's simulation of them: the input and the initial hidden state are rounded to their grids, and
-the products of the first step are exact on integers; later steps read the hidden state as it is.
+As AMCT's simulation computes them: the input and the initial hidden state are quantized, and the
+products of the first step are exact on integers; later steps read the hidden state as it is.
 Kernels require a sequence length of 1, so there is nothing else to go by.
 """
 

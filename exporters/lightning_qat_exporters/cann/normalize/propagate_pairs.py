@@ -1,62 +1,59 @@
-"""Repeat a tensor's grid in front of a layer that reads the tensor moved, not changed."""
+"""Repeat a Q/DQ pair before a layer, where only value-preserving operators stand between."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from lightning_qat_exporters.cann.qdq_graph.constants import (
-    constant,
-    is_constant,
-)
+from lightning_qat.ir.operators import LAYER_TYPES, value_preserving
+from lightning_qat_exporters.cann.qdq_graph.constants import constant, is_constant
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import constant_dequantize
-from lightning_qat_exporters.cann.qdq_graph.types import COMPUTE_OPS
 
-_MOVES = {
-    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand"),
-    *("DepthToSpace", "SpaceToDepth", "Tile", "Relu", "MaxPool", "GlobalMaxPool", "Dropout"),
-}
-"""Every element of the output is one of input 0, or real zero: all on the same grid."""
+# Identity is eliminated before. Of a Split only the first output would be followed.
+_VALUE_PRESERVING = frozenset(value_preserving("onnx")) - {"Identity", "Split"}
 
 
 class PropagatePairs(ir.passes.InPlacePass):
-    """Quantize again, on the same grid, what a layer with a quantized weight reads moved.
+    """Repeat a pair behind the value-preserving operators between it and a quantized layer.
 
     Many tools put one pair behind an activation function and none behind the pool or reshape that
-    follows. The values lie on the grid, so the second quantization changes nothing, and the layer
-    computes on integers.
+    follows. The values are quantized already, so the second quantization with the same scale and
+    zero point changes nothing, and the layer computes on integers.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
-        carried: dict[ir.Value, ir.Value] = {}
+        repeated: dict[ir.Value, ir.Value] = {}
         for node in tuple(model.graph):
-            if node.op_type in COMPUTE_OPS and not node.domain and len(node.inputs) > 1:
-                moved = node.inputs[0]
-                pair = _pair_before(moved) if constant_dequantize(node.inputs[1]) else None
-                if moved is not None and pair is not None:
-                    if moved not in carried:
-                        carried[moved] = _requantized(model.graph, moved, pair)
-                    node.replace_input_with(0, carried[moved])
-        return ir.passes.PassResult(model, modified=bool(carried))
+            if node.op_type in LAYER_TYPES and not node.domain and len(node.inputs) > 1:
+                data = node.inputs[0]
+                pair = _pair_before(data) if constant_dequantize(node.inputs[1]) else None
+                if data is not None and pair is not None:
+                    if data not in repeated:
+                        repeated[data] = _requantized(model.graph, data, pair)
+                    node.replace_input_with(0, repeated[data])
+        return ir.passes.PassResult(model, modified=bool(repeated))
 
 
 def _pair_before(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear whose values arrive at ``value`` moved at least once."""
+    """The DequantizeLinear whose values reach ``value`` through at least one other operator."""
     node = None if value is None else value.producer()
-    moves = 0
-    while node is not None and value is not None and (node.op_type in _MOVES or _pads_zero(node)):
+    steps = 0
+    while node is not None and value is not None and _keeps_values(node):
         if node.domain or value is not node.outputs[0]:
             return None
         value = node.inputs[0]
         node = None if value is None else value.producer()
-        moves += 1
-    if not moves or node is None or node.op_type != "DequantizeLinear":
+        steps += 1
+    if not steps or node is None or node.op_type != "DequantizeLinear":
         return None
     return None if is_constant(node.inputs[0]) else node
 
 
-def _pads_zero(node: ir.Node) -> bool:
-    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
+def _keeps_values(node: ir.Node) -> bool:
+    """Whether an operator's output has values of its input, or zero, alone."""
+    if node.op_type != "Pad":
+        return node.op_type in _VALUE_PRESERVING
+    if node.attributes.get_string("mode", "constant") != "constant":
         return False
     fill = node.inputs[2] if len(node.inputs) > 2 else None
     value = constant(fill)

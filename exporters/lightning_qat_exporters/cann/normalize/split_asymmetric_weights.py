@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lightning_qat.export.protocol import Array, CannotExpress
+from lightning_qat.ir.operators import LAYER_TYPES
 from lightning_qat_exporters.cann.normalize.quantized_weight import insert_weight
 from lightning_qat_exporters.cann.qdq_graph.layers import LayerWeight, read_weight
 from lightning_qat_exporters.cann.qdq_graph.names import label
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import constant_dequantize
-from lightning_qat_exporters.cann.qdq_graph.types import COMPUTE_OPS
 
 SHIFT = ".shift"
 """Ending of the second layer's name, behind that of the layer that was split."""
@@ -32,7 +32,7 @@ class SplitAsymmetricWeights(ir.passes.InPlacePass):
         """Rewrite ``model`` in place."""
         split = 0
         for node in tuple(model.graph):
-            if node.op_type in COMPUTE_OPS and not node.domain and len(node.inputs) > 1:
+            if node.op_type in LAYER_TYPES and not node.domain and len(node.inputs) > 1:
                 weight = _wide_weight(node)
                 if weight is not None:
                     _split(model.graph, node, weight)

@@ -62,7 +62,7 @@ def read_layer(node: ir.Node, group_of: Mapping[ir.Node, PairGroup]) -> LayerPar
     """Read a compute node as an integer layer.
 
     Args:
-        node: A node of one of ``COMPUTE_OPS``.
+        node: A node of one of ``LAYER_TYPES``.
         group_of: The group of every activation's DequantizeLinear.
 
     Raises:

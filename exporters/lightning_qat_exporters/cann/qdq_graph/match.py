@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lightning_qat.export.protocol import CannotExpress, Unsupported
+from lightning_qat.ir.operators import LAYER_TYPES, RECURRENT_TYPES
 from lightning_qat_exporters.cann.qdq_graph.activations import (
     PairGroup,
     named_activations,
@@ -29,9 +30,7 @@ from lightning_qat_exporters.cann.qdq_graph.quantized_constants import (
 )
 from lightning_qat_exporters.cann.qdq_graph.recurrent import read_recurrent
 from lightning_qat_exporters.cann.qdq_graph.types import (
-    COMPUTE_OPS,
     DEVICE_REMEDY,
-    RECURRENT_OPS,
     IntegerLayer,
     IntegerRecurrent,
     QuantizedActivation,
@@ -143,10 +142,10 @@ def _find_layers(
     left_float: list[Unsupported] = []
     problems: list[Unsupported] = []
     for node in graph:
-        if node.op_type not in COMPUTE_OPS or node.domain:
+        if node.op_type not in LAYER_TYPES or node.domain:
             hands_on = node.op_type in (*FOLLOWED, "DequantizeLinear")
             if not hands_on and any(constant_dequantize(v) is not None for v in node.inputs):
-                remedy = DEVICE_REMEDY if node.op_type in RECURRENT_OPS else ""
+                remedy = DEVICE_REMEDY if node.op_type in RECURRENT_TYPES else ""
                 reason = f"{node.op_type} keeps real weights"
                 left_float.append(Unsupported(label(node), reason, remedy))
             continue
@@ -182,7 +181,7 @@ def _find_recurrent(
     """LSTM and GRU that have a device node, and why the others have none."""
     layers, left = [], []
     for node in graph:
-        if node.op_type in RECURRENT_OPS and not node.domain:
+        if node.op_type in RECURRENT_TYPES and not node.domain:
             try:
                 layers.append(read_recurrent(node, activation_of))
             except CannotExpress as error:

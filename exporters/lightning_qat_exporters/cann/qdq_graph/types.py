@@ -17,12 +17,6 @@ WtsType = Literal["INT8", "INT4"]
 TARGET = "cann"
 """The exporter's name, for errors."""
 
-COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""The operators that run on integers; every other operator keeps real values."""
-
-RECURRENT_OPS = ("LSTM", "GRU")
-"""Operators that a device may have one integer operator for."""
-
 DEVICE_REMEDY = "CannExporter(rnn='device') writes the device's own node for it"
 
 REAL_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
