@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_qat import ActivationSpec, Recipe, WeightSpec, convert, export, prepare, verify
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.arithmetic import affine_qparams
+from lightning_qat.numerics.calibration.search import least_squares_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize
-from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
+from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.factory import activation_quantizer, quantizer_parameters
 from lightning_qat.quantizers.learned_activation import LearnedClipActivation, LearnedStepActivation

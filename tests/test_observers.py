@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
     SMALLEST_REACH,
     add_to_histogram,
     histogram_range,
 )
-from lightning_qat.numerics.calibration.search import SEARCHES
-from lightning_qat.numerics.calibration.updates import UPDATES
+from lightning_qat.numerics.calibration.search import least_squares_range, percentile_range
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -25,7 +25,7 @@ from lightning_qat.recipe.specs import ActivationSpec
 def follow(update: str, batches: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
     low, high, count = torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0)
     for batch_low, batch_high in batches:
-        UPDATES[update](low, high, torch.tensor([-batch_low, batch_high]), count)
+        CALIBRATIONS[update].update(low, high, torch.tensor([-batch_low, batch_high]), count)
         count += 1
     return low, high
 
@@ -81,7 +81,7 @@ def test_moving_average_is_the_mean_at_first() -> None:
 
 
 def test_the_first_batch_replaces_the_zeros() -> None:
-    for update in UPDATES:
+    for update in CALIBRATIONS:
         assert [float(end) for end in follow(update, [(1.0, 3.0)])] == [1.0, 3.0]
 
 
@@ -100,7 +100,7 @@ def test_moving_average_equals_the_loop_in_double_precision() -> None:
 
 def test_a_settled_moving_average_moves_by_one_hundredth() -> None:
     low, high = torch.tensor(-1.0), torch.tensor(1.0)
-    UPDATES["moving_average"](low, high, torch.tensor([2.0, 3.0]), torch.tensor(5000.0))
+    CALIBRATIONS["moving_average"].update(low, high, torch.tensor([2.0, 3.0]), torch.tensor(5000.0))
     # One float32 operation.
     torch.testing.assert_close(low, torch.tensor(-1.01), rtol=1.2e-7, atol=0)
     torch.testing.assert_close(high, torch.tensor(1.02), rtol=1.2e-7, atol=0)
@@ -119,8 +119,8 @@ def test_a_sample_sees_every_feature() -> None:
     # 2 ** 19 values: every 16th of them would be of 16 features, and never of this one.
     x = torch.zeros(32, 64, 256)
     x[..., 5] = 1.0
-    for name in ("percentile", "mse"):
-        assert float(SEARCHES[name](x, IntegerGrid(-128, 127), False)[1]) > 0.9
+    for search in (percentile_range, least_squares_range):
+        assert float(search(x, IntegerGrid(-128, 127), False, 2**15)[1]) > 0.9
 
 
 def test_a_tensor_of_no_more_than_the_samples_is_looked_at_whole() -> None:

@@ -271,11 +271,11 @@ def test_a_calibrated_range_goes_on_seeing_what_its_calibration_asks_for(
     quantizer(torch.randn(20_000))
     quantizer.deferred = deferred
     twin, x = copy.deepcopy(quantizer), torch.randn(20_000, requires_grad=True) * 3
-    before = quantizer._kept_numbers()
+    before = quantizer._current_qparams()
     y = quantizer(x, saves_input=saves_input)
-    seen = twin._range_of(x)
+    seen = twin.range_of(x)
     twin.commit(seen)
-    numbers = before if deferred else twin._kept_numbers()
+    numbers = before if deferred else twin._current_qparams()
     assert torch.equal(y, fake_quantize(x, *numbers, quantizer.grid))
     if deferred:
         assert quantizer.pending is not None

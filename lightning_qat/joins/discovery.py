@@ -33,7 +33,7 @@ from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import is_compiled
 from lightning_qat.model.torch_private import saved_tensors_are_hooked, without_function_modes
-from lightning_qat.numerics.calibration.updates import BY_RANGE
+from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
@@ -290,7 +290,7 @@ class Discovery:
             seen = [self._ranges[key] for key in keys if key in self._ranges]
             assert isinstance(quantizer, ActivationQuantizer)
             fresh = not quantizer.calibrated and quantizer.pending is None
-            searched = quantizer.spec.calibration not in BY_RANGE
+            searched = not CALIBRATIONS[quantizer.spec.calibration].min_max_only
             if fresh and seen and quantizer.observing and not searched:
                 quantizer.observe(torch.stack(seen).amax(0))
 

@@ -225,7 +225,7 @@ class EveryStep:
         self._quantizer = quantizer
         trains = isinstance(quantizer, ActivationQuantizer)
         self._quantize = quantizer.for_many_calls(values) if trains else quantizer
-        self._seen: list[Tensor] | None = [] if trains and quantizer.watches else None
+        self._seen: list[Tensor] | None = [] if trains and quantizer.is_observing else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fake-quantize one step's tensor."""

@@ -35,7 +35,7 @@ def affine_qparams(low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor
         ``scale`` (float32) and ``zero_point`` (float32 holding integers), the shape of ``low``.
 
     Example:
-        >>> affine_qparams(torch.tensor(-1.0), torch.tensor(1.55), Grid(-128, 127))
+        >>> affine_qparams(torch.tensor(-1.0), torch.tensor(1.55), IntegerGrid(-128, 127))
         (tensor(0.0100), tensor(-28.))
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -48,7 +48,7 @@ def zero_point_of(low: Tensor, scale: Tensor, grid: IntegerGrid) -> Tensor:
     """The integer that stands for real zero on a grid that starts at ``low``, in float32.
 
     Example:
-        >>> zero_point_of(torch.tensor(-1.0), torch.tensor(0.01), Grid(-128, 127))
+        >>> zero_point_of(torch.tensor(-1.0), torch.tensor(0.01), IntegerGrid(-128, 127))
         tensor(-28.)
     """
     return torch.round(grid.qmin - low / scale).clamp(grid.qmin, grid.qmax)
@@ -70,11 +70,36 @@ def symmetric_scale(largest: Tensor, grid: IntegerGrid) -> Tensor:
         The scale, float32, the shape of ``largest``.
 
     Example:
-        >>> symmetric_scale(torch.tensor(12.7), Grid(-127, 127))
+        >>> symmetric_scale(torch.tensor(12.7), IntegerGrid(-127, 127))
         tensor(0.1000)
     """
     scale = largest / ((grid.qmax - grid.qmin) / 2)
     return torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
+
+
+def range_qparams(
+    low: Tensor, high: Tensor, grid: IntegerGrid, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid that covers a range.
+
+    Args:
+        low: Smallest real value, any shape, float32.
+        high: Largest real value, the shape of ``low``.
+        grid: The integers in use.
+        symmetric: The zero point is 0 and the larger end touches ``grid.qmax``
+            (``symmetric_scale``); otherwise ``affine_qparams``.
+
+    Returns:
+        ``scale`` and ``zero_point`` (float32 holding integers), the shape of ``low``.
+
+    Example:
+        >>> range_qparams(torch.tensor(-1.0), torch.tensor(1.27), IntegerGrid.signed(8), True)
+        (tensor(0.0100), tensor(0.))
+    """
+    if not symmetric:
+        return affine_qparams(low, high, grid)
+    scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), grid.symmetric)
+    return scale, torch.zeros_like(scale)
 
 
 def arq_scale(low: Tensor, high: Tensor, grid: IntegerGrid) -> Tensor:
@@ -92,7 +117,7 @@ def arq_scale(low: Tensor, high: Tensor, grid: IntegerGrid) -> Tensor:
         The scale, float32, the shape of ``low``.
 
     Example:
-        >>> arq_scale(torch.tensor(-1.28), torch.tensor(1.0), Grid(-128, 127))
+        >>> arq_scale(torch.tensor(-1.28), torch.tensor(1.0), IntegerGrid(-128, 127))
         tensor(0.0100)
     """
     largest = torch.maximum(low.abs(), high.abs())
@@ -123,10 +148,29 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) ->
 
     Example:
         >>> x, scale = torch.tensor([-9.0, 0.2, 0.625]), torch.tensor(0.25)
-        >>> quantize(x, scale, torch.tensor(0), Grid(-8, 7))
+        >>> quantize(x, scale, torch.tensor(0), IntegerGrid(-8, 7))
         tensor([-8,  1,  2], dtype=torch.int8)
     """
     return torch.clamp(torch.round(x / scale) + zero_point, grid.qmin, grid.qmax).to(grid.dtype)
+
+
+def rounded(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: IntegerGrid) -> Tensor:
+    """Round real values to the grid and stay in real numbers: quantize and dequantize, float32.
+
+    The plain formula without a gradient of its own; ``fake_quantize`` is the one for training.
+
+    Args:
+        x: Real values, any shape, float32.
+        scale: Real size of one integer step, positive. Broadcasts against ``x``.
+        zero_point: Integer that stands for real zero. Broadcasts against ``x``.
+        grid: The integers in use.
+
+    Example:
+        >>> rounded(torch.tensor([-9.0, 0.2]), torch.tensor(0.25), 0.0, IntegerGrid(-8, 7))
+        tensor([-2.0000,  0.2500])
+    """
+    integers = torch.clamp(torch.round(x / scale) + zero_point, grid.qmin, grid.qmax)
+    return (integers - zero_point) * scale
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

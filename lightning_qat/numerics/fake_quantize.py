@@ -78,7 +78,7 @@ def fake_quantize(
 
     Example:
         >>> x = torch.tensor([-9.0, 0.2, 0.625], requires_grad=True)
-        >>> y = fake_quantize(x, torch.tensor(0.25), torch.tensor(0.0), Grid(-8, 7))
+        >>> y = fake_quantize(x, torch.tensor(0.25), torch.tensor(0.0), IntegerGrid(-8, 7))
         >>> y.sum().backward()
         >>> y.detach(), x.grad
         (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
@@ -139,7 +139,7 @@ def clamp_and_quantize(
     Example:
         >>> x = torch.tensor([-1.0, 0.1, 3.0, 7.0], requires_grad=True)
         >>> y = clamp_and_quantize(
-        ...     x, (0.0, 6.0), torch.tensor(0.5), torch.tensor(0.0), Grid(-128, 127)
+        ...     x, (0.0, 6.0), torch.tensor(0.5), torch.tensor(0.0), IntegerGrid(-128, 127)
         ... )
         >>> y.sum().backward()
         >>> y.detach(), x.grad

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, zero_point_of
+from lightning_qat.numerics.arithmetic import along_axis, zero_point_of
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import Stops
@@ -67,7 +67,7 @@ def learned_fake_quantize(
     Example:
         >>> x = torch.tensor([0.3, 5.0])
         >>> scale = torch.tensor(0.5, requires_grad=True)
-        >>> y = learned_fake_quantize(x, scale, None, Grid(-8, 7), normalized=False)
+        >>> y = learned_fake_quantize(x, scale, None, IntegerGrid(-8, 7), normalized=False)
         >>> y.sum().backward()
         >>> y.detach(), scale.grad  # (1 - 0.6) + 7
         (tensor([0.5000, 3.5000]), tensor(7.4000))
@@ -284,34 +284,3 @@ class _LearnedFakeQuantize(torch.autograd.Function):
             outside = outside * float(fake.saturates)
             of_scale, of_low = of_scale - fake.first * outside, outside.reshape(())
         return of_x.to(grad.dtype), of_scale.reshape(ctx.shape), of_low, None, None, None
-
-
-def least_squares_scale(
-    x: Tensor, scale: Tensor, grid: IntegerGrid, axis: int | None = None
-) -> Tensor:
-    """The scale with the least squared error of a symmetric grid, near a given one.
-
-    Args:
-        x: Real values, float32.
-        scale: Where to search: 0.1 to 1.2 of it, in steps of 0.01; per tensor or per channel.
-        grid: The integers in use.
-        axis: Channel axis of ``scale``.
-
-    Returns:
-        The shape of ``scale``.
-
-    Example:
-        >>> least_squares_scale(torch.tensor([-1.0, 0.0, 1.0, 1.4]), torch.tensor(1.4), Grid(-1, 1))
-        tensor(1.1340)
-    """
-    x = x.detach().to(torch.float32)
-    best, least = scale.clone(), torch.full_like(scale, torch.inf)
-    others = [a for a in range(x.dim()) if a != axis]
-    for ratio in torch.arange(0.1, 1.2, 0.01).tolist():
-        candidate = (scale * ratio).clamp(min=MIN_SCALE)
-        wide = along_axis(candidate, x.dim(), axis)
-        error = (torch.clamp(torch.round(x / wide), grid.qmin, grid.qmax) * wide - x).square()
-        total = error.sum() if axis is None else (error.sum(others) if others else error)
-        better = total < least
-        best, least = torch.where(better, candidate, best), torch.where(better, total, least)
-    return best

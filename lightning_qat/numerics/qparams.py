@@ -18,9 +18,9 @@ class IntegerGrid:
     ==============================  ============  =============
     grid                            8 bits        4 bits
     ==============================  ============  =============
-    ``Grid.activation(bits)``       -128 .. 127   -8 .. 7
-    ``Grid.weight(bits)``           -127 .. 127   -8 .. 7
-    ``Grid.signed(bits)``           -128 .. 127   -8 .. 7
+    ``IntegerGrid.activation(bits)``       -128 .. 127   -8 .. 7
+    ``IntegerGrid.weight(bits)``           -127 .. 127   -8 .. 7
+    ``IntegerGrid.signed(bits)``           -128 .. 127   -8 .. 7
     ==============================  ============  =============
 
     Weights of 8 and more bits give up the lowest integer, so that a negative batch-norm factor can
@@ -50,11 +50,16 @@ class IntegerGrid:
         """The grid of a symmetric weight.
 
         Example:
-            >>> Grid.weight(8), Grid.weight(4)
-            (Grid(qmin=-127, qmax=127), Grid(qmin=-8, qmax=7))
+            >>> IntegerGrid.weight(8), IntegerGrid.weight(4)
+            (IntegerGrid(qmin=-127, qmax=127), IntegerGrid(qmin=-8, qmax=7))
         """
         full = cls.signed(bits)
         return cls(-full.qmax, full.qmax) if bits >= 8 else full
+
+    @property
+    def symmetric(self) -> IntegerGrid:
+        """The grid whose ends the largest absolute value touches: -127 .. 127 of -128 .. 127."""
+        return IntegerGrid(-self.qmax, self.qmax)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,25 +1,17 @@
-"""The modules that hold a tensor's range while it trains, and its numbers when they are final."""
+"""Fake quantization of activations with a range that follows the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
-from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
-from lightning_qat.numerics.calibration.histogram import (
-    HISTOGRAM_BINS,
-    SMALLEST_REACH,
-    add_to_histogram,
-    histogram_range,
-)
-from lightning_qat.numerics.calibration.search import SAMPLES, SEARCHES
-from lightning_qat.numerics.calibration.updates import BY_RANGE, UPDATES
+from lightning_qat.numerics.arithmetic import range_qparams
+from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.fake_quantize import (
     clamp_and_quantize,
     clamps,
@@ -27,68 +19,40 @@ from lightning_qat.numerics.fake_quantize import (
     fake_quantizer,
 )
 from lightning_qat.numerics.min_max import Observe, batch_range
-from lightning_qat.numerics.qparams import IntegerGrid, QParams
-from lightning_qat.quantizers.base import Quantizer
+from lightning_qat.numerics.qparams import QParams
+from lightning_qat.quantizers.range_observer import RangeObserver
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
 from lightning_qat.recipe.specs import ActivationSpec
 
 
-class ActivationQuantizer(Quantizer):
-    r"""Fake-quantizes an activation per tensor, with a range that follows the data.
+class ActivationQuantizer(RangeObserver):
+    r"""Observes an activation in training, and fake-quantizes it per tensor.
 
     .. math:: y = s \cdot (\mathrm{clip}(\mathrm{round}(x / s) + z, q_{min}, q_{max}) - z)
 
-    with scale and zero point from the observed range (``affine_qparams``, or ``symmetric_scale``).
-    The gradient is straight-through inside the range and zero outside. Until a range is known the
-    input passes through unchanged.
+    with scale :math:`s` and zero point :math:`z` from the observed range (``range_qparams``). The
+    gradient is straight-through inside the range and zero outside (Jacob et al.,
+    arXiv:1712.05877). Until a range is known the input passes through unchanged.
+
+    A subclass with other numbers overrides ``scale_and_zero_point`` and the three functions that
+    round: ``_fake_quantize``, ``_clamp_and_quantize`` and ``_for_many_calls``.
 
     Args:
-        spec: What is asked.
+        spec: Bits, symmetry and calibration.
 
     Attributes:
-        min_val: Lower end of the range, float32 scalar buffer.
-        max_val: Upper end, float32 scalar buffer.
-        batches: How many batches the range stands for, float32 scalar buffer; 0: no range yet.
-        histogram: With ``calibration="histogram"``: counts of all batches, int64 buffer. In a
-            distributed run each process adds its batch to the first one's, and the widest range of
-            all counts.
-        reach: The histogram's ends, float32 scalar buffer.
-        observing: The range follows the data, in training mode only.
-        quantizing: Fake quantization is on.
-        deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
-            and all processes can agree on it first; otherwise each forward commits its own.
-        compact: What backward keeps is small, not fast; see ``int_repr``.
+        quantizing: Fake quantization is on; otherwise the input passes through unchanged.
+        compact: Backward keeps integers and bits, which takes less memory; see ``int_repr``.
+        identity: Key of this quantizer in the cache of a forward.
     """
 
     SWITCHES = frozenset({"observing", "quantizing", "deferred", "compact"})
 
-    min_val: Tensor
-    max_val: Tensor
-    batches: Tensor
-    histogram: Tensor
-    reach: Tensor
-
     def __init__(self, spec: ActivationSpec) -> None:
-        super().__init__()
-        self.spec: ActivationSpec = spec
-        self.grid = IntegerGrid.activation(spec.bits)
-        low, high = spec.clip or (0.0, 0.0)
-        # By name: half-precision plugins change the default dtype.
-        self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
-        self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
-        self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
-        if spec.calibration == "histogram":
-            self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS, dtype=torch.int64))
-            self.register_buffer("reach", torch.tensor(SMALLEST_REACH, dtype=torch.float32))
-        self.observing = True
+        super().__init__(spec)
         self.quantizing = True
-        self.deferred = False
         self.compact = False
-        # Not derived from `batches` in forward: that would wait for the device at every call.
-        self.calibrated = spec.clip is not None
-        # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
-        self.pending: Tensor | None = None
-        self._numbers: tuple[tuple[float, float], tuple[Tensor, Tensor]] | None = None
+        self._cached_qparams: tuple[tuple[float, float], tuple[Tensor, Tensor]] | None = None
         self.identity = object()
 
     def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
@@ -127,12 +91,14 @@ class ActivationQuantizer(Quantizer):
         """
         if not (self.quantizing and self.calibrated) or is_exporting_onnx():
             return None
-        if (self.watches and not self._by_range) or not clamps(x, self.min_val):
+        if not clamps(x, self.min_val):
+            return None
+        if self.is_observing and not self._observes_later():
             return None
         seen: list[Tensor] = []
         with hide_from_hooks():
             samples, observe = self.spec.samples, None
-            if self.watches and x.numel():
+            if self.is_observing and x.numel():
                 if samples is None:
                     observe = seen.append
                 else:
@@ -143,34 +109,33 @@ class ActivationQuantizer(Quantizer):
     def _clamp_and_quantize(
         self, x: Tensor, ends: tuple[float, float], observe: Observe | None
     ) -> Tensor | None:
-        numbers = self._kept_numbers()
+        numbers = self._current_qparams()
         return clamp_and_quantize(
             x, ends, *numbers, self.grid, carries_int_repr=self.compact, observe=observe
         )
 
-    @property
-    def _by_range(self) -> bool:
-        """Whether nothing but ranges is observed, and none of them counts at once."""
-        return self.deferred and self.spec.calibration in BY_RANGE
+    def _observes_later(self) -> bool:
+        """Whether observing needs no pass of its own, and does not change this forward's range."""
+        return self.deferred and CALIBRATIONS[self.spec.calibration].min_max_only
 
     def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None
-        if ready and self._by_range and self.spec.samples is None:
+        if ready and self.spec.samples is None and self._observes_later():
             # In the pass that quantizes.
-            observe = self.observe if self.watches and x.numel() and not exporting else None
+            observe = self.observe if self.is_observing and x.numel() and not exporting else None
         elif not exporting:
             self.observe_values(x)
             ready = self.quantizing and self.calibrated
         if not ready:
             return x
         if exporting:
-            return quantize_dequantize(x, *self._scale_and_zero_point(), self.grid)
+            return quantize_dequantize(x, *self.scale_and_zero_point(), self.grid)
         return self._fake_quantize(x, saves_input, observe)
 
     def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
-        scale, zero_point = self._kept_numbers()
+        scale, zero_point = self._current_qparams()
         return fake_quantize(
             x,
             scale,
@@ -181,36 +146,13 @@ class ActivationQuantizer(Quantizer):
             observe=observe,
         )
 
-    @property
-    def _waits(self) -> bool:
-        """Whether the range still waits for data."""
-        return True
-
-    def _range_of(self, x: Tensor) -> Tensor:
-        if self.spec.calibration == "histogram":
-            return self._range_of_all(x)
-        search, samples = SEARCHES.get(self.spec.calibration), self.spec.samples
-        if search is None:
-            return batch_range(x, samples)
-        return search(x, self.grid, self.spec.symmetric, samples or SAMPLES)
-
-    @torch.no_grad()
-    def _range_of_all(self, x: Tensor) -> Tensor:
-        """The best range for all batches so far and this one."""
-        if not _in_backward():
-            add_to_histogram(self.histogram, self.reach, x, self.spec.samples or SAMPLES)
-        found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
-        whole = batch_range(x)
-        # Not finite: for the commit to refuse.
-        return torch.where(torch.isfinite(whole).all(), found, whole)
-
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
         observing = self.observing
         filled = [value for value in values if value.numel()]
-        if self.watches and filled:
+        if self.is_observing and filled:
             with hide_from_hooks():
-                self.observe(torch.stack([self._range_of(value) for value in filled]).amax(0))
+                self.observe(torch.stack([self.range_of(value) for value in filled]).amax(0))
         self.observing = False
         try:
             return [self(value) for value in values]
@@ -228,50 +170,7 @@ class ActivationQuantizer(Quantizer):
         return self._for_many_calls(values)
 
     def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
-        return fake_quantizer(*self._kept_numbers(), self.grid)
-
-    @property
-    def watches(self) -> bool:
-        """Whether what it quantizes now is observed."""
-        return self.observing and self.training and self._waits
-
-    def observe_values(self, x: Tensor) -> None:
-        """Observe what a forward quantizes, if it is to be."""
-        if self.watches and x.numel():
-            self.observe(self._range_of(x))
-
-    def observe(self, seen: Tensor) -> None:
-        """Take note of ``(-min, max)`` of a tensor; it counts when it is committed."""
-        if self.spec.clip is not None:
-            return
-        if not self.deferred and _in_backward():
-            # Activation checkpointing runs the forward again in backward: it has been counted, and
-            # its range must stay what it was.
-            return
-        self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
-        if not self.deferred:
-            self.commit(self.pending)
-
-    @torch.no_grad()
-    def commit(self, batch: Tensor) -> None:
-        """Take one batch's ``(-min, max)`` into the range; the pending observation is dropped.
-
-        Args:
-            batch: ``(-min, max)``, finite, shape ``(2,)``; see ``batch_range``.
-        """
-        self.pending = None
-        UPDATES[self.spec.calibration](self.min_val, self.max_val, batch, self.batches)
-        self.batches += 1
-        self.range_changed()
-
-    def range_changed(self) -> None:
-        """To be called when observations have changed the range."""
-        self.calibrated = True
-
-    @property
-    def why_unknown(self) -> str:
-        """What is missing for a range, where there is none."""
-        return "no training batch has passed through it"
+        return fake_quantizer(*self._current_qparams(), self.grid)
 
     @property
     def why_not_final(self) -> str | None:
@@ -282,7 +181,7 @@ class ActivationQuantizer(Quantizer):
         """
         if not self.calibrated:
             return self.why_unknown
-        if bool(torch.isfinite(self._scale_and_zero_point()[0])):
+        if bool(torch.isfinite(self.scale_and_zero_point()[0])):
             return None
         return "its range is not finite: NaN or infinity came in, or training has diverged"
 
@@ -294,41 +193,29 @@ class ActivationQuantizer(Quantizer):
         """
         if not self.calibrated:
             raise ValueError(f"{self.why_unknown}, so its range is unknown")
-        scale, zero_point = self._scale_and_zero_point()
+        scale, zero_point = self.scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
 
-    def _kept_numbers(self) -> tuple[Tensor, Tensor]:
+    def _current_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, computed once for as long as the range stays what it is.
 
         By its values: an average may exchange them in ways that torch cannot see. On other devices
         than CPUs looking at them would wait.
         """
         if is_compiling() or self.min_val.device.type != "cpu":
-            return self._scale_and_zero_point()
+            return self.scale_and_zero_point()
         ends = self.min_val.item(), self.max_val.item()
-        if self._numbers is None or self._numbers[0] != ends:
+        if self._cached_qparams is None or self._cached_qparams[0] != ends:
             with torch.inference_mode(False):
-                self._numbers = ends, self._scale_and_zero_point()
-        return self._numbers[1]
+                self._cached_qparams = ends, self.scale_and_zero_point()
+        return self._cached_qparams[1]
 
-    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        low, high = self.min_val, self.max_val
-        if self.spec.symmetric:
-            scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), self._symmetric_grid)
-            return scale, torch.zeros_like(scale)
-        if self.spec.fixed_min:
+    def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the present range, float32 scalars without a gradient."""
+        low, high, symmetric = self.min_val, self.max_val, self.spec.symmetric
+        if self.spec.fixed_min and not symmetric:
             low = torch.zeros_like(low)
-        return affine_qparams(low, high, self.grid)
-
-    @property
-    def _symmetric_grid(self) -> IntegerGrid:
-        """The grid whose ends the largest value touches: -127..127 of -128..127."""
-        return IntegerGrid(-self.grid.qmax, self.grid.qmax)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.calibrated = self.spec.clip is not None or bool(self.batches > 0)
-        self.pending = None
+        return range_qparams(low, high, self.grid, symmetric)
 
     def extra_repr(self) -> str:
         """Bits and range, for ``print(model)``."""
@@ -339,8 +226,3 @@ class ActivationQuantizer(Quantizer):
             else "no range yet"
         )
         return f"{self.spec.bits} bits, {kind}, {state}"
-
-
-def _in_backward() -> bool:
-    # torch.compile traces a checkpointed forward once, and functionally.
-    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1

@@ -40,6 +40,7 @@ def quantizer_parameters(
     scales of weights may have another learning rate, too: Adam's steps are as long as the rate
     whatever it is that learns, and a scale is a fraction of the weights.
 
+        >>> import torch
         >>> from lightning_qat import prepare
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> recipe = {"weight": {"quantizer": "learned"}, "joins": False, "outputs": False}

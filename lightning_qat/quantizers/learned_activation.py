@@ -33,18 +33,19 @@ class LearnedActivation(ActivationQuantizer):
         self.seen = 0
 
     @property
-    def _waits(self) -> bool:
+    def follows_data(self) -> bool:
+        """Until learning starts."""
         return not (self.calibrated and self.quantizing)
 
+    # What is fake-quantized here no longer follows the data, so ``observe`` is None.
+
     def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
-        assert observe is None, "what is learned is no longer observed"
         return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
 
     def _clamp_and_quantize(
         self, x: Tensor, ends: tuple[float, float], observe: Observe | None
     ) -> Tensor | None:
-        assert observe is None, "what is learned is no longer observed"
-        if ends[0] != 0.0 or ends[1] < float(self._scale_and_zero_point()[0]):
+        if ends[0] != 0.0 or ends[1] < float(self.scale_and_zero_point()[0]):
             return None
         return self._fake_quantizer(x.numel(), True, self.compact, clamped=ends)(x)
 
@@ -58,7 +59,7 @@ class LearnedActivation(ActivationQuantizer):
         carries_int_repr: bool,
         clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        low, scale = self._ends()
+        low, scale = self._low_and_scale()
         return learned_fake_quantizer(
             scale,
             low,
@@ -69,15 +70,16 @@ class LearnedActivation(ActivationQuantizer):
             clamped=clamped,
         )
 
-    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+    def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the learned parameters, without a gradient."""
         with torch.no_grad():
-            low, scale = self._ends()
+            low, scale = self._low_and_scale()
             if low is None:
                 return scale, torch.zeros_like(scale)
             return scale, zero_point_of(low, scale, self.grid)
 
-    def _ends(self) -> tuple[Tensor | None, Tensor]:
-        """Lower end (``None``: symmetric) and scale, differentiable."""
+    def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
+        """Lower end of the range (real; ``None``: symmetric) and scale, differentiable."""
         raise NotImplementedError
 
     def range_changed(self) -> None:
@@ -130,14 +132,14 @@ class LearnedStepActivation(LearnedActivation):
     def _start(self, low: Tensor, high: Tensor) -> None:
         if self.spec.symmetric:
             largest = torch.maximum(low.abs(), high.abs())
-            self.scale.copy_(symmetric_scale(largest, self._symmetric_grid))
+            self.scale.copy_(symmetric_scale(largest, self.grid.symmetric))
             return
         low = torch.zeros_like(low) if self.low is None else low.clamp(max=0.0)
         self.scale.copy_(affine_qparams(low, high, self.grid)[0])
         if self.low is not None:
             self.low.copy_(low)
 
-    def _ends(self) -> tuple[Tensor | None, Tensor]:
+    def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
             low = torch.zeros_like(self.scale)
@@ -175,10 +177,10 @@ class LearnedClipActivation(LearnedActivation):
         if self.clip_min is not None:
             self.clip_min.copy_(low.clamp(max=0.0))
 
-    def _ends(self) -> tuple[Tensor | None, Tensor]:
+    def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
         high = self.clip_max.clamp(min=0.0)
         if self.spec.symmetric:
-            return None, symmetric_scale(high, self._symmetric_grid)
+            return None, symmetric_scale(high, self.grid.symmetric)
         low = torch.zeros_like(high) if self.clip_min is None else self.clip_min.clamp(max=0.0)
         return low, affine_qparams(low, high, self.grid)[0]
 

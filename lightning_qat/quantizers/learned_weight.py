@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE
+from lightning_qat.numerics.calibration.search import least_squares_scale
 from lightning_qat.numerics.int_repr import IntRepr
-from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize, least_squares_scale
+from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import WeightSpec
@@ -77,4 +78,5 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
 
 def positive_scale(scale: Tensor) -> Tensor:
+    """The scale that a parameter stands for: its absolute value, at least ``MIN_SCALE``."""
     return scale.abs().clamp(min=MIN_SCALE)

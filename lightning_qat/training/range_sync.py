@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_qat.numerics.calibration.updates import UPDATES
+from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.names import place
 
@@ -71,7 +71,7 @@ def _update(calibration: str, quantizers: list[ActivationQuantizer], batch: Tens
     """``commit`` of many quantizers in a few operations; ``batch`` is ``(-min, max)`` by column."""
     kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
     low, high, batches = (torch.stack(buffers) for buffers in kept)
-    UPDATES[calibration](low, high, batch, batches)
+    CALIBRATIONS[calibration].update(low, high, batch, batches)
     for buffers, values in zip(kept, (low, high, batches + 1), strict=True):
         # torch's optimizers are made of it, though it is not in torch.__all__.
         torch._foreach_copy_(buffers, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]

@@ -23,6 +23,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     For gradient accumulation and evaluation in a loop of one's own; ``QATCallback`` does so by
     itself. Weights must not be changed through ``.data`` inside.
 
+        >>> import torch
         >>> from lightning_qat import prepare
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> _ = prepare(model, {"joins": False, "outputs": False})

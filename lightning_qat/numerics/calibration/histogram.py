@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
+from lightning_qat.numerics.arithmetic import range_qparams, rounded
 from lightning_qat.numerics.calibration.search import SAMPLES, sampled
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -60,14 +60,8 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
     shares = torch.arange(1, 101, device=counts.device, dtype=torch.float32) / 100
 
     def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-        if symmetric:
-            scale = symmetric_scale(torch.maximum(-lows, highs), IntegerGrid(-grid.qmax, grid.qmax))
-            zero_point = torch.zeros_like(scale)
-        else:
-            scale, zero_point = affine_qparams(lows, highs, grid)
-        scale, zero_point = scale[:, None], zero_point[:, None]
-        integers = torch.clamp(torch.round(centres / scale) + zero_point, grid.qmin, grid.qmax)
-        errors = ((integers - zero_point) * scale - centres).square() @ weights
+        scale, zero_point = range_qparams(lows[:, None], highs[:, None], grid, symmetric)
+        errors = (rounded(centres, scale, zero_point, grid) - centres).square() @ weights
         found = errors.argmin()
         return lows[found], highs[found]
 

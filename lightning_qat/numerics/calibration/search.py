@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale
+from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, range_qparams, rounded
 from lightning_qat.numerics.min_max import batch_range, spacing
 from lightning_qat.numerics.qparams import IntegerGrid
 
@@ -41,22 +44,65 @@ def least_squares_range(
     around its percentiles.
     """
     values, whole = sampled(x, samples), batch_range(x)
-    best, least = whole, torch.full_like(whole[0], torch.inf)
-    for share in torch.arange(0.1, 1.2, 0.01).tolist():
+
+    def squared_error(share: float) -> Tensor:
         low, high = -whole[0] * share, whole[1] * share
-        if symmetric:
-            scale = symmetric_scale(
-                torch.maximum(low.abs(), high.abs()), IntegerGrid(-grid.qmax, grid.qmax)
-            )
-            zero_point = torch.zeros_like(scale)
-        else:
-            scale, zero_point = affine_qparams(low, high, grid)
-        integers = torch.clamp(torch.round(values / scale) + zero_point, grid.qmin, grid.qmax)
-        error = ((integers - zero_point) * scale - values).square().sum()
+        scale, zero_point = range_qparams(low, high, grid, symmetric)
+        return (rounded(values, scale, zero_point, grid) - values).square().sum()
+
+    return _unless_not_finite(whole, whole * least_squares_share(squared_error))
+
+
+def least_squares_scale(
+    x: Tensor, scale: Tensor, grid: IntegerGrid, axis: int | None = None
+) -> Tensor:
+    """The scale with the least squared error of a symmetric grid, near a given one.
+
+    Args:
+        x: Real values, float32.
+        scale: Where to search, per tensor or per channel; see ``least_squares_share``.
+        grid: The integers in use.
+        axis: Channel axis of ``scale``.
+
+    Returns:
+        The shape of ``scale``.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.0, 1.0, 1.4])
+        >>> least_squares_scale(x, torch.tensor(1.4), IntegerGrid(-1, 1))
+        tensor(1.1340)
+    """
+    x = x.detach().to(torch.float32)
+    others = [a for a in range(x.dim()) if a != axis]
+
+    def squared_error(share: float) -> Tensor:
+        wide = along_axis((scale * share).clamp(min=MIN_SCALE), x.dim(), axis)
+        error = (rounded(x, wide, 0.0, grid) - x).square()
+        if axis is None:
+            return error.sum()
+        return error.sum(others) if others else error
+
+    return (scale * least_squares_share(squared_error)).clamp(min=MIN_SCALE)
+
+
+def least_squares_share(squared_error: Callable[[float], Tensor]) -> Tensor:
+    """The share of a range, of 0.1, 0.11, ..., 1.19, that has the least squared error.
+
+    Args:
+        squared_error: The error at a share, one value for each range that is searched.
+
+    Returns:
+        The shape of the error, float32; 1 where no error is a number.
+    """
+    best: Tensor | None = None
+    least: Any = torch.inf
+    for share in torch.arange(0.1, 1.2, 0.01).tolist():
+        error = squared_error(share)
+        best = torch.ones_like(error) if best is None else best
         better = error < least
-        best = torch.where(better, whole * share, best)
-        least = torch.where(better, error, least)
-    return _unless_not_finite(whole, best)
+        best, least = torch.where(better, share, best), torch.where(better, error, least)
+    assert best is not None
+    return best
 
 
 def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = SAMPLES) -> Tensor:
@@ -88,14 +134,6 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
         if distance < least:
             best, least = kept, distance
     return torch.minimum(whole, largest * (best / _BINS))
-
-
-SEARCHES = {
-    "percentile": percentile_range,
-    "mse": least_squares_range,
-    "entropy": entropy_range,
-}
-"""Calibration name to how one batch's range is found, where it is not its minimum and maximum."""
 
 
 def sampled(x: Tensor, samples: int) -> Tensor:

@@ -43,18 +43,3 @@ def replaced(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
     """
     low.copy_(torch.where(low.isinf(), low, -batch[0]))
     high.copy_(torch.where(high.isinf(), high, batch[1]))
-
-
-UPDATES = {
-    "moving_average": moving_average,
-    "minmax": minmax,
-    "histogram": replaced,
-    "percentile": moving_average,
-    "mse": moving_average,
-    "entropy": moving_average,
-}
-"""Calibration name in an ``ActivationSpec`` to its update."""
-
-
-BY_RANGE = ("moving_average", "minmax")
-"""Calibrations that need nothing of a batch but its minimum and maximum."""

@@ -1,0 +1,150 @@
+"""The range of an activation and how it follows the data: the state of an activation quantizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
+from lightning_qat.numerics.calibration.histogram import (
+    HISTOGRAM_BINS,
+    SMALLEST_REACH,
+    add_to_histogram,
+    histogram_range,
+)
+from lightning_qat.numerics.calibration.search import SAMPLES
+from lightning_qat.numerics.min_max import batch_range
+from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat.quantizers.base import Quantizer
+from lightning_qat.recipe.specs import ActivationSpec
+
+
+class RangeObserver(Quantizer):
+    """Observes tensors and keeps their range: thin state over the functions of a ``Calibration``.
+
+    A training forward calls ``observe_values`` (or ``observe``, if the range of the tensor is
+    known); ``commit`` takes what was observed into the range.
+
+    Args:
+        spec: The calibration, a fixed range (``clip``), and the integers.
+
+    Attributes:
+        min_val: Lower end of the range, float32 scalar buffer.
+        max_val: Upper end, float32 scalar buffer.
+        batches: The number of batches that the range stands for, float32 scalar buffer; 0: there is
+            no range yet.
+        histogram: With ``calibration="histogram"``: the count of each bin over all batches, int64
+            buffer ``(HISTOGRAM_BINS,)``. In a distributed run each process adds its batch to the
+            histogram of the first one, and the widest range of all processes counts.
+        reach: Largest absolute value of the histogram, float32 scalar buffer.
+        observing: The range follows the data, in training mode only.
+        deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
+            and all processes can agree on it first; otherwise each forward commits its own.
+        calibrated: There is a range.
+        pending: ``(-min, max)`` of what was observed and not committed, float32 ``(2,)``.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    batches: Tensor
+    histogram: Tensor
+    reach: Tensor
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        super().__init__()
+        self.spec: ActivationSpec = spec
+        self.grid = IntegerGrid.activation(spec.bits)
+        low, high = spec.clip or (0.0, 0.0)
+        # By name: half-precision plugins change the default dtype.
+        self.register_buffer("min_val", torch.tensor(float(low), dtype=torch.float32))
+        self.register_buffer("max_val", torch.tensor(float(high), dtype=torch.float32))
+        self.register_buffer("batches", torch.tensor(0.0, dtype=torch.float32))
+        if CALIBRATIONS[spec.calibration].histogram:
+            self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS, dtype=torch.int64))
+            self.register_buffer("reach", torch.tensor(SMALLEST_REACH, dtype=torch.float32))
+        self.observing = True
+        self.deferred = False
+        # Not derived from `batches` in forward: that would wait for the device at every call.
+        self.calibrated = spec.clip is not None
+        # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
+        self.pending: Tensor | None = None
+
+    @property
+    def is_observing(self) -> bool:
+        """Whether the tensors of this forward are observed."""
+        return self.observing and self.training and self.follows_data
+
+    @property
+    def follows_data(self) -> bool:
+        """Whether observations still change the range; a learned one follows gradients instead."""
+        return True
+
+    def observe_values(self, x: Tensor) -> None:
+        """Observe a tensor that a forward quantizes, if this forward is observed."""
+        if self.is_observing and x.numel():
+            self.observe(self.range_of(x))
+
+    def observe(self, batch: Tensor) -> None:
+        """Note the ``(-min, max)`` of a tensor, shape ``(2,)``; it counts once it is committed."""
+        if self.spec.clip is not None:
+            return
+        if not self.deferred and _in_backward():
+            # Activation checkpointing runs the forward again in backward: it has been counted, and
+            # its range must stay what it was.
+            return
+        self.pending = batch if self.pending is None else torch.maximum(self.pending, batch)
+        if not self.deferred:
+            self.commit(self.pending)
+
+    def range_of(self, x: Tensor) -> Tensor:
+        """The ``(-min, max)`` that the calibration finds in a tensor, float32 ``(2,)``."""
+        calibration, samples = CALIBRATIONS[self.spec.calibration], self.spec.samples
+        if calibration.histogram:
+            return self._range_of_all(x)
+        if calibration.search is None:
+            return batch_range(x, samples)
+        return calibration.search(x, self.grid, self.spec.symmetric, samples or SAMPLES)
+
+    @torch.no_grad()
+    def _range_of_all(self, x: Tensor) -> Tensor:
+        """The best range for all batches so far and this one."""
+        if not _in_backward():
+            add_to_histogram(self.histogram, self.reach, x, self.spec.samples or SAMPLES)
+        found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
+        whole = batch_range(x)
+        # Not finite: for the commit to refuse.
+        return torch.where(torch.isfinite(whole).all(), found, whole)
+
+    @torch.no_grad()
+    def commit(self, batch: Tensor) -> None:
+        """Take one batch into the range; the pending observation is dropped.
+
+        Args:
+            batch: ``(-min, max)``, finite, shape ``(2,)``; see ``batch_range``.
+        """
+        self.pending = None
+        update = CALIBRATIONS[self.spec.calibration].update
+        update(self.min_val, self.max_val, batch, self.batches)
+        self.batches += 1
+        self.range_changed()
+
+    def range_changed(self) -> None:
+        """React to a new range; whoever changes ``min_val`` and ``max_val`` calls this."""
+        self.calibrated = True
+
+    @property
+    def why_unknown(self) -> str:
+        """The reason why there is no range, in words; for error messages."""
+        return "no training batch has passed through it"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.calibrated = self.spec.clip is not None or bool(self.batches > 0)
+        self.pending = None
+
+
+def _in_backward() -> bool:
+    # torch.compile traces a checkpointed forward once, and functionally.
+    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
