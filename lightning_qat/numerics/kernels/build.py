@@ -1,11 +1,13 @@
-"""Compile ``loops.c`` with the machine's C compiler and load it."""
+"""Compile ``loops.c`` with the machine's C compiler, once for all processes, and load it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,15 +16,17 @@ from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+from lightning_qat.numerics.kernels.library_cache import cached_library
+
 _log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("loops.c")
 
 BLOCK = 4096
-"""Values that one thread takes at a time; a learned grid's sums come per block."""
+"""The number of values that one thread takes at a time; sums of gradients come per block."""
 
 RUN = 512
-"""So many values share bytes of bits."""
+"""The number of values whose bits share bytes; see ``pack_run`` in ``loops.c``."""
 
 # Rounding as torch's: no contraction, no reordering but where a pragma asks for it.
 _FLAGS = (
@@ -44,14 +48,15 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "masked": [_TENSOR] * 3,
     "restore": [_TENSOR, _FLAG, _TENSOR, _TENSOR, _NUMBER],
 }
-"""Of each loop, between the sizes of the tensor and the number of threads."""
+"""Argument types of each loop, without the two sizes in front and the thread count at the end."""
 
 
 @functools.cache
 def compiled_loops() -> ctypes.CDLL | None:
-    """The compiled loops, where there are any; asked once."""
+    """The compiled loops; ``None`` if there is no C compiler. Asked for once per process."""
     try:
-        library, compiler = _compile()
+        compiler = _compiler()
+        library = cached_library(_key(compiler), lambda: _compile(compiler))
         for name, arguments in _ARGUMENTS.items():
             loop = getattr(library, name)
             loop.argtypes, loop.restype = [_SIZE, _SIZE, *arguments, c_int], None
@@ -62,28 +67,56 @@ def compiled_loops() -> ctypes.CDLL | None:
             error,
         )
         return None
-    _log.info("Quantizers run as loops that %s has compiled.", compiler)
+    _log.info("Quantizers run as loops that %s has compiled.", shlex.join(compiler))
     return library
 
 
-def _compile() -> tuple[ctypes.CDLL, str]:
-    """Compile and load.
+def _compiler() -> list[str]:
+    """The compiler and its first arguments, as ``CC`` names them or as they are found.
 
     Raises:
-        OSError: There is no compiler, it refused, or its result does not load.
+        OSError: There is none.
     """
     named = os.environ.get("CC")
-    compilers = [named] if named else ["gcc", "cc", "clang"]
-    compiler = next((name for name in compilers if shutil.which(shlex.split(name)[0])), None)
-    if compiler is None:
-        raise FileNotFoundError(f"no C compiler was found (looked for {', '.join(compilers)})")
+    candidates = [shlex.split(name) for name in ([named] if named else ["gcc", "cc", "clang"])]
+    for candidate in candidates:
+        if shutil.which(candidate[0]):
+            return candidate
+    looked_for = ", ".join(shlex.join(candidate) for candidate in candidates)
+    raise FileNotFoundError(f"no C compiler was found (looked for {looked_for})")
+
+
+def _key(compiler: list[str]) -> str:
+    """A digest of everything that the library depends on."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=120).stdout
+    path = os.path.realpath(shutil.which(compiler[0]) or compiler[0])
+    texts = (path, *compiler, *_FLAGS.split(), _cpu())
+    parts = (_SOURCE.read_bytes(), version, *(text.encode() for text in texts))
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _cpu() -> str:
+    """What ``-march=native`` depends on; a home directory may serve different machines."""
+    telling = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} of {platform.node()}"
+    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(telling))])
+
+
+def _compile(compiler: list[str]) -> bytes:
+    """Compile the loops, and return the file of the shared library.
+
+    Raises:
+        OSError: The compiler refused, or wrote nothing.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "kernels.so"
-        command = [*shlex.split(compiler), *_FLAGS.split(), str(_SOURCE), "-o", str(result), "-lm"]
+        result = Path(folder) / "loops.so"
+        command = [*compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(result), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it said nothing"]
             why = next((line for line in said if "error" in line), said[0])
-            raise OSError(f"{compiler} could not compile {_SOURCE.name}: {why}")
-        # Once loaded it needs no file.
-        return ctypes.CDLL(str(result)), compiler
+            raise OSError(f"{shlex.join(compiler)} could not compile {_SOURCE.name}: {why}")
+        return result.read_bytes()

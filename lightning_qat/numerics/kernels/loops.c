@@ -1,4 +1,4 @@
-/* One loop per tensor for what torch has as several operations; called by kernels.py.
+/* One loop per tensor for what torch has as several operations; called by loops.py.
  *
  * A tensor is `rows` times `cols` values in the order of memory; a row shares a scale. The numbers
  * are those of torch's operations to the bit: true division, ties to even, NaN stays NaN.
@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Defined by kernels.py:
+/* Defined by build.py:
  * BLOCK, values that one thread takes at a time, few enough for several loops to find them in L1;
  * RUN, values that are summed in float32 before double takes over, and that share bytes of bits. */
 #define LANE (RUN / 8) /* see pack_run */
@@ -155,7 +155,7 @@ void row_ranges(int64_t rows, int64_t cols, const float *restrict x, float *rest
     }
 }
 
-/* The gradients of a learned grid, times `factor`; see learned.py for the formulas. A value is
+/* The gradients of a learned grid, times `factor`; see learned_fake_quantize.py for the formulas. A value is
  * stopped if its step is outside where BY_STEPS, else if it is not strictly between the edges. What
  * is stopped counts as outside the range, where CLAMPED only what is above. Values beyond the edges
  * count `share`. `sums` has room for three numbers per block, which are

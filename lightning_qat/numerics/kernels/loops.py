@@ -1,9 +1,9 @@
 """Fused loops for CPUs: what torch does in several operations, in one pass over a tensor.
 
-``kernels.c`` beside this module is compiled when a quantizer first needs it, in every process anew:
-that takes half a second, and nothing can be out of date. It uses torch's threads. Where there is no
-compiler, and for tensors that the loops do not know, every function gives ``None`` and its caller
-takes torch's operations, whose numbers are the same.
+``loops.c`` beside this module is compiled when a quantizer first needs it, which takes half a
+second, and kept in the user's cache directory (``library_cache``). It uses torch's threads.
+Without a compiler, and for tensors that the loops do not know, every function returns ``None`` and
+its caller takes torch's operations, whose numbers are the same.
 
 ``torch.compile`` makes loops that are as fast, but takes ten seconds for each of them.
 """
@@ -106,7 +106,7 @@ def row_ranges(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 class Stops(IntEnum):
-    """Which values of a learned grid get no gradient; as in ``kernels.c``."""
+    """Which values of a learned grid get no gradient; as in ``loops.c``."""
 
     BY_EDGES = 0
     """Those that are not strictly between two edges."""
@@ -127,7 +127,7 @@ def learned_backward(
     share: float,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The gradients of a learned grid; the formulas are in ``learned.py``.
+    """The gradients of a learned grid; the formulas are in ``learned_fake_quantize``.
 
     Args:
         grad: Of the result.
@@ -159,7 +159,7 @@ def learned_backward(
 
 
 def bits_between(x: Tensor, low: float, high: float) -> Tensor | None:
-    """Whether each value is strictly between two ends; laid out as ``bits.pack_bits`` does."""
+    """Whether each value is strictly between two ends; laid out as ``pack_bits`` does."""
     if not _suits(x):
         return None
     bits = _room_for_bits(x)
