@@ -1,4 +1,4 @@
-"""Lightning's training and evaluation hooks, translated into phases, ranges and kept weights."""
+"""Lightning's training and evaluation hooks, translated into phases, ranges and cached weights."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class PhaseHooks(Callback):
             rank_zero_warn(f"QAT: {problem}")
 
     def _release(self, pl_module: LightningModule) -> None:
-        """Let go of the module: of its quantizers, its kept weights and its frozen batch norms."""
+        """Let go of the module: of its quantizers, its cached weights and its frozen batch norms."""
         self._quantizers = {}
         self._weights = QuantizedWeightCache()
         use_weight_cache(pl_module, None)

@@ -92,7 +92,7 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         """
         forward_cache = current_forward_cache()
         if forward_cache is not None:
-            # Read in hiding, not by a quantizer of the tape.
+            # Read here, because the code below is hidden from the function mode.
             hx = forward_cache.relu_fusion.read_all(hx)
         # Its arithmetic is no join of the model's.
         with hide_from_hooks():

@@ -68,7 +68,7 @@ def fake_quantize(
         saves_input: Backward may look at ``x`` again instead of keeping a bit per element, where
             that is faster; for readers that keep ``x`` anyway. ``x`` must not be changed in place
             before backward.
-        carries_codes: The result shall carry its integers, so that what reads it within
+        carries_int_repr: The result shall carry its integers, so that what reads it within
             ``saving_int_repr`` keeps those; overrides ``saves_input``.
         observe: Is given the range of ``x`` (``batch_range``), found in the same pass where that is
             possible.
@@ -133,7 +133,7 @@ def clamp_and_quantize(
         scale: As there, a scalar.
         zero_point: As there, a scalar.
         grid: As there.
-        carries_codes: As there.
+        carries_int_repr: As for ``fake_quantize``.
         observe: Is given the range of the clamped values.
 
     Example:

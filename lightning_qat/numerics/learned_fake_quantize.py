@@ -58,7 +58,7 @@ def learned_fake_quantize(
             ``qmax - qmin`` with ``low``), so that one learning rate serves them and the weights.
         saves_input: See ``fake_quantize``. The gradient of the scale depends on what rounding took
             away, so backward keeps ``x`` itself with it and a copy without it.
-        carries_codes: See ``fake_quantize``.
+        carries_int_repr: See ``fake_quantize``.
         known: The result's values or integers, where they are known.
 
     Returns:
@@ -107,7 +107,7 @@ def learned_fake_quantizer(
             which gradients are normalized. ``None``: they are not.
         axis: As there.
         saves_input: As there.
-        carries_codes: As there.
+        carries_int_repr: As for ``fake_quantize``.
         known: As there; for one tensor.
         clamped: Clamp each tensor to these ends first, as relu does, in the same pass; the lower
             one is 0, the upper one is at least a step and may be infinity. For one scale and

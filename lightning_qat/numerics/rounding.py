@@ -57,7 +57,7 @@ class RoundingCall(NamedTuple):
         ends: What the values are clamped to before.
         keeps_bits: A bit per element tells backward where the gradient passes.
         saves_input: As for ``fake_quantize``.
-        carries_codes: As for ``fake_quantize``.
+        carries_int_repr: As for ``fake_quantize``.
     """
 
     x: Tensor
@@ -236,6 +236,7 @@ class TracedRounding(torch.autograd.Function):
         qmax: int,
         gradient_everywhere: bool,
     ) -> Tensor:
+        """Round, and save where the gradient passes."""
         low, high = qmin - zero_point, qmax - zero_point
         steps = torch.round(x.to(torch.float32) / scale)
         reached = steps.clamp(low, high)
@@ -247,6 +248,7 @@ class TracedRounding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Pass the gradient where the forward did not clip."""
         (inside,) = ctx.saved_tensors
         grad = grads[0] if inside is None else grads[0] * inside
         return grad, None, None, None, None, None
@@ -286,6 +288,7 @@ class SurrogatePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Round, and save where the gradient passes."""
         values, bits = compute()
         ctx.save_for_backward(bits)
         ctx.layout = values.shape, values.stride()
@@ -293,5 +296,6 @@ class SurrogatePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Pass the gradient where the forward did not clip."""
         (bits,) = ctx.saved_tensors
         return grads[0] if bits is None else masked(grads[0], bits, *ctx.layout), None

@@ -100,7 +100,7 @@ class FakeQuantOnnxExporter:
         return run_onnx(artifact.files["model"], inputs, optimize=_RUNTIMES[runtime])
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
-        """Explain large differences that come from saturating 8-bit products, on CPUs without VNNI."""
+        """Explain large differences: 8-bit products saturate on CPUs without VNNI."""
         literal, optimized = (max_steps[runtime] for runtime in _RUNTIMES)
         if self.activation_type != "uint8" or optimized <= 2 or optimized <= 2 * literal:
             return ()
