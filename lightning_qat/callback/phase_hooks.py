@@ -181,7 +181,7 @@ class PhaseHooks(Callback):
             rank_zero_warn(f"QAT: {problem}")
 
     def _release(self, pl_module: LightningModule) -> None:
-        """Let go of the module: of its quantizers, its cached weights and its frozen batch norms."""
+        """Let go of the module: its quantizers, cached weights and frozen batch norms."""
         self._quantizers = {}
         self._weights = QuantizedWeightCache()
         use_weight_cache(pl_module, None)
