@@ -1,7 +1,7 @@
 """Parts of Lightning that it does not promise to keep, one function each.
 
 Everything else that the callback uses is Lightning's public interface. If a new Lightning breaks
-one of these, ``tests/lightning/test_private_hooks.py`` fails, and this file is where to mend it.
+one of these, ``tests/callback/test_private_hooks.py`` fails, and this file is where to mend it.
 """
 
 from __future__ import annotations

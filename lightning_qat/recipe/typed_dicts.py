@@ -1,6 +1,6 @@
 """The keys of a recipe that is written as a mapping, as types for jsonargparse and type checkers.
 
-Written by hand, because both read the types from the source; a test in ``tests/lightning`` compares
+Written by hand, because both read the types from the source; a test in ``tests/callback`` compares
 the keys with the fields of ``WeightSpec``, ``ActivationSpec`` and ``Recipe``.
 """
 

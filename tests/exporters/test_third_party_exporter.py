@@ -15,8 +15,8 @@ import pytest
 from lightning_qat import QATCallback, export, verify
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import Artifact, Exporter
+from tests.callback.tiny import SHORT, Net
 from tests.exporters.contract import ExporterContract, converted
-from tests.lightning.tiny import SHORT, Net
 from tests.models import random_loader
 
 PACKAGE = '''

@@ -1,0 +1,98 @@
+"""Submodules under torch.compile and activation checkpointing."""
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qat import Recipe
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.training.range_sync import activation_quantizers
+from tests.callback.tiny import BATCHES, Net, Planned, loader, qat, ranges
+
+# torch's compiler makes an object that torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+LAYERS_ONLY = Recipe(joins=False, outputs=False)
+
+
+class Compiled(Net):
+    """Its convolution and batch norm are compiled before anything is swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(nn.Sequential(self.conv, self.bn), backend="eager")
+        del self.conv, self.bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.body(x)).mean((2, 3)))
+        return logits
+
+
+def test_compiled_submodules_train_as_uncompiled_ones(trainer: Callable[..., L.Trainer]) -> None:
+    def fit(kind: type[Net]) -> Net:
+        L.seed_everything(1, verbose=False)
+        net = kind()
+        trainer(qat(LAYERS_ONLY)).fit(net, loader())
+        return net
+
+    compiled, plain = fit(Compiled), fit(Net)
+    assert compiled.losses == plain.losses
+    assert sorted(ranges(compiled)) == sorted(ranges(plain))
+
+
+def test_a_compiled_submodule_resumes_and_is_exported(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    run = trainer(qat(LAYERS_ONLY))
+    run.fit(Compiled(), loader())
+    run.save_checkpoint(tmp_path / "compiled.ckpt")
+    net = Compiled()
+    callback = qat(LAYERS_ONLY, exporters=["fake_quant_onnx"], export_dir=tmp_path / "out")
+    trainer(callback, max_epochs=3).fit(net, loader(), ckpt_path=tmp_path / "compiled.ckpt")
+    assert callback.delivered[0].error is None
+    names = QuantizedModel.load(tmp_path / "out" / "compiled.pt2").tensors
+    assert "body.0.weight" in names
+
+
+def test_a_compiled_module_trains(trainer: Callable[..., L.Trainer]) -> None:
+    # Without self.log, which torch 2.13 cannot trace in Lightning 2.6.6.
+    net = Net()
+    net.training_step = types.MethodType(  # type: ignore[method-assign]
+        lambda self, batch: F.cross_entropy(self(batch[0]), batch[1]), net
+    )
+    trainer(qat(LAYERS_ONLY)).fit(torch.compile(net, backend="eager"), loader())
+    assert ranges(net)[0] != (0.0, 0.0)
+
+
+class Checkpointed(Planned):
+    """Runs its body again in backward instead of keeping what it computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        body: Any = checkpoint(lambda x: F.relu(self.bn(self.conv(x))), x, use_reentrant=False)
+        logits: Tensor = self.head(body.mean((2, 3)))
+        return logits
+
+
+def test_activation_checkpointing_changes_no_range_and_no_loss(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    def fit(kind: type[Net]) -> Net:
+        L.seed_everything(1, verbose=False)
+        net = kind()
+        net.bn.momentum = 0.0  # the second forward would update its statistics again
+        trainer(qat(LAYERS_ONLY)).fit(net, loader())
+        return net
+
+    checkpointed, plain = fit(Checkpointed), fit(Planned)
+    assert checkpointed.losses == plain.losses
+    assert ranges(checkpointed) == ranges(plain)
+    batches = [float(q.batches) for q in activation_quantizers(checkpointed).values()]
+    assert batches == [2 * BATCHES] * len(batches)

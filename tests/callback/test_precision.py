@@ -1,0 +1,104 @@
+"""Ranges and files are float32 whatever the precision of the training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_qat import QATCallback
+from lightning_qat.training.range_sync import activation_quantizers
+from tests.callback.tiny import BATCHES, Net, Planned, loader, qat, ranges, same
+
+BF16 = torch.bfloat16
+
+
+def fit(trainer: Callable[..., L.Trainer], net: Net, precision: Any, tmp_path: Path) -> QATCallback:
+    callback = qat(exporters=["fake_quant_onnx"], export_dir=tmp_path / "out")
+    trainer(callback, precision=precision).fit(net, loader())
+    for quantizer in activation_quantizers(net).values():
+        assert {b.dtype for b in quantizer.buffers()} == {torch.float32}
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "weights"),
+    [
+        (Net, "bf16-mixed", torch.float32),
+        (Net, "bf16-true", BF16),
+        (Planned, "bf16-true", BF16),
+        (Net, "64-true", torch.float64),
+    ],
+)
+def test_quantizers_stay_float32_and_the_file_agrees(
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    kind: type[Net],
+    precision: Any,
+    weights: torch.dtype,
+) -> None:
+    net = kind()
+    callback = fit(trainer, net, precision, tmp_path)
+    assert net.head.weight.dtype == weights
+    agreement = callback.delivered[0].agreement
+    assert agreement is not None
+    assert agreement.parameters_equal
+    assert agreement.max_steps < 1
+    # The first range is the data's own, in the precision that the data had.
+    low, high = ranges(net)[0]
+    data = [x.to(BF16) if precision == "bf16-true" else x for x, _ in loader()] * 2
+    assert low == pytest.approx(sum(float(x.min()) for x in data) / len(data), rel=1e-6)
+    assert high == pytest.approx(sum(float(x.max()) for x in data) / len(data), rel=1e-6)
+
+
+def test_layers_made_in_half_precision_are_refused(trainer: Callable[..., L.Trainer]) -> None:
+    class Late(Net):
+        def configure_model(self) -> None:
+            self.head = nn.Linear(4, 3)
+
+    # Lightning makes them in the precision of the run.
+    with pytest.raises(ValueError, match=r"must be float32; got head.weight is bfloat16"):
+        trainer(qat(), precision="bf16-true").fit(Late(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_in_bf16_resumes_to_the_bit(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    def net() -> Net:
+        L.seed_everything(1, verbose=False)
+        return Net()
+
+    whole, resumed = net(), net()
+    saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=BATCHES, save_top_k=-1)
+    options: dict[str, Any] = {"max_epochs": 3, "precision": "bf16-true"}
+    trainer(qat(), saved, enable_checkpointing=True, **options).fit(whole, loader())
+    trainer(qat(), **options).fit(resumed, loader(), ckpt_path=tmp_path / f"step={BATCHES}.ckpt")
+    assert resumed.losses == whole.losses[BATCHES:]
+    assert same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed scales gradients on CUDA only")
+def test_16_mixed_on_a_gpu(tmp_path: Path) -> None:
+    net = Net()
+    callback = qat(exporters=["fake_quant_onnx"], export_dir=tmp_path / "out")
+    run = L.Trainer(
+        max_epochs=2,
+        accelerator="gpu",
+        devices=1,
+        precision="16-mixed",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    run.fit(net, loader())
+    assert callback.delivered[0].error is None
+    assert all(
+        {b.dtype for b in q.buffers()} == {torch.float32}
+        for q in activation_quantizers(net).values()
+    )

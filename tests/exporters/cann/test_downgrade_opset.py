@@ -1,0 +1,147 @@
+"""Operators at older opsets keep their meaning or are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from lightning_qat.export.protocol import UnsupportedByTarget
+from tests.exporters.cann.qdq_graphs import (
+    Qdq,
+    deploy_of,
+    f32,
+    fake_quant_of,
+    gemm_net,
+    proto,
+    run_float,
+)
+
+# ----------------------------------------------------------------------------------------------
+# Opset
+
+
+def float_net(opset: int = 18) -> tuple[Qdq, str]:
+    """Every operator with another spelling at opset 11."""
+    net = Qdq([2, 4, 3, 6], opset)
+    axes = net.constant([2, 3], np.int64)
+    y = net.node("Add", "x", net.node("ReduceMean", "x", axes, noop_with_empty_axes=1))
+    y = net.node("Mul", y, net.node("ReduceSum", y, net.constant([1], np.int64), keepdims=1))
+    y = net.node("Squeeze", net.node("Unsqueeze", y, net.constant([0], np.int64)))
+    y = net.node("Softmax", y, axis=1)
+    y = net.node("Softmax", y, axis=-1)
+    scale, bias = np.linspace(1, 2, 6, dtype=np.float32), np.ones(6, np.float32)
+    y = net.node(
+        "LayerNormalization", y, net.constant(scale), net.constant(bias), name="norm", axis=3
+    )
+    y = net.node("HardSwish", y)
+    net.nodes.append(helper.make_node("Split", [y], ["two", "one"], axis=2, num_outputs=2))
+    y = net.node("Sub", "two", "one")
+    y = net.node("Resize", y, "", net.constant(f32([1, 1, 2, 1])), mode="nearest")
+    pads, three = net.constant([1, 2], np.int64), net.constant([3], np.int64)
+    y = net.node("Pad", y, pads, net.constant(0.5, np.float32), three)
+    batch = net.node("Shape", y, start=0, end=1)
+    rest = net.constant([-1], np.int64)
+    y = net.node("Reshape", y, net.node("Concat", batch, rest, axis=0), allowzero=1)
+    above = net.node("GreaterOrEqual", y, net.constant(0.5, np.float32))
+    return net, net.node("Where", above, y, net.constant(0.25, np.float32))
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 15, 17, 18])
+def test_remaining_operators_keep_their_meaning_at_older_opsets(opset: int) -> None:
+    net, y = float_net()
+    qdq = net.model(y)
+    older = fake_quant_of(qdq, opset)
+    assert older.graph.opset_imports == {"": opset}
+    onnx.checker.check_model(proto(older), full_check=True)
+    x = np.random.default_rng(0).normal(size=net.shape).astype(np.float32)
+    (expected,), (actual,) = run_float(qdq, x), run_float(older, x)
+    # LayerNormalization is one kernel there and nine operators here, over a small deviation.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_spelt_out(approximate: str) -> None:
+    net = Qdq([50], opset=20)
+    qdq = net.model(net.node("Gelu", "x", approximate=approximate))
+    x = np.linspace(-4, 4, 50, dtype=np.float32)
+    (expected,), (actual,) = run_float(qdq, x), run_float(fake_quant_of(qdq), x)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_what_an_opset_cannot_express_names_the_node_and_the_lowest_opset_that_can() -> None:
+    net = Qdq([4, 4])
+    lower = net.node("Trilu", "x", name="mask", upper=0)
+    integer = net.node("Cast", lower, to=TensorProto.INT64)
+    clipped = net.node("Clip", integer, net.constant(0, np.int64), name="limit")
+    float_again = net.node("Cast", clipped, to=TensorProto.FLOAT)
+    size = net.node("Shape", "x", start=0, end=1)
+    computed = net.node("ReduceMax", float_again, size, name="reach")
+    qdq = net.model(computed)
+    with pytest.raises(UnsupportedByTarget) as caught:
+        fake_quant_of(qdq, 11)
+    problems = {p.layer: p for p in caught.value.problems}
+    assert list(problems) == ["mask", "limit", "reach"]
+    assert str(problems["mask"]) == (
+        "'mask': Trilu does not exist yet; opset 11 cannot express it, the lowest opset that can "
+        "is 14. Ask for opset 14, or use another operator."
+    )
+    assert "does not take INT64" in problems["limit"].reason
+    assert problems["limit"].reason.endswith("is 12")
+    assert "takes 'axes' as a computed input" in problems["reach"].reason
+    assert problems["reach"].reason.endswith("is 18")
+    assert fake_quant_of(qdq, 18).graph.opset_imports == {"": 18}
+
+
+def test_an_opset_that_the_parser_does_not_take_is_no_remedy() -> None:
+    net = Qdq([4], opset=20)
+    qdq = net.model(net.node("Cast", net.node("IsInf", "x"), to=TensorProto.FLOAT))
+    assert deploy_of(qdq).graph.opset_imports == {"": 11}
+    net = Qdq([1, 1, 4, 4], opset=20)
+    y = net.node("AveragePool", "x", name="thin", kernel_shape=[2, 2], dilations=[2, 2])
+    with pytest.raises(
+        UnsupportedByTarget, match=r"lowest opset that can is 19\. Use another operator"
+    ):
+        deploy_of(net.model(y))
+
+
+def test_a_default_that_changed_is_not_taken_for_the_old_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Qdq([2, 3, 4])
+    qdq = net.model(net.node("Softmax", "x", name="soft"))
+    monkeypatch.setattr("lightning_qat_exporters.cann.downgrade_opset._ADAPTERS", ())
+    with pytest.raises(UnsupportedByTarget, match="soft: Softmax has another default for 'axis'"):
+        deploy_of(qdq)
+
+
+def test_grid_samples_get_their_older_modes() -> None:
+    net = Qdq([1, 1, 3, 3], opset=20)
+    grid = net.constant(np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 2)), np.float32)
+    ys = [net.node("GridSample", "x", grid), net.node("GridSample", "x", grid, mode="cubic")]
+    qdq = net.model(*ys)
+    x = np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3)
+    older = fake_quant_of(qdq, 16)
+    for expected, actual in zip(run_float(qdq, x), run_float(older, x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_new_attribute_away_from_its_default_is_refused() -> None:
+    net = Qdq([1, 1, 4, 4])
+    sizes = net.constant([1, 1, 2, 2], np.int64)
+    y = net.node("Resize", "x", "", "", sizes, name="shrink", mode="linear", antialias=1)
+    with pytest.raises(
+        UnsupportedByTarget, match=r"shrink: Resize has no attribute 'antialias' yet"
+    ):
+        deploy_of(net.model(y))
+
+
+def test_an_opset_outside_what_the_parser_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"opset must be from 11 to 18, .* got 19\. Use 11"):
+        deploy_of(gemm_net().model("v3"), 19)
+
+
+@pytest.mark.parametrize(("opset", "ir_version"), [(11, 6), (13, 7), (18, 8)])
+def test_the_ir_version_goes_with_the_opset(opset: int, ir_version: int) -> None:
+    assert deploy_of(gemm_net().model("v3"), opset).ir_version == ir_version

@@ -1,0 +1,390 @@
+"""Lint of deploy models: valid files pass, and each broken rule is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lightning_qat import cli, convert_qat_model
+from lightning_qat_exporters import CannExporter
+from tests.exporters.cann.amct_goldens import CASES, GOLDENS
+from tests.exporters.cann.qdq_graphs import Qdq, proto
+
+
+def valid(folder: Path) -> onnx.ModelProto:
+    """Conv on 20 channels, Gemm, and a join: a file without any finding."""
+    generator = np.random.default_rng(0)
+    net = Qdq([1, 20, 2, 2])
+    x = net.fake("x", 0.0625, 5)
+    weight = net.weight(generator.integers(-9, 9, (20, 20, 1, 1)), np.full(20, 0.125))
+    bias = net.constant(np.ones(20), np.float32)
+    y = net.node("Conv", x, weight, bias, name="conv")
+    y = net.node("Flatten", net.node("Add", y, x, name="join"), name="flat")
+    weight = net.weight(generator.integers(-9, 9, (3, 80)), 0.125)
+    y = net.node(
+        "Gemm",
+        net.fake(y, 0.125),
+        weight,
+        net.constant(np.ones(3), np.float32),
+        name="fc",
+        transB=1,
+    )
+    onnx.save(proto(net.model(y)), folder / "qat.onnx")
+    done = convert_qat_model(folder / "qat.onnx", folder / "net")
+    return onnx.load(done.files["model"])
+
+
+def findings(model: onnx.ModelProto, folder: Path) -> list[tuple[str, str, str, str]]:
+    onnx.save(model, folder / "broken.onnx")
+    found = CannExporter().lint(folder / "broken.onnx")
+    return [(f.severity, f.node, f.must, f.got) for f in found]
+
+
+def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    (found,) = (n for n in model.graph.node if n.name == name)
+    return found
+
+
+def change(name: str, **attributes: Any) -> Callable[[onnx.ModelProto], None]:
+    """Set attributes of a node; None removes one."""
+
+    def apply(model: onnx.ModelProto) -> None:
+        target = node(model, name)
+        kept = [a for a in target.attribute if a.name not in attributes]
+        new = [helper.make_attribute(k, v) for k, v in attributes.items() if v is not None]
+        target.ClearField("attribute")
+        target.attribute.extend([*kept, *new])
+
+    return apply
+
+
+def store(name: str, edit: Callable[[Any], Any]) -> Callable[[onnx.ModelProto], None]:
+    """Replace an initializer's array."""
+
+    def apply(model: onnx.ModelProto) -> None:
+        (tensor,) = (t for t in model.graph.initializer if t.name == name)
+        array = np.asarray(edit(numpy_helper.to_array(tensor).copy()))
+        tensor.CopyFrom(numpy_helper.from_array(array, name))
+
+    return apply
+
+
+def filled(value: Any) -> Callable[[Any], Any]:
+    return lambda array: np.full_like(array, value)
+
+
+def opset(version: int) -> Callable[[onnx.ModelProto], None]:
+    def apply(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = version
+
+    return apply
+
+
+def domain(model: onnx.ModelProto) -> None:
+    node(model, "conv.quant").domain = "ascend"
+
+
+def second_opset(model: onnx.ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("ascend", 1))
+
+
+def constant_input(model: onnx.ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("fc.weight", TensorProto.INT8, [80, 3]))
+
+
+def open_shape(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def one_name(model: onnx.ModelProto) -> None:
+    node(model, "fc").name = "conv"
+
+
+def no_name(model: onnx.ModelProto) -> None:
+    node(model, "flat").name = ""
+
+
+def left_over(model: onnx.ModelProto) -> None:
+    node(model, "flat").op_type = "QuantizeLinear"
+
+
+def no_quant(model: onnx.ModelProto) -> None:
+    node(model, "conv").input[0] = "x"
+
+
+def real_reader(model: onnx.ModelProto) -> None:
+    node(model, "join").input[1] = "conv.quant.output0"
+
+
+def early_reader(model: onnx.ModelProto) -> None:
+    join = node(model, "join")
+    join.input[0] = node(model, "conv").output[0]
+
+
+def dequant_of_real(model: onnx.ModelProto) -> None:
+    node(model, "conv.dequant").input[0] = "x"
+
+
+def antiquant_of_real(model: onnx.ModelProto) -> None:
+    node(model, "conv.antiquant").input[0] = "x"
+
+
+def computed_param(model: onnx.ModelProto) -> None:
+    node(model, "conv.dequant").input[1] = "nowhere"
+
+
+BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] = {
+    "domain": (domain, "error", "conv.quant", "default domain", "'ascend'"),
+    "two opsets": (second_opset, "error", "opset_import", "one opset", "('ascend', 1)"),
+    "opset too new": (opset(23), "error", "opset_import", "opsets 8 to 22", "opset 23"),
+    "opset for new CANN": (opset(17), "warning", "opset_import", "old CANN", "opset 17"),
+    "constant input": (constant_input, "warning", "fc.weight", "real inputs only", "constant"),
+    "open shape": (open_shape, "advice", "x", "every input's shape", "None"),
+    "one name twice": (one_name, "error", "conv", "names must be unique", "2 nodes"),
+    "no name": (no_name, "advice", "v5", "should have names", "Flatten"),
+    "left over": (left_over, "error", "flat", "must be AscendQuant", "QuantizeLinear"),
+    "no scale": (change("conv.quant", scale=None), "error", "conv.quant", "takes 0.0", "none"),
+    "INT scale": (change("conv.quant", scale=16), "error", "conv.quant", "a FLOAT", "INT"),
+    "scale 0": (change("conv.quant", scale=0.0), "error", "conv.quant", "positive normal", "0.0"),
+    "scale NaN": (
+        change("conv.quant", scale=float("nan")),
+        "error",
+        "conv.quant",
+        "positive normal",
+        "nan",
+    ),
+    "scale not reciprocal": (
+        change("fc.quant", scale=0.005),
+        "warning",
+        "fc.quant",
+        "the reciprocal",
+        "0.005",
+    ),
+    "pair not reciprocal": (
+        change("conv.quant", scale=0.0625),
+        "error",
+        "conv.antiquant",
+        "1/scale_d",
+        "0.0625",
+    ),
+    "offsets differ": (
+        change("conv.antiquant", offset=-5.0),
+        "error",
+        "conv.antiquant",
+        "offset",
+        "-5.0",
+    ),
+    "dst_type": (
+        change("conv.quant", dst_type="UINT8"),
+        "error",
+        "conv.quant",
+        "dst_type",
+        "UINT8",
+    ),
+    "no dst_type": (change("conv.quant", dst_type=None), "error", "conv.quant", "dst_type", "none"),
+    "INT16": (change("fc.quant", dst_type="INT16"), "warning", "fc.quant", "16-bit", "INT16"),
+    "offset too large": (
+        change("fc.quant", offset=200.0),
+        "error",
+        "fc.quant",
+        "from -128 to 127",
+        "200.0",
+    ),
+    "offset a fraction": (
+        change("fc.quant", offset=0.5),
+        "error",
+        "fc.quant",
+        "holds an integer",
+        "0.5",
+    ),
+    "round_mode": (change("fc.quant", round_mode="Up"), "error", "fc.quant", "round_mode", "Up"),
+    "sqrt_mode": (change("fc.quant", sqrt_mode=2), "error", "fc.quant", "sqrt_mode", "2"),
+    "float16 scale": (
+        change("fc.quant", scale=70000.0),
+        "warning",
+        "fc.quant",
+        "normal float16",
+        "70000",
+    ),
+    "real reader": (real_reader, "error", "join", "AscendAntiQuant", "Add reads"),
+    "no quant": (no_quant, "error", "conv", "must read an AscendQuant", "'x'"),
+    "accumulator read": (early_reader, "error", "conv", "AscendDequant alone", "Add"),
+    "dequant of real": (dequant_of_real, "error", "conv.dequant", "the accumulator", "'x'"),
+    "antiquant of real": (antiquant_of_real, "error", "conv.antiquant", "AscendQuant gives", "'x'"),
+    "param computed": (computed_param, "error", "conv.dequant", "an initializer", "'nowhere'"),
+    "param type": (
+        store("conv.dequant.param", lambda a: a.astype(np.int64)),
+        *("error", "conv.dequant.param", "must be uint64", "INT64"),
+    ),
+    "param length": (
+        store("conv.dequant.param", lambda a: a[:7]),
+        *("error", "conv.dequant.param", "length 1 or 20", "[7]"),
+    ),
+    "param rank": (
+        store("fc.dequant.param", lambda a: a.reshape(1, 1)),
+        *("error", "fc.dequant.param", "1-D", "[1, 1]"),
+    ),
+    "param high half": (
+        store("fc.dequant.param", lambda a: a + np.uint64(2**40)),
+        *("error", "fc.dequant.param", "high 32 bits", "0x100"),
+    ),
+    "param zero": (
+        store("fc.dequant.param", filled(0)),
+        *("error", "fc.dequant.param", "positive normal", "0.0"),
+    ),
+    "param float16": (
+        store("fc.dequant.param", filled(np.float32(1e-6).view(np.uint32))),
+        *("advice", "fc.dequant.param", "normal float16", "1e-06"),
+    ),
+    "dtype": (change("fc.dequant", dtype=27), "error", "fc.dequant", "dtype must be 0 or 1", "27"),
+    "transB": (change("fc", transB=1), "error", "fc", "transA = transB = 0", "transB = 1"),
+    "weight type": (
+        store("fc.weight", lambda a: a.astype(np.float32)),
+        *("error", "fc", "int8 initializer", "FLOAT"),
+    ),
+    "bias type": (
+        store("fc.bias", lambda a: a.astype(np.float32)),
+        *("error", "fc", "int32 initializer", "FLOAT"),
+    ),
+    "bias length": (store("fc.bias", lambda a: a[:2]), "error", "fc", "(3)", "[2]"),
+    "folded bias": (
+        store("conv.bias", filled(-(2**31) + 1)),
+        *("error", "conv", "folded the offset in", "in channel"),
+    ),
+    "accumulator": (
+        store("fc.bias", filled(2**31 - 1)),
+        *("error", "fc", "below 2**31", "in channel"),
+    ),
+    "inexact simulation": (
+        store("fc.bias", filled(2**24)),
+        *("advice", "fc", "below 2**24", "in channel"),
+    ),
+    "channels": (
+        store("conv.weight", lambda a: a[:, :7]),
+        *("error", "conv", "the 20 channels", "a weight for 7"),
+    ),
+    "INT4": (
+        store("conv.weight", lambda a: a[:, :10]),
+        *("warning", "conv", "wts_type", "10 of 20"),
+    ),
+}
+
+
+def test_a_valid_file_has_no_finding(tmp_path: Path) -> None:
+    assert findings(valid(tmp_path), tmp_path) == []
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_each_broken_rule_is_named(rule: str, tmp_path: Path) -> None:
+    change_it, severity, name, must, got = BROKEN[rule]
+    model = valid(tmp_path)
+    change_it(model)
+    found = findings(model, tmp_path)
+    assert any((f[0], f[1]) == (severity, name) and must in f[2] and got in f[3] for f in found), (
+        found
+    )
+
+
+def test_packed_weights_need_an_even_number_of_channels(tmp_path: Path) -> None:
+    model = valid(tmp_path)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 19
+    store("conv.weight", lambda a: a[:, :10])(model)
+    assert any(
+        f[:2] == ("error", "conv") and "even number" in f[2] for f in findings(model, tmp_path)
+    )
+
+
+def test_few_input_channels_are_advised_against(tmp_path: Path) -> None:
+    net = Qdq([1, 3, 4, 4])
+    y = net.node("Conv", net.fake("x", 0.5), net.weight(np.ones((2, 3, 3, 3)), 0.5), name="stem")
+    onnx.save(proto(net.model(y)), tmp_path / "qat.onnx")
+    done = convert_qat_model(tmp_path / "qat.onnx", tmp_path / "net")
+    (finding,) = CannExporter().lint(done.files["model"])
+    assert (finding.severity, finding.node, finding.got) == ("advice", "stem", "3 input channels")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_amcts_own_files_have_no_errors(name: str) -> None:
+    found = CannExporter().lint(GOLDENS / name / "m_deploy_model.onnx")
+    assert [str(f) for f in found if f.severity == "error"] == []
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_lint_exits_with_1_on_errors_and_0_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = valid(tmp_path)
+    path = tmp_path / "net_deploy_model.onnx"
+    assert cli.main(["lint", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 0 errors, 0 warnings, 0 pieces of advice\n"
+    change("fc", transB=1)(model)
+    onnx.save(model, path)
+    assert cli.main(["lint", str(path), "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert (finding["severity"], finding["node"], finding["got"]) == ("error", "fc", "transB = 1")
+    assert set(finding) == {"severity", "node", "must", "got", "remedy"}
+
+
+def test_convert_writes_what_the_function_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    valid(tmp_path)
+    source, out, record = tmp_path / "qat.onnx", tmp_path / "cli", tmp_path / "record.txt"
+    arguments = ["convert", str(source), "--to", "cann", "--out", str(out)]
+    assert cli.main([*arguments, "--record", str(record), "--float-bias"]) == 0
+    assert "2 layers on integers, 1 other readers" in capsys.readouterr().out
+    convert_qat_model(source, tmp_path / "api", tmp_path / "api.txt", float_bias=True)
+    for suffix in ("_deploy_model.onnx", "_fake_quant_model.onnx"):
+        written = (tmp_path / f"cli{suffix}").read_bytes()
+        assert written == (tmp_path / f"api{suffix}").read_bytes()
+    assert record.read_bytes() == (tmp_path / "api.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["convert", "no.onnx", "--to", "cann", "--out", "o"],
+            "must be an ONNX model at 'no.onnx'",
+        ),
+        (["convert", "no.onnx", "--to", "can", "--out", "o"], "No exporter named 'can'"),
+        (["lint", "no.onnx"], "must be an ONNX model at 'no.onnx'"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["convert", "a.onnx"], ["lint"], ["train"]])
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: lightning-qat" in capsys.readouterr().err
+
+
+def test_help_shows_a_command_to_copy(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, line in (
+        ("convert", "lightning-qat convert model_qat.onnx --to cann --out results/model"),
+        ("lint", "lightning-qat lint results/model_deploy_model.onnx"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert line in capsys.readouterr().out

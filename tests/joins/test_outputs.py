@@ -1,0 +1,124 @@
+"""A model's outputs are quantized, whatever container holds them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_qat.convert.convert import convert
+from lightning_qat.prepare.prepare import prepare
+from tests.joins.cases import Registered, calibrated, serving, the_plan
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class Record:
+    logits: Tensor
+    count: int = 1
+
+
+class Returns(nn.Module):
+    def __init__(self, shape: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two, self.shape = nn.Linear(4, 4), nn.Linear(4, 2), shape
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.one(x)
+        return self.shape(F.relu(y), self.two(y))
+
+
+SHAPES: dict[
+    str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]
+] = {
+    "tuple": (lambda a, b: (a, b), lambda o: (o[0], o[1])),
+    "list": (lambda a, b: [a, b], lambda o: (o[0], o[1])),
+    "dict": (lambda a, b: {"a": a, "b": b, "n": 3}, lambda o: (o["a"], o["b"])),
+    "NamedTuple": (Pair, lambda o: (o.first, o.second)),
+    "nested": (lambda a, b: {"x": (a, [None, (b,)])}, lambda o: (o["x"][0], o["x"][1][1][0])),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("planned_by", ["example inputs", "first batch"])
+def test_nested_outputs_are_quantized_and_keep_their_form(kind: str, planned_by: str) -> None:
+    make, read = SHAPES[kind]
+    model, x = Returns(make), torch.randn(64, 4)
+    prepare(model, "int8", x if planned_by == "example inputs" else None)
+    model.train()
+    model(x)
+    model.eval()
+    output = model(x)
+    assert type(output) is type(make(x, x))
+    first, second = read(output)
+    quantized = convert(model, x)
+    assert len(quantized.output_steps) == 2
+    assert type(quantized(x)) is type(output)
+    for tensor, step in zip((first, second), quantized.output_steps.values(), strict=True):
+        on_grid = tensor.detach().double() / step
+        assert torch.allclose(on_grid, on_grid.round(), atol=1e-3)
+        assert tensor.unique().numel() > 8
+
+
+def test_a_dataclass_that_torch_does_not_know_is_reported() -> None:
+    model, x = Returns(lambda a, b: Record(b)), torch.randn(64, 4)
+    report = prepare(model, "int8", x)
+    assert report.joins is not None
+    assert report.joins.left_float == (
+        "output: torch does not look into Record; call torch.export.register_dataclass(Record)",
+    )
+
+
+def test_a_registered_dataclass_as_output_is_quantized() -> None:
+    model, x = Returns(lambda a, b: Registered(b)), torch.randn(64, 4)
+    prepare(model, "int8", x)
+    model.train()
+    model(x)
+    model.eval()
+    logits = model(x).logits.detach()
+    plan = the_plan(model)
+    assert [c for t in plan.tensors for c in t.consumers if "output:" in c]
+    step = float(serving(model, "two", "output").qparams().scale)
+    assert torch.allclose(logits / step, (logits / step).round(), atol=1e-3)
+
+
+def test_a_tensor_that_is_returned_twice_and_used_has_one_quantizer() -> None:
+    model, x = Returns(lambda a, b: (b, {"again": b})), torch.randn(16, 4)
+    calibrated(model, x)
+    first, second = model(x)[0], model(x)[1]["again"]
+    assert torch.equal(first, second)
+    outputs = [t for t in the_plan(model).tensors if any("output:" in c for c in t.consumers)]
+    assert len(outputs) == 1
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.one(x) * mask
+        y = y + 1
+        y = 2 * y
+        return self.two(y + index), index + index, mask * mask
+
+
+def test_integers_booleans_and_numbers_are_no_operands_to_quantize() -> None:
+    inputs = torch.randn(8, 4), torch.rand(8, 4) > 0.5, torch.arange(4)
+    model = Mixed()
+    report = prepare(model, "int8", inputs)
+    assert report.joins is not None
+    assert [t.consumers for t in report.joins.tensors] == [("one",), ("two",), ("two.output:0[0]",)]
+    calibrated(model, *inputs)
+    found, doubled, squared = model(*inputs)
+    assert (doubled.dtype, squared.dtype) == (torch.int64, torch.bool)
+    with torch.no_grad():
+        y = 2 * (model.one(inputs[0]) * inputs[1] + 1) + inputs[2]
+        assert torch.equal(found, serving(model, "two", "output")(model.two(y)))
