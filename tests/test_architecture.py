@@ -17,7 +17,7 @@ CORE: Mapping[str, str] = {
     "model": "",
     "function_hooks": "numerics model ir",
     "ir": "numerics atomic_write",
-    "quantizers": "numerics recipe function_hooks ir",
+    "quantizers": "numerics recipe model function_hooks ir",
     "export": "recipe model ir atomic_write",
     "cli": "export",
     "layers": "numerics recipe function_hooks quantizers",

@@ -36,5 +36,5 @@ class FusableQuantizer(InputQuantizer, Protocol):
             clamp and quantization must stay two passes.
         """
 
-    def observe(self, seen: Tensor) -> None:
+    def observe(self, batch: Tensor) -> None:
         """Take note of the range of one batch: ``(-min, max)``, shape ``(2,)``."""

@@ -26,6 +26,19 @@ def saved_tensors_are_hooked() -> bool:
     return top is None or top(False) is not None
 
 
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward pass now, in which checkpointed forwards run again.
+
+    Uses ``torch._C._current_graph_task_id``. Without it the answer is always False: a forward that
+    activation checkpointing repeats is then observed twice, unless observations wait for a commit.
+    While torch.compile traces, the answer is False: it traces such a forward once.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    task = getattr(torch._C, "_current_graph_task_id", None)  # pyright: ignore
+    return task is not None and task() != -1
+
+
 def without_function_modes() -> AbstractContextManager[object]:
     """Run torch functions without any ``TorchFunctionMode``.
 

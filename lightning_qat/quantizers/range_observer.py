@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qat.model.torch_private import is_in_backward
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -90,7 +91,7 @@ class RangeObserver(Quantizer):
         """Note the ``(-min, max)`` of a tensor, shape ``(2,)``; it counts once it is committed."""
         if self.spec.clip is not None:
             return
-        if not self.deferred and _in_backward():
+        if not self.deferred and is_in_backward():
             # Activation checkpointing runs the forward again in backward: it has been counted, and
             # its range must stay what it was.
             return
@@ -110,7 +111,7 @@ class RangeObserver(Quantizer):
     @torch.no_grad()
     def _range_of_all(self, x: Tensor) -> Tensor:
         """The best range for all batches so far and this one."""
-        if not _in_backward():
+        if not is_in_backward():
             add_to_histogram(self.histogram, self.reach, x, self.spec.samples or SAMPLES)
         found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
         whole = batch_range(x)
@@ -143,8 +144,3 @@ class RangeObserver(Quantizer):
         super()._load_from_state_dict(*args, **kwargs)
         self.calibrated = self.spec.clip is not None or bool(self.batches > 0)
         self.pending = None
-
-
-def _in_backward() -> bool:
-    # torch.compile traces a checkpointed forward once, and functionally.
-    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1

@@ -45,6 +45,17 @@ def test_without_hooks_on_saved_tensors_relu_is_not_fused(monkeypatch: pytest.Mo
     assert torch_private.saved_tensors_are_hooked()
 
 
+def test_a_backward_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch_private.is_in_backward()))
+    (x * 2).backward()
+    assert (seen, torch_private.is_in_backward()) == ([True], False)
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    (x * 2).backward()
+    assert seen == [True, False]
+
+
 def test_without_a_way_to_disable_modes_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "DisableTorchFunction")
     with pytest.raises(RuntimeError, match=r"torch\._C\.DisableTorchFunction"):
