@@ -63,10 +63,12 @@ def without_remarks(
         prints: Also keep what the library prints to ``sys.stdout`` from Python.
     """
     root, own = logging.getLogger(), logging.getLogger(logger)
-    handlers, propagate = list(root.handlers), own.propagate
+    handlers, propagate, level = list(root.handlers), own.propagate, own.level
     errors = _ErrorsOf(own)
     own.addHandler(errors)
     own.propagate = False
+    # For the library's own handlers; a child with a level of its own is held back by propagation.
+    own.setLevel(logging.ERROR)
     try:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -76,6 +78,7 @@ def without_remarks(
                 stack.enter_context(redirect_stdout(io.StringIO()))
             yield
     finally:
+        own.setLevel(level)
         own.propagate = propagate
         own.removeHandler(errors)
         root.handlers[:] = handlers

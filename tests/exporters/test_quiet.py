@@ -23,6 +23,22 @@ def test_remarks_of_the_library_are_dropped_and_its_errors_pass(
     assert capsys.readouterr().out == ""
 
 
+def test_the_library_s_own_handlers_get_no_remarks(caplog: pytest.LogCaptureFixture) -> None:
+    own, talkative = logging.getLogger("noisy"), logging.getLogger("noisy.talkative")
+    talkative.setLevel(logging.DEBUG)
+    own.addHandler(caplog.handler)
+    try:
+        with without_remarks("noisy"):
+            logging.getLogger("noisy.part").warning("a remark")
+        assert caplog.messages == []
+    finally:
+        own.removeHandler(caplog.handler)
+    with without_remarks("noisy"):
+        talkative.info("of a child with a level of its own")
+    assert caplog.messages == []
+    assert own.level == logging.NOTSET
+
+
 def test_a_handler_that_the_library_puts_on_the_root_logger_is_removed() -> None:
     root = logging.getLogger()
     before = list(root.handlers)
