@@ -76,7 +76,10 @@ def round_recurrent_biases(found: QuantizedGraph) -> None:
 
 
 def _without_removed_pairs(found: QuantizedGraph) -> QuantizedGraph:
-    """Activations with the pairs that are still in the graph, named by their remaining readers."""
+    """Activations with the pairs that are still in the graph, named by their remaining readers.
+
+    What the pairs read may be the output of a device node by now.
+    """
     first_layer: dict[QuantizedActivation, str] = {}
     for layer in found.layers:
         first_layer.setdefault(layer.activation, layer.name)
@@ -85,11 +88,13 @@ def _without_removed_pairs(found: QuantizedGraph) -> QuantizedGraph:
     for activation in found.activations:
         quantizes = tuple(n for n in activation.quantizes if n.graph is not None)
         dequantizes = tuple(n for n in activation.dequantizes if n.graph is not None)
-        if quantizes:
+        source = quantizes[0].inputs[0] if quantizes else None
+        if source is not None:
             name = first_layer.get(activation) or reader_label(quantizes, dequantizes)
             left[activation] = replace(
                 activation,
                 name=unique(name, names),
+                source=source,
                 quantizes=quantizes,
                 dequantizes=dequantizes,
             )
