@@ -10,7 +10,7 @@ from lightning_qat import QuantizedModel, convert, prepare
 from lightning_qat.ir.exported_program import module_path
 from lightning_qat.ir.recurrence import Recurrence
 
-EARLIER = Path(__file__).parent / "goldens/earlier_version/recurrent.pt2"
+EARLIER = Path(__file__).parents[1] / "goldens/earlier_version/recurrent.pt2"
 
 
 class Tagger(nn.Module):
