@@ -46,10 +46,11 @@ def fused_activation(lowering: Lowering, node: fx.Node) -> str:
 def _clamp_range(node: fx.Node) -> tuple[float, float] | None:
     """The range that an operator clamps to; ``None`` for any other operator."""
     target: Any = node.target
-    packet, arguments = getattr(target, "overloadpacket", None), arguments_of(node)
+    arguments = arguments_of(node)
     if target is _ATEN.clamp_min.default:
         return float(arguments[1]), math.inf
-    clamp = CLAMPS.get(packet.__name__) if packet and target is packet.default else None
+    # Only overloads whose ends are numbers: `aten.clamp.default`, not `aten.clamp.Tensor`.
+    clamp = CLAMPS.get(str(target).removeprefix("aten.").removesuffix(".default"))
     if clamp is None:
         return None
     low, high = arguments[1:3] if clamp.arguments else (clamp.low, clamp.high)

@@ -7,14 +7,13 @@ A function here changes a part of TinyNeuralNetwork, or the process around it, f
 from __future__ import annotations
 
 import importlib
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from lightning_qat_exporters.quiet import without_remarks
 
 _WARNINGS = (
     # The converter reads integers by torch's quantized dtypes, whose removal is announced.
@@ -36,24 +35,15 @@ def contained() -> Iterator[None]:
     Importing it installs a handler on the root logger; its loggers and some operators print. It
     creates tensors of the default dtype, which must be float32 for it.
     """
-    root, own = logging.getLogger(), logging.getLogger("tinynn")
-    handlers, propagate, dtype = list(root.handlers), own.propagate, torch.get_default_dtype()
-    silent = logging.NullHandler()
-    own.addHandler(silent)
-    own.propagate = False
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            for message, category in _WARNINGS:
-                warnings.filterwarnings("ignore", message, category)
+        with without_remarks("tinynn", _WARNINGS, prints=True):
             # torch says this once in a process; from inside the tracer it would reach stderr.
             torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
             yield
     finally:
         torch.set_default_dtype(dtype)
-        own.propagate = propagate
-        own.removeHandler(silent)
-        root.handlers[:] = handlers
 
 
 @contextmanager
