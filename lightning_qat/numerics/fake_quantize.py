@@ -90,16 +90,16 @@ def fake_quantize(
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
-    origin = number_of(zero_point)
-    low, high = grid.qmin - origin, grid.qmax - origin
+    number = number_of(zero_point)
+    low, high = grid.qmin - number, grid.qmax - number
     keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
     edges = None
-    if keeps_bits and isinstance(origin, float) and scale.numel() == 1:
+    if keeps_bits and isinstance(number, float) and scale.numel() == 1:
         edges = edges_of(low, high, scale.item())
     call = RoundingCall(
         x,
         scale,
-        origin,
+        number,
         grid,
         low,
         high,
@@ -145,13 +145,13 @@ def clamp_and_quantize(
         >>> y.detach(), x.grad
         (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
     """
-    origin = number_of(zero_point)
-    low, high, edges = _clamped(grid.qmin - origin, grid.qmax - origin, scale.item(), ends)
+    number = number_of(zero_point)
+    low, high, edges = _clamped(grid.qmin - number, grid.qmax - number, scale.item(), ends)
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
     call = RoundingCall(
         x,
         scale,
-        origin,
+        number,
         grid,
         low,
         high,
@@ -188,10 +188,10 @@ def fake_quantizer(
 
     Its numbers are looked up once, and no call goes through Python in backward.
     """
-    origin = zero_point if is_compiling() else number_of(zero_point)
-    if isinstance(origin, Tensor):
+    number = zero_point if is_compiling() else number_of(zero_point)
+    if isinstance(number, Tensor):
         return lambda x: fake_quantize(x, scale, zero_point, grid, saves_input=True)
-    low, high = grid.qmin - origin, grid.qmax - origin
+    low, high = grid.qmin - number, grid.qmax - number
     edges = edges_of(low, high, scale.item())
 
     def call(x: Tensor) -> Tensor:

@@ -118,18 +118,18 @@ def learned_fake_quantizer(
         highest = grid.qmax if low is None else grid.qmax - grid.qmin
         factor = (max(values // scale.numel(), 1) * highest) ** -0.5
     # Without a lower end it is 0 on every device.
-    origin: Any = 0.0
+    zero_point: Any = 0.0
     if low is not None:
         with torch.no_grad():
-            origin = zero_point_of(low, scale, grid)
-        origin = origin if is_compiling() else number_of(origin)
+            zero_point = zero_point_of(low, scale, grid)
+        zero_point = zero_point if is_compiling() else number_of(zero_point)
     step = None
     if scale.numel() == 1 and scale.device.type == "cpu" and not is_compiling():
         step = float(scale.detach())
 
     def call(x: Tensor) -> Tensor:
         wide = along_axis(scale.detach(), x.dim(), axis)
-        fake = _Rounding(wide, origin, grid, axis, step)
+        fake = _Rounding(wide, zero_point, grid, axis, step)
         if clamped is not None:
             fake.clamp(clamped[1])
         fake.keeps_codes, fake.known = carries_int_repr and not is_compiling(), known
@@ -149,12 +149,17 @@ class _Rounding:
     """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
 
     def __init__(
-        self, scale: Tensor, origin: Any, grid: IntegerGrid, axis: int | None, step: float | None
+        self,
+        scale: Tensor,
+        zero_point: Any,
+        grid: IntegerGrid,
+        axis: int | None,
+        step: float | None,
     ) -> None:
-        self.scale, self.origin, self.grid, self.axis = scale, origin, grid, axis
+        self.scale, self.zero_point, self.grid, self.axis = scale, zero_point, grid, axis
         self.step = step
         """The scale as a number, where there is one and looking at it costs nothing."""
-        self.first, self.last = grid.qmin - origin, grid.qmax - origin
+        self.first, self.last = grid.qmin - zero_point, grid.qmax - zero_point
         self.keeps_codes = False
         self.known: Tensor | IntRepr | None = None
         self._integers: Tensor | None = None
@@ -194,20 +199,20 @@ class _Rounding:
             found = kernels.fake_quantize(
                 *(x.to(torch.float32), self.scale, self._lowest, self._highest),
                 dtype=self.grid.dtype,
-                zero=self.origin,
+                zero_point=self.zero_point,
             )
             if found is not None:
                 self._integers = found.int_repr
                 return found.values.to(x.dtype)
         steps = self.steps(x)
-        self._integers = (steps + self.origin).to(self.grid.dtype)
+        self._integers = (steps + self.zero_point).to(self.grid.dtype)
         return steps.mul_(self.scale).to(x.dtype)
 
     def take_codes(self) -> IntRepr:
         """What ``values`` has kept; it is no longer kept here."""
         assert self._integers is not None
         integers, self._integers = self._integers, None
-        return IntRepr(integers, self.scale, self.origin)
+        return IntRepr(integers, self.scale, self.zero_point)
 
     def gradients(self, grad: Tensor, x: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of values and of their scale, and the sum of what comes from outside the range.

@@ -49,9 +49,9 @@ class RoundingCall(NamedTuple):
     Args:
         x: Real values.
         scale: As for ``fake_quantize``.
-        origin: The zero point; a number where looking at it costs nothing.
+        zero_point: The zero point; a number where looking at it costs nothing.
         grid: The integers in use.
-        low: Lowest step from real zero that is reached; a number where the origin is one.
+        low: Lowest step from real zero that is reached; a number where the zero point is one.
         high: Highest step.
         edges: Between which values, both excluded, the gradient passes; where that is known.
         ends: What the values are clamped to before.
@@ -62,7 +62,7 @@ class RoundingCall(NamedTuple):
 
     x: Tensor
     scale: Tensor
-    origin: Any
+    zero_point: Any
     grid: IntegerGrid
     low: Any
     high: Any
@@ -106,15 +106,15 @@ def quantize_call(call: RoundingCall, observe: Observe | None) -> Tensor:
 
 
 def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
-    origin, grid = call.origin, call.grid
-    if not isinstance(origin, float) or (call.keeps_bits and call.edges is None):
+    zero_point, grid = call.zero_point, call.grid
+    if not isinstance(zero_point, float) or (call.keeps_bits and call.edges is None):
         return None
-    counted = _counted_from_zero(origin, grid) if call.carries_int_repr else None
-    zero = origin if counted is None else 0.0
+    counted = _counted_from_zero(zero_point, grid) if call.carries_int_repr else None
+    offset = zero_point if counted is None else 0.0
     found = kernels.fake_quantize(
         *(call.x.detach().to(torch.float32), call.scale, call.low, call.high),
         dtype=(counted or grid.dtype) if call.carries_int_repr else None,
-        zero=zero,
+        zero_point=offset,
         edges=call.edges if call.keeps_bits else None,
         ends=None if observe is None else call.ends or kernels.ALL,
     )
@@ -122,7 +122,7 @@ def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
         return None
     if observe is not None and found.seen is not None:
         observe(found.seen)
-    int_repr = None if found.int_repr is None else IntRepr(found.int_repr, call.scale, zero)
+    int_repr = None if found.int_repr is None else IntRepr(found.int_repr, call.scale, offset)
     return _OnGrid(found.values, int_repr, found.bits)
 
 
@@ -132,7 +132,7 @@ def _by_operations(call: RoundingCall) -> _OnGrid:
     if not (call.keeps_bits or call.carries_int_repr):
         return _OnGrid(_by_steps(x, call.scale, call.low, call.high), None, None)
     reached = None if call.ends is None else (call.low, call.high)
-    rounded = Rounding(x, call.scale, call.origin, call.grid, reached)
+    rounded = Rounding(x, call.scale, call.zero_point, call.grid, reached)
     bits = None
     if call.keeps_bits and call.ends is not None and call.edges is not None:
         bits = pack_between(x, *call.edges)
@@ -147,7 +147,7 @@ class Rounding:
     Args:
         x: Real values, float32.
         scale: As for ``fake_quantize``.
-        origin: The zero point, a number or a tensor.
+        zero_point: The zero point, a number or a tensor.
         grid: The integers in use.
         reached: Those steps from real zero that a clamp before lets through; ``bits`` does not know
             of it.
@@ -157,21 +157,21 @@ class Rounding:
         self,
         x: Tensor,
         scale: Tensor,
-        origin: Any,
+        zero_point: Any,
         grid: IntegerGrid,
         reached: tuple[float, float] | None,
     ) -> None:
         steps = torch.div(x, scale).round_()
         low, high = grid.qmin, grid.qmax
         if reached is not None:
-            low, high = int(reached[0] + origin), int(reached[1] + origin)
-        counted = _counted_from_zero(origin, grid)
-        self._shift: Any = None if counted is not None else origin
+            low, high = int(reached[0] + zero_point), int(reached[1] + zero_point)
+        counted = _counted_from_zero(zero_point, grid)
+        self._shift: Any = None if counted is not None else zero_point
         if counted is None:
             counted = grid.dtype
-            steps.add_(origin)
+            steps.add_(zero_point)
         else:
-            low, high = low - int(origin), high - int(origin)
+            low, high = low - int(zero_point), high - int(zero_point)
         # One step wider than the grid tells what lies outside. Bytes are compared many times
         # faster than floats; one that wraps around still differs from its neighbour.
         wider = 0 if reached else 1
@@ -184,7 +184,7 @@ class Rounding:
             wide.clamp_(low, high)
         self._integers = wide.to(grid.dtype)
         self.int_repr = IntRepr(
-            self._integers.view(counted), scale, 0.0 if self._shift is None else origin
+            self._integers.view(counted), scale, 0.0 if self._shift is None else zero_point
         )
 
     def bits(self) -> Tensor:
@@ -199,15 +199,15 @@ class Rounding:
         return steps.mul_(self.int_repr.scale)
 
 
-def _counted_from_zero(origin: Any, grid: IntegerGrid) -> torch.dtype | None:
+def _counted_from_zero(zero_point: Any, grid: IntegerGrid) -> torch.dtype | None:
     """The type of steps from real zero that takes no more bits than the grid's; if there is one.
 
     Integers are those of the grid, or such steps where there is a type for them, which saves the
     addition: for a symmetric range, and for one that begins or ends at zero.
     """
-    if not isinstance(origin, float):
+    if not isinstance(zero_point, float):
         return None
-    low, high = grid.qmin - int(origin), grid.qmax - int(origin)
+    low, high = grid.qmin - int(zero_point), grid.qmax - int(zero_point)
     if grid.dtype is torch.int8 and 0 <= low and high <= 255:
         return torch.uint8
     limits = torch.iinfo(grid.dtype)

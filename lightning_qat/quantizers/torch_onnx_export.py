@@ -39,14 +39,14 @@ def quantize_dequantize(
     """
     symbolic = torch.onnx.ops.symbolic
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
-    origin = zero_point.to(grid.dtype)
+    zero_point = zero_point.to(grid.dtype)
     integers = symbolic(
-        "QuantizeLinear", (x, scale, origin), dict(attributes), dtype=grid.dtype, shape=x.shape
+        "QuantizeLinear", (x, scale, zero_point), dict(attributes), dtype=grid.dtype, shape=x.shape
     )
     low, high = _TYPE_GRIDS[grid.dtype]
     if grid.qmax < high or grid.qmin > low + 1:
         ends = (torch.tensor(end, dtype=grid.dtype) for end in (grid.qmin, grid.qmax))
         integers = symbolic("Clip", (integers, *ends), dtype=grid.dtype, shape=x.shape)
     return symbolic(
-        "DequantizeLinear", (integers, scale, origin), attributes, dtype=x.dtype, shape=x.shape
+        "DequantizeLinear", (integers, scale, zero_point), attributes, dtype=x.dtype, shape=x.shape
     )

@@ -48,7 +48,7 @@ def fake_quantize(
     *,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    zero: float = 0.0,
+    zero_point: float = 0.0,
     edges: tuple[float, float] | None = None,
     ends: tuple[float, float] | None = None,
 ) -> Quantized | None:
@@ -61,7 +61,7 @@ def fake_quantize(
         high: Highest step from real zero.
         out: Where to write; like ``x`` in shape and strides.
         dtype: Integers are wanted, of this type: int8 or uint8.
-        zero: Is added to the steps from real zero to give them.
+        zero_point: Is added to the steps from real zero to give the integers.
         edges: Bits are wanted, set for values strictly between; with a scalar scale.
         ends: The range is wanted, of values clamped to these.
 
@@ -80,7 +80,7 @@ def fake_quantize(
         None if ends is None else torch.empty(2, dtype=torch.float32),
     )
     _call(
-        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.int_repr, zero),
+        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.int_repr, zero_point),
         *(found.bits, *(edges or ALL), found.seen, *(ends or ALL)),
     )
     return found
@@ -186,13 +186,15 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
     return result
 
 
-def restore(int_repr: Tensor, scale: Tensor, zero: float) -> Tensor | None:
-    """``(codes - zero) * scale``, float32, of int8 or uint8."""
+def restore(int_repr: Tensor, scale: Tensor, zero_point: float) -> Tensor | None:
+    """``(integer - zero_point) * scale``, float32, of int8 or uint8."""
     rows = _rows(int_repr, scale, (torch.int8, torch.uint8))
     if not rows:
         return None
     values = torch.empty_like(int_repr, dtype=torch.float32)
-    _call("restore", int_repr, rows, int_repr, int_repr.dtype is torch.int8, values, scale, zero)
+    _call(
+        "restore", int_repr, rows, int_repr, int_repr.dtype is torch.int8, values, scale, zero_point
+    )
     return values
 
 
