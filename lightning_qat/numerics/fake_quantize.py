@@ -90,19 +90,19 @@ def fake_quantize(
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
-    number = number_of(zero_point)
-    low, high = grid.qmin - number, grid.qmax - number
+    zero_point_number = number_of(zero_point)
+    step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number
     keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
     edges = None
-    if keeps_bits and isinstance(number, float) and scale.numel() == 1:
-        edges = edges_of(low, high, scale.item())
+    if keeps_bits and isinstance(zero_point_number, float) and scale.numel() == 1:
+        edges = edges_of(step_min, step_max, scale.item())
     call = RoundingCall(
         x,
         scale,
-        number,
+        zero_point_number,
         grid,
-        low,
-        high,
+        step_min,
+        step_max,
         edges,
         ends=None,
         keeps_bits=keeps_bits,
@@ -145,16 +145,18 @@ def clamp_and_quantize(
         >>> y.detach(), x.grad
         (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
     """
-    number = number_of(zero_point)
-    low, high, edges = _clamped(grid.qmin - number, grid.qmax - number, scale.item(), ends)
+    zero_point_number = number_of(zero_point)
+    step_min, step_max, edges = _clamped(
+        grid.qmin - zero_point_number, grid.qmax - zero_point_number, scale.item(), ends
+    )
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
     call = RoundingCall(
         x,
         scale,
-        number,
+        zero_point_number,
         grid,
-        low,
-        high,
+        step_min,
+        step_max,
         edges,
         ends,
         keeps_bits=keeps_bits,
@@ -166,13 +168,13 @@ def clamp_and_quantize(
 
 @lru_cache(maxsize=CACHED_GRIDS)
 def _clamped(
-    first: float, last: float, scale: float, ends: tuple[float, float]
+    step_min: float, step_max: float, scale: float, ends: tuple[float, float]
 ) -> tuple[float, float, tuple[float, float]]:
-    """The steps that are left of a grid, and where the gradient passes, behind a clamp."""
-    below, above = edges_of(first, last, scale)
+    """The steps of a grid that a clamp leaves, and the edges between which the gradient passes."""
+    below, above = edges_of(step_min, step_max, scale)
     steps = (np.rint(np.float32(end) / np.float32(scale)) for end in ends)
-    low, high = (float(np.clip(step, first, last)) for step in steps)
-    return low, high, (max(below, ends[0]), min(above, ends[1]))
+    lowest, highest = (float(np.clip(step, step_min, step_max)) for step in steps)
+    return lowest, highest, (max(below, ends[0]), min(above, ends[1]))
 
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
@@ -188,18 +190,18 @@ def fake_quantizer(
 
     Its numbers are looked up once, and no call goes through Python in backward.
     """
-    number = zero_point if is_compiling() else number_of(zero_point)
-    if isinstance(number, Tensor):
+    zero_point_number = zero_point if is_compiling() else number_of(zero_point)
+    if isinstance(zero_point_number, Tensor):
         return lambda x: fake_quantize(x, scale, zero_point, grid, saves_input=True)
-    low, high = grid.qmin - number, grid.qmax - number
-    edges = edges_of(low, high, scale.item())
+    step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number
+    edges = edges_of(step_min, step_max, scale.item())
 
     def call(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return fake_quantize(x, scale, zero_point, grid, saves_input=True)
         # ATen's own node has the gradient, from x alone; its result is written over.
         result: Tensor = torch.nn.functional.hardtanh(x, *edges)
-        on_grid(x.detach(), scale, low, high, out=result.detach())
+        on_grid(x.detach(), scale, step_min, step_max, out=result.detach())
         return result
 
     return call

@@ -159,11 +159,11 @@ class _Rounding:
         self.scale, self.zero_point, self.grid, self.axis = scale, zero_point, grid, axis
         self.step = step
         """The scale as a number, where there is one and looking at it costs nothing."""
-        self.first, self.last = grid.qmin - zero_point, grid.qmax - zero_point
+        self.step_min, self.step_max = grid.qmin - zero_point, grid.qmax - zero_point
         self.keeps_codes = False
         self.known: Tensor | IntRepr | None = None
         self._integers: Tensor | None = None
-        self._lowest, self._highest = self.first, self.last
+        self._reached_min, self._reached_max = self.step_min, self.step_max
         self._clamped_at: float | None = None
         self.saturates = True
         """Whether values reach beyond the grid; a clamp may end before it."""
@@ -173,20 +173,22 @@ class _Rounding:
     def clamp(self, high: float) -> None:
         """Let values be clamped to 0 and ``high`` before they are rounded."""
         assert self.step is not None
-        above = edges_of(self.first, self.last, self.step)[1]
+        above = edges_of(self.step_min, self.step_max, self.step)[1]
         self._clamped_at = min(above, high)
-        self._lowest = 0.0
+        self._reached_min = 0.0
         if high < above:
             self.saturates = False
-            self._highest = min(float(np.rint(np.float32(high) / np.float32(self.step))), self.last)
+            self._reached_max = min(
+                float(np.rint(np.float32(high) / np.float32(self.step))), self.step_max
+            )
             # All of them are ``high``, and that is what rounding took from.
-            point = self._highest * self.step
+            point = self._reached_max * self.step
             self._share = (point - high) / point
 
-    def steps(self, x: Tensor) -> Tensor:
+    def rounded_steps(self, x: Tensor) -> Tensor:
         """The step of the grid, counted from real zero, that each value is rounded to."""
         steps = torch.div(x.to(torch.float32), self.scale).round_()
-        return steps.clamp_(self._lowest, self._highest)
+        return steps.clamp_(self._reached_min, self._reached_max)
 
     def values(self, x: Tensor) -> Tensor:
         """Real values on the grid; their integers are kept aside where they are wanted."""
@@ -194,17 +196,17 @@ class _Rounding:
         if known is not None:
             return known.restore() if isinstance(known, IntRepr) else known.detach()
         if not self.keeps_codes:
-            return on_grid(x, self.scale, self._lowest, self._highest)
-        if isinstance(self.first, float):
+            return on_grid(x, self.scale, self._reached_min, self._reached_max)
+        if isinstance(self.step_min, float):
             found = kernels.fake_quantize(
-                *(x.to(torch.float32), self.scale, self._lowest, self._highest),
+                *(x.to(torch.float32), self.scale, self._reached_min, self._reached_max),
                 dtype=self.grid.dtype,
                 zero_point=self.zero_point,
             )
             if found is not None:
                 self._integers = found.int_repr
                 return found.values.to(x.dtype)
-        steps = self.steps(x)
+        steps = self.rounded_steps(x)
         self._integers = (steps + self.zero_point).to(self.grid.dtype)
         return steps.mul_(self.scale).to(x.dtype)
 
@@ -223,11 +225,11 @@ class _Rounding:
         stops, edges = Stops.BY_STEPS, (0.0, 0.0)
         if self._clamped_at is not None:
             stops, edges = Stops.CLAMPED, (0.0, self._clamped_at)
-        elif self.step is not None and isinstance(self.first, float):
-            stops, edges = Stops.BY_EDGES, edges_of(self.first, self.last, self.step)
-        if isinstance(self.first, float) and not torch.is_grad_enabled():
+        elif self.step is not None and isinstance(self.step_min, float):
+            stops, edges = Stops.BY_EDGES, edges_of(self.step_min, self.step_max, self.step)
+        if isinstance(self.step_min, float) and not torch.is_grad_enabled():
             found = kernels.learned_backward(
-                *(grad, x, self.scale, self._lowest, self._highest),
+                *(grad, x, self.scale, self._reached_min, self._reached_max),
                 *(stops, edges, self._share, factor),
             )
             if found is not None:
@@ -235,11 +237,11 @@ class _Rounding:
         if stops is Stops.BY_STEPS:
             steps = torch.round(x / self.scale)
             # Not a comparison; see ``TracedRounding`` in fake_quantization.py.
-            beyond = (steps - steps.clamp(self.first, self.last)).abs().clamp(max=1.0)
+            beyond = (steps - steps.clamp(self.step_min, self.step_max)).abs().clamp(max=1.0)
             of_x = grad * (1.0 - beyond)
         else:
             of_x = torch.ops.aten.hardtanh_backward(grad, x, *edges)
-        stopped, points = grad - of_x, self.steps(x) * self.scale
+        stopped, points = grad - of_x, self.rounded_steps(x) * self.scale
         # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
         # the steps from what stays: from real zero, or from the lower end.
         moved = self._total(of_x, points - x) + self._total(stopped, points) * self._share
@@ -287,5 +289,5 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         of_low = None
         if ctx.has_low:
             outside = outside * float(fake.saturates)
-            of_scale, of_low = of_scale - fake.first * outside, outside.reshape(())
+            of_scale, of_low = of_scale - fake.step_min * outside, outside.reshape(())
         return of_x.to(grad.dtype), of_scale.reshape(ctx.shape), of_low, None, None, None

@@ -20,27 +20,31 @@ CACHED_GRIDS = 2**12
 """Numbers of so many grids are kept: those of frozen ranges are asked for in every forward."""
 
 
-def on_grid(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
-    """Values rounded to the steps ``low`` to ``high`` from real zero, without a gradient.
+def on_grid(
+    x: Tensor, scale: Tensor, step_min: Any, step_max: Any, out: Tensor | None = None
+) -> Tensor:
+    """Values rounded to the steps ``step_min`` to ``step_max`` from real zero, without a gradient.
 
     Args:
         x: Real values.
         scale: Size of a step; broadcasts against them.
-        low: Lowest step, a number or a tensor.
-        high: Highest step, alike.
+        step_min: Lowest step, a number or a tensor.
+        step_max: Highest step, alike.
         out: Where to write, of the shape, strides and type of ``x``; float32 only.
     """
     wide = x.to(torch.float32)
-    if isinstance(low, float):
-        found = kernels.fake_quantize(wide, scale, low, high, out=out)
+    if isinstance(step_min, float):
+        found = kernels.fake_quantize(wide, scale, step_min, step_max, out=out)
         if found is not None:
             return found.values.to(x.dtype)
-    return _by_steps(wide, scale, low, high, out).to(x.dtype)
+    return _by_steps(wide, scale, step_min, step_max, out).to(x.dtype)
 
 
-def _by_steps(x: Tensor, scale: Tensor, low: Any, high: Any, out: Tensor | None = None) -> Tensor:
+def _by_steps(
+    x: Tensor, scale: Tensor, step_min: Any, step_max: Any, out: Tensor | None = None
+) -> Tensor:
     """``on_grid`` of float32 by operations of torch."""
-    return torch.div(x, scale, out=out).round_().clamp_(low, high).mul_(scale)
+    return torch.div(x, scale, out=out).round_().clamp_(step_min, step_max).mul_(scale)
 
 
 class RoundingCall(NamedTuple):
@@ -51,8 +55,8 @@ class RoundingCall(NamedTuple):
         scale: As for ``fake_quantize``.
         zero_point: The zero point; a number where looking at it costs nothing.
         grid: The integers in use.
-        low: Lowest step from real zero that is reached; a number where the zero point is one.
-        high: Highest step.
+        step_min: Lowest step from real zero that is reached; a number where the zero point is one.
+        step_max: Highest step.
         edges: Between which values, both excluded, the gradient passes; where that is known.
         ends: What the values are clamped to before.
         keeps_bits: A bit per element tells backward where the gradient passes.
@@ -64,8 +68,8 @@ class RoundingCall(NamedTuple):
     scale: Tensor
     zero_point: Any
     grid: IntegerGrid
-    low: Any
-    high: Any
+    step_min: Any
+    step_max: Any
     edges: tuple[float, float] | None
     ends: tuple[float, float] | None
     keeps_bits: bool
@@ -96,7 +100,7 @@ def quantize_call(call: RoundingCall, observe: Observe | None) -> Tensor:
             observe(batch_range(x, ends=call.ends))
         rereads = call.keeps_bits and call.saves_input and not call.carries_int_repr
         if rereads and call.edges is not None and x.dtype == torch.float32:
-            result = _Reread.apply(x, call.scale, call.low, call.high, call.edges)  # type: ignore[no-untyped-call]
+            result = _Reread.apply(x, call.scale, call.step_min, call.step_max, call.edges)  # type: ignore[no-untyped-call]
             return result
         found = _by_operations(call)
     result = SurrogatePass.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
@@ -112,7 +116,7 @@ def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
     counted = _counted_from_zero(zero_point, grid) if call.carries_int_repr else None
     offset = zero_point if counted is None else 0.0
     found = kernels.fake_quantize(
-        *(call.x.detach().to(torch.float32), call.scale, call.low, call.high),
+        *(call.x.detach().to(torch.float32), call.scale, call.step_min, call.step_max),
         dtype=(counted or grid.dtype) if call.carries_int_repr else None,
         zero_point=offset,
         edges=call.edges if call.keeps_bits else None,
@@ -130,8 +134,8 @@ def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
 def _by_operations(call: RoundingCall) -> _OnGrid:
     x = call.x.to(torch.float32)
     if not (call.keeps_bits or call.carries_int_repr):
-        return _OnGrid(_by_steps(x, call.scale, call.low, call.high), None, None)
-    reached = None if call.ends is None else (call.low, call.high)
+        return _OnGrid(_by_steps(x, call.scale, call.step_min, call.step_max), None, None)
+    reached = None if call.ends is None else (call.step_min, call.step_max)
     rounded = Rounding(x, call.scale, call.zero_point, call.grid, reached)
     bits = None
     if call.keeps_bits and call.ends is not None and call.edges is not None:
@@ -162,26 +166,26 @@ class Rounding:
         reached: tuple[float, float] | None,
     ) -> None:
         steps = torch.div(x, scale).round_()
-        low, high = grid.qmin, grid.qmax
+        int_min, int_max = grid.qmin, grid.qmax
         if reached is not None:
-            low, high = int(reached[0] + zero_point), int(reached[1] + zero_point)
+            int_min, int_max = int(reached[0] + zero_point), int(reached[1] + zero_point)
         counted = _counted_from_zero(zero_point, grid)
         self._shift: Any = None if counted is not None else zero_point
         if counted is None:
             counted = grid.dtype
             steps.add_(zero_point)
         else:
-            low, high = low - int(zero_point), high - int(zero_point)
+            int_min, int_max = int_min - int(zero_point), int_max - int(zero_point)
         # One step wider than the grid tells what lies outside. Bytes are compared many times
         # faster than floats; one that wraps around still differs from its neighbour.
         wider = 0 if reached else 1
-        wide = steps.clamp_(low - wider, high + wider).to(
+        wide = steps.clamp_(int_min - wider, int_max + wider).to(
             torch.int16 if grid.dtype is torch.int8 else torch.int32
         )
-        self._steps, self._ends = steps, (low, high)
+        self._steps, self._limits = steps, (int_min, int_max)
         if wider:
             self._wide = wide.to(grid.dtype)
-            wide.clamp_(low, high)
+            wide.clamp_(int_min, int_max)
         self._integers = wide.to(grid.dtype)
         self.int_repr = IntRepr(
             self._integers.view(counted), scale, 0.0 if self._shift is None else zero_point
@@ -193,7 +197,7 @@ class Rounding:
 
     def values(self) -> Tensor:
         """To be called once. Not from the integers: NaN must come out as NaN."""
-        steps = self._steps.clamp_(*self._ends)
+        steps = self._steps.clamp_(*self._limits)
         if self._shift is not None:
             steps.sub_(self._shift)
         return steps.mul_(self.int_repr.scale)
@@ -207,11 +211,11 @@ def _counted_from_zero(zero_point: Any, grid: IntegerGrid) -> torch.dtype | None
     """
     if not isinstance(zero_point, float):
         return None
-    low, high = grid.qmin - int(zero_point), grid.qmax - int(zero_point)
-    if grid.dtype is torch.int8 and 0 <= low and high <= 255:
+    step_min, step_max = grid.qmin - int(zero_point), grid.qmax - int(zero_point)
+    if grid.dtype is torch.int8 and 0 <= step_min and step_max <= 255:
         return torch.uint8
     limits = torch.iinfo(grid.dtype)
-    return grid.dtype if limits.min <= low and high <= limits.max else None
+    return grid.dtype if limits.min <= step_min and step_max <= limits.max else None
 
 
 def number_of(value: Tensor) -> Any:
@@ -237,9 +241,9 @@ class TracedRounding(torch.autograd.Function):
         gradient_everywhere: bool,
     ) -> Tensor:
         """Round, and save where the gradient passes."""
-        low, high = qmin - zero_point, qmax - zero_point
+        step_min, step_max = qmin - zero_point, qmax - zero_point
         steps = torch.round(x.to(torch.float32) / scale)
-        reached = steps.clamp(low, high)
+        reached = steps.clamp(step_min, step_max)
         # Not a comparison: on CPUs torch 2.13's compiler stores truth values one by one, which
         # takes eight times as long as everything else here.
         beyond = (steps - reached).abs().clamp(max=1.0)
@@ -259,11 +263,16 @@ class _Reread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, edges: tuple[float, float]
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        step_min: float,
+        step_max: float,
+        edges: tuple[float, float],
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.edges = edges
-        return _by_steps(x, scale, low, high)
+        return _by_steps(x, scale, step_min, step_max)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -272,13 +281,13 @@ class _Reread(torch.autograd.Function):
 
 
 @lru_cache(maxsize=CACHED_GRIDS)
-def edges_of(low: float, high: float, scale: float) -> tuple[float, float]:
-    """Between which real values, both excluded, rounding leads to the steps ``low`` to ``high``."""
-    below, above = (low - 0.5) * scale, (high + 0.5) * scale
+def edges_of(step_min: float, step_max: float, scale: float) -> tuple[float, float]:
+    """Between which real values, both excluded, rounding leads to the steps ``step_min`` to ``step_max``."""
+    below, above = (step_min - 0.5) * scale, (step_max + 0.5) * scale
     # Ties go to the even step: they are inside where the last step is even.
-    if low % 2 == 0:
+    if step_min % 2 == 0:
         below = float(np.nextafter(np.float32(below), np.float32(-np.inf)))
-    if high % 2 == 0:
+    if step_max % 2 == 0:
         above = float(np.nextafter(np.float32(above), np.float32(np.inf)))
     return below, above
 

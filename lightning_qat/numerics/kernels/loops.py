@@ -43,8 +43,8 @@ class Quantized(NamedTuple):
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
-    low: float,
-    high: float,
+    step_min: float,
+    step_max: float,
     *,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -52,13 +52,13 @@ def fake_quantize(
     edges: tuple[float, float] | None = None,
     ends: tuple[float, float] | None = None,
 ) -> Quantized | None:
-    """``clip(round(x / scale), low, high) * scale``, and what else is wanted, in one pass.
+    """``clip(round(x / scale), step_min, step_max) * scale``, and what else is wanted, in one pass.
 
     Args:
         x: Real values.
         scale: Size of a step, float32; a scalar, or one per row of the first axis.
-        low: Lowest step from real zero.
-        high: Highest step from real zero.
+        step_min: Lowest integer in use minus the zero point.
+        step_max: Highest integer in use minus the zero point.
         out: Where to write; like ``x`` in shape and strides.
         dtype: Integers are wanted, of this type: int8 or uint8.
         zero_point: Is added to the steps from real zero to give the integers.
@@ -80,7 +80,18 @@ def fake_quantize(
         None if ends is None else torch.empty(2, dtype=torch.float32),
     )
     _call(
-        *("fake_quantize", x, rows, x, found.values, scale, low, high, found.int_repr, zero_point),
+        *(
+            "fake_quantize",
+            x,
+            rows,
+            x,
+            found.values,
+            scale,
+            step_min,
+            step_max,
+            found.int_repr,
+            zero_point,
+        ),
         *(found.bits, *(edges or ALL), found.seen, *(ends or ALL)),
     )
     return found
@@ -120,8 +131,8 @@ def learned_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
-    low: float,
-    high: float,
+    step_min: float,
+    step_max: float,
     stops: Stops,
     edges: tuple[float, float],
     share: float,
@@ -133,8 +144,8 @@ def learned_backward(
         grad: Of the result.
         x: What was quantized.
         scale: As for ``fake_quantize``.
-        low: As there.
-        high: As there.
+        step_min: As there.
+        step_max: As there.
         stops: Which values get no gradient.
         edges: For ``stops``.
         share: How much of a value beyond the edges the scale moves.
@@ -152,7 +163,7 @@ def learned_backward(
     sums = torch.empty(rows, -(-x.numel() // rows // BLOCK), 3, dtype=torch.float64)
     of_scale, outside = x.new_empty(rows), x.new_empty(rows)
     _call(
-        *("learned_backward", x, rows, grad, x, of_x, scale, low, high),
+        *("learned_backward", x, rows, grad, x, of_x, scale, step_min, step_max),
         *(*edges, stops, share, factor, sums, of_scale, outside),
     )
     return of_x, of_scale, outside
