@@ -28,13 +28,13 @@ from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import (
     CACHED_GRIDS,
-    RoundingCall,
-    SurrogatePass,
-    TracedRounding,
-    edges_of,
-    number_of,
-    on_grid,
-    quantize_call,
+    FakeQuantizeCall,
+    StraightThrough,
+    TracedFakeQuantize,
+    gradient_edges,
+    as_number,
+    round_to_steps,
+    run_call,
 )
 
 
@@ -86,17 +86,17 @@ def fake_quantize(
     if is_compiling():
         if observe is not None:
             observe(batch_range(x))
-        result: Tensor = TracedRounding.apply(  # type: ignore[no-untyped-call]
+        result: Tensor = TracedFakeQuantize.apply(  # type: ignore[no-untyped-call]
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
-    zero_point_number = number_of(zero_point)
+    zero_point_number = as_number(zero_point)
     step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number
     keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
     edges = None
     if keeps_bits and isinstance(zero_point_number, float) and scale.numel() == 1:
-        edges = edges_of(step_min, step_max, scale.item())
-    call = RoundingCall(
+        edges = gradient_edges(step_min, step_max, scale.item())
+    call = FakeQuantizeCall(
         x,
         scale,
         zero_point_number,
@@ -109,7 +109,7 @@ def fake_quantize(
         saves_input=saves_input,
         carries_int_repr=carries_int_repr,
     )
-    return quantize_call(call, observe)
+    return run_call(call, observe)
 
 
 def clamp_and_quantize(
@@ -145,12 +145,12 @@ def clamp_and_quantize(
         >>> y.detach(), x.grad
         (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
     """
-    zero_point_number = number_of(zero_point)
+    zero_point_number = as_number(zero_point)
     step_min, step_max, edges = _clamped(
         grid.qmin - zero_point_number, grid.qmax - zero_point_number, scale.item(), ends
     )
     keeps_bits = x.requires_grad and torch.is_grad_enabled()
-    call = RoundingCall(
+    call = FakeQuantizeCall(
         x,
         scale,
         zero_point_number,
@@ -163,7 +163,7 @@ def clamp_and_quantize(
         saves_input=True,
         carries_int_repr=carries_int_repr,
     )
-    return quantize_call(call, observe)
+    return run_call(call, observe)
 
 
 @lru_cache(maxsize=CACHED_GRIDS)
@@ -171,7 +171,7 @@ def _clamped(
     step_min: float, step_max: float, scale: float, ends: tuple[float, float]
 ) -> tuple[float, float, tuple[float, float]]:
     """The steps of a grid that a clamp leaves, and the edges between which the gradient passes."""
-    below, above = edges_of(step_min, step_max, scale)
+    below, above = gradient_edges(step_min, step_max, scale)
     steps = (np.rint(np.float32(end) / np.float32(scale)) for end in ends)
     lowest, highest = (float(np.clip(step, step_min, step_max)) for step in steps)
     return lowest, highest, (max(below, ends[0]), min(above, ends[1]))
@@ -190,18 +190,18 @@ def fake_quantizer(
 
     Its numbers are looked up once, and no call goes through Python in backward.
     """
-    zero_point_number = zero_point if is_compiling() else number_of(zero_point)
+    zero_point_number = zero_point if is_compiling() else as_number(zero_point)
     if isinstance(zero_point_number, Tensor):
         return lambda x: fake_quantize(x, scale, zero_point, grid, saves_input=True)
     step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number
-    edges = edges_of(step_min, step_max, scale.item())
+    edges = gradient_edges(step_min, step_max, scale.item())
 
     def call(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return fake_quantize(x, scale, zero_point, grid, saves_input=True)
         # ATen's own node has the gradient, from x alone; its result is written over.
         result: Tensor = torch.nn.functional.hardtanh(x, *edges)
-        on_grid(x.detach(), scale, step_min, step_max, out=result.detach())
+        round_to_steps(x.detach(), scale, step_min, step_max, out=result.detach())
         return result
 
     return call
@@ -216,9 +216,9 @@ def quantized_again(weight: Tensor, known: Tensor | IntRepr) -> Tensor:
     """
     result: Tensor
     if isinstance(known, IntRepr):
-        result = SurrogatePass.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
+        result = StraightThrough.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
         attach_int_repr(result, known)
         return result
     # Another tensor of the same memory: a graph of its own.
-    result = SurrogatePass.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
+    result = StraightThrough.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
     return result

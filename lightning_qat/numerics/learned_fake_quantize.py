@@ -16,7 +16,7 @@ from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import Stops
 from lightning_qat.numerics.qparams import IntegerGrid
-from lightning_qat.numerics.rounding import edges_of, number_of, on_grid
+from lightning_qat.numerics.rounding import gradient_edges, as_number, round_to_steps
 
 
 def learned_fake_quantize(
@@ -122,30 +122,30 @@ def learned_fake_quantizer(
     if low is not None:
         with torch.no_grad():
             zero_point = zero_point_of(low, scale, grid)
-        zero_point = zero_point if is_compiling() else number_of(zero_point)
+        zero_point = zero_point if is_compiling() else as_number(zero_point)
     step = None
     if scale.numel() == 1 and scale.device.type == "cpu" and not is_compiling():
         step = float(scale.detach())
 
     def call(x: Tensor) -> Tensor:
         wide = along_axis(scale.detach(), x.dim(), axis)
-        fake = _Rounding(wide, zero_point, grid, axis, step)
+        fake = _LearnedGrid(wide, zero_point, grid, axis, step)
         if clamped is not None:
             fake.clamp(clamped[1])
-        fake.keeps_codes, fake.known = carries_int_repr and not is_compiling(), known
+        fake.keeps_int_repr, fake.known = carries_int_repr and not is_compiling(), known
         result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
             x, scale, low, fake, factor, saves_input
         )
         if isinstance(known, IntRepr):
             attach_int_repr(result, known)
-        elif fake.keeps_codes:
-            attach_int_repr(result, fake.take_codes())
+        elif fake.keeps_int_repr:
+            attach_int_repr(result, fake.take_int_repr())
         return result
 
     return call
 
 
-class _Rounding:
+class _LearnedGrid:
     """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
 
     def __init__(
@@ -160,7 +160,7 @@ class _Rounding:
         self.step = step
         """The scale as a number, where there is one and looking at it costs nothing."""
         self.step_min, self.step_max = grid.qmin - zero_point, grid.qmax - zero_point
-        self.keeps_codes = False
+        self.keeps_int_repr = False
         self.known: Tensor | IntRepr | None = None
         self._integers: Tensor | None = None
         self._reached_min, self._reached_max = self.step_min, self.step_max
@@ -173,7 +173,7 @@ class _Rounding:
     def clamp(self, high: float) -> None:
         """Let values be clamped to 0 and ``high`` before they are rounded."""
         assert self.step is not None
-        above = edges_of(self.step_min, self.step_max, self.step)[1]
+        above = gradient_edges(self.step_min, self.step_max, self.step)[1]
         self._clamped_at = min(above, high)
         self._reached_min = 0.0
         if high < above:
@@ -195,8 +195,8 @@ class _Rounding:
         known, self.known = self.known, None
         if known is not None:
             return known.restore() if isinstance(known, IntRepr) else known.detach()
-        if not self.keeps_codes:
-            return on_grid(x, self.scale, self._reached_min, self._reached_max)
+        if not self.keeps_int_repr:
+            return round_to_steps(x, self.scale, self._reached_min, self._reached_max)
         if isinstance(self.step_min, float):
             found = kernels.fake_quantize(
                 *(x.to(torch.float32), self.scale, self._reached_min, self._reached_max),
@@ -210,7 +210,7 @@ class _Rounding:
         self._integers = (steps + self.zero_point).to(self.grid.dtype)
         return steps.mul_(self.scale).to(x.dtype)
 
-    def take_codes(self) -> IntRepr:
+    def take_int_repr(self) -> IntRepr:
         """What ``values`` has kept; it is no longer kept here."""
         assert self._integers is not None
         integers, self._integers = self._integers, None
@@ -226,7 +226,7 @@ class _Rounding:
         if self._clamped_at is not None:
             stops, edges = Stops.CLAMPED, (0.0, self._clamped_at)
         elif self.step is not None and isinstance(self.step_min, float):
-            stops, edges = Stops.BY_EDGES, edges_of(self.step_min, self.step_max, self.step)
+            stops, edges = Stops.BY_EDGES, gradient_edges(self.step_min, self.step_max, self.step)
         if isinstance(self.step_min, float) and not torch.is_grad_enabled():
             found = kernels.learned_backward(
                 *(grad, x, self.scale, self._reached_min, self._reached_max),
@@ -236,7 +236,7 @@ class _Rounding:
                 return found
         if stops is Stops.BY_STEPS:
             steps = torch.round(x / self.scale)
-            # Not a comparison; see ``TracedRounding`` in fake_quantization.py.
+            # Not a comparison; see ``TracedFakeQuantize`` in ``rounding``.
             beyond = (steps - steps.clamp(self.step_min, self.step_max)).abs().clamp(max=1.0)
             of_x = grad * (1.0 - beyond)
         else:
@@ -271,7 +271,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         low: Tensor | None,
-        fake: _Rounding,
+        fake: _LearnedGrid,
         factor: float,
         saves_input: bool,
     ) -> Tensor:

@@ -20,7 +20,7 @@ CACHED_GRIDS = 2**12
 """Numbers of so many grids are kept: those of frozen ranges are asked for in every forward."""
 
 
-def on_grid(
+def round_to_steps(
     x: Tensor, scale: Tensor, step_min: Any, step_max: Any, out: Tensor | None = None
 ) -> Tensor:
     """Values rounded to the steps ``step_min`` to ``step_max`` from real zero, without a gradient.
@@ -43,11 +43,11 @@ def on_grid(
 def _by_steps(
     x: Tensor, scale: Tensor, step_min: Any, step_max: Any, out: Tensor | None = None
 ) -> Tensor:
-    """``on_grid`` of float32 by operations of torch."""
+    """``round_to_steps`` of float32 by operations of torch."""
     return torch.div(x, scale, out=out).round_().clamp_(step_min, step_max).mul_(scale)
 
 
-class RoundingCall(NamedTuple):
+class FakeQuantizeCall(NamedTuple):
     """One tensor on its way to the grid, and what is wanted of it.
 
     Args:
@@ -77,7 +77,7 @@ class RoundingCall(NamedTuple):
     carries_int_repr: bool
 
 
-class _OnGrid(NamedTuple):
+class _Rounded(NamedTuple):
     """A tensor on a grid.
 
     Args:
@@ -91,7 +91,7 @@ class _OnGrid(NamedTuple):
     bits: Tensor | None
 
 
-def quantize_call(call: RoundingCall, observe: Observe | None) -> Tensor:
+def run_call(call: FakeQuantizeCall, observe: Observe | None) -> Tensor:
     """The fastest way to the grid: a loop; else what needs no bits; else operations of torch."""
     found, x = _by_loop(call, observe), call.x
     result: Tensor
@@ -100,16 +100,16 @@ def quantize_call(call: RoundingCall, observe: Observe | None) -> Tensor:
             observe(batch_range(x, ends=call.ends))
         rereads = call.keeps_bits and call.saves_input and not call.carries_int_repr
         if rereads and call.edges is not None and x.dtype == torch.float32:
-            result = _Reread.apply(x, call.scale, call.step_min, call.step_max, call.edges)  # type: ignore[no-untyped-call]
+            result = _MaskFromInput.apply(x, call.scale, call.step_min, call.step_max, call.edges)  # type: ignore[no-untyped-call]
             return result
         found = _by_operations(call)
-    result = SurrogatePass.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
+    result = StraightThrough.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
     if found.int_repr is not None:
         attach_int_repr(result, found.int_repr)
     return result
 
 
-def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
+def _by_loop(call: FakeQuantizeCall, observe: Observe | None) -> _Rounded | None:
     zero_point, grid = call.zero_point, call.grid
     if not isinstance(zero_point, float) or (call.keeps_bits and call.edges is None):
         return None
@@ -127,25 +127,25 @@ def _by_loop(call: RoundingCall, observe: Observe | None) -> _OnGrid | None:
     if observe is not None and found.seen is not None:
         observe(found.seen)
     int_repr = None if found.int_repr is None else IntRepr(found.int_repr, call.scale, offset)
-    return _OnGrid(found.values, int_repr, found.bits)
+    return _Rounded(found.values, int_repr, found.bits)
 
 
 @torch.no_grad()
-def _by_operations(call: RoundingCall) -> _OnGrid:
+def _by_operations(call: FakeQuantizeCall) -> _Rounded:
     x = call.x.to(torch.float32)
     if not (call.keeps_bits or call.carries_int_repr):
-        return _OnGrid(_by_steps(x, call.scale, call.step_min, call.step_max), None, None)
+        return _Rounded(_by_steps(x, call.scale, call.step_min, call.step_max), None, None)
     reached = None if call.ends is None else (call.step_min, call.step_max)
-    rounded = Rounding(x, call.scale, call.zero_point, call.grid, reached)
+    rounded = TorchRounding(x, call.scale, call.zero_point, call.grid, reached)
     bits = None
     if call.keeps_bits and call.ends is not None and call.edges is not None:
         bits = pack_between(x, *call.edges)
     elif call.keeps_bits:
         bits = rounded.bits()
-    return _OnGrid(rounded.values(), rounded.int_repr if call.carries_int_repr else None, bits)
+    return _Rounded(rounded.values(), rounded.int_repr if call.carries_int_repr else None, bits)
 
 
-class Rounding:
+class TorchRounding:
     """Integers on a grid by operations of torch.
 
     Args:
@@ -218,7 +218,7 @@ def _counted_from_zero(zero_point: Any, grid: IntegerGrid) -> torch.dtype | None
     return grid.dtype if limits.min <= step_min and step_max <= limits.max else None
 
 
-def number_of(value: Tensor) -> Any:
+def as_number(value: Tensor) -> Any:
     """A scalar tensor as a number, where that costs nothing; else the tensor.
 
     ATen's clamp with tensors is several times slower on CPUs than with numbers. Elsewhere a number
@@ -227,7 +227,7 @@ def number_of(value: Tensor) -> Any:
     return value if value.numel() > 1 or value.device.type != "cpu" else value.item()
 
 
-class TracedRounding(torch.autograd.Function):
+class TracedFakeQuantize(torch.autograd.Function):
     """Plain tensor operations, for a compiler to fuse."""
 
     @staticmethod
@@ -258,7 +258,7 @@ class TracedRounding(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-class _Reread(torch.autograd.Function):
+class _MaskFromInput(torch.autograd.Function):
     """Backward looks at the input again: one vectorised pass, which ATen has for hardtanh."""
 
     @staticmethod
@@ -281,7 +281,7 @@ class _Reread(torch.autograd.Function):
 
 
 @lru_cache(maxsize=CACHED_GRIDS)
-def edges_of(step_min: float, step_max: float, scale: float) -> tuple[float, float]:
+def gradient_edges(step_min: float, step_max: float, scale: float) -> tuple[float, float]:
     """Between which real values, both excluded, rounding leads to the steps ``step_min`` to ``step_max``."""
     below, above = (step_min - 0.5) * scale, (step_max + 0.5) * scale
     # Ties go to the even step: they are inside where the last step is even.
@@ -292,7 +292,7 @@ def edges_of(step_min: float, step_max: float, scale: float) -> tuple[float, flo
     return below, above
 
 
-class SurrogatePass(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """What a function computes, through which the gradient passes where its bits are set."""
 
     @staticmethod
