@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from lightning_qat.numerics.arithmetic import along_axis, zero_point_of
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
-from lightning_qat.numerics.kernels.loops import Stops
+from lightning_qat.numerics.kernels.loops import GradientMask
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import gradient_edges, as_number, round_to_steps
 
@@ -222,19 +222,22 @@ class _LearnedGrid:
         The last two times ``factor``, one per scale.
         """
         x = x.to(torch.float32)
-        stops, edges = Stops.BY_STEPS, (0.0, 0.0)
+        mask, edges = GradientMask.BY_STEPS, (0.0, 0.0)
         if self._clamped_at is not None:
-            stops, edges = Stops.CLAMPED, (0.0, self._clamped_at)
+            mask, edges = GradientMask.CLAMPED, (0.0, self._clamped_at)
         elif self.step is not None and isinstance(self.step_min, float):
-            stops, edges = Stops.BY_EDGES, gradient_edges(self.step_min, self.step_max, self.step)
+            mask, edges = (
+                GradientMask.BY_EDGES,
+                gradient_edges(self.step_min, self.step_max, self.step),
+            )
         if isinstance(self.step_min, float) and not torch.is_grad_enabled():
             found = kernels.learned_backward(
                 *(grad, x, self.scale, self._reached_min, self._reached_max),
-                *(stops, edges, self._share, factor),
+                *(mask, edges, self._share, factor),
             )
             if found is not None:
                 return found
-        if stops is Stops.BY_STEPS:
+        if mask is GradientMask.BY_STEPS:
             steps = torch.round(x / self.scale)
             # Not a comparison; see ``TracedFakeQuantize`` in ``rounding``.
             beyond = (steps - steps.clamp(self.step_min, self.step_max)).abs().clamp(max=1.0)
@@ -245,7 +248,7 @@ class _LearnedGrid:
         # Inside, a step of the scale moves a value by round(v) - v, for v = x / scale; beyond, by
         # the steps from what stays: from real zero, or from the lower end.
         moved = self._total(of_x, points - x) + self._total(stopped, points) * self._share
-        if stops is Stops.CLAMPED:
+        if mask is GradientMask.CLAMPED:
             stopped = torch.ops.aten.hardtanh_backward(stopped, x, 0.0, math.inf)
         return of_x, moved / self.scale.flatten() * factor, self._total(stopped) * factor
 

@@ -190,13 +190,13 @@ enum { BY_EDGES, BY_STEPS, CLAMPED };
 
 void learned_backward(int64_t rows, int64_t cols, const float *restrict g,
                       const float *restrict x, float *restrict gx, const float *restrict scales, float low, float high, float below,
-                      float above, int stops, double share, double factor,
+                      float above, int mask, double share, double factor,
                       double *restrict sums, float *restrict of_scale, float *restrict of_low,
                       int threads)
 {
-    if (stops == BY_STEPS) {
+    if (mask == BY_STEPS) {
         LEARNED((step < low) | (step > high), kept_back)
-    } else if (stops == BY_EDGES) {
+    } else if (mask == BY_EDGES) {
         LEARNED((value <= below) | (value >= above), kept_back)
     } else {
         LEARNED((value <= below) | (value >= above), value >= above ? g[i] : 0.0f)

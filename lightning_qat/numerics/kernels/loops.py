@@ -116,7 +116,7 @@ def row_ranges(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return low, high
 
 
-class Stops(IntEnum):
+class GradientMask(IntEnum):
     """Which values of a learned grid get no gradient; as in ``loops.c``."""
 
     BY_EDGES = 0
@@ -133,7 +133,7 @@ def learned_backward(
     scale: Tensor,
     step_min: float,
     step_max: float,
-    stops: Stops,
+    mask: GradientMask,
     edges: tuple[float, float],
     share: float,
     factor: float,
@@ -146,8 +146,8 @@ def learned_backward(
         scale: As for ``fake_quantize``.
         step_min: As there.
         step_max: As there.
-        stops: Which values get no gradient.
-        edges: For ``stops``.
+        mask: Which values get no gradient.
+        edges: For ``mask``.
         share: How much of a value beyond the edges the scale moves.
         factor: Of the last two gradients.
 
@@ -164,7 +164,7 @@ def learned_backward(
     of_scale, outside = x.new_empty(rows), x.new_empty(rows)
     _call(
         *("learned_backward", x, rows, grad, x, of_x, scale, step_min, step_max),
-        *(*edges, stops, share, factor, sums, of_scale, outside),
+        *(*edges, mask, share, factor, sums, of_scale, outside),
     )
     return of_x, of_scale, outside
 
