@@ -223,7 +223,7 @@ class QATCallback(PhaseHooks):
         if self.report is not None:
             rank_zero_info(f"QAT: {self.report}")
         if pl_module.device.type == "cpu":
-            rank_zero_info(f"QAT: quantizers run as {kernels.way()}")
+            rank_zero_info(f"QAT: quantizers run as {kernels.backend_name()}")
         if self._export is None:
             return
         inputs = self._inputs.known(pl_module)

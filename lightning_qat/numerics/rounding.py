@@ -124,8 +124,8 @@ def _by_loop(call: FakeQuantizeCall, observe: Observe | None) -> _Rounded | None
     )
     if found is None:
         return None
-    if observe is not None and found.seen is not None:
-        observe(found.seen)
+    if observe is not None and found.range is not None:
+        observe(found.range)
     int_repr = None if found.int_repr is None else IntRepr(found.int_repr, call.scale, offset)
     return _Rounded(found.values, int_repr, found.bits)
 

@@ -76,7 +76,7 @@ def test_each_phase_change_is_announced_once(
     caplog.set_level(logging.INFO)
     schedule = Schedule(calibration_batches=1, freeze_observers=1, freeze_batchnorm=None)
     trainer(QATCallback(schedule=schedule)).fit(Net(), loader())
-    assert f"QAT: quantizers run as {kernels.way()}" in caplog.messages
+    assert f"QAT: quantizers run as {kernels.backend_name()}" in caplog.messages
     lines = [m for m in caplog.messages if m.startswith("QAT: epoch")]
     assert [line.split(" (")[0] for line in lines] == [
         "QAT: epoch 0, step 0: calibrate",

@@ -31,13 +31,13 @@ class Quantized(NamedTuple):
         values: Real values on the grid.
         codes: Its integers.
         bits: Where the gradient passes.
-        seen: ``value_range`` of the input.
+        range: ``value_range`` of the input.
     """
 
     values: Tensor
     int_repr: Tensor | None
     bits: Tensor | None
-    seen: Tensor | None
+    range: Tensor | None
 
 
 def fake_quantize(
@@ -92,7 +92,7 @@ def fake_quantize(
             found.int_repr,
             zero_point,
         ),
-        *(found.bits, *(edges or ALL), found.seen, *(ends or ALL)),
+        *(found.bits, *(edges or ALL), found.range, *(ends or ALL)),
     )
     return found
 
@@ -209,8 +209,8 @@ def restore(int_repr: Tensor, scale: Tensor, zero_point: float) -> Tensor | None
     return values
 
 
-def way() -> str:
-    """How quantizers run on this machine's CPU, in words; compiles where that was not done yet."""
+def backend_name() -> str:
+    """The way quantizers run on this CPU, in words for a log; compiles the loops if they are not."""
     return "operations of torch" if compiled_loops() is None else "compiled loops"
 
 
