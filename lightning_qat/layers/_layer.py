@@ -1,4 +1,4 @@
-"""What every QAT layer shares: how it comes from a float layer and goes back."""
+"""The base class of QAT layers: made from a float layer, and turned back into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What recurrent layers share: every form of sequence and state, and one range for all steps."""
+"""The base class of recurrent layers: sequences, states, and one range for all steps."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
         """One layer's and direction's step; its weights are quantized here, once.
 
         Args:
-            ending: Of its parameters' names.
-            quantize: What quantizes its hidden state and, where it has one, its projection's input.
+            ending: The end of its parameters' names, such as ``_l0_reverse``.
+            quantize: The quantizers of its hidden state and, if it has a projection, of the input
+                of that.
         """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -214,11 +215,11 @@ class RecurrentQAT(QATLayer, nn.RNNBase):
 
 
 class EveryStep:
-    """One quantizer in one forward: its numbers once, and one observation of all steps.
+    """One quantizer in one forward: its scale is computed once, and all steps are observed as one.
 
     Args:
-        quantizer: Of a hidden state or of what a projection reads.
-        values: How many values it quantizes at all steps together.
+        quantizer: That of a hidden state, or of the input of a projection.
+        values: The number of values that it quantizes in all steps together.
     """
 
     def __init__(self, quantizer: Any, values: int) -> None:

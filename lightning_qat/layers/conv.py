@@ -16,7 +16,7 @@ Size = int | tuple[int, ...]
 
 
 class _ConvQAT(QATLayer):
-    """What the convolutions of all dimensions share: constructor and forward."""
+    """Constructor and forward of convolutions of all dimensions."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ _FUNCTIONS: Mapping[int, Any] = {
 
 
 class _ConvTransposeQAT(QATLayer):
-    """What the transposed convolutions of all dimensions share: constructor and forward.
+    """Constructor and forward of transposed convolutions of all dimensions.
 
     A weight is ``(in_channels, out_channels / groups, ...)``: its output channels are on axis 1,
     and with groups a channel's scale is shared by the groups, as the weight's form in ONNX and

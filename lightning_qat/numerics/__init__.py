@@ -1,1 +1,1 @@
-"""What quantization computes: pure functions of tensors and their fused CPU loops."""
+"""The computations of quantization: pure functions of tensors and fused CPU loops."""

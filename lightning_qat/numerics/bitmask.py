@@ -1,4 +1,4 @@
-"""Flags as single bits: what backward keeps of a mask."""
+"""Masks with one bit per element, for backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fake quantization, the hot path: what is rounded, where gradients pass, what backward keeps.
+"""Fake quantization, the hot path: rounding, its gradient, and what is kept for backward.
 
 One function chooses among the ways to do it, which give the same numbers:
 
@@ -31,8 +31,8 @@ from lightning_qat.numerics.rounding import (
     FakeQuantizeCall,
     StraightThrough,
     TracedFakeQuantize,
-    gradient_edges,
     as_number,
+    gradient_edges,
     round_to_steps,
     run_call,
 )
@@ -68,10 +68,10 @@ def fake_quantize(
         saves_input: Backward may look at ``x`` again instead of keeping a bit per element, where
             that is faster; for readers that keep ``x`` anyway. ``x`` must not be changed in place
             before backward.
-        carries_int_repr: The result shall carry its integers, so that what reads it within
-            ``saving_int_repr`` keeps those; overrides ``saves_input``.
-        observe: Is given the range of ``x`` (``batch_range``), found in the same pass where that is
-            possible.
+        carries_int_repr: The result carries its integers, so that an operation within
+            ``saving_int_repr`` keeps those for backward; overrides ``saves_input``.
+        observe: Is called with the range of ``x`` (``batch_range``), which is found in the same
+            pass if possible.
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
@@ -129,12 +129,16 @@ def clamp_and_quantize(
     Args:
         x: Real values, float32, on a device where looking at a number costs nothing; see
             ``clamps``. It must not be changed in place before backward.
-        ends: Of the clamp, the upper one infinity for relu. The gradient passes strictly between.
-        scale: As there, a scalar.
-        zero_point: As there, a scalar.
-        grid: As there.
-        carries_int_repr: As for ``fake_quantize``.
-        observe: Is given the range of the clamped values.
+        ends: Lower and upper end of the clamp, real values; the upper one is infinity for relu. The
+            gradient passes strictly between them.
+        scale: Real size of one integer step, float32 scalar, positive.
+        zero_point: Integer that stands for real zero, scalar.
+        grid: The integers in use.
+        carries_int_repr: The result carries its integers; see ``fake_quantize``.
+        observe: Is called with the range of the clamped values.
+
+    Returns:
+        Real values on the grid, the shape of ``x``.
 
     Example:
         >>> x = torch.tensor([-1.0, 0.1, 3.0, 7.0], requires_grad=True)
@@ -178,7 +182,7 @@ def _clamped(
 
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
-    """Whether ``clamp_and_quantize`` can be given these."""
+    """Whether ``clamp_and_quantize`` can quantize such a tensor with such a zero point."""
     single = zero_point.numel() == 1 and zero_point.device.type == "cpu"
     return single and x.dtype == torch.float32 and not is_compiling()
 

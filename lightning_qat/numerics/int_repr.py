@@ -1,4 +1,4 @@
-"""Tensors on a grid as their integers: what backward keeps of them in the compact form.
+"""Tensors on a grid as their integers, which take less memory until backward.
 
 A tensor on a grid *is* its integers times a scale, so a convolution need not keep a float copy of
 its input: backward gets the very same numbers back.
@@ -44,21 +44,21 @@ class IntRepr:
 
 
 def attach_int_repr(x: Tensor, int_repr: IntRepr) -> None:
-    """Let a tensor on a grid be known by its integers, as long as it lives."""
+    """Attach the integers of a tensor on a grid to the tensor."""
     x._qat_int_repr = int_repr  # type: ignore[attr-defined]
 
 
 def int_repr_of(x: object) -> IntRepr | None:
-    """The integers that a tensor carries."""
+    """The integers attached to a tensor, or ``None``."""
     int_repr: IntRepr | None = getattr(x, "_qat_int_repr", None)
     return int_repr
 
 
 def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
-    """What an operation keeps of its operands for backward: their integers, where they carry any.
+    """Let the operations inside keep integers instead of real operands for backward.
 
     Args:
-        operands: What the operation is given; views of their memory are recognised too.
+        operands: Tensors; those that carry integers, and views of their memory, are kept so.
     """
     if is_dynamo_compiling():
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Fake quantization whose step is learned with the network: LSQ, LSQ+ and AMCT's ULQ."""
+"""Fake quantization with a learned scale and lower end: LSQ, LSQ+ and AMCT's ULQ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import GradientMask
 from lightning_qat.numerics.qparams import IntegerGrid
-from lightning_qat.numerics.rounding import gradient_edges, as_number, round_to_steps
+from lightning_qat.numerics.rounding import as_number, gradient_edges, round_to_steps
 
 
 def learned_fake_quantize(
@@ -100,15 +100,15 @@ def learned_fake_quantizer(
     """``learned_fake_quantize`` for many tensors on one grid, such as the steps of a sequence.
 
     Args:
-        scale: As there.
-        low: As there.
-        grid: As there.
-        values: Of how many values all tensors together are: ``n`` times the number of scales, by
-            which gradients are normalized. ``None``: they are not.
-        axis: As there.
-        saves_input: As there.
-        carries_int_repr: As for ``fake_quantize``.
-        known: As there; for one tensor.
+        scale: Scalar, or one per channel of ``axis``, float32, positive.
+        low: Lower end of the range, scalar float32, not positive, or ``None``.
+        grid: The integers in use.
+        values: The number of values in all tensors together, by which gradients are normalized.
+            ``None``: they are not normalized.
+        axis: Channel axis of ``scale``.
+        saves_input: See ``fake_quantize``.
+        carries_int_repr: See ``fake_quantize``.
+        known: The values or integers of the result, if they are known; for a single tensor.
         clamped: Clamp each tensor to these ends first, as relu does, in the same pass; the lower
             one is 0, the upper one is at least a step and may be infinity. For one scale and
             float32 tensors on a CPU.
@@ -146,7 +146,15 @@ def learned_fake_quantizer(
 
 
 class _LearnedGrid:
-    """Numbers of one call: of its grid on the real line, and of the axis that shares them."""
+    """One scale, zero point and grid during one call: rounds values, and computes gradients.
+
+    Args:
+        scale: float32, in a shape that broadcasts against the values.
+        zero_point: A number where looking at it costs nothing, else a tensor.
+        grid: The integers in use.
+        axis: Channel axis of the scale; ``None``: one scale for all values.
+        step: The scale as a number where looking at it costs nothing, else ``None``.
+    """
 
     def __init__(
         self,
@@ -158,7 +166,6 @@ class _LearnedGrid:
     ) -> None:
         self.scale, self.zero_point, self.grid, self.axis = scale, zero_point, grid, axis
         self.step = step
-        """The scale as a number, where there is one and looking at it costs nothing."""
         self.step_min, self.step_max = grid.qmin - zero_point, grid.qmax - zero_point
         self.keeps_int_repr = False
         self.known: Tensor | IntRepr | None = None
@@ -186,7 +193,7 @@ class _LearnedGrid:
             self._share = (point - high) / point
 
     def rounded_steps(self, x: Tensor) -> Tensor:
-        """The step of the grid, counted from real zero, that each value is rounded to."""
+        """The integer that each value is rounded to, minus the zero point; float32."""
         steps = torch.div(x.to(torch.float32), self.scale).round_()
         return steps.clamp_(self._reached_min, self._reached_max)
 
@@ -211,7 +218,7 @@ class _LearnedGrid:
         return steps.mul_(self.scale).to(x.dtype)
 
     def take_int_repr(self) -> IntRepr:
-        """What ``values`` has kept; it is no longer kept here."""
+        """Return the integers that ``values`` has kept, and drop them."""
         assert self._integers is not None
         integers, self._integers = self._integers, None
         return IntRepr(integers, self.scale, self.zero_point)
@@ -266,7 +273,7 @@ class _LearnedGrid:
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """Keeps the input."""
+    """Fake quantization with gradients for the scale and the lower end; keeps the input."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The range of one tensor: smallest and largest value, whatever its strides."""
+"""The smallest and largest value of a tensor of any strides."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch_range(
         x: Values of any shape and floating dtype, at least one element.
         samples: Look at no more than so many of them, 64 or more, in evenly spaced runs of 64
             neighbours in memory. The others may lie outside the range found, or not be finite.
-        ends: Their range when they are clamped to these.
+        ends: Find the range that the values have after a clamp to these two.
 
     Returns:
         Shape ``(2,)``.
@@ -59,7 +59,7 @@ def channel_ranges(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 
     Args:
         x: float32.
-        axis: Of the channels; ``None``: all values are one channel.
+        axis: The channel axis; ``None``: all values are one channel.
 
     Returns:
         Both ``(channels,)``, or scalars.
@@ -107,4 +107,4 @@ def spacing(values: int, samples: int) -> int:
 
 
 Observe = Callable[[Tensor], None]
-"""Takes note of ``(-min, max)``; see ``batch_range``."""
+"""A function that notes a ``(-min, max)``; see ``batch_range``."""

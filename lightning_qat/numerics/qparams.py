@@ -1,4 +1,4 @@
-"""What an integer grid is and which numbers place it on the real line.
+"""Integer grids, and the scale and zero point that place them on the real line.
 
 ``real = scale * (integer - zero_point)`` is the one sign convention of this project.
 """

@@ -17,7 +17,7 @@ from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 
 CACHED_GRIDS = 2**12
-"""Numbers of so many grids are kept: those of frozen ranges are asked for in every forward."""
+"""Size of the caches below. A frozen range is looked up in every forward."""
 
 
 def round_to_steps(
@@ -48,20 +48,21 @@ def _by_steps(
 
 
 class FakeQuantizeCall(NamedTuple):
-    """One tensor on its way to the grid, and what is wanted of it.
+    """The arguments of one fake quantization.
 
     Args:
         x: Real values.
-        scale: As for ``fake_quantize``.
-        zero_point: The zero point; a number where looking at it costs nothing.
+        scale: Real size of one integer step, float32.
+        zero_point: A number where looking at it costs nothing, else a tensor.
         grid: The integers in use.
-        step_min: Lowest step from real zero that is reached; a number where the zero point is one.
-        step_max: Highest step.
-        edges: Between which values, both excluded, the gradient passes; where that is known.
-        ends: What the values are clamped to before.
+        step_min: Lowest integer that can result, minus the zero point; a number where the zero
+            point is one.
+        step_max: Highest one, alike.
+        edges: The real values between which, both excluded, the gradient passes, if known.
+        ends: The real values that the input is clamped to first.
         keeps_bits: A bit per element tells backward where the gradient passes.
-        saves_input: As for ``fake_quantize``.
-        carries_int_repr: As for ``fake_quantize``.
+        saves_input: See ``fake_quantize``.
+        carries_int_repr: See ``fake_quantize``.
     """
 
     x: Tensor
@@ -78,12 +79,12 @@ class FakeQuantizeCall(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """A tensor on a grid.
+    """A rounded tensor.
 
     Args:
         values: Real values.
-        codes: Its integers.
-        bits: Where the gradient passes.
+        int_repr: Its integers.
+        bits: The elements whose gradient passes, packed; see ``pack_bits``.
     """
 
     values: Tensor
@@ -92,7 +93,7 @@ class _Rounded(NamedTuple):
 
 
 def run_call(call: FakeQuantizeCall, observe: Observe | None) -> Tensor:
-    """The fastest way to the grid: a loop; else what needs no bits; else operations of torch."""
+    """Round in the fastest way: a compiled loop, else what needs no bits, else torch operations."""
     found, x = _by_loop(call, observe), call.x
     result: Tensor
     if found is None:
@@ -150,7 +151,7 @@ class TorchRounding:
 
     Args:
         x: Real values, float32.
-        scale: As for ``fake_quantize``.
+        scale: See ``fake_quantize``.
         zero_point: The zero point, a number or a tensor.
         grid: The integers in use.
         reached: Those steps from real zero that a clamp before lets through; ``bits`` does not know
@@ -192,11 +193,14 @@ class TorchRounding:
         )
 
     def bits(self) -> Tensor:
-        """Where the gradient passes, packed."""
+        """The elements whose gradient passes, packed; see ``pack_bits``."""
         return pack_bits(self._wide.eq(self._integers))
 
     def values(self) -> Tensor:
-        """To be called once. Not from the integers: NaN must come out as NaN."""
+        """The real values, float32. Call this once: it works in place.
+
+        They are not computed from the integers, because NaN must stay NaN.
+        """
         steps = self._steps.clamp_(*self._limits)
         if self._shift is not None:
             steps.sub_(self._shift)
@@ -228,7 +232,7 @@ def as_number(value: Tensor) -> Any:
 
 
 class TracedFakeQuantize(torch.autograd.Function):
-    """Plain tensor operations, for a compiler to fuse."""
+    """Fake quantization in plain tensor operations, for a compiler to fuse."""
 
     @staticmethod
     def forward(
@@ -282,7 +286,13 @@ class _MaskFromInput(torch.autograd.Function):
 
 @lru_cache(maxsize=CACHED_GRIDS)
 def gradient_edges(step_min: float, step_max: float, scale: float) -> tuple[float, float]:
-    """Between which real values, both excluded, rounding leads to the steps ``step_min`` to ``step_max``."""
+    """The real values between which, both excluded, rounding stays on the grid.
+
+    Args:
+        step_min: Lowest integer minus the zero point.
+        step_max: Highest integer minus the zero point.
+        scale: Real size of one step.
+    """
     below, above = (step_min - 0.5) * scale, (step_max + 0.5) * scale
     # Ties go to the even step: they are inside where the last step is even.
     if step_min % 2 == 0:
@@ -293,7 +303,7 @@ def gradient_edges(step_min: float, step_max: float, scale: float) -> tuple[floa
 
 
 class StraightThrough(torch.autograd.Function):
-    """What a function computes, through which the gradient passes where its bits are set."""
+    """The result of a function with a straight-through gradient: zero where a bit is not set."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:

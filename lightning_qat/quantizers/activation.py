@@ -59,7 +59,7 @@ class ActivationQuantizer(RangeObserver):
         """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept.
 
         Args:
-            x: What to quantize.
+            x: Real values, any floating dtype.
             saves_input: See ``fake_quantize``; for layers, whose own backward needs their input.
         """
         forward_cache = current_forward_cache()
@@ -81,13 +81,13 @@ class ActivationQuantizer(RangeObserver):
         Values and gradients are those of two passes to the bit.
 
         Args:
-            x: What is to be clamped; it must not be changed in place before backward.
-            ends: Of the clamp; the upper one may be infinity.
+            x: Real values; they must not be changed in place before backward.
+            ends: Lower and upper end of the clamp; the upper one may be infinity.
 
         Returns:
-            The quantized tensor, and what ``observe`` shall be given if it is read. ``None`` where
-            it takes two passes: on other devices than CPUs, for other dtypes than float32, and
-            while more is observed of the clamped values than their range, or at once.
+            The quantized tensor, and the range to give to ``observe`` if the tensor is read.
+            ``None`` if it takes two passes: on other devices than CPUs, for other dtypes than
+            float32, and while the calibration needs more than a range, or commits at once.
         """
         if not (self.quantizing and self.calibrated) or is_exporting_onnx():
             return None
@@ -160,10 +160,12 @@ class ActivationQuantizer(RangeObserver):
             self.observing = observing
 
     def for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
-        """Fake quantization with the numbers of this moment, computed once; observes nothing.
+        """A fake quantization with the present scale and zero point, for many small tensors.
+
+        Nothing is observed.
 
         Args:
-            values: How many values all calls together will quantize.
+            values: The number of values in all calls together.
         """
         if not (self.quantizing and self.calibrated):
             return lambda x: x
@@ -174,7 +176,7 @@ class ActivationQuantizer(RangeObserver):
 
     @property
     def why_not_final(self) -> str | None:
-        """Why there are no numbers to be made final, ``None`` where there are.
+        """The reason why scale and zero point cannot be made final; ``None``: they can.
 
         Waits for the device. A loop that never calls ``commit_ranges`` learns here that a batch was
         not finite.
@@ -186,7 +188,7 @@ class ActivationQuantizer(RangeObserver):
         return "its range is not finite: NaN or infinity came in, or training has diverged"
 
     def qparams(self) -> QParams:
-        """The final numbers, on the CPU.
+        """The final scale and zero point, on the CPU.
 
         Raises:
             ValueError: No range was ever observed, or it is not finite.

@@ -1,4 +1,4 @@
-"""What all quantizers share: float32 state, and a spec that travels with the state_dict."""
+"""The base class of quantizers: float32 state, and a spec that travels with the state_dict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Self = TypeVar("_Self", bound="Quantizer")
 
 
 class Quantizer(nn.Module):
-    """What both quantizers share: float32 state, and a spec that travels with the state_dict.
+    """Base class of activation and weight quantizers.
 
     Half-precision plugins cast a model's tensors; a quantizer's stay float32. A float checkpoint
     has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a

@@ -1,4 +1,4 @@
-"""From a spec to its quantizer, and the learned parameters of a model."""
+"""Make the quantizer of a spec; list the learned parameters of a model."""
 
 from __future__ import annotations
 

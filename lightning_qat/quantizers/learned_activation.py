@@ -1,4 +1,4 @@
-"""Quantizers whose grids are parameters, trained with the network."""
+"""Activation quantizers whose scale and range ends are parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_qat.recipe.specs import ActivationSpec
 
 
 class LearnedActivation(ActivationQuantizer):
-    """What learned activations share: the observed range is where learning starts.
+    """Base class of learned activations: learning starts from the observed range.
 
     The range is observed until fake quantization begins: during the calibration phase of a
     schedule, and in the first ``calibration_batches`` training batches. From then on it is a matter

@@ -28,12 +28,12 @@ class WeightQuantizer(Quantizer):
     straight-through everywhere: the range follows the weight, so nothing lies outside for long.
 
     Args:
-        spec: What is asked.
+        spec: Bits, granularity and rule of the scale.
         axis: The output channel's axis of the weight.
 
     Attributes:
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
-        compact: What backward keeps is small, not fast; see ``int_repr``.
+        compact: Backward keeps integers, which takes less memory; see ``int_repr``.
         cache: Keeps quantized weights for further forwards; ``None``: nothing is kept.
     """
 

@@ -10,7 +10,7 @@ from lightning_qat.numerics.int_repr import IntRepr, int_repr_of
 
 
 class QuantizedWeightCache:
-    """Quantized weights of earlier forwards, and whether they may be used now.
+    """Keeps quantized weights of earlier forwards, while it is open.
 
     A weight that was changed in place, or whose memory is another, is quantized anew. What torch
     cannot tell are changes through ``.data``, as some optimizers and averages make them: whoever
@@ -26,7 +26,7 @@ class QuantizedWeightCache:
         self._entries.clear()
 
     def get(self, owner: object, state: Any) -> Tensor | IntRepr | None:
-        """What was put for an owner in the very same state."""
+        """The weight of an owner that was put in the same state, or ``None``."""
         found = self._entries.get(id(owner)) if self.open else None
         return found[1] if found is not None and found[0] == state else None
 
@@ -38,7 +38,7 @@ class QuantizedWeightCache:
 
 
 def tensor_state(*tensors: Tensor) -> Any:
-    """What changes with the values of tensors, as far as torch tells.
+    """A value that changes when the tensors do, as far as torch can tell.
 
     Rows of a packed parameter are another tensor at every call: what they are a view of is not.
     """

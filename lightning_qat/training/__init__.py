@@ -1,1 +1,1 @@
-"""What a training loop calls: phases, range synchronisation, weights quantized once."""
+"""Functions for training loops: phases, range synchronisation, weights quantized once."""

@@ -27,7 +27,7 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
 
     Args:
         model: A prepared model.
-        phase: What holds from the next batch on.
+        phase: The phase of the next batch.
     """
     switch(model, deferred=True, observing=phase.observing, quantizing=phase.quantizing)
     for module in model.modules():
@@ -46,7 +46,7 @@ def set_quantizing(model: nn.Module, quantizing: bool) -> None:
 
 
 def check_memory(memory: object) -> None:
-    """Refuse what is no choice of ``memory``.
+    """Refuse an unknown value of ``memory``.
 
     Raises:
         ValueError: It is neither ``fast`` nor ``compact``.

@@ -46,8 +46,8 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
     other and twice. Source: the objective of torch.ao's HistogramObserver.
 
     Args:
-        counts: As ``add_to_histogram`` left it.
-        reach: As ``add_to_histogram`` left it.
+        counts: Values per bin, int64, shape ``(HISTOGRAM_BINS,)``.
+        reach: Largest absolute value of the histogram, float32 scalar.
         grid: The integers in use.
         symmetric: Zero point 0.
     """
@@ -69,7 +69,7 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
     for _ in range(2):
         low, high = best(low.expand(100), highest * shares)
         low, high = best(lowest * shares, high.expand(100))
-    # Of nothing but zeros no range is known.
+    # A tensor of zeros gives no range.
     return torch.stack((-low, high)) * (reach > SMALLEST_REACH)
 
 

@@ -137,6 +137,7 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
 
 
 def sampled(x: Tensor, samples: int) -> Tensor:
+    """At most ``samples`` evenly spaced values of a tensor, float32, one dimension."""
     """About ``samples`` evenly spaced values of a tensor, flat, as float32."""
     flat = x.detach().reshape(-1)
     return flat[:: spacing(flat.numel(), samples)].to(torch.float32)

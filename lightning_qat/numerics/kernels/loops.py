@@ -21,16 +21,16 @@ from torch.compiler import is_compiling
 from lightning_qat.numerics.kernels.build import BLOCK, RUN, compiled_loops
 
 ALL = -math.inf, math.inf
-"""Ends that clamp nothing."""
+"""A clamp range that changes nothing."""
 
 
 class Quantized(NamedTuple):
-    """What ``fake_quantize`` gives.
+    """The results of ``fake_quantize``.
 
     Args:
         values: Real values on the grid.
-        codes: Its integers.
-        bits: Where the gradient passes.
+        int_repr: Its integers.
+        bits: The elements whose gradient passes, packed.
         range: ``value_range`` of the input.
     """
 
@@ -141,15 +141,15 @@ def learned_backward(
     """The gradients of a learned grid; the formulas are in ``learned_fake_quantize``.
 
     Args:
-        grad: Of the result.
-        x: What was quantized.
-        scale: As for ``fake_quantize``.
-        step_min: As there.
-        step_max: As there.
-        mask: Which values get no gradient.
-        edges: For ``mask``.
+        grad: Gradient of the result.
+        x: The tensor that was quantized.
+        scale: Size of a step, float32; a scalar, or one per row of the first axis.
+        step_min: Lowest integer in use minus the zero point.
+        step_max: Highest integer in use minus the zero point.
+        mask: The rule for values that get no gradient.
+        edges: The real values that the rule compares with.
         share: How much of a value beyond the edges the scale moves.
-        factor: Of the last two gradients.
+        factor: The last two results are multiplied by it.
 
     Returns:
         The gradients of ``x`` and of the scale, and the sum of what comes from outside the range;
@@ -170,7 +170,7 @@ def learned_backward(
 
 
 def bits_between(x: Tensor, low: float, high: float) -> Tensor | None:
-    """Whether each value is strictly between two ends; laid out as ``pack_bits`` does."""
+    """A bit per value that is strictly between two real values; packed as by ``pack_bits``."""
     if not _suits(x):
         return None
     bits = _room_for_bits(x)
@@ -210,7 +210,7 @@ def restore(int_repr: Tensor, scale: Tensor, zero_point: float) -> Tensor | None
 
 
 def backend_name() -> str:
-    """The way quantizers run on this CPU, in words for a log; compiles the loops if they are not."""
+    """The way quantizers run on this CPU, in words for a log; compiles the loops first."""
     return "operations of torch" if compiled_loops() is None else "compiled loops"
 
 
