@@ -18,7 +18,7 @@ from lightning_qat.layers import QATLayer
 from lightning_qat_exporters.cann import AscendExecutor
 from tests.exporters.cann.test_amct_goldens import CASES
 
-GOLDENS = Path(__file__).parent / "goldens" / "amct"
+GOLDENS = Path(__file__).parents[1] / "goldens" / "amct"
 CONFIG, CFG, RECORD = "./tmp/config.json", "./retrain.cfg", "./tmp/record.txt"
 
 

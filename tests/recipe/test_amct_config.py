@@ -14,7 +14,7 @@ from lightning_qat.recipe.amct_cfg import parse_cfg
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec, LayerSpec, WeightSpec
 
-GOLDENS = Path(__file__).parent / "goldens" / "amct"
+GOLDENS = Path(__file__).parents[1] / "goldens" / "amct"
 ULQ = ActivationSpec(quantizer="ulq", calibration="mse")
 
 
