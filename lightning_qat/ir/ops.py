@@ -109,6 +109,9 @@ def key_of(node: object) -> str | None:
 def make_fake_quantize(graph: fx.Graph, x: fx.Node, qparams: QParams, key: str) -> fx.Node:
     """Add a whole ``fake_quantize`` node at the insertion point of a graph module's graph.
 
+    Set the point with ``graph.inserting_before``: this adds several nodes, and under
+    ``inserting_after`` fx puts them in reverse order.
+
     Scale and zero point become buffers of the graph module. In an ``ExportedProgram``, whose
     constants are inputs of the graph, use ``Constants.add`` and ``FakeQuantizeCall.args`` instead.
 
