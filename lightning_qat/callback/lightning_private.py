@@ -15,9 +15,9 @@ from lightning.pytorch.strategies import (  # type: ignore[attr-defined] # XLA: 
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceXLAStrategy,
+    SingleDeviceXLAStrategy,  # pyright: ignore[reportPrivateImportUsage]
     Strategy,
-    XLAStrategy,
+    XLAStrategy,  # pyright: ignore[reportPrivateImportUsage]
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden
 

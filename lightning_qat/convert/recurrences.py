@@ -41,7 +41,7 @@ def take_recurrences(program: ExportedProgram, model: nn.Module) -> tuple[Recurr
         program: Captured from ``model`` after ``mark_recurrences``; changed in place.
         model: The finalized copy, whose modules tell which paths are recurrent layers.
     """
-    kinds = {
+    kinds: dict[str, Kind] = {
         name: _KINDS[type(module)]
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, RecurrentQAT) and type(module) in _KINDS

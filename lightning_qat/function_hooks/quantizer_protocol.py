@@ -18,9 +18,11 @@ class InputQuantizer(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize a float tensor; shape and dtype stay."""
+        ...
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Quantize the inputs of a concatenation with one scale and zero point."""
+        ...
 
 
 class FusableQuantizer(InputQuantizer, Protocol):

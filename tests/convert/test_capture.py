@@ -211,7 +211,7 @@ def test_control_flow_on_data_is_named_with_module_and_line(capture: Callable[..
     with pytest.raises(
         CaptureError,
         match=r"could not capture Branching\.forward: it failed in module 'block' \(Inner\) "
-        r"\(test_convert\.py, line \d+: if y\.sum\(\) > 0:\).*torch\.where",
+        r"\(test_capture\.py, line \d+: if y\.sum\(\) > 0:\).*torch\.where",
     ):
         capture(model, x)
 

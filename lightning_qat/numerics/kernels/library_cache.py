@@ -96,6 +96,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a lock between processes; the system releases that of a process that is killed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        assert fcntl is not None  # private_folder has refused a system without it
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

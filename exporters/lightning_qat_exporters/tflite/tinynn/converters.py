@@ -21,6 +21,9 @@ trained (a value that is quantized and read as float loses its rounding): those 
 out. The lowering has fused whatever may be fused.
 """
 
+# The package is on no index, so pyright does not find it.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet
