@@ -16,11 +16,11 @@ import onnx_ir as ir
 import torch
 
 from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
+from lightning_qat.ir.operators import LAYER_TYPES, RECURRENT_TYPES
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
 from lightning_qat_exporters.qdq.global_average_pool import global_average_pools
-from lightning_qat_exporters.qdq.recurrent import GATES
 from lightning_qat_exporters.qdq.translate import KEY, keys_of, translated
 
 ActivationType = Literal["int8", "uint8"]
@@ -29,11 +29,6 @@ FULL_GRIDS = ((-128, 127), (-32768, 32767))
 """Grids that are all of their type, so that QuantizeLinear's own saturation is theirs."""
 
 INT4_GRID = IntegerGrid(-8, 7)
-
-COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-RECURRENT_OPS = tuple(GATES)
-"""What ``with_recurrent_nodes`` makes."""
 
 OPSET = 20
 """What exporters translate to unless they need another one, so that they share the translation."""
@@ -214,7 +209,7 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 def layer_of(node: ir.Node) -> str | None:
     """The layer that a compute node belongs to, from the key of its weight."""
-    if node.op_type not in (*COMPUTE_OPS, *RECURRENT_OPS) or len(node.inputs) < 2:
+    if node.op_type not in (*LAYER_TYPES, *RECURRENT_TYPES) or len(node.inputs) < 2:
         return None
     for value in node.inputs[:2]:
         producer = value.producer() if value is not None else None
@@ -235,7 +230,7 @@ def module_of(node: ir.Node) -> str:
 def _name_biases(graph: ir.Graph) -> None:
     for node in list(graph):
         layer = layer_of(node)
-        if layer is None or node.op_type in RECURRENT_OPS:
+        if layer is None or node.op_type in RECURRENT_TYPES:
             continue
         holder, index = node, 2
         if node.op_type == "MatMul":
