@@ -1,4 +1,7 @@
-"""The command line: convert quantized ONNX models and lint deploy models; needs no Lightning."""
+"""The command line: convert quantized ONNX models and lint deploy models; needs no Lightning.
+
+What takes a second to import is imported by the command that needs it, so that help comes at once.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-
-from lightning_qat.export.convert_onnx import convert_qat_model
-from lightning_qat.export.lint import Linting
-from lightning_qat.export.load import load_exporter
-from lightning_qat.export.protocol import MissingDependency
 
 _CONVERT = """\
 Convert a quantized ONNX model of any tool (QuantizeLinear and DequantizeLinear, opset 10 or newer)
@@ -46,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all is well, 1 if lint found errors, 2 if the input cannot be used.
     """
     options = _parser().parse_args(arguments)
+    from lightning_qat.export.protocol import MissingDependency
+
     try:
         return _lint(options) if options.command == "lint" else _convert(options)
     except (ValueError, OSError, MissingDependency) as error:
@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from lightning_qat.export.convert_onnx import convert_qat_model
+
     done = convert_qat_model(
         options.model,
         options.out,
@@ -109,6 +111,9 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _lint(options: argparse.Namespace) -> int:
+    from lightning_qat.export.lint import Linting
+    from lightning_qat.export.load import load_exporter
+
     target = load_exporter("cann")
     assert isinstance(target, Linting)  # ours
     findings = target.lint(options.model)

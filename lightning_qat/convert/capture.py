@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.running import forget_running
@@ -82,6 +81,9 @@ def _capture_batch(
 
 
 def _has_dynamic_input(program: ExportedProgram) -> bool:
+    # Loads sympy.
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
     names = set(program.graph_signature.user_inputs)
     return any(
         bool(free_symbols(size))

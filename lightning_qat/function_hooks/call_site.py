@@ -6,9 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from lightning_qat.model.torch_compile import traced_frames
+from lightning_qat.model.torch_compile import constant_while_tracing, traced_frames
 
 
 def line_of_call() -> str | None:
@@ -36,7 +34,7 @@ _IS_USERS: dict[str, bool] = {}
 """``is_users`` by the name of a module: it is asked some thirty times per call."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def traced_line_of_call() -> str:
     """``line_of_call`` while ``torch.compile`` traces: its own stack has the user's frames."""
     for frame in traced_frames():

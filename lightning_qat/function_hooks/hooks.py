@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils import _pytree as pytree
@@ -25,7 +24,11 @@ from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks, running
 from lightning_qat.model.attributes import HOOKS
 from lightning_qat.model.forward import is_real_forward
-from lightning_qat.model.torch_compile import FunctionsForModes, run_outside_graphs
+from lightning_qat.model.torch_compile import (
+    FunctionsForModes,
+    constant_while_tracing,
+    run_outside_graphs,
+)
 
 
 class ModuleHooks:
@@ -122,7 +125,7 @@ class ModuleHooks:
 _FOR_MODES = FunctionsForModes(FUNCTION_TABLE, lambda: bool(running().frames))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def _add_functions_while_compiling() -> None:
     """Have ``torch.compile`` hand every function of the table to function modes."""
     _FOR_MODES.add_while_compiling()

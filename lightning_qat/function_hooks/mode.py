@@ -33,6 +33,7 @@ from lightning_qat.function_hooks.running import (
     hide_from_hooks,
     running,
 )
+from lightning_qat.model.torch_compile import constant_while_tracing
 
 _TRACEABLE: Mapping[str, Callable[..., Any]] = {"unflatten": torch.unflatten}
 """torch 2.13 cannot trace a method that calls ``super()`` when a function mode hands it on."""
@@ -224,7 +225,7 @@ def _warn_once(plan: CallPlan, key: str, reason: str) -> None:
         _warn(plan.path or "the model's own forward", key, reason)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def _warn(where: str, key: str, reason: str) -> None:
     """Warn, while ``torch.compile`` traces too."""
     warnings.warn(

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from operator import attrgetter
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 _WRAPPED = "_orig_mod"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _NEEDED = {
     "torch._C._dynamo.eval_frame": ("_FrameExecStrategy", "_FrameAction", "set_code_exec_strategy"),
@@ -33,6 +35,9 @@ _NEEDED = {
     "torch._dynamo.variables.torch": ("get_overridable_functions",),
 }
 """Module to the private names that this file uses, dotted."""
+
+_CONSTANT = "_dynamo_marked_constant"
+"""The attribute of functions whose results dynamo takes for constants."""
 
 
 def plain_path(path: str) -> str:
@@ -74,6 +79,8 @@ def missing_parts() -> list[str]:
                 attrgetter(name)(module)
             except AttributeError:
                 missing.append(f"{module_name}.{name}")
+    if not _marks_constants():
+        missing.append(_CONSTANT)
     return missing
 
 
@@ -100,6 +107,26 @@ def _unsupported(missing: Collection[str]) -> str:
         f"torch.compile of torch {torch.__version__} is not supported by lightning-qat: it lacks "
         f"{', '.join(missing)}. Train without torch.compile."
     )
+
+
+def constant_while_tracing(function: _Function) -> _Function:
+    """Have dynamo call a function while it traces, and take the result for a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same and loads dynamo, 600 modules, where it
+    decorates: as long again as the import of torch.
+    """
+    setattr(function, _CONSTANT, True)
+    return function
+
+
+def _marks_constants() -> bool:
+    """Whether torch's decorator sets the attribute that ``constant_while_tracing`` sets."""
+
+    def function() -> None:
+        pass
+
+    torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+    return getattr(function, _CONSTANT, False) is True
 
 
 def run_outside_graphs(codes: Collection[CodeType]) -> None:
