@@ -10,7 +10,8 @@ from torch import nn
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.torch_compile import plain_path
 from lightning_qat.quantizers.activation import ActivationQuantizer
-from lightning_qat.quantizers.names import PLAN, quantizer_of_key
+from lightning_qat.quantizers.names import PLAN, SPEC, quantizer_of_key
+from lightning_qat.quantizers.stored_values import from_tensor
 from lightning_qat.recipe.recipe import Recipe
 
 CALLBACK_KEY = "QATCallback"
@@ -18,8 +19,6 @@ CALLBACK_KEY = "QATCallback"
 
 STATE_VERSION = 1
 """Format version of the callback's state. A newer version is refused."""
-
-_STATE = "_extra_state"
 
 
 def quantizer_prefixes(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -40,8 +39,8 @@ def missing_keys(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
         for role in layer.quantizer_names() if isinstance(layer, QATLayer) else ():
             prefix = f"{path}.{role}.".lstrip(".")
             names += [f"{prefix}{name}" for name in _names(layer.get_submodule(role))]
-    plan = state_dict.get(PLAN, {})
-    observed = ("min_val", "max_val", "batches", _STATE)
+    plan = from_tensor(state_dict.get(PLAN, {}), PLAN)
+    observed = ("min_val", "max_val", "batches", SPEC)
     names += [f"{t['quantizer']}.{name}" for t in plan.get("tensors", ()) for name in observed]
     there = {plain_path(name) for name in state_dict}
     return sorted({name for name in map(plain_path, names) if name not in there})
@@ -50,7 +49,7 @@ def missing_keys(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
 def _names(quantizer: nn.Module) -> Iterator[str]:
     yield from (name for name, _ in quantizer.named_buffers(recurse=False))
     yield from (name for name, _ in quantizer.named_parameters(recurse=False))
-    yield _STATE
+    yield SPEC
 
 
 def missing_problem(state_dict: Mapping[str, Any], model: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from lightning_qat.model.torch_compile import trace_hooks
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer
+from lightning_qat.quantizers.stored_values import from_tensor, to_tensor
 from lightning_qat.quantizers.switches import switch_like
 
 
@@ -106,12 +107,14 @@ class _PlanKeeper:
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
     ) -> None:
         if self.plan is not None:
-            state_dict[prefix + names.PLAN] = self.plan.to_dict()
+            state_dict[prefix + names.PLAN] = to_tensor(self.plan.to_dict())
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.pop(prefix + names.PLAN, None)
-        if stored is not None and (self.plan is None or self.plan.to_dict() != stored):
-            apply_plan(module, JoinPlan.from_dict(stored))
+        if stored is not None:
+            plan = JoinPlan.from_dict(from_tensor(stored, prefix + names.PLAN))
+            if self.plan is None or self.plan.to_dict() != plan.to_dict():
+                apply_plan(module, plan)
 
 
 def keep_plan(model: nn.Module, plan: JoinPlan | None) -> None:

@@ -18,6 +18,7 @@ from lightning_qat.model.torch_compile import plain_path
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers, swap
 from lightning_qat.quantizers.names import PLAN, quantizer_of_key, quantizer_role
+from lightning_qat.quantizers.stored_values import from_tensor
 from lightning_qat.recipe.recipe import Recipe
 
 
@@ -37,7 +38,7 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
         role = quantizer_role(name)
         if role is not None:
             # The last one counts: a layer's input comes first, and a plan may have changed it.
-            specs[layer][role] = value
+            specs[layer][role] = from_tensor(value, key)
     if not specs:
         raise ValueError(
             "The state_dict holds no quantizers: it is of a float model. Load it into the float "
@@ -63,5 +64,5 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     report = choose_layers(paths, recipe)
     swap(paths, report)
     if PLAN in state_dict:
-        apply_plan(model, JoinPlan.from_dict(state_dict[PLAN]))
+        apply_plan(model, JoinPlan.from_dict(from_tensor(state_dict[PLAN], PLAN)))
     return replace(report, joins=plan_of(model))

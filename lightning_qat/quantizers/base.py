@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+
+from lightning_qat.quantizers.names import SPEC
+from lightning_qat.quantizers.stored_values import from_tensor, to_tensor
 
 _Self = TypeVar("_Self", bound="Quantizer")
 
@@ -24,18 +28,20 @@ class Quantizer(nn.Module):
 
     spec: Any
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The spec as primitives, so that a weights-only checkpoint can rebuild the quantizer."""
-        return asdict(self.spec)
+    def get_extra_state(self) -> Tensor:
+        """The spec, so that a weights-only checkpoint can rebuild the quantizer; uint8."""
+        return _stored(self.spec).clone()
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Refuse the state of another spec: its range would mean something else.
 
         Raises:
             RuntimeError: The checkpoint's spec differs; every differing key is named.
+            ValueError: The checkpoint's spec was changed.
         """
-        # JSON and checkpoints spell tuples as lists.
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+        # JSON spells tuples as lists.
+        values = from_tensor(state, SPEC)
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         own = asdict(self.spec)
         keys = sorted(set(own) | set(stored))
         different = [
@@ -87,5 +93,10 @@ class Quantizer(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+@lru_cache
+def _stored(spec: Any) -> Tensor:
+    return to_tensor(asdict(spec))

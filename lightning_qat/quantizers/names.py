@@ -27,7 +27,7 @@ JOINS = "qat_joins"
 PLAN = "_qat_plan"
 """The state_dict key of a model's plan."""
 
-_SPEC = "_extra_state"
+SPEC = "_extra_state"
 """torch's key for the extra state of a module; a quantizer keeps its spec there."""
 
 _QUANTIZER = re.compile(r"(input|hidden|projection|weight)_quantizer(_\w+)?")
@@ -133,4 +133,4 @@ def quantizer_of_key(key: str) -> str | None:
     path, _, name = key.rpartition(".")
     parent, _, child = path.rpartition(".")
     joined = parent.rpartition(".")[2] == JOINS
-    return path if name == _SPEC and (joined or quantizer_role(child) is not None) else None
+    return path if name == SPEC and (joined or quantizer_role(child) is not None) else None

@@ -14,6 +14,7 @@ from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.stored_values import from_tensor
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
@@ -214,24 +215,28 @@ def test_a_weights_only_checkpoint_holds_everything(tmp_path: Any) -> None:
     torch.save(ActivationQuantizer(spec).state_dict(), tmp_path / "q.pt")
     loaded = torch.load(tmp_path / "q.pt", weights_only=True)
     ActivationQuantizer(spec).load_state_dict(loaded)
-    assert loaded["_extra_state"]["clip"] == (-1.0, 3.0)
+    assert from_tensor(loaded["_extra_state"], "")["clip"] == [-1.0, 3.0]
 
 
 def test_a_clip_that_was_stored_as_a_list_is_the_same_clip() -> None:
     spec = ActivationSpec(clip=(-1.0, 3.0))
     values = ActivationQuantizer(spec).state_dict()
-    values["_extra_state"]["clip"] = [-1.0, 3.0]
+    for clip in ([-1.0, 3.0], (-1.0, 3.0)):
+        earlier = {**from_tensor(values["_extra_state"], ""), "clip": clip}
+        ActivationQuantizer(spec).load_state_dict({**values, "_extra_state": earlier})
     ActivationQuantizer(spec).load_state_dict(values)
 
 
 def test_samples_travel_with_the_state_and_older_states_have_none() -> None:
     spec = ActivationSpec(samples=4096)
     values = calibrated(spec).state_dict()
-    assert values["_extra_state"]["samples"] == 4096
+    earlier = from_tensor(values["_extra_state"], "")
+    assert earlier["samples"] == 4096
     ActivationQuantizer(spec).load_state_dict(values)
     with pytest.raises(RuntimeError, match="samples: checkpoint 4096, model None"):
         ActivationQuantizer(ActivationSpec()).load_state_dict(values)
-    del values["_extra_state"]["samples"]
+    del earlier["samples"]
+    values["_extra_state"] = earlier
     ActivationQuantizer(ActivationSpec()).load_state_dict(values)
     with pytest.raises(RuntimeError, match="samples: checkpoint None, model 4096"):
         ActivationQuantizer(spec).load_state_dict(values)
