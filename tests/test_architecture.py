@@ -28,7 +28,7 @@ CORE: Mapping[str, str] = {
     "checkpoint": "recipe model quantizers layers prepare",
     "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
     "callback": (
-        "numerics recipe model function_hooks quantizers export layers training joins prepare "
+        "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert checkpoint"
     ),
 }

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.lightning_private import configuration_error
 from lightning_qat.model.forward import is_real_forward
+from lightning_qat.model.torch_private import without_function_modes
 
 MOST_SAMPLES = 32
 """Enough for an agreement to mean something, little enough to keep on the CPU."""
@@ -63,6 +64,10 @@ class ExampleInputs:
             )
         return inputs
 
+    def training(self) -> Any:
+        """What was recorded, floating tensors in float32; ``None``: nothing was."""
+        return _as_float32(self.recorded)
+
     @property
     def recording(self) -> bool:
         """``True`` between ``record`` and ``stop``."""
@@ -90,7 +95,9 @@ class ExampleInputs:
         call: Any = args
         if kwargs:
             call = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-        self.recorded = _first_samples(call)
+        # Else the plan that this very forward makes would have our slicing in it.
+        with without_function_modes():
+            self.recorded = _first_samples(call)
 
 
 def _first_samples(inputs: Any) -> Any:

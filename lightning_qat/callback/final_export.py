@@ -1,4 +1,4 @@
-"""The exports at the end of ``fit``: choose the weights, convert, export, report failures."""
+"""The exports at the end of ``fit``: tried before, then made of the chosen weights and reported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +15,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_qat.callback.agreement_report import log_agreement, verification_inputs
 from lightning_qat.callback.lightning_private import implements_forward
+from lightning_qat.callback.trial_export import TrialFailed, shapes_in_words, try_exports
 from lightning_qat.checkpoint.contents import was_quantizing
-from lightning_qat.convert.convert import check_capture, convert
+from lightning_qat.convert.convert import convert
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.manifest import ExportResult, export_all, refuse_repeated
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.recipe.recipe import Recipe
 
 
-class Export:
-    """The exports of one run, checked before it starts and made after it.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a run is to export; see ``QATCallback``.
 
     Args:
         exporters: Names or exporters.
@@ -32,26 +36,34 @@ class Export:
         source: ``last`` or ``best``.
         verify: Compare every file with the trained model.
         on_error: ``raise`` an export's error, or ``warn`` of it.
+        trial: Try the exporters on the untrained model.
+        outputs: Names of the outputs to export; ``None``: all.
+        dynamic_shapes: As for ``convert``.
     """
 
-    def __init__(
-        self,
-        exporters: Sequence[str | Exporter],
-        folder: str | Path | None,
-        source: Literal["last", "best"],
-        *,
-        verify: bool,
-        on_error: str,
-    ) -> None:
-        self._exporters, self._folder, self._source = exporters, folder, source
-        self._verify, self._on_error = verify, on_error
+    exporters: Sequence[str | Exporter]
+    folder: str | Path | None
+    source: Literal["last", "best"]
+    verify: bool
+    on_error: str
+    trial: bool
+    outputs: Sequence[str] | None
+    dynamic_shapes: Any
+
+
+class Export:
+    """The exports of one run, checked before it starts and made after it."""
+
+    def __init__(self, options: ExportOptions) -> None:
+        self._options = options
+        self._folder, self._source = options.folder, options.source
         self._loaded: tuple[Exporter, ...] = ()
 
     def problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """One message for each reason why the exports could not be made; loads the exporters."""
         problems = []
         loaded: list[Exporter] = []
-        for exporter in self._exporters:
+        for exporter in self._options.exporters:
             try:
                 loaded.append(load_exporter(exporter))
                 loaded[-1].check_available()
@@ -89,24 +101,41 @@ class Export:
                 )
         return problems
 
-    def check_capture(self, pl_module: LightningModule, inputs: Any) -> None:
-        """Find out in the first minute, not after the last epoch, that a graph cannot be captured.
+    def try_it(self, trainer: Trainer, pl_module: LightningModule, inputs: Any) -> None:
+        """Find out in the first minute, not after the last epoch, what would fail.
+
+        The first process captures the untrained model and tries every exporter on it; every process
+        must call this.
 
         Raises:
-            CaptureError: ``forward`` cannot be captured; a warning with ``on_error="warn"``.
+            CaptureError: ``forward`` cannot be captured; a warning with ``on_error="warn"``, as
+                are the others.
+            RuntimeError: Exporters failed; the message has all that they say.
         """
-        try:
-            check_capture(_in_float32(pl_module), inputs)
-        except RuntimeError as error:
-            if self._on_error == "raise":
-                raise
-            rank_zero_warn(f"QAT: the export at the end of training will fail. {error}")
+        error: Exception | None = None
+        if trainer.is_global_zero:
+            # A network that is developed is exported a moment later anyway.
+            trial = self._options.trial and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            try:
+                try_exports(
+                    _in_float32(pl_module),
+                    inputs,
+                    self._loaded if trial else (),
+                    dynamic_shapes=self._options.dynamic_shapes,
+                    export_outputs=self._options.outputs,
+                )
+            except Exception as caught:
+                error = caught
+        if error is not None and self._options.on_error == "warn":
+            error = TrialFailed(f"the export at the end of training will fail. {error}")
+        self.share_failure(trainer, error)
 
     def make(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         inputs: Any,
+        recorded: Any,
         recipe: Recipe,
         calibration_batches: int,
     ) -> tuple[ExportResult, ...]:
@@ -116,6 +145,8 @@ class Export:
             trainer: The trainer.
             pl_module: The trained module; it is not changed.
             inputs: Example inputs of its ``forward``, in float32.
+            recorded: Inputs of its ``forward`` in training, to verify with; ``None``: there are
+                none.
             recipe: The recipe it was prepared with.
             calibration_batches: Batches before a network counts as quantized, to judge the best
                 checkpoint.
@@ -128,16 +159,28 @@ class Export:
         """
         rank_zero_info("QAT: converting")
         model = self._chosen_weights(trainer, pl_module, calibration_batches)
-        quantized = convert(_in_float32(model), inputs, recipe=recipe)
+        quantized = convert(
+            _in_float32(model),
+            inputs,
+            recipe=recipe,
+            dynamic_shapes=self._options.dynamic_shapes,
+            export_outputs=self._options.outputs,
+        )
+        check = self._options.verify
+        real = verification_inputs(quantized, pl_module, recorded) if check else None
         with self._folder_for(trainer) as folder:
-            rank_zero_info(f"QAT: exporting {[e.name for e in self._loaded]} to {folder}")
+            rank_zero_info(
+                f"QAT: exporting {[e.name for e in self._loaded]} to {folder}; "
+                f"{shapes_in_words(quantized)}"
+            )
             name = type(pl_module).__name__.lower()
             quantized.save(folder / f"{name}.pt2")
-            results = export_all(quantized, self._loaded, folder, name, check=self._verify)
+            source = None if real is None else "inputs of the first training batch"
+            results = export_all(
+                quantized, self._loaded, folder, name, check=check, inputs=real, source=source
+            )
         for result in results:
-            if result.agreement is not None:
-                rank_zero_info(f"QAT: {result.agreement}")
-                _log_agreement(trainer, result)
+            log_agreement(trainer, result)
         return results
 
     def failure(self, results: Sequence[ExportResult]) -> RuntimeError | None:
@@ -167,7 +210,7 @@ class Export:
         message = trainer.strategy.broadcast(None if error is None else str(error))
         if message is None:
             return
-        if self._on_error == "warn":
+        if self._options.on_error == "warn":
             rank_zero_warn(f"QAT: {message}")
         elif error is not None:
             raise error
@@ -225,12 +268,3 @@ def _in_float32(pl_module: LightningModule) -> LightningModule:
     if all(p.dtype == torch.float32 for p in pl_module.parameters()):
         return pl_module
     return copy.deepcopy(pl_module).float()
-
-
-def _log_agreement(trainer: Trainer, result: ExportResult) -> None:
-    agreement = result.agreement
-    assert agreement is not None
-    if agreement.runtimes:
-        metrics = {f"qat/{result.target}/max_steps": agreement.max_steps}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_qat.callback.common_plan import common_plan
 from lightning_qat.callback.example_inputs import ExampleInputs
-from lightning_qat.callback.final_export import Export
+from lightning_qat.callback.final_export import Export, ExportOptions
 from lightning_qat.callback.lightning_private import (
     after_configure_model,
     before_weights_are_loaded,
@@ -75,8 +75,18 @@ class QATCallback(PhaseHooks):
         example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a
             mapping of keyword arguments; a list of ints is the shape of one float tensor. By
             default ``example_input_array``, else the inputs of the first ``forward`` in training.
-        verify: Compare every file with the trained model, on the example inputs.
+        verify: Compare every file with the trained model, on inputs of the first training batch
+            (at most 32 samples) where ``training_step`` calls the module itself, else on the
+            example inputs.
         on_export_error: ``raise`` after all other targets are written, or ``warn``.
+        trial_export: Try every exporter on the untrained model, in a temporary folder, before
+            training (after the first batch where inputs are not known before), and raise or warn
+            of everything that a target cannot express. It takes what the exports take, or about a
+            minute: what would take longer is left out. ``False``: only the capture is tried.
+        export_outputs: Names of the outputs of ``forward`` to export, such as ``["logits"]``; with
+            the others go inputs that only they need, such as labels. By default all.
+        dynamic_shapes: Which dimensions of the inputs are dynamic in the files, as
+            ``torch.export.export`` takes them; by default the batch.
         float_learning_rate: What the float training began with. When given, a learning rate far
             above a hundredth of it, with which fine-tuning should start, is warned of.
         memory: ``compact`` lets training keep less for backward than float training does, at some
@@ -103,6 +113,9 @@ class QATCallback(PhaseHooks):
         on_export_error: Literal["raise", "warn"] = "raise",
         float_learning_rate: float | None = None,
         memory: Literal["fast", "compact"] = "fast",
+        trial_export: bool = True,
+        export_outputs: Sequence[str] | None = None,
+        dynamic_shapes: Any = None,
     ) -> None:
         if isinstance(exporters, str):
             raise ValueError(
@@ -116,6 +129,11 @@ class QATCallback(PhaseHooks):
             raise ValueError(
                 f"float_learning_rate must be positive or None; got {float_learning_rate!r}."
             )
+        if isinstance(export_outputs, str):
+            raise ValueError(
+                f"export_outputs must be a list; got {export_outputs!r}. Write "
+                f"export_outputs=[{export_outputs!r}]."
+            )
         check_memory(memory)
         self.recipe = Recipe.load(recipe)
         self.schedule = schedule or Schedule()
@@ -127,6 +145,9 @@ class QATCallback(PhaseHooks):
         self.on_export_error = on_export_error
         self.float_learning_rate = float_learning_rate
         self.memory: Literal["fast", "compact"] = memory
+        self.trial_export = trial_export
+        self.export_outputs = export_outputs
+        self.dynamic_shapes = dynamic_shapes
         self.report: PrepareReport | None = None
         """The layers and joins that are quantized, once ``fit`` has started."""
         self.delivered: tuple[ExportResult, ...] = ()
@@ -156,11 +177,16 @@ class QATCallback(PhaseHooks):
         )
         if stage == "fit" and self.exporters:
             self._export = Export(
-                self.exporters,
-                self.export_dir,
-                self.export_from,
-                verify=self.verify,
-                on_error=self.on_export_error,
+                ExportOptions(
+                    self.exporters,
+                    self.export_dir,
+                    self.export_from,
+                    self.verify,
+                    self.on_export_error,
+                    self.trial_export,
+                    self.export_outputs,
+                    self.dynamic_shapes,
+                )
             )
             problems += self._export.problems(trainer, pl_module)
         if problems:
@@ -227,10 +253,10 @@ class QATCallback(PhaseHooks):
         if self._export is None:
             return
         inputs = self._inputs.known(pl_module)
-        if inputs is None:
-            self._inputs.record(pl_module)
-        else:
-            self._export.check_capture(pl_module, inputs)
+        # Recorded in any case: files are compared on what training saw.
+        self._inputs.record(pl_module)
+        if inputs is not None:
+            self._export.try_it(trainer, pl_module, inputs)
 
     # ------------------------------------------------------------------ training
 
@@ -256,7 +282,8 @@ class QATCallback(PhaseHooks):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._inputs.recording and self._export is not None:
             self._inputs.stop()
-            self._export.check_capture(pl_module, self._inputs.required(pl_module))
+            if self._inputs.before_training(pl_module) is None:
+                self._export.try_it(trainer, pl_module, self._inputs.required(pl_module))
 
     def _report_plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the plan of the joins after the first batch, if its forward had to make it."""
@@ -282,6 +309,7 @@ class QATCallback(PhaseHooks):
                     trainer,
                     pl_module,
                     self._inputs.known(pl_module),
+                    self._inputs.training(),
                     self.recipe,
                     self.schedule.calibration_batches,
                 )

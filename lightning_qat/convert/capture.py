@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lightning_qat.convert.batch_check import has_dynamic_input, takes_other_batches
 from lightning_qat.function_hooks.running import forget_running
 
 
@@ -31,8 +32,10 @@ def capture_program(
     fixed = None
     for axis in axes:
         program, grown = _capture_batch(model, args, kwargs, axis, axes)
-        if program is not None and _has_dynamic_input(program):
-            return program
+        if program is not None and has_dynamic_input(program):
+            if takes_other_batches(program):
+                return program
+            program = None
         fixed = fixed or (None if grown else program)
     return fixed or export_program(model, args, kwargs, None)
 
@@ -74,23 +77,11 @@ def _capture_batch(
         lambda leaf: {a: Dim.AUTO for a in batch_axes(leaf, size)} or None, grown
     )
     try:
-        return export_program(model, grown[0], grown[1], dynamic), grows
+        # torch.export wants the dynamic shapes by argument, as the call has them.
+        return export_program(model, grown[0], grown[1], dynamic[1] or dynamic[0]), grows
     except CaptureError:
         # The batch may be the very thing that the forward cannot take as dynamic.
         return None, grows
-
-
-def _has_dynamic_input(program: ExportedProgram) -> bool:
-    # Loads sympy.
-    from torch.fx.experimental.symbolic_shapes import free_symbols
-
-    names = set(program.graph_signature.user_inputs)
-    return any(
-        bool(free_symbols(size))
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names
-        for size in getattr(node.meta.get("val"), "shape", ())
-    )
 
 
 def export_program(
@@ -102,14 +93,12 @@ def export_program(
         model: The model, in eval mode.
         args: Positional inputs.
         kwargs: Keyword inputs.
-        dynamic: The dynamic shapes as ``(args, kwargs)``, as nested as the inputs; ``None``
-            fixes every size.
+        dynamic: The dynamic shapes as ``torch.export.export`` takes them; ``None`` fixes every
+            size.
 
     Raises:
         CaptureError: The forward cannot be captured; the message names the module and the line.
     """
-    # torch.export wants the dynamic shapes by argument, as the call has them.
-    shapes = dynamic and (dynamic[1] or dynamic[0])
     with _running_module(model) as running, torch.no_grad(), warnings.catch_warnings():
         # What a hook computes and puts on its module (weight_norm) is read in the same forward; a
         # float recurrent layer keeps a list of its weights.
@@ -117,7 +106,7 @@ def export_program(
             "ignore", "The tensor attributes? .* (was|were) assigned during export"
         )
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             forget_running()
             where = running[-1] if running else "the model's forward"

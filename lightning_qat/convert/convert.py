@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from lightning_qat.convert.capture import capture_program, export_program
 from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
-from lightning_qat.convert.finalize import (
-    detached_copy,
-    finalize_model,
-    finalized_copy,
-    tensor_keys,
-)
+from lightning_qat.convert.finalize import finalized_copy
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
 from lightning_qat.convert.merge_quantizations import merge_quantizations
+from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.slice_constants import slice_constants
+from lightning_qat.convert.untrained import untrained_copy
 from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
@@ -42,6 +37,8 @@ def convert(
     *,
     recipe: Recipe | None = None,
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    export_outputs: Sequence[str] | None = None,
 ) -> QuantizedModel:
     """Make the numbers of a trained QAT model final and capture its graph.
 
@@ -49,7 +46,7 @@ def convert(
     into the layer before it, and ``torch.export`` (non-strict) captures ``forward``. The size of
     the first dimension that the inputs share is kept dynamic where the model allows it; of a model
     with recurrent layers that of the second, where that is the batch. Their loop over time steps
-    is unrolled for the length of the example.
+    is unrolled for the length of the example. An input that no output needs is left out.
 
     Args:
         model: A model that ``prepare`` changed and that has seen training batches.
@@ -57,20 +54,72 @@ def convert(
             mapping of keyword arguments, nested as it likes.
         recipe: The recipe, kept in the result for the record.
         dynamic_batch: False gives every dimension the size that it has in ``example_inputs``.
+        dynamic_shapes: Which dimensions are dynamic, as ``torch.export.export`` takes them:
+            ``{"x": {0: Dim.AUTO, 2: Dim.AUTO}}``; all others are fixed. By default the batch alone.
+        export_outputs: Names of the outputs to keep, as ``output_names`` of the result has them;
+            with the others go the inputs that only they need, such as labels for a loss. By
+            default all.
 
     Returns:
-        The converted model, which exporters read.
+        The converted model, which exporters read. In the place of outputs that are left out it
+        returns ``None``; inputs that are left out it takes and ignores.
 
     Raises:
         ValueError: The model has no QAT layers, or layers whose range was never observed or whose
-            weights are not finite; all of them are named.
+            weights are not finite; all of them are named. ``export_outputs`` names no output.
         CaptureError: ``forward`` cannot be captured; the message says in which module and line.
     """
+    return _converted(
+        finalized_copy(model), example_inputs, recipe, dynamic_batch, dynamic_shapes, export_outputs
+    )
+
+
+def convert_untrained(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    export_outputs: Sequence[str] | None = None,
+) -> QuantizedModel:
+    """Convert a model that is not trained yet, with made-up numbers: a trial before training.
+
+    Args:
+        model: A prepared model; it is not changed, and need not be calibrated.
+        example_inputs: As for ``convert``.
+        dynamic_batch: As for ``convert``.
+        dynamic_shapes: As for ``convert``.
+        export_outputs: As for ``convert``.
+
+    Returns:
+        A model with the graph that ``convert`` will capture after training. Its numbers mean
+        nothing: ranges that are not known yet are -1 to 1.
+
+    Raises:
+        ValueError: As ``convert``, of what is known before training.
+        CaptureError: As ``convert``.
+    """
+    return _converted(
+        untrained_copy(model), example_inputs, None, dynamic_batch, dynamic_shapes, export_outputs
+    )
+
+
+def _converted(
+    final: nn.Module,
+    example_inputs: Inputs,
+    recipe: Recipe | None,
+    dynamic_batch: bool,
+    dynamic_shapes: Any,
+    export_outputs: Sequence[str] | None,
+) -> QuantizedModel:
+    """Capture a copy whose quantizers hold final numbers, and clean its graph up."""
     args, kwargs = as_call(example_inputs)
-    final = finalized_copy(model)
-    capture = capture_program if dynamic_batch else partial(export_program, dynamic=None)
     mark_recurrences(final)
-    program = capture(final, args, kwargs)
+    if dynamic_shapes is None and dynamic_batch:
+        program = capture_program(final, args, kwargs)
+    else:
+        program = export_program(final, args, kwargs, dynamic_shapes)
+    keep_outputs(program, export_outputs)
     for rewrite in PASSES:
         rewrite(program)
     saturated = fold_batchnorms(program)
@@ -103,10 +152,7 @@ def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
         CaptureError: It will not; the message says in which module and line.
     """
     args, kwargs = as_call(example_inputs)
-    final = detached_copy(model)
-    for quantizer in tensor_keys(final):
-        quantizer.calibrated = True
-    capture_program(finalize_model(final), args, kwargs)
+    capture_program(untrained_copy(model), args, kwargs)
 
 
 def _input_names(program: ExportedProgram) -> tuple[str, ...]:
@@ -120,16 +166,10 @@ def _input_names(program: ExportedProgram) -> tuple[str, ...]:
 
 def _output_names(program: ExportedProgram) -> tuple[str, ...]:
     """Names from where a tensor stands in the output: ``logits``, ``boxes_0``, or ``output``."""
-    out_spec: Any = program.call_spec.out_spec
-    values: Any = program.graph.output_node().args[0]
-    slots = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
     # Runtimes tell inputs and outputs apart by name.
     taken, names = set(_input_names(program)), []
-    for path, slot in pytree.tree_flatten_with_path(slots)[0]:
-        if not isinstance(values[slot], torch.fx.Node):
-            continue
-        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
-        name = "_".join(parts) or "output"
+    for slot in output_slots(program):
+        name = "_".join(slot.path) or "output"
         if name[0].isdigit() or name in taken:
             name = f"output_{name}"
         while name in taken:

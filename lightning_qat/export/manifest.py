@@ -48,6 +48,7 @@ def export_all(
     *,
     check: bool = True,
     inputs: Any = None,
+    source: str | None = None,
 ) -> tuple[ExportResult, ...]:
     """Export to every target and write ``manifest.json`` beside the files.
 
@@ -61,6 +62,7 @@ def export_all(
         name: Beginning of every file's name.
         check: Verify every artifact.
         inputs: What to verify with; the model's example inputs by default.
+        source: Where these inputs are from, in words.
 
     Returns:
         One entry per exporter, in their order.
@@ -69,12 +71,13 @@ def export_all(
         ValueError: Two exporters have the same name, so they would write the same files.
     """
     refuse_repeated(exporters)
-    results = tuple(_export_one(model, e, folder / name, check, inputs) for e in exporters)
+    results = tuple(_export_one(model, e, folder / name, check, inputs, source) for e in exporters)
     manifest = {
         "versions": _versions(),
         "python": platform.python_version(),
         "recipe": model.recipe,
         "inputs": model.input_names,
+        "input_shapes": {name: [*shape] for name, shape in model.input_shapes.items()},
         "outputs": model.output_names,
         "targets": {result.target: _entry(result, folder) for result in results},
     }
@@ -96,12 +99,17 @@ def refuse_repeated(exporters: Sequence[Exporter]) -> None:
 
 
 def _export_one(
-    model: QuantizedModel, exporter: Exporter, prefix: Path, check: bool, inputs: Any
+    model: QuantizedModel,
+    exporter: Exporter,
+    prefix: Path,
+    check: bool,
+    inputs: Any,
+    source: str | None,
 ) -> ExportResult:
     artifact = None
     try:
         artifact = exporter.export(model, prefix)
-        agreement = verify(model, artifact, inputs, exporter) if check else None
+        agreement = verify(model, artifact, inputs, exporter, source=source) if check else None
     except Exception as error:
         return ExportResult(exporter.name, artifact, None, error)
     return ExportResult(exporter.name, artifact, agreement)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lightning_qat.export.cautions import cautions
 from lightning_qat.export.load import load_exporter
+from lightning_qat.export.other_batch import OtherBatch
 from lightning_qat.export.protocol import (
     Array,
     Artifact,
@@ -35,6 +37,8 @@ class OutputAgreement:
         fraction_differing: Share of elements more than half a step away.
         same_argmax: Share of rows (last axis) with the same largest element; ``None`` where the
             last axis has one element or none.
+        one_argmax: The largest element of the reference has the same place in every row, so that
+            ``same_argmax`` says little.
     """
 
     output: str
@@ -44,6 +48,7 @@ class OutputAgreement:
     max_abs: float
     fraction_differing: float
     same_argmax: float | None
+    one_argmax: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Agreement:
         runtimes: One entry per runtime the files were run in; empty where none exists.
         samples: Size of the batch that was run.
         remarks: What the exporter knows to be behind a difference.
+        source: Where the samples are from, in words.
+        cautions: Why the agreement says less than it seems to: few samples, equal ones, outputs
+            that never change, a file that does not take another batch.
     """
 
     target: str
@@ -77,6 +85,8 @@ class Agreement:
     runtimes: tuple[RuntimeAgreement, ...]
     samples: int
     remarks: tuple[str, ...] = ()
+    source: str = ""
+    cautions: tuple[str, ...] = ()
 
     @property
     def parameters_equal(self) -> bool:
@@ -100,17 +110,20 @@ class Agreement:
             numbers = "numbers equal to the bit"
         else:
             numbers = f"{len(self.parameter_differences)} numbers differ"
-        lines = [f"{self.target}: {numbers}; {self.samples} samples"]
+        source = f" ({self.source})" if self.source else ""
+        lines = [f"{self.target}: {numbers}; {self.samples} samples{source}"]
         lines += [f"  {difference}" for difference in (self.parameter_differences or ())[:10]]
         for runtime in self.runtimes:
             for o in runtime.outputs:
                 same = "" if o.same_argmax is None else f", argmax equal {o.same_argmax:.2%}"
+                same += " (always the same one)" if o.one_argmax else ""
                 lines.append(
                     f"  {runtime.runtime}, {o.output}: max {o.max_steps:.3g} steps "
                     f"({o.max_abs:.3g}), mean {o.mean_steps:.2g} steps, "
                     f"{o.fraction_differing:.2%} differ{same}"
                 )
-        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
+        remarks = (*self.remarks, *(f"Caution: {caution}" for caution in self.cautions))
+        return "\n".join([*lines, *(f"  {remark}" for remark in remarks)])
 
 
 def verify(
@@ -118,6 +131,8 @@ def verify(
     artifact: Artifact,
     inputs: Inputs | None = None,
     exporter: Exporter | None = None,
+    *,
+    source: str | None = None,
 ) -> Agreement:
     """Read an artifact's numbers back and run it where a runtime exists.
 
@@ -127,6 +142,7 @@ def verify(
         inputs: A tensor, a tuple of positional or a mapping of keyword arguments; the model's
             example inputs by default. Real data tell more than noise.
         exporter: The exporter that wrote it, when it has options; found by name otherwise.
+        source: Where the inputs are from, in words; for the agreement.
 
     Returns:
         The agreement. Disagreement is reported, not raised.
@@ -145,7 +161,10 @@ def verify(
     reference = as_arrays(model.flat_outputs(model(*args, **kwargs)))
     arrays = as_arrays(model.flat_inputs(args, kwargs))
     runtimes = []
+    samples = max((len(a) for a in arrays.values() if a.ndim), default=1)
+    warned = [*cautions(arrays, reference, samples)]
     if isinstance(target, Runnable):
+        other = OtherBatch.of(model, args, kwargs)
         for runtime in target.runtimes:
             outputs = target.run(artifact, runtime, arrays)
             compared = (
@@ -153,14 +172,23 @@ def verify(
                 for name in reference
             )
             runtimes.append(RuntimeAgreement(runtime, tuple(compared)))
+            failure = other and other.failure(target, artifact, runtime)
+            if other and failure:
+                warned.append(
+                    f"The batch is dynamic, but with {other.samples} instead of {samples} samples "
+                    f"{runtime} fails: {failure}. convert(..., dynamic_batch=False) fixes it."
+                )
     differences = None
     if isinstance(target, Readable):
         differences = target.differences(model, artifact)
     remarks: tuple[str, ...] = ()
     if isinstance(target, Explaining):
         remarks = target.explain({r.runtime: r.max_steps for r in runtimes})
-    samples = max((len(a) for a in arrays.values() if a.ndim), default=1)
-    return Agreement(artifact.target, differences, tuple(runtimes), samples, remarks)
+    if source is None:
+        source = "the example inputs" if inputs is None else "the given inputs"
+    return Agreement(
+        artifact.target, differences, tuple(runtimes), samples, remarks, source, tuple(warned)
+    )
 
 
 def compare(
@@ -192,9 +220,9 @@ def compare(
         step = float(np.ptp(reference.astype(np.float64))) / 255.0
     # A constant output has no range; count its differences as they are.
     steps = difference / step if step > 0 else difference
-    same = None
+    same, places = None, reference.argmax(-1) if reference.ndim else np.zeros(())
     if reference.ndim > 1 and reference.shape[-1] > 1:
-        same = float(np.mean(reference.argmax(-1) == output.argmax(-1)))
+        same = float(np.mean(places == output.argmax(-1)))
     return OutputAgreement(
         name,
         step,
@@ -203,4 +231,5 @@ def compare(
         float(difference.max()),
         float(np.mean(steps > 0.5)),
         same,
+        same is not None and places.size > 1 and bool((places == places.flat[0]).all()),
     )

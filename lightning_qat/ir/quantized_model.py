@@ -19,6 +19,7 @@ from lightning_qat.atomic_write import replacing
 from lightning_qat.ir.exported_program import Constants, module_path
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
+from lightning_qat.ir.shapes import Size, input_shapes
 from lightning_qat.numerics.qparams import QParams
 
 FORMAT_VERSION = 1
@@ -145,6 +146,11 @@ class QuantizedModel:
         return tuple(found)
 
     @cached_property
+    def input_shapes(self) -> Mapping[str, tuple[Size, ...]]:
+        """The shape of every input by its name: fixed sizes as ints, dynamic ones by a name."""
+        return input_shapes(self.program)
+
+    @cached_property
     def output_steps(self) -> Mapping[str, float]:
         """The scale of every output that is quantized, by its name."""
         values: Any = self.program.graph.output_node().args[0]
@@ -169,12 +175,15 @@ class QuantizedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: the reference that files are compared with.
 
+        An input that the graph does not need may be given, be ``None`` or be missing.
+
         Raises:
             ValueError: A size differs that the conversion fixed, such as the length of a sequence.
         """
+        args, named = self._needed(args, kwargs)
         with torch.no_grad():
             try:
-                return self._module(*args, **kwargs)
+                return self._module(*args, **named)
             except AssertionError as error:
                 # How torch.export's own guards speak.
                 raise ValueError(
@@ -185,10 +194,32 @@ class QuantizedModel:
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensor inputs of a call by name, as a runtime wants them."""
+        args, kwargs = self._needed(args, kwargs)
         order = {name: kwargs[name] for name in self.example_inputs[1] if name in kwargs}
         leaves = pytree.tree_leaves((args, {**order, **kwargs}))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return dict(zip(self.input_names, tensors, strict=True))
+
+    def _needed(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """A call with ``None`` wherever the example has it: what the graph does not need."""
+        example_args, example_kwargs = self.example_inputs
+        if all(leaf is not None for leaf in pytree.tree_leaves((example_args, example_kwargs))):
+            return args, kwargs
+        args = (*args, *(None for value in example_args[len(args) :] if value is None))
+        unneeded = {name: None for name, value in example_kwargs.items() if value is None}
+        kwargs = {**unneeded, **kwargs}
+        kwargs = {**{name: kwargs[name] for name in example_kwargs if name in kwargs}, **kwargs}
+        try:
+            args, kwargs = pytree.tree_map(
+                lambda example, given: None if example is None else given,
+                (example_args, example_kwargs),
+                (args, kwargs),
+            )
+        except ValueError:
+            pass  # torch names what is missing or too much
+        return args, kwargs
 
     def flat_outputs(self, outputs: Any) -> dict[str, Tensor]:
         """The tensor outputs of a call by name."""

@@ -7,12 +7,16 @@ Each function says what happens on a torch that lacks the private part;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def saved_tensors_are_hooked() -> bool:
@@ -66,3 +70,20 @@ def function_namespaces() -> tuple[Any, ...]:
     """
     private = getattr(torch._C, "_nn", None)
     return (torch, Tensor, F) if private is None else (torch, Tensor, F, private)
+
+
+def forget_guards(program: ExportedProgram, paths: Iterable[str]) -> None:
+    """Make a program that no longer has some of its inputs forget what it demanded of their sizes.
+
+    Uses ``ExportedProgram._guards_code``. Without it a converted model whose unneeded inputs were
+    left out cannot be run where torch checks their sizes: ``'NoneType' object has no attribute
+    'size'``.
+
+    Args:
+        program: Changed in place.
+        paths: The inputs as guards name them: ``L['labels']``.
+    """
+    code = getattr(program, "_guards_code", None)
+    if code is not None:
+        gone = tuple(paths)
+        program._guards_code = [c for c in code if not any(path in c for path in gone)]

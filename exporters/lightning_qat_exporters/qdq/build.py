@@ -245,10 +245,12 @@ def _name_biases(graph: ir.Graph) -> None:
 
 def _name_batch(graph: ir.Graph) -> None:
     """Call the batch dimension ``batch`` instead of torch's symbol."""
+    # First, or second, as recurrent layers may have it; later sizes are no batch.
     symbols = [
         dim.value
+        for axis in (0, 1)
         for value in graph.inputs
-        for dim in (value.shape or ())
+        for dim in list(value.shape or ())[axis : axis + 1]
         if isinstance(dim, ir.SymbolicDim) and dim.value is not None
     ]
     if not symbols:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ def problems_of(
         *_weights(model),
         *(_per_channel_linears(model) if linear_per_tensor else ()),
         *_dynamic_shapes(model),
+        *_single_numbers(model),
         *_size(model, largest),
     )
 
@@ -98,6 +100,22 @@ def _dynamic_shapes(model: QuantizedModel) -> Iterator[Unsupported]:
                     f"only the batch may be dynamic; axis {axis} of this input is too",
                     "Convert with dynamic_batch=False and inputs of the size that the device gets",
                 )
+
+
+def _single_numbers(model: QuantizedModel) -> Iterator[Unsupported]:
+    if not any("batch" in shape for shape in model.input_shapes.values()):
+        return
+    outputs: Any = model.program.graph.output_node().args[0]
+    values = [node.meta["val"] for node in outputs if isinstance(node, torch.fx.Node)]
+    for name, value in zip(model.output_names, values, strict=True):
+        if not value.dim():
+            kept = [other for other in model.output_names if other != name]
+            yield Unsupported(
+                name,
+                "this output is one number for a whole batch, such as a loss, and the file takes "
+                "one sample at a time",
+                f"Leave it out: export_outputs={kept}" if kept else "Return one value per sample",
+            )
 
 
 def _size(model: QuantizedModel, largest: int) -> Iterator[Unsupported]:

@@ -1,0 +1,110 @@
+"""Verify with what was recorded in training, and report how far files are from the model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_qat.export.manifest import ExportResult
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.model.inputs import Inputs, as_call
+
+
+def verification_inputs(
+    model: QuantizedModel, pl_module: LightningModule, recorded: Any
+) -> Inputs | None:
+    """Recorded inputs in the form that a converted model takes.
+
+    Args:
+        model: The converted model.
+        pl_module: The module that it was made of.
+        recorded: Positional arguments as a tuple, or a mapping of keyword arguments; ``None``:
+            nothing was recorded.
+
+    Returns:
+        The inputs, with as many samples as the model takes; ``None``: the model does not take them,
+        because its example has other sizes or other arguments.
+    """
+    if recorded is None:
+        return None
+    example_args, example_kwargs = model.example_inputs
+    call = _in_form(pl_module, as_call(recorded), len(example_args), example_kwargs)
+    if call is None:
+        return None
+    for args, kwargs in (call, _first_samples(call, _batch(model.example_inputs))):
+        try:
+            model.flat_outputs(model(*args, **kwargs))
+            model.flat_inputs(args, kwargs)
+        except Exception:  # torch's guards and trees raise many kinds
+            continue
+        return kwargs or args
+    return None
+
+
+def log_agreement(trainer: Trainer, result: ExportResult) -> None:
+    """Print an agreement, warn of what it does not say, and log each runtime's largest difference.
+
+    Logged are ``qat/<target>/max_steps``, the largest of all, and
+    ``qat/<target>/<runtime>/max_steps``.
+    """
+    agreement = result.agreement
+    if agreement is None:
+        return
+    rank_zero_info(f"QAT: {agreement}")
+    for caution in agreement.cautions:
+        rank_zero_warn(f"QAT: {result.target}: {caution}")
+    if not agreement.runtimes:
+        return
+    metrics = {
+        f"qat/{result.target}/{re.sub(r'[^0-9a-zA-Z]+', '_', r.runtime)}/max_steps": r.max_steps
+        for r in agreement.runtimes
+    }
+    metrics[f"qat/{result.target}/max_steps"] = max(metrics.values())
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _in_form(
+    pl_module: LightningModule,
+    call: _Call,
+    positional: int,
+    keywords: Mapping[str, Any],
+) -> _Call | None:
+    """A call with as many positional and the same keyword arguments as the example has."""
+    try:
+        arguments = dict(inspect.signature(pl_module.forward).bind(*call[0], **call[1]).arguments)
+    except TypeError:
+        return None
+    if call[0] and len(call[0]) == positional and not keywords:
+        return call
+    if call[1].keys() == keywords.keys() and not positional:
+        return call
+    if len(arguments) != positional + len(keywords) or not keywords.keys() <= arguments.keys():
+        return None
+    named = {name: arguments.pop(name) for name in keywords}
+    return tuple(arguments.values()), named
+
+
+def _first_samples(call: _Call, samples: int) -> _Call:
+    batch = _batch(call)
+
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[:samples] if leaf.dim() and leaf.shape[0] == batch else leaf
+
+    args, kwargs = pytree.tree_map_only(Tensor, cut, call)
+    return args, kwargs
+
+
+def _batch(call: _Call) -> int:
+    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.dim()]
+    return tensors[0].shape[0] if tensors else 0

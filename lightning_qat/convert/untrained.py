@@ -1,0 +1,25 @@
+"""A copy of a model that is not trained yet, with made-up numbers in the place of final ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_qat.convert.finalize import detached_copy, finalize_model, tensor_keys
+
+
+def untrained_copy(model: nn.Module) -> nn.Module:
+    """As ``finalized_copy``, for a prepared model whose ranges may not be known yet.
+
+    A quantizer without a range gets -1 to 1: wide enough that a bias fits 32 bits on its grid. The
+    model itself is not changed.
+    """
+    final = detached_copy(model)
+    for quantizer in tensor_keys(final):
+        if quantizer.why_not_final is not None:
+            with torch.no_grad():
+                quantizer.min_val.fill_(-1.0)
+                quantizer.max_val.fill_(1.0)
+            quantizer.range_changed()
+            quantizer.calibrated = True
+    return finalize_model(final)

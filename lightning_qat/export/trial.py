@@ -1,0 +1,80 @@
+"""Try exporters on a model before it is trained: what a target cannot express shows at once."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_qat.export.protocol import Exporter
+from lightning_qat.ir.quantized_model import QuantizedModel
+
+SECONDS = 60.0
+"""What a trial of all targets may take, about."""
+
+_SLOWEST = 3.0
+"""How many times longer a target may take than all that was done before: no more is begun that
+would not fit. One that is running is never stopped, because its converter may hold global state."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The result of a trial.
+
+    Args:
+        errors: By target, what its exporter raised.
+        passed: Targets that wrote their files.
+        untried: Targets that were not tried for lack of time.
+        seconds: What it took.
+    """
+
+    errors: dict[str, Exception]
+    passed: tuple[str, ...]
+    untried: tuple[str, ...]
+    seconds: float
+
+
+def try_exporters(
+    model: QuantizedModel,
+    exporters: Sequence[Exporter],
+    *,
+    began: float | None = None,
+    seconds: float = SECONDS,
+) -> Trial:
+    """Export a model to a temporary folder, for every target, without a word.
+
+    Errors of the machine (``OSError``, ``MemoryError``) say nothing of the model and count as
+    passed: they may be gone when training ends.
+
+    Args:
+        model: A converted model, such as ``convert_untrained`` gives.
+        exporters: One per target.
+        began: ``time.monotonic()`` when the work on the trial began, the capture included; now by
+            default.
+        seconds: No target is begun that would probably end later than this.
+    """
+    began = time.monotonic() if began is None else began
+    errors: dict[str, Exception] = {}
+    passed, untried = [], []
+    longest = time.monotonic() - began
+    with tempfile.TemporaryDirectory(prefix="qat_trial_") as folder, warnings.catch_warnings():
+        # The export after training says the same again, with final numbers.
+        warnings.simplefilter("ignore")
+        for exporter in exporters:
+            start = time.monotonic()
+            if start - began + _SLOWEST * longest > seconds:
+                untried.append(exporter.name)
+                continue
+            try:
+                exporter.export(model, Path(folder, exporter.name))
+            except (OSError, MemoryError):
+                passed.append(exporter.name)
+            except Exception as error:
+                errors[exporter.name] = error
+            else:
+                passed.append(exporter.name)
+            longest = max(longest, time.monotonic() - start)
+    return Trial(errors, tuple(passed), tuple(untried), time.monotonic() - began)
