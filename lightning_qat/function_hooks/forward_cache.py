@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from lightning_qat.function_hooks.relu_fusion import ClampCall, ReluCallSite, ReluFusion
+from lightning_qat.model.torch_private import autograd_context
 
 Key = tuple[int, int]
 """Identity of a tensor's value: the object, and how often it was changed in place."""
@@ -20,7 +21,9 @@ class ForwardCache:
     """The quantized tensors of one forward.
 
     An in-place operation makes a new value of the same object: the version is part of the identity.
-    The cache keeps no tensor alive: an entry disappears together with its tensor.
+    The cache keeps no tensor alive: an entry disappears together with its tensor. An entry holds
+    only where autograd does the same as when it was made: a checkpointed block finds nothing of the
+    outside when it runs again, and a result without a gradient is of no use where one is wanted.
 
     Args:
         traced: It belongs to a graph that ``torch.compile`` makes.
@@ -28,9 +31,9 @@ class ForwardCache:
 
     def __init__(self, *, traced: bool) -> None:
         self.traced = traced
-        # By identity of the tensor; then by version, and whose grid.
-        self._quantized: dict[int, dict[tuple[int, int], Tensor | None]] = {}
-        self._grid: dict[int, dict[int, int]] = {}
+        # By identity of the tensor; then by version, autograd's context, and whose grid.
+        self._quantized: dict[int, dict[tuple[int, object, int], Tensor | None]] = {}
+        self._grid: dict[int, dict[tuple[int, object], int]] = {}
         self._changes: Counter[int] = Counter()
         self._viewed: set[int] = set()
         self.relu_fusion = ReluFusion()
@@ -56,15 +59,27 @@ class ForwardCache:
         if skip and self._owner(x) == owner:
             return x
         known = self._quantized.setdefault(number, {})
-        if (version, owner) not in known:
+        key = version, autograd_context(), owner
+        if key not in known:
             found = compute(x)
             # A quantizer may hand its input on, which must not be kept alive by itself.
-            known[version, owner] = None if found is x else found
+            known[key] = None if found is x else found
             self._watch(x)
             self._put(found, owner)
             return found
-        again = known[version, owner]
+        again = known[key]
         return x if again is None else again
+
+    def is_observed(self, x: Tensor, quantizer: object) -> bool:
+        """Whether a quantizer has observed a tensor in this forward, whatever autograd did then.
+
+        What it has quantized is, and what lies on its grid: values of a tensor that it has read.
+        """
+        (number, version), owner = self._key(x), id(quantizer)
+        quantized, grid = self._quantized.get(number, {}), self._grid.get(number, {})
+        return any(key[0] == version and key[2] == owner for key in quantized) or any(
+            key[0] == version and grid[key] == owner for key in grid
+        )
 
     def is_on_grid(self, x: Tensor) -> bool:
         """Whether a tensor lies on any grid."""
@@ -108,11 +123,11 @@ class ForwardCache:
 
     def _owner(self, x: Tensor) -> int | None:
         number, version = self._key(x)
-        return self._grid.get(number, {}).get(version)
+        return self._grid.get(number, {}).get((version, autograd_context()))
 
     def _put(self, x: Tensor, owner: int) -> None:
         number, version = self._key(x)
-        self._grid.setdefault(number, {})[version] = owner
+        self._grid.setdefault(number, {})[version, autograd_context()] = owner
         self._watch(x)
 
     def _watch(self, *tensors: Tensor) -> None:

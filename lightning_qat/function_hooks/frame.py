@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from copy import copy
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
@@ -83,6 +84,13 @@ class Frame:
         # Code of torch's own modules and of ours is the same for everybody, and who calls them is
         # not theirs.
         self._is_users = is_users({"__name__": type(module).__module__})
+
+    def repeated(self) -> Frame:
+        """The same forward at the same call, to go on from there a second time."""
+        frame = copy(self)
+        frame.mode = frame.forward_cache = frame.outer_forward_cache = None
+        frame._calls = Counter(self._calls)
+        return frame
 
     @property
     def saves_compactly(self) -> bool:

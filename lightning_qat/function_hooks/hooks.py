@@ -21,6 +21,7 @@ from lightning_qat.function_hooks.frame import CallPlan, Frame
 from lightning_qat.function_hooks.function_table import FUNCTION_TABLE
 from lightning_qat.function_hooks.mode import QuantizeCallsMode
 from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
+from lightning_qat.function_hooks.recompute import to_be_run_again
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks, running
 from lightning_qat.model.attributes import HOOKS
 from lightning_qat.model.forward import is_real_forward
@@ -29,6 +30,7 @@ from lightning_qat.model.torch_compile import (
     constant_while_tracing,
     run_outside_graphs,
 )
+from lightning_qat.model.torch_private import wrap_checkpointed_functions
 
 
 class ModuleHooks:
@@ -52,6 +54,7 @@ class ModuleHooks:
         if earlier is not None:
             earlier.detach(module)
         run_outside_graphs([ModuleHooks.enter.__code__, ModuleHooks.leave.__code__])
+        wrap_checkpointed_functions(to_be_run_again)
         self._handles = [
             module.register_forward_pre_hook(self.enter),
             module.register_forward_hook(self.leave, always_call=True),

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from lightning_qat.function_hooks.function_table import clamp_ends, is_in_place, torch_functions
 from lightning_qat.function_hooks.quantizer_protocol import FusableQuantizer
 from lightning_qat.ir.operators import OPERATORS, Clamp
-from lightning_qat.model.torch_private import saved_tensors_are_hooked
+from lightning_qat.model.torch_private import autograd_context, saved_tensors_are_hooked
 
 
 class ClampCall(NamedTuple):
@@ -93,9 +93,14 @@ class _Result:
         relu: The call, if its float result is not computed yet.
         quantized: The tensor that the quantizer of the site returns for it.
         seen: The range that the quantizer observes when it reads the tensor.
+
+    Attributes:
+        context: What autograd did with the call.
+        passed_on: A quantizer has returned it unchanged: what reads it now reads the quantizer's
+            result.
     """
 
-    __slots__ = ("float", "quantized", "readers", "relu", "seen", "site")
+    __slots__ = ("context", "float", "passed_on", "quantized", "readers", "relu", "seen", "site")
 
     def __init__(
         self,
@@ -107,6 +112,8 @@ class _Result:
         self.site, self.relu, self.quantized, self.seen = site, relu, quantized, seen
         self.readers: dict[int, FusableQuantizer] = {}
         self.float: Tensor | None = None
+        self.context = autograd_context()
+        self.passed_on = False
 
 
 class ReluFusion:
@@ -168,7 +175,7 @@ class ReluFusion:
             x: A tensor; anything else comes back as it is.
         """
         found = self._result_of(x)
-        return x if found is None else self._not_fused(x, found)
+        return x if found is None or found.passed_on else self._not_fused(x, found)
 
     def read_all(self, values: Any) -> Any:
         """Apply ``read`` to all tensors in containers; returns ``values`` if none changes."""
@@ -190,6 +197,8 @@ class ReluFusion:
         found = self._result_of(x)
         if found is None:
             return x
+        if found.context != autograd_context():
+            return self._not_fused(x, found)
         if found.relu is None:
             found.readers[id(quantizer)] = quantizer
             return x
@@ -201,9 +210,11 @@ class ReluFusion:
             return found.quantized
         return self._not_fused(x, found)
 
-    def forget(self, x: Tensor) -> None:
-        """Ignore further readers of a tensor: a quantizer has returned it unchanged."""
-        self._by_id.pop(id(x), None)
+    def pass_on(self, x: Tensor) -> None:
+        """Ignore what reads a tensor and is no quantizer: a quantizer has returned it unchanged."""
+        found = self._result_of(x)
+        if found is not None:
+            found.passed_on = True
 
     def note_readers(self) -> None:
         """Remember the readers of each result, at the end of the forward."""
@@ -222,7 +233,8 @@ class ReluFusion:
 
     def _not_fused(self, x: Tensor, found: _Result) -> Tensor:
         found.site.unfusable = True
-        if found.relu is None:
+        if found.relu is None or found.context != autograd_context():
+            # A checkpointed block will run again with this very tensor and without its record.
             return x
         if found.float is None:
             found.float = found.relu()

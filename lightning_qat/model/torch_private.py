@@ -7,16 +7,20 @@ Each function says what happens on a torch that lacks the private part;
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import checkpoint
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+_Function = Callable[..., Any]
+_WRAPPED = "_lightning_qat_wrapped"
 
 
 def saved_tensors_are_hooked() -> bool:
@@ -28,6 +32,51 @@ def saved_tensors_are_hooked() -> bool:
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore
     return top is None or top(False) is not None
+
+
+def autograd_context() -> tuple[object, bool]:
+    """What autograd does with the calls of this moment, to be compared with ``==``.
+
+    Whatever saves tensors by hooks of its own (activation checkpointing) or without a gradient may
+    run a second time, in backward, where nothing is known that was computed outside: knowledge
+    holds within one context. Uses ``torch._C._autograd._top_saved_tensors_default_hooks``. Without
+    it no two contexts are equal: numbers stay the same, but a tensor that several layers read is
+    quantized by each.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None, torch.is_grad_enabled()
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore
+    return object() if top is None else top(False), torch.is_grad_enabled()
+
+
+def wrap_checkpointed_functions(wrap: Callable[[_Function], _Function]) -> None:
+    """Have ``torch.utils.checkpoint`` run ``wrap(function)`` where it runs a function again.
+
+    ``wrap`` is called before the function's first run, which stays as it is; a second call of this
+    function changes nothing. Uses ``_checkpoint_without_reentrant_generator`` and
+    ``CheckpointFunction`` of ``torch.utils.checkpoint``. Without them the calls that a checkpointed
+    function makes itself, outside the modules that it runs, are not quantized in backward.
+    """
+    generator = getattr(checkpoint, "_checkpoint_without_reentrant_generator", None)
+    if generator is not None and not hasattr(generator, _WRAPPED):
+
+        def without_reentrant(function: _Function, *args: Any, **kwargs: Any) -> Any:
+            return generator(wrap(function), *args, **kwargs)
+
+        setattr(without_reentrant, _WRAPPED, True)
+        vars(checkpoint)["_checkpoint_without_reentrant_generator"] = without_reentrant
+    reentrant: Any = getattr(checkpoint, "CheckpointFunction", None)
+    if reentrant is not None and not hasattr(reentrant, _WRAPPED):
+        original = reentrant.forward
+
+        def forward(ctx: Any, function: _Function, *args: Any) -> Any:
+            again = wrap(function)
+            outputs = original(ctx, function, *args)
+            ctx.run_function = again
+            return outputs
+
+        reentrant.forward = staticmethod(forward)
+        setattr(reentrant, _WRAPPED, True)
 
 
 def is_in_backward() -> bool:

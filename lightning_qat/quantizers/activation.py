@@ -66,11 +66,13 @@ class ActivationQuantizer(RangeObserver):
         with hide_from_hooks():
             if forward_cache is None:
                 return self._quantize(x, saves_input)
-            quantize = partial(self._quantize, saves_input=saves_input)
             x = forward_cache.relu_fusion.read_by_quantizer(x, self)
+            # A tensor counts once, also where it must be quantized twice.
+            new = not forward_cache.is_observed(x, self.identity)
+            quantize = partial(self._quantize, saves_input=saves_input, observes=new)
             result = forward_cache.quantize(x, self.identity, quantize, skip=True)
             if result is x:
-                forward_cache.relu_fusion.forget(x)
+                forward_cache.relu_fusion.pass_on(x)
             return result
 
     def quantize_clamped(
@@ -118,14 +120,15 @@ class ActivationQuantizer(RangeObserver):
         """Whether observing needs no pass of its own, and does not change this forward's range."""
         return self.deferred and CALIBRATIONS[self.spec.calibration].min_max_only
 
-    def _quantize(self, x: Tensor, saves_input: bool) -> Tensor:
+    def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None
         if ready and self.spec.samples is None and self._observes_later():
             # In the pass that quantizes.
-            observe = self.observe if self.is_observing and x.numel() and not exporting else None
-        elif not exporting:
+            wanted = observes and self.is_observing and x.numel() and not exporting
+            observe = self.observe if wanted else None
+        elif not exporting and observes:
             self.observe_values(x)
             ready = self.quantizing and self.calibrated
         if not ready:
@@ -148,11 +151,13 @@ class ActivationQuantizer(RangeObserver):
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
-        observing = self.observing
-        filled = [value for value in values if value.numel()]
-        if self.is_observing and filled:
+        observing, forward_cache = self.observing, current_forward_cache()
+        new = [x for x in values if x.numel()]
+        if forward_cache is not None:
+            new = [x for x in new if not forward_cache.is_observed(x, self.identity)]
+        if self.is_observing and new:
             with hide_from_hooks():
-                self.observe(torch.stack([self.range_of(value) for value in filled]).amax(0))
+                self.observe(torch.stack([self.range_of(x) for x in new]).amax(0))
         self.observing = False
         try:
             return [self(value) for value in values]

@@ -91,7 +91,7 @@ class RangeObserver(Quantizer):
         """Note the ``(-min, max)`` of a tensor, shape ``(2,)``; it counts once it is committed."""
         if self.spec.clip is not None:
             return
-        if not self.deferred and is_in_backward():
+        if is_in_backward():
             # Activation checkpointing runs the forward again in backward: it has been counted, and
             # its range must stay what it was.
             return

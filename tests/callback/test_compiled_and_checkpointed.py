@@ -96,3 +96,43 @@ def test_activation_checkpointing_changes_no_range_and_no_loss(
     assert ranges(checkpointed) == ranges(plain)
     batches = [float(q.batches) for q in activation_quantizers(checkpointed).values()]
     assert batches == [2 * BATCHES] * len(batches)
+
+
+class Stages(Net):
+    """A ResNet's stage behind the relu of its stem, and a function with a join of its own."""
+
+    reentrant: bool | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True))
+
+    def run(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return function(*args)
+        found: Any = checkpoint(function, *args, use_reentrant=self.reentrant)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        x = self.run(self.stage, x)
+        x = self.run(lambda x: torch.cat([x, self.stage(x)], 1)[:, ::2], x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("memory", ["fast", "compact"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_stage_behind_a_relu_trains_as_without_checkpointing(
+    trainer: Callable[..., L.Trainer], reentrant: bool, memory: str
+) -> None:
+    def fit(reentrant: bool | None) -> Net:
+        L.seed_everything(1, verbose=False)
+        net = Stages()
+        net.reentrant = reentrant
+        trainer(qat(memory=memory)).fit(net, loader())
+        return net
+
+    checkpointed, plain = fit(reentrant), fit(None)
+    assert checkpointed.losses == plain.losses
+    assert ranges(checkpointed) == ranges(plain)

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from lightning_qat import prepare
 from lightning_qat.model import torch_compile, torch_private
 
 REMOVALS = (
     "del torch._C._autograd._top_saved_tensors_default_hooks",
+    "del torch.utils.checkpoint._checkpoint_without_reentrant_generator",
     "del torch._C.DisableTorchFunction",
     "del torch._C._dynamo.eval_frame.set_code_exec_strategy",
     "del torch._C._dynamo.eval_frame._FrameExecStrategy",
@@ -39,6 +41,33 @@ def test_without_hooks_on_saved_tensors_relu_is_not_fused(monkeypatch: pytest.Mo
     assert not torch_private.saved_tensors_are_hooked()
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
     assert torch_private.saved_tensors_are_hooked()
+
+
+def test_without_hooks_on_saved_tensors_every_reader_quantizes_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert torch_private.autograd_context() == torch_private.autograd_context()
+    with torch.no_grad():
+        without = torch_private.autograd_context()
+    assert without != torch_private.autograd_context()
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    assert torch_private.autograd_context() != torch_private.autograd_context()
+
+
+def test_checkpointed_functions_are_wrapped_once() -> None:
+    calls: list[str] = []
+
+    def wrap(function: Any) -> Any:
+        calls.append("wrapped")
+        return function
+
+    prepare(nn.Sequential(nn.Linear(2, 2)), {"joins": False, "outputs": False})
+    torch_private.wrap_checkpointed_functions(wrap)
+    x = torch.ones(1, requires_grad=True)
+    for reentrant in (False, True):
+        checkpoint.checkpoint(torch.sin, x, use_reentrant=reentrant).backward()
+    assert calls == []
+    assert x.grad is not None
 
 
 def test_a_backward_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

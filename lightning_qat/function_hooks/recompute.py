@@ -1,0 +1,55 @@
+"""Run a checkpointed function again in backward as it ran in the forward.
+
+``torch.utils.checkpoint`` calls a function a second time while backward runs. The modules around it
+do not run then, so their hooks do not either, and the calls that it makes itself would stay float.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.compiler import is_dynamo_compiling
+
+from lightning_qat.function_hooks.forward_cache import ForwardCache
+from lightning_qat.function_hooks.frame import Frame
+from lightning_qat.function_hooks.mode import QuantizeCallsMode
+from lightning_qat.function_hooks.running import hide_from_hooks, running
+
+
+def to_be_run_again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is about to be checkpointed, in the form in which backward shall call it."""
+    now = running()
+    if is_dynamo_compiling() or now.forward_cache is None or not now.frames:
+        return function
+    frames = [frame.repeated() for frame in now.frames]
+    runs = Counter(now.forward_cache.runs)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with _inside(frames, runs) as forward_cache:
+            result = function(*args, **kwargs)
+            with hide_from_hooks():
+                result = forward_cache.relu_fusion.read_all(result)
+                forward_cache.relu_fusion.note_readers()
+            return result
+
+    return again
+
+
+@contextmanager
+def _inside(frames: list[Frame], runs: Counter[int]) -> Iterator[ForwardCache]:
+    """Continue forwards that have ended, with a cache of their own."""
+    now = running()
+    before = now.frames, now.forward_cache
+    forward_cache = ForwardCache(traced=False)
+    forward_cache.runs = Counter(runs)
+    # Backward may run it several times.
+    now.frames, now.forward_cache = [frame.repeated() for frame in frames], forward_cache
+    try:
+        with QuantizeCallsMode():
+            yield forward_cache
+    finally:
+        now.frames, now.forward_cache = before
+        forward_cache.close()
