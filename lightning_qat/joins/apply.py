@@ -115,6 +115,31 @@ class _PlanKeeper:
             plan = JoinPlan.from_dict(from_tensor(stored, prefix + names.PLAN))
             if self.plan is None or self.plan.to_dict() != plan.to_dict():
                 apply_plan(module, plan)
+        elif self.plan is not None and _is_from_before_its_plan(state_dict, prefix):
+            _start_anew(module, self.plan, state_dict, prefix)
+
+
+def _is_from_before_its_plan(state_dict: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a state without a plan is of a QAT model whose first forward was still to come."""
+    paths = map(names.quantizer_of_key, state_dict)
+    own = [path for path in paths if path is not None and path.startswith(prefix)]
+    batches = [state_dict.get(f"{path}.batches") for path in own]
+    return bool(own) and not any(float(b) for b in batches if b is not None)
+
+
+def _start_anew(module: nn.Module, plan: JoinPlan, state_dict: dict[str, Any], prefix: str) -> None:
+    """Have the quantizers of a plan load what they had before the first batch.
+
+    A learning-rate or batch-size search restores such a state after batches that made the plan.
+    """
+    paths = {tensor.quantizer for tensor in plan.tensors}
+    planned = {module.get_submodule(path) for path in paths}
+    modules = module.named_modules(remove_duplicate=False)
+    for path, quantizer in modules:
+        if quantizer in planned:
+            assert isinstance(quantizer, ActivationQuantizer)
+            new = activation_quantizer(quantizer.spec).state_dict(prefix=f"{prefix}{path}.")
+            state_dict.update(new)
 
 
 def keep_plan(model: nn.Module, plan: JoinPlan | None) -> None:

@@ -1,14 +1,16 @@
 """Searches before training leave no trace in the ranges."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.callback.tiny import BATCHES, Net, loader, qat, ranges
 
@@ -124,3 +126,54 @@ def test_a_search_in_the_middle_of_training_leaves_no_trace_either(
     trainer(qat(), EveryEpoch(num_training_steps=3)).fit(searched)
     assert ranges(searched)[0] == ranges(plain)[0]
     assert searched.losses[-BATCHES:] == plain.losses[-BATCHES:]
+
+
+class Deep(Tunable):
+    """A layer behind a relu: the plan of the first forward gives its input a range from 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(F.relu(self.bn(self.conv(x))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("inputs_known", [False, True])
+@pytest.mark.filterwarnings("ignore:.*The ``compile`` argument")
+def test_a_search_restores_what_was_there_before_the_first_forward_made_the_plan(
+    trainer: Callable[..., L.Trainer], inputs_known: bool
+) -> None:
+    L.seed_everything(1, verbose=False)
+    plain, searched = Deep(), Deep()
+    searched.load_state_dict(plain.state_dict())
+    options = {"example_inputs": torch.zeros(2, 1, 6, 6)} if inputs_known else {}
+    trainer(qat(**options)).fit(plain)
+    run = trainer(qat(**options))
+    Tuner(run).lr_find(searched, num_training=5, update_attr=False)
+    Tuner(run).scale_batch_size(searched, steps_per_trial=2, max_trials=2)
+    searched.batch_size = 8
+    run.fit(searched)
+    assert searched.losses[-2 * BATCHES :] == plain.losses
+    assert ranges(searched) == ranges(plain)
+
+
+def test_a_checkpoint_from_before_the_plan_starts_the_ranges_anew(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    class SaveFirst(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    net = Deep()
+    trainer(qat(), SaveFirst()).fit(net)
+    assert all(high > 0 for _, high in ranges(net))
+    wanted = torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"]
+    net.load_state_dict(wanted)
+    assert ranges(net) == [(0.0, 0.0)] * len(ranges(net))
+    assert torch.equal(net.deep.weight, wanted["deep.weight"])
+    # The plan stays, and goes on from there.
+    trainer(qat()).fit(net, ckpt_path=tmp_path / "first.ckpt")
+    assert all(high > 0 for _, high in ranges(net))
