@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_qat.callback.console import say
 from lightning_qat.export.manifest import ExportResult
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
@@ -57,7 +58,7 @@ def log_agreement(trainer: Trainer, result: ExportResult) -> None:
     agreement = result.agreement
     if agreement is None:
         return
-    rank_zero_info(f"QAT: {agreement}")
+    say(str(agreement))
     for caution in agreement.cautions:
         rank_zero_warn(f"QAT: {result.target}: {caution}")
     if not agreement.runtimes:

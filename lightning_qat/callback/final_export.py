@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_qat.callback.agreement_report import log_agreement, verification_inputs
+from lightning_qat.callback.console import say
 from lightning_qat.callback.lightning_private import implements_forward
 from lightning_qat.callback.trial_export import TrialFailed, shapes_in_words, try_exports
 from lightning_qat.checkpoint.contents import was_quantizing
@@ -58,6 +59,16 @@ class Export:
         self._options = options
         self._folder, self._source = options.folder, options.source
         self._loaded: tuple[Exporter, ...] = ()
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the exporters, once ``problems`` has loaded them."""
+        return [exporter.name for exporter in self._loaded]
+
+    @property
+    def folder(self) -> str | Path | None:
+        """Where files go, once ``problems`` has looked."""
+        return self._folder
 
     def problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """One message for each reason why the exports could not be made; loads the exporters."""
@@ -157,7 +168,7 @@ class Export:
         Raises:
             RuntimeError: The best checkpoint is missing, or from before the network was quantized.
         """
-        rank_zero_info("QAT: converting")
+        say("converting")
         model = self._chosen_weights(trainer, pl_module, calibration_batches)
         quantized = convert(
             _in_float32(model),
@@ -169,8 +180,8 @@ class Export:
         check = self._options.verify
         real = verification_inputs(quantized, pl_module, recorded) if check else None
         with self._folder_for(trainer) as folder:
-            rank_zero_info(
-                f"QAT: exporting {[e.name for e in self._loaded]} to {folder}; "
+            say(
+                f"exporting {[e.name for e in self._loaded]} to {folder}; "
                 f"{shapes_in_words(quantized)}"
             )
             name = type(pl_module).__name__.lower()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_qat.callback.console import say
 from lightning_qat.callback.lightning_private import is_fitting
 from lightning_qat.callback.phase_tracker import DESCRIPTIONS, PhaseTracker
 from lightning_qat.checkpoint.contents import has_ranges
@@ -108,8 +109,8 @@ class PhaseHooks(Callback):
             return
         apply_phase(pl_module, new)
         if old is None or new.name != old.name:
-            rank_zero_info(
-                f"QAT: epoch {trainer.current_epoch}, step {trainer.global_step}: {new.name} "
+            say(
+                f"epoch {trainer.current_epoch}, step {trainer.global_step}: {new.name} "
                 f"({DESCRIPTIONS[new.name]})"
             )
             # To the loggers, at the change: self.log at every step costs more than the ranges.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.callback.common_plan import common_plan
+from lightning_qat.callback.console import say, say_interrupted, say_list
 from lightning_qat.callback.example_inputs import ExampleInputs
 from lightning_qat.callback.final_export import Export, ExportOptions
 from lightning_qat.callback.lightning_private import (
@@ -35,6 +36,7 @@ from lightning_qat.checkpoint.contents import (
     checkpoint_problem,
     is_quantized,
 )
+from lightning_qat.export.load import check_names
 from lightning_qat.export.manifest import ExportResult
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.function_hooks.running import forget_running
@@ -121,6 +123,7 @@ class QATCallback(PhaseHooks):
             raise ValueError(
                 f"exporters must be a list; got {exporters!r}. Write exporters=[{exporters!r}]."
             )
+        check_names(exporters)
         if export_from not in ("last", "best"):
             raise ValueError(f"export_from must be 'last' or 'best'; got {export_from!r}.")
         if on_export_error not in ("raise", "warn"):
@@ -171,6 +174,7 @@ class QATCallback(PhaseHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._inputs.forget()
         self._export = None
+        self.delivered = ()
         inputs_known = self._inputs.before_training(pl_module) is not None
         problems = trainer_problems(
             trainer, pl_module, self, self.recipe, self.schedule, inputs_known
@@ -247,9 +251,9 @@ class QATCallback(PhaseHooks):
         except ValueError as error:
             raise configuration_error(str(error)) from error
         if self.report is not None:
-            rank_zero_info(f"QAT: {self.report}")
+            self._say_report(trainer, str(self.report), self.report.summary())
         if pl_module.device.type == "cpu":
-            rank_zero_info(f"QAT: quantizers run as {kernels.backend_name()}")
+            say(f"quantizers run as {kernels.backend_name()}")
         if self._export is None:
             return
         inputs = self._inputs.known(pl_module)
@@ -293,7 +297,15 @@ class QATCallback(PhaseHooks):
         joins = common_plan(trainer, pl_module)
         self.report = replace(self.report, joins=joins)
         self._quantizers = activation_quantizers(pl_module)
-        rank_zero_info(f"QAT: {joins}")
+        self._say_report(trainer, str(joins), joins.summary())
+
+    def _say_report(self, trainer: Trainer, text: str, summary: str) -> None:
+        """Log a list; every process must call it, for Lightning agrees on the log's folder."""
+        folder = self._export.folder if self._export is not None else None
+        folder = folder or trainer.log_dir or trainer.default_root_dir
+        if trainer.is_global_zero:
+            tries = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+            say_list(text, summary, None if tries else Path(folder), str(self.report))
 
     # ------------------------------------------------------------------ after training
 
@@ -323,6 +335,10 @@ class QATCallback(PhaseHooks):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         forget_running()
+        if isinstance(exception, KeyboardInterrupt) and self._export and not self.delivered:
+            say_interrupted(
+                trainer, type(pl_module).__name__, self._export.targets, self._export.folder
+            )
         self._leave(pl_module)
 
     @override

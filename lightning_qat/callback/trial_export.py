@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_qat.callback.console import say
 from lightning_qat.convert.convert import convert_untrained
 from lightning_qat.convert.needed_inputs import needed_for_a_number
 from lightning_qat.export.protocol import Exporter
@@ -61,7 +62,7 @@ def try_exports(
         ]
         raise TrialFailed("\n".join([*lines, hint] if hint else lines))
     if exporters:
-        rank_zero_info(f"QAT: {_in_words(trial)}; {shapes_in_words(quantized)}")
+        say(f"{_in_words(trial)}; {shapes_in_words(quantized)}")
     if hint:
         rank_zero_warn(f"QAT: {hint}")
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from lightning_qat.export.protocol import Exporter, MissingDependency
 from lightning_qat.recipe.suggest import closest_names
 
 ENTRY_POINT_GROUP = "lightning_qat.exporters"
+
+
+def check_names(exporters: Iterable[object]) -> None:
+    """Check the names among exporters; nothing is imported.
+
+    Raises:
+        ValueError: No exporter of that name is installed; the message lists those that are.
+    """
+    found = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
+    for exporter in exporters:
+        if isinstance(exporter, str) and exporter not in found:
+            raise ValueError(
+                f"No exporter named {exporter!r}; {closest_names(exporter, found)}. "
+                f"Installed exporters: {sorted(found)}."
+            )
 
 
 def load_exporter(exporter: str | Exporter | type[Exporter]) -> Exporter:
@@ -22,12 +38,8 @@ def load_exporter(exporter: str | Exporter | type[Exporter]) -> Exporter:
         TypeError: It is no exporter.
     """
     if isinstance(exporter, str):
+        check_names([exporter])
         found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-        if exporter not in found:
-            raise ValueError(
-                f"No exporter named {exporter!r}; {closest_names(exporter, found)}. "
-                f"Installed exporters: {sorted(found)}."
-            )
         try:
             exporter = found[exporter].load()
         except ImportError as error:

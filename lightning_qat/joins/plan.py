@@ -8,6 +8,9 @@ from typing import Any
 
 from lightning_qat.recipe.specs import ActivationSpec
 
+_SHOWN = 10
+"""How many of the calls that stay float a summary names."""
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -66,9 +69,20 @@ class JoinPlan:
         )
         return cls(tensors, values["sites"], values["links"], tuple(values["left_float"]))
 
+    def summary(self) -> str:
+        """Counts, and the first calls that stay float."""
+        shown = [f"  left float: {call}" for call in self.left_float[:_SHOWN]]
+        if len(self.left_float) > _SHOWN:
+            shown.append(f"  left float: {len(self.left_float) - _SHOWN} more")
+        return "\n".join([self._counts, *shown])
+
+    @property
+    def _counts(self) -> str:
+        return f"{len(self.tensors)} tensors quantized, {len(self.left_float)} calls left float"
+
     def __str__(self) -> str:
         """One line per quantized tensor."""
-        lines = [f"{len(self.tensors)} tensors quantized, {len(self.left_float)} calls left float"]
+        lines = [self._counts]
         for tensor in self.tensors:
             lines.append(
                 f"  {', '.join(tensor.producers) or 'input'} -> {tensor.quantizer} "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.layers.table import WEIGHT_ONLY
 from lightning_qat.recipe.specs import LayerSpec
+
+
+def _counts(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,23 @@ class PrepareReport:
         names = {layer.name for layer in first}
         skipped = tuple(layer for layer in self.skipped if layer.name not in names)
         return PrepareReport(first + self.swapped, skipped, self.joins)
+
+    def summary(self) -> str:
+        """Counts by kind of layer and by reason, for models of hundreds of layers."""
+        kinds = Counter(layer.kind for layer in self.swapped)
+        lines = [
+            f"{len(self.swapped)} layers quantized ({_counts(kinds)}), {len(self.skipped)} left as "
+            "they are"
+        ]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for skipped in self.skipped:
+            reasons.setdefault((skipped.kind, skipped.reason), []).append(skipped.name)
+        for (kind, reason), names in reasons.items():
+            more = ", ..." if len(names) > 1 else ""
+            lines.append(f"  {len(names)} {kind} ({names[0]}{more}): left as they are, {reason}")
+        if self.joins is not None:
+            lines.append(self.joins.summary())
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         """One line per layer."""

@@ -296,12 +296,17 @@ last layer at 8, as LSQ does (arXiv:1902.08153); ``amct`` is Huawei AMCT's choic
 only)."""
 
 
+_OTHER_NAMES = {"w8a8": "int8", "a8w8": "int8", "w8a16": "a16w8", "a8w4": "w4a8", "a4w4": "w4a4"}
+
+
 def preset(name: str) -> Recipe:
     """A recipe by name.
 
     Raises:
         ValueError: No such preset; the message lists them and the closest one.
     """
+    if name in _OTHER_NAMES:
+        raise ValueError(f"No recipe named {name!r}: it is called {_OTHER_NAMES[name]!r} here.")
     if name not in PRESETS:
         raise ValueError(
             f"No recipe named {name!r}; {closest_names(name, PRESETS)}. "

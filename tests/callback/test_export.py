@@ -228,10 +228,13 @@ def test_problems_are_found_before_training_and_named_together(
     class NoForward(Net):
         forward = L.LightningModule.forward
 
+    closest = "No exporter named 'fake_quant_onx'; closest names: 'fake_quant_onnx'"
+    with pytest.raises(ValueError, match=closest):
+        qat(exporters=["fake_quant_onx", Unavailable()])
     (tmp_path / "file").write_text("not a folder")
-    callback = qat(
-        exporters=["fake_quant_onx", Unavailable()], export_dir=tmp_path / "file" / "out"
-    )
+    callback = qat(exporters=[Unavailable()], export_dir=tmp_path / "file" / "out")
+    # Set later, a name is looked up when fit begins.
+    callback.exporters = ("fake_quant_onx", Unavailable())
     net = NoForward()
     with pytest.raises(MisconfigurationException) as caught:
         trainer(callback).fit(net, loader())
