@@ -15,10 +15,6 @@ from lightning_qat.ir.quantized_model import QuantizedModel
 SECONDS = 60.0
 """What a trial of all targets may take, about."""
 
-_SLOWEST = 3.0
-"""How many times longer a target may take than all that was done before: no more is begun that
-would not fit. One that is running is never stopped, because its converter may hold global state."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -54,18 +50,18 @@ def try_exporters(
         exporters: One per target.
         began: ``time.monotonic()`` when the work on the trial began, the capture included; now by
             default.
-        seconds: No target is begun that would probably end later than this.
+        seconds: No target is begun that would end later than this if it took what the capture
+            took. One that is running is not stopped: its converter may hold global state.
     """
     began = time.monotonic() if began is None else began
     errors: dict[str, Exception] = {}
     passed, untried = [], []
-    longest = time.monotonic() - began
+    capture = time.monotonic() - began
     with tempfile.TemporaryDirectory(prefix="qat_trial_") as folder, warnings.catch_warnings():
         # The export after training says the same again, with final numbers.
         warnings.simplefilter("ignore")
         for exporter in exporters:
-            start = time.monotonic()
-            if start - began + _SLOWEST * longest > seconds:
+            if time.monotonic() - began + capture > seconds:
                 untried.append(exporter.name)
                 continue
             try:
@@ -76,5 +72,4 @@ def try_exporters(
                 errors[exporter.name] = error
             else:
                 passed.append(exporter.name)
-            longest = max(longest, time.monotonic() - start)
     return Trial(errors, tuple(passed), tuple(untried), time.monotonic() - began)

@@ -52,10 +52,10 @@ def test_what_the_model_is_to_blame_for_is_collected(converted: QuantizedModel) 
 def test_what_would_take_too_long_is_not_begun(
     converted: QuantizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([10.0, 10.0, 14.0, 14.0, 18.0])
+    clock = iter([10.0, 10.0, 45.0, 55.0, 55.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    # The capture took 10 s of 20, so the next 30 do not fit.
-    targets = [Target("a"), Target("b")]
-    trial = try_exporters(converted, targets, began=0.0, seconds=20.0)
-    assert (trial.passed, trial.untried) == ((), ("a", "b"))
-    assert targets[0].folders == []
+    # The capture took 10 s: the second target begins at 45 s of 60, the third would at 55 s.
+    targets = [Target("a"), Target("b"), Target("c")]
+    trial = try_exporters(converted, targets, began=0.0)
+    assert (trial.passed, trial.untried, trial.seconds) == (("a", "b"), ("c",), 55.0)
+    assert targets[2].folders == []
