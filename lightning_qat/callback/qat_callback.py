@@ -174,11 +174,12 @@ class QATCallback(PhaseHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._inputs.forget()
         self._export = None
-        self.delivered = ()
         inputs_known = self._inputs.before_training(pl_module) is not None
         problems = trainer_problems(
             trainer, pl_module, self, self.recipe, self.schedule, inputs_known
         )
+        if stage == "fit":
+            self.delivered = ()
         if stage == "fit" and self.exporters:
             self._export = Export(
                 ExportOptions(
