@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_qat.callback.console import say
 from lightning_qat.export.manifest import ExportResult
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.model.inputs import Inputs, as_call
+from lightning_qat.model.inputs import Call, Inputs, as_call
 
 
 def verification_inputs(
@@ -45,7 +45,7 @@ def verification_inputs(
             model.flat_inputs(args, kwargs)
         except Exception:  # torch's guards and trees raise many kinds
             continue
-        return kwargs or args
+        return Call(args, kwargs) if args and kwargs else kwargs or args
     return None
 
 
@@ -86,9 +86,7 @@ def _in_form(
         arguments = dict(inspect.signature(pl_module.forward).bind(*call[0], **call[1]).arguments)
     except TypeError:
         return None
-    if call[0] and len(call[0]) == positional and not keywords:
-        return call
-    if call[1].keys() == keywords.keys() and not positional:
+    if len(call[0]) == positional and call[1].keys() == keywords.keys():
         return call
     if len(arguments) != positional + len(keywords) or not keywords.keys() <= arguments.keys():
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import weakref
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.lightning_private import configuration_error
 from lightning_qat.model.forward import is_real_forward
+from lightning_qat.model.inputs import Call, Inputs
 from lightning_qat.model.torch_private import without_function_modes
 
 MOST_SAMPLES = 32
@@ -38,6 +41,7 @@ class ExampleInputs:
             given = torch.zeros(given)
         self.given = given
         self.recorded: Any = None
+        self._earlier: tuple[weakref.ref[nn.Module], Any] | None = None
         self._hook: Any = None
 
     def before_training(self, pl_module: LightningModule) -> Any:
@@ -58,9 +62,10 @@ class ExampleInputs:
         inputs = self.known(pl_module)
         if inputs is None:
             raise configuration_error(
-                "Export needs example inputs, and training_step did not call the module itself, so "
-                f"they are not known. Call self(...) in {type(pl_module).__name__}.training_step, "
-                "set example_input_array, or pass QATCallback(example_inputs=...)."
+                "Export needs example inputs, and no training batch has shown them: none ran, or "
+                "training_step did not call the module itself. Call self(...) in "
+                f"{type(pl_module).__name__}.training_step, set example_input_array, or pass "
+                "QATCallback(example_inputs=...)."
             )
         return inputs
 
@@ -84,6 +89,20 @@ class ExampleInputs:
             self._hook.remove()
             self._hook = None
 
+    def keep(self, model: nn.Module) -> None:
+        """Remember the recording as that of ``model``, for a fit that trains no batch."""
+        if self.recorded is not None:
+            self._earlier = weakref.ref(model), self.recorded
+
+    def recall(self, model: nn.Module) -> None:
+        """Take what an earlier fit has recorded of ``model``, if this one has nothing."""
+        if self.recorded is None and self._earlier is not None and self._earlier[0]() is model:
+            self.recorded = self._earlier[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a module, which is another one in a copy."""
+        return {**vars(self), "_earlier": None}
+
     def forget(self) -> None:
         """Stop watching and forget the recording."""
         self.stop()
@@ -92,12 +111,20 @@ class ExampleInputs:
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.recorded is not None or not is_real_forward(model) or not model.training:
             return
-        call: Any = args
-        if kwargs:
-            call = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        call = _recorded_call(model, args, kwargs)
         # Else the plan that this very forward makes would have our slicing in it.
         with without_function_modes():
             self.recorded = _first_samples(call)
+
+
+def _recorded_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """A call in the simplest form that replays it as it was."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(model.forward).bind_partial(*args).arguments
+    parameters = inspect.signature(model.forward).parameters
+    by_keyword = {parameters[name].kind for name in bound} <= {Parameter.POSITIONAL_OR_KEYWORD}
+    return {**bound, **kwargs} if by_keyword else Call(args, kwargs)
 
 
 def _first_samples(inputs: Any) -> Any:

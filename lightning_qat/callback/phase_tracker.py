@@ -27,6 +27,8 @@ class PhaseTracker:
     Attributes:
         phase: The phase of the current training batch; ``None`` before the first one.
         batches_seen: Training batches so far, without those that trained in float.
+        start: The epoch and the step that the run began with; ``None`` before it does. Fractions of
+            the run count from there, which matters after a float checkpoint.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -38,6 +40,7 @@ class PhaseTracker:
         self._milestones: Milestones | None = None
         self.phase: Phase | None = None
         self.batches_seen = 0
+        self.start: tuple[int, int] | None = None
 
     def set_milestones(self, milestones: Milestones) -> None:
         """Set the milestones of this run; after a resume, what has happened is not undone."""
@@ -58,7 +61,7 @@ class PhaseTracker:
         """
         assert self._milestones is not None
         position = epoch if self._schedule.interval == "epoch" else step
-        self.phase = self._milestones.phase_at(position, self.batches_seen)
+        self.phase = self._milestones.phase_at(position, self.batches_seen, step)
         return self.phase
 
     def count_batch(self) -> None:
@@ -82,10 +85,14 @@ class PhaseTracker:
         return {
             "phase": None if self.phase is None else asdict(self.phase),
             "batches_seen": self.batches_seen,
+            **({"start": list(self.start)} if self.start and any(self.start) else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state: calibration continues, and what was frozen stays frozen."""
         self.batches_seen = int(state["batches_seen"])
+        # A checkpoint of an earlier version has none: it counts from the first epoch.
+        epoch, step = state.get("start", (0, 0))
+        self.start = int(epoch), int(step)
         phase = state["phase"]
         self.phase = None if phase is None else Phase(**phase)

@@ -34,6 +34,7 @@ from lightning_qat.checkpoint.contents import (
     CALLBACK_KEY,
     STATE_VERSION,
     checkpoint_problem,
+    has_ranges,
     is_quantized,
 )
 from lightning_qat.export.load import check_names
@@ -248,7 +249,7 @@ class QATCallback(PhaseHooks):
         if problems:
             raise configuration_error("\n".join(problems))
         try:
-            self._phases.set_milestones(resolve(self.schedule, trainer, pl_module))
+            self._set_milestones(trainer, pl_module)
         except ValueError as error:
             raise configuration_error(str(error)) from error
         if self.report is not None:
@@ -263,6 +264,10 @@ class QATCallback(PhaseHooks):
         if inputs is not None:
             self._export.try_it(trainer, pl_module, inputs)
 
+    def _set_milestones(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        start = self._phases.start or (0, 0)
+        self._phases.set_milestones(resolve(self.schedule, trainer, pl_module, start))
+
     # ------------------------------------------------------------------ training
 
     @override
@@ -271,6 +276,11 @@ class QATCallback(PhaseHooks):
             problem = learning_rate_problem(trainer, self.float_learning_rate)
             if problem is not None:
                 rank_zero_warn(problem)
+        if self._phases.start is None:
+            self._phases.start = trainer.current_epoch, trainer.global_step
+            if any(self._phases.start):
+                # The trainer has trained in float before, or a float checkpoint has.
+                self._set_milestones(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -312,7 +322,12 @@ class QATCallback(PhaseHooks):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not has_ranges(pl_module) and self._phases.phase is None:
+            self._refuse_no_batch(trainer, pl_module)
         finish(pl_module)
+        self._inputs.stop()
+        self._inputs.recall(pl_module)
+        self._inputs.keep(pl_module)
         if self._export is None:
             return
         error: Exception | None = None
@@ -321,7 +336,7 @@ class QATCallback(PhaseHooks):
                 self.delivered = self._export.make(
                     trainer,
                     pl_module,
-                    self._inputs.known(pl_module),
+                    self._inputs.required(pl_module),
                     self._inputs.training(),
                     self.recipe,
                     self.schedule.calibration_batches,
@@ -330,6 +345,19 @@ class QATCallback(PhaseHooks):
             except Exception as caught:
                 error = caught
         self._export.share_failure(trainer, error)
+
+    def _refuse_no_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A float checkpoint whose epochs are used up, or a run without batches."""
+        problem = (
+            "No training batch ran, so nothing was observed or quantized: the run ended at epoch "
+            f"{trainer.current_epoch} (max_epochs={trainer.max_epochs}), step "
+            f"{trainer.global_step} (max_steps={trainer.max_steps}). A checkpoint given as "
+            "ckpt_path brings its epochs along: train for more, or load its weights, "
+            f"{type(pl_module).__name__}.load_from_checkpoint(path), and fit without ckpt_path."
+        )
+        if self._export is not None:
+            raise configuration_error(problem)
+        rank_zero_warn(f"QAT: {problem}")
 
     @override
     def on_exception(

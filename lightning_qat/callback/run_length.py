@@ -11,15 +11,30 @@ from lightning_qat.callback.lightning_private import load_train_data
 from lightning_qat.recipe.schedule import Milestones, Schedule
 
 
-def resolve(schedule: Schedule, trainer: Trainer, pl_module: LightningModule) -> Milestones:
+def resolve(
+    schedule: Schedule,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    start: tuple[int, int] = (0, 0),
+) -> Milestones:
     """The milestones of a schedule in this run.
+
+    Args:
+        schedule: The schedule.
+        trainer: The trainer.
+        pl_module: The module.
+        start: The epoch and the step that quantization-aware training began with.
 
     Raises:
         ValueError: A fraction is given and the run has no end or none that is known, or the run
             ends before it is quantized.
     """
     total = run_length(schedule, trainer, pl_module)
-    milestones = schedule.resolve(total)
+    epoch, step = start
+    steps = None
+    if schedule.interval == "epoch" and trainer.max_steps > 0 and not _has_length(trainer):
+        steps = step, trainer.max_steps
+    milestones = schedule.resolve(total, epoch if schedule.interval == "epoch" else step, steps)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         _check_reached(schedule, total)
     return milestones
@@ -38,12 +53,17 @@ def run_length(schedule: Schedule, trainer: Trainer, pl_module: LightningModule)
     epochs = math.inf
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         epochs = trainer.max_epochs
-    if math.isfinite(steps) and trainer.max_steps > 0:
-        # Not yet done where max_steps alone limits the run.
-        load_train_data(trainer)
+    if math.isfinite(steps) and trainer.max_steps > 0 and _has_length(trainer):
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         epochs = min(epochs, math.ceil(steps / max(per_epoch, 1)))
     return epochs
+
+
+def _has_length(trainer: Trainer) -> bool:
+    """Whether the number of batches in an epoch is known: an ``IterableDataset`` has none."""
+    # Not yet done where max_steps alone limits the run.
+    load_train_data(trainer)
+    return math.isfinite(trainer.num_training_batches)
 
 
 def _check_reached(schedule: Schedule, total: float) -> None:

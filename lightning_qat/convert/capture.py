@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,11 @@ def _capture_batch(
         lambda leaf: {a: Dim.AUTO for a in batch_axes(leaf, size)} or None, grown
     )
     try:
-        # torch.export wants the dynamic shapes by argument, as the call has them.
-        return export_program(model, grown[0], grown[1], dynamic[1] or dynamic[0]), grows
+        # torch.export wants the dynamic shapes by parameter: those of *args in a tuple.
+        with _named_keywords(model, kwargs):
+            signature = inspect.signature(model.forward)
+        by_parameter = signature.bind(*dynamic[0], **dynamic[1]).arguments
+        return export_program(model, grown[0], grown[1], dict(by_parameter)), grows
     except CaptureError:
         # The batch may be the very thing that the forward cannot take as dynamic.
         return None, grows
@@ -99,7 +104,12 @@ def export_program(
     Raises:
         CaptureError: The forward cannot be captured; the message names the module and the line.
     """
-    with _running_module(model) as running, torch.no_grad(), warnings.catch_warnings():
+    with (
+        _named_keywords(model, kwargs),
+        _running_module(model) as running,
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         # What a hook computes and puts on its module (weight_norm) is read in the same forward; a
         # float recurrent layer keeps a list of its weights.
         warnings.filterwarnings(
@@ -118,6 +128,31 @@ def export_program(
                 "tensor values (torch.where, torch.cond), or wrap that part in an operator of "
                 "your own (torch.library.custom_op)."
             ) from error
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let ``forward(self, **kwargs)`` look as if it named the keywords that it is given.
+
+    torch 2.13 takes no dynamic shapes for those that it does not name.
+    """
+    function: Any = type(model).forward
+    signature = inspect.signature(function)
+    named = [p for p in signature.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    if len(named) == len(signature.parameters):
+        yield
+        return
+    own = vars(function).get("__signature__")
+    further = kwargs.keys() - {parameter.name for parameter in named}
+    named += [Parameter(name, Parameter.KEYWORD_ONLY) for name in kwargs if name in further]
+    function.__signature__ = signature.replace(parameters=named)
+    try:
+        yield
+    finally:
+        if own is None:
+            del function.__signature__
+        else:
+            function.__signature__ = own
 
 
 @contextmanager

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+
+class Call(NamedTuple):
+    """The arguments of a call that has both kinds.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments by name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""What ``forward`` takes: a tensor, positional arguments, or keyword arguments by name."""
+"""What ``forward`` takes: a tensor, positional arguments, or keyword arguments by name; a ``Call``
+has both."""
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -19,8 +33,10 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     Raises:
         ValueError: There is no tensor among them.
     """
-    if isinstance(inputs, Mapping):
-        call: tuple[tuple[Any, ...], dict[str, Any]] = (), dict(inputs)
+    if isinstance(inputs, Call):
+        call: tuple[tuple[Any, ...], dict[str, Any]] = inputs.args, dict(inputs.kwargs)
+    elif isinstance(inputs, Mapping):
+        call = (), dict(inputs)
     else:
         call = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(call)):

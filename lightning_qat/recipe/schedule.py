@@ -94,38 +94,49 @@ class Schedule:
     @property
     def has_fractions(self) -> bool:
         """``True`` if a milestone needs the length of the run."""
-        milestones = (self.quantize_from, self.freeze_observers, self.freeze_batchnorm)
-        return any(isinstance(value, float) for value in milestones)
+        return any(isinstance(value, float) for value in self._milestones)
 
-    def resolve(self, total: float) -> Milestones:
+    def resolve(
+        self, total: float, start: int = 0, steps: tuple[int, float] | None = None
+    ) -> Milestones:
         """Turn fractions into epochs (steps) of a run.
 
         Args:
             total: Epochs (steps) of the run; ``math.inf`` when it has no end.
+            start: The epoch (step) that the run begins with.
+            steps: For a run of epochs that optimizer steps may end first: its first step and the
+                number of all steps. A fraction is then reached by epochs or by steps.
 
         Returns:
-            Absolute milestones; a fraction becomes ``ceil(fraction * total)``.
+            Absolute milestones; a fraction becomes ``start + ceil(fraction * (total - start))``.
 
         Raises:
             ValueError: A fraction is given and the run has no end.
         """
-        if self.has_fractions and not math.isfinite(total):
+        if self.has_fractions and steps is None and not math.isfinite(total):
             raise ValueError(
                 f"Schedule: fractions need a run of known length; this run has no last "
                 f"{self.interval}. Give milestones as ints, or set max_epochs or max_steps."
             )
+        quantize, observers, batchnorm = (_absolute(v, start, total) for v in self._milestones)
+        milestones = Milestones(self.calibration_batches, quantize, observers, batchnorm)
+        if steps is None:
+            return milestones
+        fractions = (v if isinstance(v, float) else None for v in self._milestones)
+        quantize, observers, batchnorm = (_absolute(value, *steps) for value in fractions)
+        return replace(milestones, by_step=Milestones(0, quantize, observers, batchnorm))
 
-        def absolute(value: Milestone) -> float:
-            if value is None:
-                return math.inf
-            return math.ceil(value * total) if isinstance(value, float) else value
+    @property
+    def _milestones(self) -> tuple[Milestone, Milestone, Milestone]:
+        return self.quantize_from, self.freeze_observers, self.freeze_batchnorm
 
-        return Milestones(
-            self.calibration_batches,
-            absolute(self.quantize_from),
-            absolute(self.freeze_observers),
-            absolute(self.freeze_batchnorm),
-        )
+
+def _absolute(value: Milestone, start: int, total: float) -> float:
+    if value is None:
+        return math.inf
+    if not isinstance(value, float):
+        return value
+    return start + math.ceil(value * (total - start)) if math.isfinite(total) else math.inf
 
 
 _OR_NONE = {"quantize_from": "", "freeze_observers": " or None", "freeze_batchnorm": " or None"}
@@ -138,12 +149,17 @@ _NEVER = {
 
 @dataclass(frozen=True)
 class Milestones:
-    """A schedule with the length of the run known: absolute positions, ``inf`` for never."""
+    """A schedule with the length of the run known: absolute positions, ``inf`` for never.
+
+    ``by_step`` are further ones, in optimizer steps, beside those in epochs: what comes first
+    counts.
+    """
 
     calibration_batches: int
     quantize_from: float
     freeze_observers: float
     freeze_batchnorm: float
+    by_step: Milestones | None = None
 
     def going_on_from(self, phase: Phase) -> Milestones:
         """The milestones of a run that goes on from a phase: what has happened is not undone.
@@ -162,24 +178,27 @@ class Milestones:
             freeze_batchnorm=0.0 if phase.batchnorm_frozen else self.freeze_batchnorm,
         )
 
-    def phase_at(self, position: int, batches_seen: int) -> Phase:
+    def phase_at(self, position: int, batches_seen: int, step: int = 0) -> Phase:
         """The phase of the next training batch.
 
         Args:
             position: Epoch (step) that the batch belongs to, from 0.
             batches_seen: Training batches already seen since quantization was due.
+            step: The optimizer steps so far, for ``by_step``.
 
         Returns:
             The phase. Ranges keep following the data until calibration is over, even when
             ``freeze_observers`` comes earlier: a range that was never observed is of no use.
         """
-        frozen_batchnorm = position >= self.freeze_batchnorm
-        if position < self.quantize_from:
+        steps = self.by_step or Milestones(0, math.inf, math.inf, math.inf)
+        frozen_batchnorm = position >= self.freeze_batchnorm or step >= steps.freeze_batchnorm
+        if position < self.quantize_from and step < steps.quantize_from:
             return Phase("float", False, False, frozen_batchnorm)
         if batches_seen < self.calibration_batches:
             return Phase("calibrate", True, False, frozen_batchnorm)
         # A range needs one batch at least; without a calibration phase it is this one.
-        observing = position < self.freeze_observers or batches_seen == 0
+        frozen = position >= self.freeze_observers or step >= steps.freeze_observers
+        observing = not frozen or batches_seen == 0
         if frozen_batchnorm:
             return Phase("batchnorm_frozen", observing, True, True)
         return Phase("quantize" if observing else "observers_frozen", observing, True, False)

@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat import QATCallback, Schedule
 from lightning_qat.numerics.kernels import loops as kernels
@@ -188,3 +189,99 @@ def test_a_learning_rate_far_above_the_recommended_one_is_warned_of_when_asked(
     trainer(qat()).fit(Net(), loader())
     with pytest.raises(ValueError, match=r"float_learning_rate must be positive or None; got 0"):
         qat(float_learning_rate=0)
+
+
+class Stream(IterableDataset[list[Tensor]]):
+    """Batches without a length."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return iter(loader())
+
+
+HALVES = Schedule(calibration_batches=1, freeze_observers=0.5, freeze_batchnorm=0.75)
+
+
+@pytest.mark.parametrize(
+    ("limits", "frozen"),
+    [
+        # 8 steps in all: half of them, and three quarters.
+        ({"max_steps": 8, "max_epochs": -1}, [4, 6]),
+        # Steps end the run long before its epochs do.
+        ({"max_steps": 8, "max_epochs": 50}, [4, 6]),
+        # Epochs do, of 4 steps each.
+        ({"max_steps": 10**6, "max_epochs": 4}, [8, 12]),
+        ({"max_epochs": 4}, [8, 12]),
+        (
+            {
+                "max_steps": 8,
+                "max_epochs": -1,
+                "val_check_interval": 2,
+                "check_val_every_n_epoch": None,
+            },
+            [4, 6],
+        ),
+    ],
+)
+def test_fractions_of_a_stream_are_of_its_steps_or_its_epochs(
+    trainer: Callable[..., L.Trainer], limits: dict[str, Any], frozen: list[int]
+) -> None:
+    entered: dict[str, int] = {}
+
+    class Told(QATCallback):
+        def on_phase_change(self, trainer: L.Trainer, pl_module: Any, old: Any, new: Any) -> None:
+            entered[new.name] = trainer.global_step
+
+    stream = DataLoader(Stream(), batch_size=None)
+    trainer(Told(schedule=HALVES), **limits).fit(Net(), stream)
+    assert [entered["observers_frozen"], entered["batchnorm_frozen"]] == frozen
+
+
+def test_fractions_count_from_where_a_float_run_is_taken_over(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    entered: list[tuple[int, str]] = []
+
+    class Told(QATCallback):
+        def on_phase_change(self, trainer: L.Trainer, pl_module: Any, old: Any, new: Any) -> None:
+            entered.append((trainer.current_epoch, new.name))
+
+    floats = trainer(max_epochs=6)
+    floats.fit(Net(), loader())
+    floats.save_checkpoint(tmp_path / "float.ckpt")
+    taken = trainer(Told(schedule=HALVES), max_epochs=10)
+    with pytest.warns(UserWarning, match="is of a float run"):
+        taken.fit(Net(), loader(), ckpt_path=tmp_path / "float.ckpt")
+    # Epochs 6 to 9: half of them, and three quarters.
+    wanted = [(6, "calibrate"), (6, "quantize"), (8, "observers_frozen"), (9, "batchnorm_frozen")]
+    assert entered == wanted
+    # A checkpoint of this run remembers where it began.
+    taken.save_checkpoint(tmp_path / "qat.ckpt")
+    entered.clear()
+    resumed = trainer(Told(schedule=HALVES), max_epochs=14)
+    resumed.fit(Net(), loader(), ckpt_path=tmp_path / "qat.ckpt")
+    assert entered == [(10, "batchnorm_frozen")]
+    # The callback may also join a trainer that has trained in float.
+    entered.clear()
+    floats.callbacks.append(Told(schedule=HALVES))  # type: ignore[attr-defined]
+    floats.fit_loop.max_epochs = 10
+    floats.fit(Net(), loader())
+    assert entered == wanted
+
+
+@pytest.mark.parametrize("exporters", [[], ["fake_quant_onnx"]])
+def test_a_float_checkpoint_whose_epochs_are_used_up_is_named(
+    trainer: Callable[..., L.Trainer], tmp_path: Path, exporters: list[str]
+) -> None:
+    run = trainer()
+    run.fit(Net(), loader())
+    run.save_checkpoint(tmp_path / "float.ckpt")
+    again = trainer(QATCallback(exporters=exporters, export_dir=tmp_path))
+    text = r"No training batch ran.*at epoch 2 \(max_epochs=2\).*Net.load_from_checkpoint"
+    said = pytest.raises(MisconfigurationException, match=text)
+    if not exporters:
+        said = pytest.warns(UserWarning, match=text)  # type: ignore[assignment]
+    with said, pytest.warns(UserWarning, match="is of a float run"):
+        again.fit(Net(), loader(), ckpt_path=tmp_path / "float.ckpt")
+    # The remedy works.
+    net = Net.load_from_checkpoint(tmp_path / "float.ckpt")
+    trainer(qat()).fit(net, loader())
