@@ -8,31 +8,31 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from lightning_qat_exporters.cann.normalize.fold_batchnorm import FoldBatchNorm
-from lightning_qat_exporters.cann.normalize.fold_qparams import FoldQParams
+from lightning_qat_exporters.cann.normalize.fold_constants import FoldConstants
 from lightning_qat_exporters.cann.normalize.propagate_pairs import PropagatePairs
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SplitAsymmetricWeights
 
 
 def with_plain_constants(model: ir.Model) -> ir.Model:
     """A copy with functions inlined, constants as initializers, and constant scales."""
-    return _rewritten(model, (*_plain(), FoldQParams()))
+    return _rewritten(model, (*_plain(), FoldConstants(qparams_only=True)))
 
 
 def normalize(model: ir.Model) -> ir.Model:
     """A copy that computes the same, with plain constants and a Q/DQ pair before every layer.
 
-    Identity is removed, batch norms are folded into quantized layers, weights that leave int8 are
-    split, and pairs repeated where only value-preserving operators stand between a pair and a
-    layer.
+    What constants alone determine is computed, Identity removed, batch norms are folded into
+    quantized layers, weights that leave int8 are split, and pairs repeated where only
+    value-preserving operators stand between a pair and a layer.
     """
     passes = (
         *_plain(),
+        FoldConstants(),
         common.IdentityEliminationPass(),
         PropagatePairs(),
         SplitAsymmetricWeights(),
         FoldBatchNorm(),
         common.RemoveUnusedNodesPass(),
-        FoldQParams(),
     )
     return _rewritten(model, passes)
 

@@ -173,13 +173,18 @@ def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
     if not np.isfinite(real).all():
         raise UnusableValues("the weight must be finite; it holds NaN or infinity")
     axis = node.attributes.get_int("axis", 1)
-    levels = np.rint(real / broadcast_along(scale, real.ndim, axis))
+    # In place and in float32, for weights of 100 MB; where zero points or 32 bits are, in float64.
+    wide = np.float64 if dtype.itemsize >= 4 or zero_point.any() else np.float32
+    levels = np.asarray(real / broadcast_along(scale, real.ndim, axis), wide)
+    np.rint(levels, out=levels)
+    if zero_point.any():
+        levels += broadcast_along(zero_point, real.ndim, axis)
     limits = ir.DataType.from_numpy(dtype)
-    levels = np.clip(levels + broadcast_along(zero_point, real.ndim, axis), limits.min, limits.max)
+    np.clip(levels, limits.min, limits.max, out=levels)
     for bound, side in zip(bounds, (np.maximum, np.minimum), strict=False):
         if bound is not None:
-            levels = side(levels, required_constant(bound, "bound of a Clip"))
-    return levels.astype(np.int64).astype(dtype), zero_point
+            side(levels, required_constant(bound, "bound of a Clip"), out=levels)
+    return levels.astype(dtype), zero_point
 
 
 def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:
