@@ -129,7 +129,6 @@ def _set_weight(layer: QATLayer, entry: LayerRecord) -> Tensor:
             f"scale_w must have one number or one per output channel "
             f"({quantizer.scale.numel()}); {entry.name!r} has {len(scale)}."
         )
-    # A grouped transposed convolution repeats the scales of one group.
     scale = scale[: quantizer.scale.numel()].reshape(quantizer.scale.shape)
     quantizer.scale.copy_(scale)
     quantizer.started.fill_(1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis
+from lightning_qat.numerics.arithmetic import MIN_SCALE, accumulator_scale, along_channels
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 
 
@@ -47,7 +47,7 @@ class BatchNormStatistics:
 
     def fold_weight(self, weight: Tensor, axis: int) -> Tensor:
         """A float weight times the factor of its output channel."""
-        return weight * along_axis(self.factor, weight.dim(), axis)
+        return weight * along_channels(self.factor, weight.shape, axis)
 
     def fold_integers(
         self, integers: Tensor, qparams: QParams, axis: int
@@ -68,13 +68,16 @@ class BatchNormStatistics:
             Integers and parameters of the folded weight, and how many integers saturated.
         """
         factor = self.factor
-        scale = qparams.scale * factor.abs()
+        own = accumulator_scale(torch.ones(()), qparams.scale, factor.numel())
+        scale = own * factor.abs()
         # A channel switched off by gamma (zero, or too small for a normal float32 scale) keeps a
         # usable scale and loses its integers.
         off = scale < MIN_SCALE
         sign = torch.where(off, torch.zeros_like(factor), factor.sign())
         # torch.sign of an int8 product would overflow on -128: widen first.
-        signed = integers.to(torch.int32) * along_axis(sign, integers.dim(), axis).to(torch.int32)
+        signed = integers.to(torch.int32) * along_channels(sign, integers.shape, axis).to(
+            torch.int32
+        )
         grid = qparams.grid
         highest = int(signed.max()) if signed.numel() else grid.qmax
         saturated = 0
@@ -82,6 +85,6 @@ class BatchNormStatistics:
             limit = 127 if grid.dtype is torch.int8 else 32767
             saturated = int((signed > limit).sum())
             grid = IntegerGrid(grid.qmin, min(-grid.qmin, limit))
-        scale = torch.where(off, qparams.scale, scale)
+        scale = torch.where(off, own, scale)
         folded = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), grid, axis)
         return signed.clamp(max=grid.qmax).to(grid.dtype), folded, saturated

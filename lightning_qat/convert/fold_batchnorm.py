@@ -46,9 +46,6 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         # A batch norm normalises axis 1, which is a linear layer's feature axis in 2-D only.
         if layer.target is _ATEN.linear.default and layer.meta["val"].dim() != 2:
             continue
-        if _groups_of_transposed(layer) != 1:
-            # One scale serves a channel of every group, and their factors differ.
-            continue
         statistics = _statistics(constants, node)
         weight = layer.args[1]
         if statistics is None or not isinstance(weight, fx.Node):
@@ -67,13 +64,6 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         node.replace_all_uses_with(layer)
         program.graph.erase_node(node)
     return saturated
-
-
-def _groups_of_transposed(layer: fx.Node) -> int:
-    if CHANNEL_AXES[layer.target] == 0:
-        return 1
-    groups: Any = layer.args[6] if len(layer.args) > 6 else 1
-    return int(groups)
 
 
 def _fold_weight(

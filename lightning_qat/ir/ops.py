@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from lightning_qat.numerics.arithmetic import along_axis
+from lightning_qat.numerics.arithmetic import along_channels
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 
@@ -37,7 +37,7 @@ def dequantize_node(
     integers: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, key: str
 ) -> Tensor:
     """A symmetric integer weight's real value as one node of an exported graph."""
-    return integers.to(torch.float32) * along_axis(scale, integers.dim(), axis)
+    return integers.to(torch.float32) * along_channels(scale, integers.shape, axis)
 
 
 @dequantize_node.register_fake

@@ -20,6 +20,7 @@ from lightning_qat.ir.exported_program import Constants, module_path
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
+from lightning_qat.numerics.arithmetic import channel_groups
 from lightning_qat.numerics.qparams import QParams
 
 FORMAT_VERSION = 1
@@ -53,10 +54,13 @@ class QuantizedTensor:
             low, high = int(self.integers.min()), int(self.integers.max())
             if low < grid.qmin or high > grid.qmax:
                 raise ValueError(f"{self.key!r}: integers must lie in {grid}; got {low} .. {high}.")
-        if axis is not None and self.integers.shape[axis] != self.qparams.scale.numel():
+        count, shape = self.qparams.scale.numel(), tuple(self.integers.shape)
+        groups = channel_groups(self.qparams.scale, shape, axis)
+        fits = axis is None or (count == groups * shape[axis] and shape[0] % groups == 0)
+        if not fits or (groups > 1 and axis != 1):
             raise ValueError(
-                f"{self.key!r}: one scale per channel of axis {axis} is needed; got "
-                f"{self.qparams.scale.numel()} scales for shape {tuple(self.integers.shape)}."
+                f"{self.key!r}: one scale per channel of axis {axis} is needed, or of each group "
+                f"of a transposed convolution; got {count} scales for shape {shape}."
             )
 
 

@@ -135,6 +135,10 @@ class QATLayer(nn.Module):
             )
         return spec
 
+    def channel_groups(self) -> int:
+        """How many groups of rows of the weight have output channels of their own."""
+        return 1
+
     def quantizer_names(self) -> tuple[str, ...]:
         """All submodules that quantize."""
         weights = map(weight_quantizer_name, self.weight_names(self))
@@ -146,8 +150,9 @@ class QATLayer(nn.Module):
             for name in self.activation_quantizer_names():
                 setattr(self, name, activation_quantizer(spec.activation))
             for name in weights:
-                channels = getattr(self, name).shape[self.channel_axis]
-                quantizer = weight_quantizer(spec.weight, self.channel_axis, channels)
+                groups = self.channel_groups()
+                channels = getattr(self, name).shape[self.channel_axis] * groups
+                quantizer = weight_quantizer(spec.weight, self.channel_axis, channels, groups)
                 setattr(self, weight_quantizer_name(name), quantizer)
         for name in self.quantizer_names():
             getattr(self, name).train(self.training)

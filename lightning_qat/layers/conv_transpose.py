@@ -24,9 +24,8 @@ _FUNCTIONS: Mapping[int, Any] = {
 class _ConvTransposeQAT(QATLayer):
     """Constructor and forward of transposed convolutions of all dimensions.
 
-    A weight is ``(in_channels, out_channels / groups, ...)``: its output channels are on axis 1,
-    and with groups a channel's scale is shared by the groups, as the weight's form in ONNX and
-    TFLite demands.
+    A weight is ``(in_channels, out_channels / groups, ...)``: the output channels of a group are on
+    axis 1 of its rows. There is a scale for each of the ``out_channels``, group by group.
     """
 
     channel_axis = 1
@@ -63,6 +62,11 @@ class _ConvTransposeQAT(QATLayer):
             dtype,
         )
         self._add_quantizers(self._spec(config))
+
+    def channel_groups(self) -> int:
+        """The layer's groups."""
+        groups: Any = self.groups
+        return int(groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve the fake-quantized input, transposed, with the fake-quantized weight.
@@ -112,8 +116,8 @@ class ConvTranspose1dQAT(_ConvTransposeQAT, nn.ConvTranspose1d):
 class ConvTranspose2dQAT(_ConvTransposeQAT, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with fake-quantized input and weight.
 
-    Input ``(batch, in_channels, height, width)``, weight scales per output channel (axis 1, shared
-    by the groups) or per tensor. Arguments are those of ``nn.ConvTranspose2d``.
+    Input ``(batch, in_channels, height, width)``, a weight scale per output channel or one per
+    tensor. Arguments are those of ``nn.ConvTranspose2d``.
 
     Args:
         in_channels: Channels of the input.

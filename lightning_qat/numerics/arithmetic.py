@@ -134,6 +134,63 @@ def along_axis(values: Tensor, dims: int, axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
+def along_channels(scale: Tensor, shape: tuple[int, ...], axis: int | None) -> Tensor:
+    """Reshape the scales of a weight so that they broadcast against it.
+
+    Args:
+        scale: A scalar, or one per output channel: as many as ``axis`` is long, or, for the weight
+            of a transposed convolution ``(in, out / groups, ...)``, ``(out,)``, group by group.
+        shape: The weight's.
+        axis: The output channels' axis; ``None``: ``scale`` is a scalar.
+
+    Example:
+        >>> along_channels(torch.tensor([1.0, 2.0, 3.0, 4.0]), (4, 2), 1)
+        tensor([[1., 2.],
+                [1., 2.],
+                [3., 4.],
+                [3., 4.]])
+    """
+    groups = channel_groups(scale, shape, axis)
+    if groups == 1:
+        return along_axis(scale, len(shape), axis)
+    rows = scale.reshape(groups, shape[1]).repeat_interleave(shape[0] // groups, 0)
+    return rows.reshape(shape[0], shape[1], *[1] * (len(shape) - 2))
+
+
+def channel_groups(scale: Tensor, shape: tuple[int, ...], axis: int | None) -> int:
+    """The groups of a weight whose rows have scales of their own; see ``along_channels``."""
+    return 1 if axis is None else max(scale.numel() // max(shape[axis], 1), 1)
+
+
+def channels_first(weight: Tensor, groups: int) -> Tensor:
+    """A grouped transposed convolution's weight as a convolution's: output channels first.
+
+    Args:
+        weight: ``(in, out / groups, *kernel)``, the inputs of a group together.
+        groups: As in torch.
+
+    Returns:
+        ``(out, in / groups, *kernel)``; of a depthwise layer the very memory.
+
+    Example:
+        >>> channels_first(torch.tensor([[1, 2], [3, 4]]), 2)
+        tensor([[1],
+                [2],
+                [3],
+                [4]])
+    """
+    inputs, outputs, *kernel = weight.shape
+    blocks = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
+    return blocks.reshape(groups * outputs, inputs // groups, *kernel)
+
+
+def channels_second(weight: Tensor, groups: int) -> Tensor:
+    """The inverse of ``channels_first``."""
+    outputs, inputs, *kernel = weight.shape
+    blocks = weight.reshape(groups, outputs // groups, inputs, *kernel).transpose(1, 2)
+    return blocks.reshape(groups * inputs, outputs // groups, *kernel)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
     """Map real values to the integer grid: ``clip(round(x / scale) + zero_point)``.
 
@@ -184,7 +241,8 @@ def accumulator_scale(scale_input: Tensor, scale_weight: Tensor, channels: int) 
     Args:
         scale_input: Scale of the layer's input, scalar, float32.
         scale_weight: Scale of the layer's weight, float32: scalar, ``(channels,)``, or
-            ``(channels / groups,)`` for a transposed convolution, whose groups share their scales.
+            ``(channels / groups,)`` for a transposed convolution of an earlier version, whose
+            groups share their scales.
         channels: Channels of the layer's output.
 
     Returns:

@@ -24,11 +24,20 @@ def activation_quantizer(spec: ActivationSpec) -> ActivationQuantizer:
     return LearnedClipActivation(spec) if spec.quantizer == "ulq" else ActivationQuantizer(spec)
 
 
-def weight_quantizer(spec: WeightSpec, axis: int, channels: int) -> WeightQuantizer:
-    """The quantizer that a spec asks for, for a weight with so many output channels on ``axis``."""
+def weight_quantizer(
+    spec: WeightSpec, axis: int, channels: int, groups: int = 1
+) -> WeightQuantizer:
+    """The quantizer that a spec asks for.
+
+    Args:
+        spec: The spec.
+        axis: The output channels' axis of the weight.
+        channels: The number of output channels; with groups they are more than the axis is long.
+        groups: Of a transposed convolution.
+    """
     if spec.quantizer in ("learned", "ulq"):
-        return LearnedWeightQuantizer(spec, axis, channels)
-    return WeightQuantizer(spec, axis)
+        return LearnedWeightQuantizer(spec, axis, channels, groups)
+    return WeightQuantizer(spec, axis, groups)
 
 
 def quantizer_parameters(

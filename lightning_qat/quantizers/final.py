@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
 from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
-from lightning_qat.numerics.arithmetic import along_axis, quantize
+from lightning_qat.numerics.arithmetic import along_channels, quantize
 from lightning_qat.numerics.qparams import QParams
 
 
@@ -71,7 +71,7 @@ class FinalWeight(nn.Module):
     def from_weight(cls, weight: Tensor, qparams: QParams, key: str) -> FinalWeight:
         """Round a float weight once and for all."""
         weight = weight.detach().to("cpu", torch.float32)
-        scale = along_axis(qparams.scale, weight.dim(), qparams.axis)
+        scale = along_channels(qparams.scale, weight.shape, qparams.axis)
         zero_point = torch.zeros((), dtype=torch.int32)
         return cls(quantize(weight, scale, zero_point, qparams.grid), qparams, key)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.numerics.arithmetic import MIN_SCALE
+from lightning_qat.numerics.arithmetic import MIN_SCALE, channels_second
 from lightning_qat.numerics.calibration.search import least_squares_scale
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
@@ -24,7 +26,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
     Args:
         spec: With ``quantizer="learned"``, or ``"ulq"`` for AMCT's grid (-128..127 at 8 bits).
         axis: The output channel's axis of the weight.
-        channels: The weight's size along it.
+        channels: The number of output channels.
+        groups: See ``WeightQuantizer``.
 
     Attributes:
         scale: Parameter, ``(channels,)`` or scalar: its absolute value is the scale.
@@ -33,8 +36,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     started: Tensor
 
-    def __init__(self, spec: WeightSpec, axis: int, channels: int) -> None:
-        super().__init__(spec, axis)
+    def __init__(self, spec: WeightSpec, axis: int, channels: int, groups: int = 1) -> None:
+        super().__init__(spec, axis, groups)
         if spec.quantizer == "ulq":
             self.grid = IntegerGrid.signed(spec.bits)
         shape = () if self._channel_axis is None else (channels,)
@@ -46,16 +49,20 @@ class LearnedWeightQuantizer(WeightQuantizer):
         if self.training and not self.ready:
             self._start(weight)
         scale = positive_scale(self.scale) if self.ready else self._scale(weight)
-        return learned_fake_quantize(
-            weight,
+        if isinstance(known, Tensor):
+            known, _ = self._rows(known)
+        rows, axis = self._rows(weight)
+        quantized = learned_fake_quantize(
+            rows,
             scale,
             None,
             self.grid,
-            axis=self._channel_axis,
+            axis=axis,
             saves_input=True,
-            carries_int_repr=self.compact,
+            carries_int_repr=self.compact and self.groups == 1,
             known=known,
         )
+        return quantized if self.groups == 1 else channels_second(quantized, self.groups)
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
@@ -70,10 +77,15 @@ class LearnedWeightQuantizer(WeightQuantizer):
         scale = super()._scale(weight)
         if self.spec.initial == "minmax":
             return scale
-        return least_squares_scale(weight, scale, self.grid, self._channel_axis)
+        rows, axis = self._rows(weight)
+        return least_squares_scale(rows, scale, self.grid, axis)
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        stored = state_dict.get(f"{prefix}scale")
+        if isinstance(stored, Tensor) and stored.numel() * self.groups == self.scale.numel():
+            # Earlier versions had one scale for that channel of every group.
+            state_dict[f"{prefix}scale"] = stored.repeat(self.groups)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.ready = bool(self.started > 0)
 
 

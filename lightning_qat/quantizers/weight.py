@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import hide_from_hooks
-from lightning_qat.numerics.arithmetic import along_axis, arq_scale, symmetric_scale
+from lightning_qat.numerics.arithmetic import (
+    along_channels,
+    arq_scale,
+    channels_first,
+    channels_second,
+    symmetric_scale,
+)
 from lightning_qat.numerics.fake_quantize import fake_quantize, quantized_again
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.min_max import channel_ranges
@@ -30,6 +36,7 @@ class WeightQuantizer(Quantizer):
     Args:
         spec: Bits, granularity and rule of the scale.
         axis: The output channel's axis of the weight.
+        groups: Of a transposed convolution, whose weight has ``out / groups`` channels on the axis.
 
     Attributes:
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
@@ -39,11 +46,12 @@ class WeightQuantizer(Quantizer):
 
     SWITCHES = frozenset({"quantizing", "compact", "cache"})
 
-    def __init__(self, spec: WeightSpec, axis: int) -> None:
+    def __init__(self, spec: WeightSpec, axis: int, groups: int = 1) -> None:
         super().__init__()
         self.cache: QuantizedWeightCache | None = None
         self.spec: WeightSpec = spec
         self.axis = axis
+        self.groups = groups if spec.granularity == "per_channel" else 1
         self.quantizing = True
         self.compact = False
         arq = spec.quantizer == "arq"
@@ -69,7 +77,7 @@ class WeightQuantizer(Quantizer):
         """Quantize the weight; ``known``: how that came out in an earlier forward."""
         if known is not None:
             return quantized_again(weight, known)
-        scale = along_axis(self._scale(weight), weight.dim(), self._channel_axis)
+        scale = along_channels(self._scale(weight), weight.shape, self._channel_axis)
         zero_point = scale.new_zeros(())
         return fake_quantize(
             weight,
@@ -84,7 +92,12 @@ class WeightQuantizer(Quantizer):
         with hide_from_hooks():
             scale = self._scale(weight)
             zero_point = torch.zeros_like(scale)
-            return quantize_dequantize(weight, scale, zero_point, self.grid, self._channel_axis)
+            if self.groups == 1:
+                return quantize_dequantize(weight, scale, zero_point, self.grid, self._channel_axis)
+            # ONNX has scales along one axis.
+            rows = channels_first(weight, self.groups)
+            rows = quantize_dequantize(rows, scale, zero_point, self.grid, 0)
+            return channels_second(rows, self.groups)
 
     def qparams(self, weight: Tensor) -> QParams:
         """The final numbers for a weight, on the CPU."""
@@ -100,9 +113,15 @@ class WeightQuantizer(Quantizer):
     def _channel_axis(self) -> int | None:
         return self.axis if self.spec.granularity == "per_channel" else None
 
+    def _rows(self, weight: Tensor) -> tuple[Tensor, int | None]:
+        """The weight with every output channel along one axis, and that axis."""
+        if self.groups == 1:
+            return weight, self._channel_axis
+        return channels_first(weight, self.groups), 0
+
     @torch.no_grad()
     def _scale(self, weight: Tensor) -> Tensor:
-        low, high = channel_ranges(weight.to(torch.float32), self._channel_axis)
+        low, high = channel_ranges(*self._rows(weight.to(torch.float32)))
         if self.spec.quantizer == "arq":
             return arq_scale(low, high, self.grid)
         return symmetric_scale(torch.maximum(low.abs(), high.abs()), self.grid)

@@ -76,10 +76,10 @@ def _layer_differences(
     expected = integers.T.numpy() if transposed else integers.numpy()
     axis = INPUT_AXIS[node.op_type]
     stored = unpacked(arrays[node.input[1]], axis, expected.shape[axis])
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
     channels = weight.qparams.scale.numel()
     if node.op_type == "ConvTranspose" and channels > 1:
-        channels *= groups
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        channels = integers.shape[1] * groups
     product = accumulator_scale(scale, weight.qparams.scale, channels).numpy()
     pairs: dict[str, tuple[Any, Any]] = {
         "AscendQuant scale": (np.float32(attributes["scale"]), np.float32(1) / scale.numpy()),

@@ -14,6 +14,7 @@ from lightning_qat.export.protocol import Array
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.arithmetic import quantize_bias
 from lightning_qat_exporters.qdq.build import FULL_GRIDS
+from lightning_qat_exporters.qdq.grouped_weights import stored_form
 
 
 def weight_differences(
@@ -21,11 +22,11 @@ def weight_differences(
 ) -> Iterator[str]:
     """Differences of a weight's nodes in a file from its integers, scale and axis."""
     for node in nodes:
-        integers, axis = stored[node.input[0]], tensor.qparams.axis
+        integers, (expected, axis) = stored[node.input[0]], stored_form(tensor)
         if node.input[0].endswith("_transposed"):
             integers, axis = integers.T, None if axis is None else 1 - axis
         yield from _compare("scale", stored[node.input[1]], tensor.qparams.scale)
-        yield from _compare("integers", integers, tensor.integers)
+        yield from _compare("integers", integers, expected)
         if len(node.input) > 2 and stored[node.input[2]].any():
             yield "the zero point of a weight must be 0"
         if axis is not None and _axis(node) != axis:

@@ -21,6 +21,7 @@ from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
 from lightning_qat_exporters.qdq.global_average_pool import global_average_pools
+from lightning_qat_exporters.qdq.grouped_weights import restore_order, stored_form
 from lightning_qat_exporters.qdq.translate import KEY, keys_of, translated
 
 ActivationType = Literal["int8", "uint8"]
@@ -104,7 +105,7 @@ def _give_constants(
         tensor = model.tensors[key]
         scale = initializer(graph, f"{key}_scale", tensor.qparams.scale.numpy())
         if tensor.integers is not None:
-            stored = tensor.integers.numpy()
+            stored = stored_form(tensor)[0].numpy()
             if int4_weights and tensor.qparams.grid == INT4_GRID:
                 stored = stored.astype(ir.DataType.INT4.numpy())
             integers = initializer(graph, key, stored)
@@ -114,6 +115,7 @@ def _give_constants(
             node.replace_input_with(1, scale)
             # Zero is the default, but ONNX Runtime fuses QGemm only where it is written.
             node.replace_input_with(2, initializer(graph, f"{key}_zero_point", zeros))
+            restore_order(graph, node, tensor, key)
             continue
         grid, zero_point = tensor.qparams.grid, tensor.qparams.zero_point.numpy()
         wide = grid.dtype is torch.int16
@@ -213,6 +215,13 @@ def layer_of(node: ir.Node) -> str | None:
         return None
     for value in node.inputs[:2]:
         producer = value.producer() if value is not None else None
+        while (
+            node.op_type == "ConvTranspose"
+            and producer is not None
+            and producer.op_type in ("Reshape", "Transpose")
+        ):
+            source = producer.inputs[0]
+            producer = source.producer() if source is not None else None
         if producer is not None and producer.op_type == "DequantizeLinear":
             key = producer.metadata_props.get(KEY, "")
             if "weight" in key.rpartition(".")[2]:

@@ -105,7 +105,7 @@ def _bias_differences(
         # A layer without a bias may have got one of zeros.
         bias = torch.zeros(values.size) if layer.bias is None else layer.bias
         if scale_weight.dim():
-            # The groups of a transposed convolution share theirs.
+            # Those that groups of a transposed convolution share, in models of earlier versions.
             scale_weight = scale_weight.repeat(max(values.size // scale_weight.numel(), 1))
         yield from _compare(
             "the bias", values, quantize_bias(bias, scale_input, scale_weight).numpy()

@@ -98,13 +98,15 @@ def read_weight(node: ir.Node) -> LayerWeight:
     groups = attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
     channels = integers.shape[channel_axis] * groups
     if scale.size > 1:
-        if axis != channel_axis:
+        # Of a depthwise layer the rows are the output channels too.
+        by_row = groups > 1 and channels == integers.shape[0] and axis == 0
+        if axis != channel_axis and not by_row:
             raise CannotExpress(
                 f"its weight's scales must run along the output channels (axis {channel_axis}); "
                 f"they run along axis {axis}"
             )
-        # ConvTranspose stores Cout/g channels: every group uses the same scales.
-        scale = np.tile(scale, groups)
+        # ConvTranspose stores Cout/g channels: scales along them are those of every group.
+        scale = np.tile(scale, channels // scale.size)
     groups = attributes.get_int("group", 1)
     packed = dtype == _INT4 and can_pack(integers.shape[INPUT_AXIS[node.op_type]], groups)
     return LayerWeight(integers, scale, channel_axis, channels, "INT4" if packed else "INT8")

@@ -143,7 +143,7 @@ def _find_layers(
     problems: list[Unsupported] = []
     for node in graph:
         if node.op_type not in LAYER_TYPES or node.domain:
-            hands_on = node.op_type in (*FOLLOWED, "DequantizeLinear")
+            hands_on = node.op_type in (*FOLLOWED, "Reshape", "DequantizeLinear")
             if not hands_on and any(constant_dequantize(v) is not None for v in node.inputs):
                 remedy = DEVICE_REMEDY if node.op_type in RECURRENT_TYPES else ""
                 reason = f"{node.op_type} keeps real weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ class ConstantIntegers(NamedTuple):
 
     Args:
         integers: Integers, the zero point subtracted; they need not fit ``dtype``.
-        scale: float32, 1-D, of length 1 or as long as ``axis``.
+        scale: float32, 1-D, of length 1 or as long as ``axis``; or, of a grouped transposed
+            convolution, ``(in, out / groups, ...)``, of length ``out``, group by group.
         axis: The axis of the scales.
         dtype: Type in which the model stores the integers.
     """
@@ -43,9 +45,9 @@ class ConstantIntegers(NamedTuple):
 
 
 def constant_dequantize(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear of a constant behind ``value``, through Transpose and Identity."""
-    for copy in followed(value):
-        value = copy.inputs[0]
+    """The DequantizeLinear of a constant behind ``value``, also transposed and reshaped."""
+    for move in _followed(value):
+        value = move.inputs[0]
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "DequantizeLinear":
         return None
@@ -77,9 +79,19 @@ def constant_integers(value: ir.Value | None) -> ConstantIntegers:
         wide = np.int16 if stored.dtype.itemsize == 1 else np.int64
         along = broadcast_along(zero_point, stored.ndim, axis)
         integers = stored.astype(wide) - along.astype(wide)
-    for perm in _permutations(value, integers.ndim):
-        integers, axis = integers.transpose(perm), perm.index(axis)
-    return ConstantIntegers(integers, scale.reshape(-1), axis, stored.dtype)
+    moves = _moves(value)
+    if not any(move.op_type == "Reshape" for move in moves):
+        for perm in (_permutation(move, integers.ndim) for move in moves):
+            integers, axis = integers.transpose(perm), perm.index(axis)
+        return ConstantIntegers(integers, scale.reshape(-1), axis, stored.dtype)
+    # Of which scale each value is, wherever it goes.
+    owners = np.broadcast_to(
+        broadcast_along(np.arange(scale.size, dtype=np.int32), integers.ndim, axis), integers.shape
+    )
+    for move in moves:
+        integers, owners = _moved(integers, move), _moved(owners, move)
+    axis, order = _channels(owners, scale.size)
+    return ConstantIntegers(integers, scale.reshape(-1)[order], axis, stored.dtype)
 
 
 def real_constant(value: ir.Value | None) -> Array | None:
@@ -107,8 +119,8 @@ def real_constant(value: ir.Value | None) -> Array | None:
     kind = np.float64 if integers.itemsize >= 4 else np.float32
     difference = integers.astype(np.int64) - broadcast_along(zero_point, integers.ndim, axis)
     real = difference.astype(kind) * broadcast_along(scale, integers.ndim, axis)
-    for perm in _permutations(value, real.ndim):
-        real = real.transpose(perm)
+    for move in _moves(value):
+        real = _moved(real, move)
     return real
 
 
@@ -175,10 +187,10 @@ def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
     axis = node.attributes.get_int("axis", 1)
     # In place and in float32, for weights of 100 MB; where zero points or 32 bits are, in float64.
     wide = np.float64 if dtype.itemsize >= 4 or zero_point.any() else np.float32
-    levels = np.asarray(real / broadcast_along(scale, real.ndim, axis), wide)
+    levels: NDArray[Any] = np.asarray(real / broadcast_along(scale, real.ndim, axis), wide)
     np.rint(levels, out=levels)
     if zero_point.any():
-        levels += broadcast_along(zero_point, real.ndim, axis)
+        levels = levels + broadcast_along(zero_point, real.ndim, axis)
     limits = ir.DataType.from_numpy(dtype)
     np.clip(levels, limits.min, limits.max, out=levels)
     for bound, side in zip(bounds, (np.maximum, np.minimum), strict=False):
@@ -187,7 +199,53 @@ def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
     return levels.astype(dtype), zero_point
 
 
-def _permutations(value: ir.Value | None, rank: int) -> list[list[int]]:
-    """The Transposes between the DequantizeLinear and its reader, first applied first."""
-    transposes = [node for node in followed(value) if node.op_type == "Transpose"]
-    return [list(n.attributes.get_ints("perm", range(rank)[::-1])) for n in transposes][::-1]
+def _followed(value: ir.Value | None) -> Iterator[ir.Node]:
+    """As ``followed``, through Reshapes to a constant shape too."""
+    for move in followed(value):
+        yield move
+        value = move.inputs[0]
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Reshape" and is_constant(node.inputs[1]):
+        yield node
+        yield from _followed(node.inputs[0])
+
+
+def _moves(value: ir.Value | None) -> list[ir.Node]:
+    """The Transposes and Reshapes between the DequantizeLinear and its reader, in their order."""
+    return [node for node in _followed(value) if node.op_type in ("Transpose", "Reshape")][::-1]
+
+
+def _permutation(transpose: ir.Node, rank: int) -> list[int]:
+    return list(transpose.attributes.get_ints("perm", range(rank)[::-1]))
+
+
+def _moved(array: Array, move: ir.Node) -> Array:
+    """What a Transpose or Reshape makes of an array."""
+    if move.op_type == "Transpose":
+        return array.transpose(_permutation(move, array.ndim))
+    sizes = required_constant(move.inputs[1], "shape of a Reshape").tolist()
+    if not move.attributes.get_int("allowzero", 0):
+        sizes = [array.shape[i] if n == 0 else n for i, n in enumerate(sizes)]
+    return array.reshape(sizes)
+
+
+def _channels(owners: Array, scales: int) -> tuple[int, Array]:
+    """The axis that scales run along, and their order, from the number of each value's scale.
+
+    Raises:
+        CannotExpress: Scales run along no axis, nor along axis 1 of groups of rows.
+    """
+    for axis in range(owners.ndim):
+        order = owners[tuple(slice(None) if a == axis else slice(1) for a in range(owners.ndim))]
+        of_axis = order.size in (1, scales)
+        if of_axis and np.array_equal(np.broadcast_to(order, owners.shape), owners):
+            return axis, order.reshape(-1)
+    if owners.ndim > 1:
+        rows = owners.reshape(*owners.shape[:2], -1)
+        first = rows[:, :, 0]
+        starts = [0, *(np.flatnonzero((first[1:] != first[:-1]).any(1)) + 1)]
+        size = len(first) // len(starts)
+        even = starts == list(range(0, len(first), size)) and len(first) % len(starts) == 0
+        if even and (rows == first[:, :, None]).all():
+            return 1, first[starts].reshape(-1)
+    raise CannotExpress("its weight's scales must run along the output channels")

@@ -37,13 +37,14 @@ def dense(integers: Tensor, groups: int, dilation: list[int]) -> Tensor:
     return whole
 
 
-def dense_scale(qparams: QParams, groups: int) -> Tensor:
-    """One scale per output channel: the groups share theirs."""
-    return qparams.scale if qparams.axis is None else qparams.scale.repeat(groups)
+def dense_scale(qparams: QParams, channels: int) -> Tensor:
+    """One scale per output channel, also where the groups share theirs (of an earlier version)."""
+    scale = qparams.scale
+    return scale if qparams.axis is None else scale.repeat(channels // scale.numel())
 
 
-def dense_like(integers: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int] | None:
-    """The dense weight of a shape that has the same integers, and its groups.
+def dense_like(integers: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The dense weight of a shape that has the same integers.
 
     Returns:
         ``None`` when no groups and dilation give that shape.
@@ -58,7 +59,7 @@ def dense_like(integers: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int] |
             return None
         dilation.append(by)
     groups = shape[1] // outputs
-    return None if inputs % groups else (dense(integers, groups, dilation), groups)
+    return None if inputs % groups else dense(integers, groups, dilation)
 
 
 @dataclass(frozen=True)
@@ -110,5 +111,5 @@ def conv_transpose(
         for axis, (n, start, end) in enumerate(zip(whole, starts, ends, strict=True))
         if (start, end) != (0, n)
     ]
-    scale = dense_scale(qparams, groups)
+    scale = dense_scale(qparams, integers.shape[1])
     return TransposedConvolution(integers, scale, stride, whole, cuts, axes == 1)

@@ -43,8 +43,7 @@ def store_integers(file: Any, model: QuantizedModel, layers: MatchedLayers) -> M
         if values.quantized or values.data is None:
             continue
         qparams = model.tensors[layer.weight_key].qparams
-        channels = values.shape[axis]
-        scale = dense_scale(qparams, max(channels // qparams.scale.numel(), 1)).numpy().reshape(-1)
+        scale = dense_scale(qparams, values.shape[axis]).numpy().reshape(-1)
         shape = [-1 if place == axis else 1 for place in range(values.data.ndim)]
         # Exact: the values are products of the integers and the scale.
         integers = np.rint(values.data / scale.reshape(shape)).astype(np.int8)

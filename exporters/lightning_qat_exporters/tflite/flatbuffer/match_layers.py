@@ -107,8 +107,8 @@ def same_weight(file: TFLiteFile, layer: FileLayer, weight: QuantizedTensor) -> 
         found = dense_like(expected, tuple(shape[:2] + shape[-(expected.dim() - 2) :]))
         if found is None:
             return False
-        expected, groups = found
-        scale = dense_scale(qparams, groups)
+        expected = found
+        scale = dense_scale(qparams, expected.shape[1])
     values = torch_order(stored.data, kind, expected)
     if values is None:
         return False

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
-from lightning_qat.numerics.arithmetic import along_axis, dequantize
+from lightning_qat.numerics.arithmetic import along_channels, dequantize
 from lightning_qat_exporters.tflite.decompose.sample import sample_of
 from lightning_qat_exporters.tflite.litert.private import quantized_decomposed
 from lightning_qat_exporters.tflite.litert.requantize import MARKS, Annotated, PlainQParams
@@ -160,7 +160,7 @@ def _weight(module: Any, tensor: QuantizedTensor, number: int) -> fx.Node:
     qparams, integers = tensor.qparams, tensor.integers
     assert integers is not None
     axis = qparams.axis
-    scale = along_axis(qparams.scale, integers.dim(), axis)
+    scale = along_channels(qparams.scale, integers.shape, axis)
     real = _constant(module, f"weight_{number}", dequantize(integers, scale, torch.tensor(0)))
     bounds = (qparams.grid.qmin, qparams.grid.qmax, torch.int8)
     if axis is None:
