@@ -59,8 +59,9 @@ class QuantizedTensor:
         fits = axis is None or (count == groups * shape[axis] and shape[0] % groups == 0)
         if not fits or (groups > 1 and axis != 1):
             raise ValueError(
-                f"{self.key!r}: one scale per channel of axis {axis} is needed, or of each group "
-                f"of a transposed convolution; got {count} scales for shape {shape}."
+                f"{self.key!r}: one scale per channel of axis {axis} is needed; got {count} "
+                f"scales for shape {shape}. A grouped transposed convolution has one per channel "
+                "of each group."
             )
 
 

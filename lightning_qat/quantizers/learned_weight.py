@@ -80,7 +80,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
         rows, axis = self._rows(weight)
         return least_squares_scale(rows, scale, self.grid, axis)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Any, prefix: str, *args: Any
+    ) -> None:
         stored = state_dict.get(f"{prefix}scale")
         if isinstance(stored, Tensor) and stored.numel() * self.groups == self.scale.numel():
             # Earlier versions had one scale for that channel of every group.

@@ -42,6 +42,7 @@ def from_tensor(stored: Tensor | Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(stored, Tensor):
         return dict(stored)
     numbers = stored.detach().cpu()
+    values: Any = None
     try:
         # An average in floating point has rounding errors.
         numbers = numbers.round() if numbers.is_floating_point() else numbers

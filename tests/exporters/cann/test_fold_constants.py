@@ -128,7 +128,7 @@ def test_an_illegal_node_stays_for_whoever_reads_it() -> None:
     assert [*graph.initializers] == ["w", "size"]
 
 
-def vgg() -> nn.Module:
+def vgg() -> nn.Sequential:
     """Every weight has more than 8,192 elements: torch's exporter folds none of their scales."""
     return nn.Sequential(
         nn.Conv2d(3, 40, 9, padding=4, bias=False),
@@ -174,7 +174,7 @@ def test_a_network_of_large_weights_converts_whole(tmp_path: Path, recipe: Any) 
         node.op_type for node in deploy.graph.node
     }
     session = ort.InferenceSession(str(tmp_path / "vgg_fake_quant_model.onnx"))
-    simulated = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    simulated: Any = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     executor = AscendExecutor(tmp_path / "vgg_deploy_model.onnx")
     (deployed,) = executor.run({executor.input_names[0]: x.numpy()})
     np.testing.assert_allclose(deployed, simulated, rtol=0, atol=1e-4)
