@@ -70,17 +70,21 @@ def operands_of(
     """The tensors of a call that could be quantized; empty for a call that is not counted.
 
     Counted are calls with as many float tensors as the function takes: not ``x + 1``, not index
-    arithmetic, and not the batches that a batch norm counts in training only.
+    arithmetic, not nested tensors, and not the batches that a batch norm counts in training only.
     """
     values = [*args, *kwargs.values()][: function.operands]
     if function.trait == "concat":
         values = list(values[0]) if values and isinstance(values[0], list | tuple) else []
-    tensors = tuple(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    tensors = tuple(v for v in values if _is_real(v))
     if not tensors or len(tensors) != len(values):
         return ()
     if function.trait != "concat" and len(tensors) < function.operands:
         return ()
     return tensors if all(t.dim() for t in tensors) else ()
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested
 
 
 def leads_with_real(args: tuple[Any, ...]) -> bool:

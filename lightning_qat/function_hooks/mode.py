@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
+from lightning_qat.function_hooks.attention import (
+    FUSED_ATTENTION,
+    attention_arguments,
+    attention_function,
+)
 from lightning_qat.function_hooks.compact import compactly
 from lightning_qat.function_hooks.forward_cache import ForwardCache
 from lightning_qat.function_hooks.frame import CallPlan, Frame
@@ -50,6 +55,8 @@ class QuantizeCallsMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is FUSED_ATTENTION:
+            args, kwargs = attention_arguments(args, kwargs)
         if not is_dynamo_compiling():
             return self._call(func, args, kwargs)
         func = _TRACEABLE.get(func.__name__, func)
@@ -135,6 +142,8 @@ class QuantizeCallsMode(TorchFunctionMode):
             return _call_listed(known, func, args, kwargs)
         try:
             changed = quantize_operands(known, operands, args, kwargs)
+            if known.name == FUSED_ATTENTION.__name__:
+                func = attention_function(operands, func)
         except AnotherPath as reason:
             _warn_once(plan, key, str(reason))
             return func(*args, **kwargs)
@@ -164,7 +173,8 @@ def _read_in_float(
     operands: Mapping[int, InputQuantizer] = {}
     if known is not None and frame is not None and frame.watched:
         assert frame.plan is not None
-        operands = frame.plan.sites.get(frame.call_key(known.name), {})
+        planned = frame.plan.sites.get(frame.call_key(known.name), {})
+        operands = {index: q for index, q in planned.items() if index < known.operands}
     changes = known is not None and (known.in_place or bool(kwargs.get("inplace")))
     if known is None or known.trait == "concat" or changes:
         # Values that are tied are observed together, and the user's own tensor must change.

@@ -23,9 +23,14 @@ def quantize_operands(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with its planned operands quantized."""
+    """The arguments of a call with its planned operands quantized.
+
+    Operands beyond those of the call are inside the function; see ``attention.py``.
+    """
     new_args, new_kwargs = list(args), dict(kwargs)
     for index, quantizer in operands.items():
+        if index >= known.operands:
+            continue
         holder: Any = new_args
         slot: Any = index
         if index >= len(new_args):

@@ -16,6 +16,11 @@ class InputQuantizer(Protocol):
 
     identity: object
 
+    @property
+    def idle(self) -> bool:
+        """Whether it returns its input now, and takes no note of it."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize a float tensor; shape and dtype stay."""
         ...

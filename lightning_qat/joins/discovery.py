@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_qat.function_hooks.attention import (
+    FUSED_ATTENTION,
+    WEIGHTS,
+    WEIGHTS_RANGE,
+    attend,
+    attention_arguments,
+)
 from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.function_hooks.frame import OUTPUT, Frame
 from lightning_qat.function_hooks.function_table import (
@@ -42,9 +50,13 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
 
 EMPTY = "empty tensors"
+_MASKED_SPAN = 1000.0
+"""A softmax gives zeros where its input is that far below the maximum: a mask, no scores."""
 
 _ACCOUNTED_ELSEWHERE = (*WITH_WEIGHTS, QATLayer, nn.modules.batchnorm._BatchNorm)
 """Layers whose arithmetic the report names, or that batch norm folding removes."""
+_MASKING = ("masked_fill", "where")
+"""Functions that mask what a softmax reads."""
 _NO_VALUES = frozenset(
     "to float double half bfloat16 type type_as cpu cuda requires_grad_ __get__ __set__ "
     "__setitem__ zeros_like ones_like empty_like full_like rand_like randn_like bernoulli "
@@ -163,6 +175,8 @@ class Discovery:
         frame = self._frames[-1] if self._frames else None
         if frame is None or _is_opaque(self._modules[frame[0]]):
             return func(*args, **kwargs)
+        if func is FUSED_ATTENTION:
+            args, kwargs = attention_arguments(args, kwargs)
         known, path = FUNCTION_TABLE.get(func), frame[0]
         name = getattr(func, "__name__", "function").strip("_")
         number, key = 0, ""
@@ -182,7 +196,12 @@ class Discovery:
             key = frame[1].call_key(known.name)
             frame[1].count_call(key)
             self._seen.call_keys.setdefault(path, {})[key] = None
-        result = func(*args, **kwargs)
+        inner: dict[int, Tensor] = {}
+        fused = known if func is FUSED_ATTENTION and tensors else None
+        if fused is not None and self._why_float(fused, path, tensors) is None:
+            result = attend(*args, quantize=inner.setdefault, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
         self._alive += leaves
@@ -194,11 +213,13 @@ class Discovery:
                     made, fixed_range, name == "relu" or bool(fixed_range and fixed_range[0] >= 0)
                 )
         if known is not None and tensors:
-            self._record_call(
-                known, _Call(path, name, number, key), tensors, keys, outs, args, kwargs
-            )
+            call = _Call(path, name, number, key)
+            self._record_call(known, call, tensors, keys, outs, args, kwargs)
+            self._record_inner(call, made, inner)
         elif fixed_range is None and self._computes(frame[0], func, args, kwargs, leaves):
-            self._seen.left_float[f"{made}: no integer form is known"] = None
+            nested = any(isinstance(x, Tensor) and x.is_nested for x in args)
+            why = "nested tensors" if nested else "no integer form is known"
+            self._seen.left_float[f"{made}: {why}"] = None
         return result
 
     def _computes(
@@ -248,6 +269,15 @@ class Discovery:
         else:
             self._seen.events += [Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
 
+    def _record_inner(self, call: _Call, made: str, inner: Mapping[int, Tensor]) -> None:
+        """Record what attention reads and gives inside; see ``attend``."""
+        for number, x in inner.items():
+            self._alive.append(x)
+            self._record_range(x)
+            fixed_range = WEIGHTS_RANGE if number == WEIGHTS else None
+            self._seen.producers[key_of(x)] = Producer(made, fixed_range, number == WEIGHTS)
+            self._seen.events.append(Event((call.operand(number),), (key_of(x),)))
+
     def _inherit(self, source: Key, outs: tuple[Key, ...], name: str) -> None:
         """What is known of a tensor's range holds for its reshaped and pooled values."""
         producer = self._seen.producers.get(source)
@@ -270,6 +300,21 @@ class Discovery:
         kind = type(self._modules[path]).__name__
         if self.recipe.for_layer(path, kind) is None:
             return f"{path or 'the root'} is not selected by the recipe"
+        return self._masked(known, tensors)
+
+    def _masked(self, known: FunctionTraits, tensors: tuple[Tensor, ...]) -> str | None:
+        """Why a call with a mask in it stays float: what a mask holds would be the whole range."""
+        for x in tensors:
+            made = self._seen.producers.get(key_of(x))
+            if known.name == "softmax" and made is not None and made.name.endswith(_MASKING):
+                return f"its input comes from {made.name}, so it holds a mask"
+            with without_function_modes():
+                below, high = batch_range(x.detach()).tolist()
+            # What is not a number is infinite on both sides.
+            if math.isinf(below) and high < math.inf:
+                return "an operand holds minus infinity, as masks do, which is on no grid"
+            if known.name == "softmax" and _MASKED_SPAN < below + high < math.inf:
+                return f"its input spans {below + high:.3g}, so it holds a mask"
         return None
 
     # ------------------------------------------------------------------ the plan

@@ -55,6 +55,12 @@ class ActivationQuantizer(RangeObserver):
         self._cached_qparams: tuple[tuple[float, float], tuple[Tensor, Tensor]] | None = None
         self.identity = object()
 
+    @property
+    def idle(self) -> bool:
+        """Whether it returns its input now, and takes no note of it."""
+        observes = self.is_observing and self.spec.clip is None
+        return not (observes or (self.quantizing and self.calibrated))
+
     def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
         """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept.
 

@@ -29,6 +29,7 @@ class FinalActivation(nn.Module):
         self.grid, self.key = qparams.grid, key
         # torch.export hands modules out behind proxies, so the module's own identity varies.
         self.identity = object()
+        self.idle = False
 
     def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
         """Fake-quantize ``x``; one node per tensor, however many consumers it has."""
