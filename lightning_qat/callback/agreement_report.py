@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.console import say
-from lightning_qat.export.manifest import ExportResult
+from lightning_qat.export.manifest import MANIFEST, ExportResult
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Call, Inputs, as_call
+
+_MOST = 20
+"""So many notes of one target are printed; the manifest has all."""
 
 
 def verification_inputs(
@@ -50,11 +53,17 @@ def verification_inputs(
 
 
 def log_agreement(trainer: Trainer, result: ExportResult) -> None:
-    """Print an agreement, warn of what it does not say, and log each runtime's largest difference.
+    """Print what differs from the plan, notes and agreement; log each runtime's largest difference.
 
-    Logged are ``qat/<target>/max_steps``, the largest of all, and
-    ``qat/<target>/<runtime>/max_steps``.
+    Warnings say what the agreement does not show. Logged are ``qat/<target>/max_steps``, the
+    largest of all, and ``qat/<target>/<runtime>/max_steps``.
     """
+    found = result.artifact
+    notes = () if found is None else (*found.differences, *found.notes)
+    for note in notes[:_MOST]:
+        say(f"{result.target}: {note}")
+    if len(notes) > _MOST:
+        say(f"{result.target}: {len(notes) - _MOST} more notes are in {MANIFEST}.")
     agreement = result.agreement
     if agreement is None:
         return

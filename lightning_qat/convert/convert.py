@@ -19,8 +19,10 @@ from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.slice_constants import slice_constants
 from lightning_qat.convert.untrained import untrained_copy
 from lightning_qat.ir.exported_program import clean_up
+from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
+from lightning_qat.quantizers.final import FinalActivation, FinalWeight
 from lightning_qat.recipe.recipe import Recipe
 
 PASSES = (drop_dropout, drop_single_cat, merge_quantizations, slice_constants)
@@ -119,6 +121,7 @@ def _converted(
         program = capture_program(final, args, kwargs)
     else:
         program = export_program(final, args, kwargs, dynamic_shapes)
+    unreached = _unreached(final, program)
     keep_outputs(program, export_outputs)
     for rewrite in PASSES:
         rewrite(program)
@@ -138,6 +141,7 @@ def _converted(
         _output_names(program),
         {} if recipe is None else recipe.to_dict(),
         recurrences,
+        unreached,
     )
 
 
@@ -153,6 +157,13 @@ def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
     """
     args, kwargs = as_call(example_inputs)
     capture_program(untrained_copy(model), args, kwargs)
+
+
+def _unreached(final: nn.Module, program: ExportedProgram) -> tuple[str, ...]:
+    """Keys of the tensors that a model would quantize, and its captured graph does not."""
+    keys = [m.key for m in final.modules() if isinstance(m, FinalActivation | FinalWeight)]
+    reached = {key_of(node) for node in program.graph.nodes}
+    return tuple(key for key in dict.fromkeys(keys) if key not in reached)
 
 
 def _input_names(program: ExportedProgram) -> tuple[str, ...]:

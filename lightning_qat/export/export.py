@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_qat.export.load import load_exporter
+from lightning_qat.export.promises import with_broken_promises
 from lightning_qat.export.protocol import Artifact, Exporter
 from lightning_qat.ir.quantized_model import QuantizedModel
 
@@ -22,7 +23,7 @@ def export(
         path_prefix: Folder and beginning of every file's name: ``out/net`` gives ``out/net_...``.
 
     Returns:
-        The files.
+        The files, and in ``differences`` what is planned on integers and not in them.
 
     Raises:
         TypeError: ``model`` is not a converted model.
@@ -37,4 +38,4 @@ def export(
         )
     loaded = load_exporter(exporter)
     loaded.check_available()
-    return loaded.export(model, Path(path_prefix))
+    return with_broken_promises(model, loaded.export(model, Path(path_prefix)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qat.atomic_write import replacing
+from lightning_qat.export.promises import with_broken_promises
 from lightning_qat.export.protocol import Artifact, Exporter
 from lightning_qat.export.verify import Agreement, verify
 from lightning_qat.ir.quantized_model import QuantizedModel
@@ -108,7 +109,7 @@ def _export_one(
 ) -> ExportResult:
     artifact = None
     try:
-        artifact = exporter.export(model, prefix)
+        artifact = with_broken_promises(model, exporter.export(model, prefix))
         agreement = verify(model, artifact, inputs, exporter, source=source) if check else None
     except Exception as error:
         return ExportResult(exporter.name, artifact, None, error)
@@ -127,6 +128,7 @@ def _entry(result: ExportResult, folder: Path) -> dict[str, Any]:
             for role, path in result.artifact.files.items()
         }
         entry["notes"] = result.artifact.notes
+        entry["differences"] = result.artifact.differences
     if result.agreement is not None:
         entry["agreement"] = result.agreement.to_dict()
     if result.error is not None:

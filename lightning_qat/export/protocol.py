@@ -24,11 +24,18 @@ class Artifact:
         target: Name of the exporter that wrote them.
         files: What each file is (``model``, ``record``, ...) and where.
         notes: What a reader of the files should know, one sentence each.
+        integers: Keys of the model's tensors that the files compute with as integers: the weight of
+            a layer that runs on integers, and each activation that another operator than a layer
+            reads as integers. ``None``: the exporter does not say.
+        differences: What is planned on integers and not in the files, one sentence each; ``export``
+            fills it in.
     """
 
     target: str
     files: Mapping[str, Path]
     notes: tuple[str, ...] = ()
+    integers: frozenset[str] | None = None
+    differences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class QuantizedModel:
         output_names: One name per tensor output, in the order of the flattened outputs.
         recipe: The recipe as primitives, for the record; may be empty.
         recurrences: Every LSTM and GRU whose steps are unrolled, in the order of the graph.
+        unreached: Keys of planned tensors that the captured forward never reaches.
 
     Raises:
         ValueError: The program breaks a rule of ``QParams`` or ``QuantizedTensor``.
@@ -108,6 +109,7 @@ class QuantizedModel:
     output_names: tuple[str, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recurrences: tuple[Recurrence, ...] = ()
+    unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _ = self.tensors
@@ -239,6 +241,7 @@ class QuantizedModel:
             "output_names": self.output_names,
             "recipe": self.recipe,
             "recurrences": [asdict(recurrence) for recurrence in self.recurrences],
+            "unreached": self.unreached,
         }
         with replacing(Path(path)) as temporary:
             torch.export.save(self.program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
@@ -282,6 +285,7 @@ class QuantizedModel:
             tuple(facts["output_names"]),
             facts["recipe"],
             recurrences,
+            tuple(facts.get("unreached", ())),
         )
 
 

@@ -7,9 +7,11 @@ queries, each with ``F.scaled_dot_product_attention``.
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from pathlib import Path
 
+import lightning as L
 import onnx
 import onnxruntime
 import pytest
@@ -22,6 +24,7 @@ from lightning_qat.export.export import export
 from lightning_qat.export.verify import verify
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters import CannExporter, FakeQuantOnnxExporter, TFLiteExporter
+from tests.callback.tiny import Net, loader, qat
 from tests.models import trained
 
 
@@ -185,5 +188,43 @@ def test_litert_agrees(name: str, tmp_path: Path) -> None:
     artifact = export(quantized, exporter, tmp_path / "net")
     agreement = verify(quantized, artifact, inputs(4), exporter)
     assert agreement.parameters_equal
-    # A sum of two rounded branches, rounded again.
+    # Sums of rounded branches are rounded again.
     assert agreement.max_steps < 2.1, str(agreement)
+
+
+class Classifier(Net):
+    """The ViT block under a head, in a LightningModule; takes (batch, 1, 6, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.conv, self.bn
+        self.embed, self.block = nn.Linear(6, 16), ViTBlock()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.block(self.embed(x.squeeze(1))).mean(1))
+        return logits
+
+
+def test_a_trainer_trains_it_exports_it_and_says_what_a_target_leaves_float(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exporters = ["fake_quant_onnx", "cann"]
+    module = Classifier()
+    trainer = L.Trainer(
+        max_epochs=1,
+        callbacks=[qat(exporters=exporters, export_dir=tmp_path)],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(module, loader())
+    said = [message for message in caplog.messages if "matmul: 2 planned on integers" in message]
+    assert said == [
+        "QAT: cann: matmul: 2 planned on integers, computed in float on rounded values (block)."
+    ]
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    for target in exporters:
+        assert manifest["targets"][target]["agreement"]["parameters_equal"]
+    assert manifest["targets"]["fake_quant_onnx"]["differences"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,8 @@ class CannExporter:
         files = file_paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
         written = write_files(deploy, found, files, self.opset)
-        return Artifact(self.name, written, (*map(str, found.left_float), *notes))
+        notes = [*map(str, found.left_float), *notes]
+        return Artifact(self.name, written, tuple(notes), _integer_weights(model, deploy))
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
         wide = any(t.qparams.grid.dtype is torch.int16 for t in model.tensors.values())
@@ -192,6 +194,19 @@ class CannExporter:
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the deploy model with the model's."""
         return deploy_differences(model, artifact.files["model"])
+
+
+def _integer_weights(model: QuantizedModel, found: QuantizedGraph) -> frozenset[str]:
+    """The weights of integer layers; joins read real values, which AscendAntiQuant gives them."""
+    names = {layer.name for layer in found.layers} | {layer.name for layer in found.recurrent}
+    calls: Counter[str] = Counter()
+    keys = set()
+    for layer in model.layers:
+        name = f"{layer.name}_{calls[layer.name]}" if calls[layer.name] else layer.name
+        calls[layer.name] += 1
+        if names & {name or "layer", layer.name}:
+            keys.add(layer.weight_key)
+    return frozenset(keys)
 
 
 _UNROLLED = (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 from onnx import numpy_helper
 
 from lightning_qat.export.protocol import Array, Artifact
@@ -91,7 +92,8 @@ class FakeQuantOnnxExporter:
         path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
         files = save_onnx(onnx_model, path)
         notes = _int4_notes(model) if self.int4_weights else ()
-        return Artifact(self.name, dict(zip(("model", "weights"), files, strict=False)), notes)
+        written = dict(zip(("model", "weights"), files, strict=False))
+        return Artifact(self.name, written, notes, _dequantized(onnx_model.graph))
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -131,6 +133,12 @@ class FakeQuantOnnxExporter:
             found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
         found += bias_differences(model, proto, stored)
         return tuple(dict.fromkeys(found))
+
+
+def _dequantized(graph: ir.Graph) -> frozenset[str]:
+    """Keys of the tensors that stand in the file as integers, for a runtime to compute with."""
+    nodes = (node for node in graph if node.op_type == "DequantizeLinear")
+    return frozenset(key for node in nodes for key in keys_of(node.metadata_props))
 
 
 def _int4_notes(model: QuantizedModel) -> tuple[str, ...]:

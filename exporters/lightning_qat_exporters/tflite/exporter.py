@@ -20,6 +20,7 @@ from lightning_qat_exporters.tflite.flatbuffer.file import pack, read, view
 from lightning_qat_exporters.tflite.flatbuffer.int8_constants import store_integers
 from lightning_qat_exporters.tflite.flatbuffer.io_types import give_types
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import match_layers
+from lightning_qat_exporters.tflite.integer_keys import integer_keys
 from lightning_qat_exporters.tflite.litert import backend as litert_backend
 from lightning_qat_exporters.tflite.metadata import describe, sign
 from lightning_qat_exporters.tflite.notes import notes_on
@@ -133,7 +134,9 @@ class TFLiteExporter:
         path = path_prefix.with_name(f"{path_prefix.name}.tflite")
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-        return Artifact(self.name, {"model": path}, notes_on(model, view(file), layers))
+        written = view(file)
+        notes = notes_on(model, written, layers)
+        return Artifact(self.name, {"model": path}, notes, integer_keys(model, written, layers))
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]

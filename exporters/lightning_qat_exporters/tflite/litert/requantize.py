@@ -166,7 +166,13 @@ class Annotated:
     def read(self, node: fx.Node) -> set[PlainQParams | None]:
         """The qparams of an operator's real inputs; None: float."""
         inputs = [x for x in node.all_input_nodes if is_real(x) and not is_constant(x)]
-        return {self.qparams.get(x) for x in inputs}
+        return {self._qparams_of(x) for x in inputs}
+
+    def _qparams_of(self, x: fx.Node) -> PlainQParams | None:
+        """The qparams of a tensor, which operators that preserve values keep; ``None``: float."""
+        while x not in self.qparams and preserves_values(x) and isinstance(x.args[0], fx.Node):
+            x = x.args[0]
+        return self.qparams.get(x)
 
     def source(self, node: fx.Node) -> PlainQParams | None:
         """The qparams of an operator's real inputs; ``None``: float, or several."""
