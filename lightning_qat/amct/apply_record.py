@@ -74,6 +74,11 @@ def _named_layers(model: nn.Module, record: Sequence[LayerRecord]) -> dict[str, 
                 f"Every layer of the record must be a module of the model; {entry.name!r} is none; "
                 f"{closest_names(entry.name, modules)}."
             )
+        if isinstance(modules[entry.name], QATLayer):
+            raise ValueError(
+                f"apply_record takes a float model and prepares it itself; {entry.name!r} is "
+                "quantized already. Build the model anew, load its weights, and apply the record."
+            )
         if entry.scale_h is not None:
             raise ValueError(
                 f"A record of LSTM or GRU cannot be applied; {entry.name!r} has scale_h."

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
@@ -41,7 +42,7 @@ from lightning_qat.export.load import check_names
 from lightning_qat.export.manifest import ExportResult
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.function_hooks.running import forget_running
-from lightning_qat.joins.first_forward import finish_plan
+from lightning_qat.joins.first_forward import finish_plan, is_waiting_for_forward
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.prepare.prepare import prepare
@@ -158,6 +159,8 @@ class QATCallback(PhaseHooks):
         """The result of each export, once ``fit`` has ended."""
         self._export: Export | None = None
         self._patches: list[PatchOnce] = []
+        # Set while the first batch runs without torch.compile.
+        self._eager: Any = None
         super().__init__(self.schedule)
 
     @property
@@ -271,6 +274,15 @@ class QATCallback(PhaseHooks):
     # ------------------------------------------------------------------ training
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if is_waiting_for_forward(pl_module):
+            # A graph of the whole step would begin outside the forward that makes the plan.
+            self._eager = torch.compiler.set_stance("force_eager")
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.float_learning_rate is not None:
             problem = learning_rate_problem(trainer, self.float_learning_rate)
@@ -292,6 +304,7 @@ class QATCallback(PhaseHooks):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        self._end_eager()
         finish_plan(pl_module)
         self._report_plan(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -374,7 +387,13 @@ class QATCallback(PhaseHooks):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(pl_module)
 
+    def _end_eager(self) -> None:
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
+
     def _leave(self, pl_module: LightningModule) -> None:
+        self._end_eager()
         for patch in self._patches:
             patch.undo()
         self._patches = []

@@ -161,6 +161,8 @@ def _running_module(model: nn.Module) -> Iterator[list[str]]:
     stack: list[str] = []
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         label = f"module {name!r} ({type(module).__name__})" if name else "the root's own forward"
 
         def enter(_module: nn.Module, _args: Any, label: str = label) -> None:

@@ -12,6 +12,7 @@ from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.layers import QATLayer
+from lightning_qat.model.forward import is_compiled_forward
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.quantizers.activation import ActivationQuantizer
@@ -93,7 +94,12 @@ def detached_copy(model: nn.Module) -> nn.Module:
 
 def _without_compile(module: nn.Module) -> nn.Module:
     """What ``torch.compile`` wrapped, at every level, in place."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
     module = unwrapped(module)
+    if is_compiled_forward(vars(module).get("forward")):
+        # Lightning's, which runs the module that was copied.
+        del module.forward
     for name, child in module._modules.items():
         if child is not None:
             module._modules[name] = _without_compile(child)

@@ -104,6 +104,9 @@ class Discovery:
             if root_runs and not path:
                 self._frames.append((path, Frame(module)))
                 continue
+            if isinstance(module, torch.jit.ScriptModule):
+                # It takes no hooks, and what it calls is not seen.
+                continue
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         eager: Any = torch.compiler.set_stance("force_eager")

@@ -92,6 +92,11 @@ class FirstForward:
             discovery.observe()
 
 
+def is_waiting_for_forward(model: nn.Module) -> bool:
+    """Whether the next forward in training makes the model's plan."""
+    return FIRST_FORWARD in vars(model) and plan_of(model) is None
+
+
 def finish_plan(model: nn.Module) -> None:
     """Apply a plan that was made in a forward that backward had to find unchanged."""
     waiting: FirstForward | None = vars(model).get(FIRST_FORWARD)

@@ -52,8 +52,9 @@ def plain_path(path: str) -> str:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, where ``torch.compile`` has wrapped it."""
-    while (inner := module._modules.get(_WRAPPED)) is not None:
-        module = inner
+    # The table of a TorchScript module is no dict.
+    while _WRAPPED in module._modules:
+        module = module._modules[_WRAPPED]  # type: ignore[assignment]
     return module
 
 

@@ -64,7 +64,7 @@ def wrap_checkpointed_functions(wrap: Callable[[_Function], _Function]) -> None:
             return generator(wrap(function), *args, **kwargs)
 
         setattr(without_reentrant, _WRAPPED, True)
-        vars(checkpoint)["_checkpoint_without_reentrant_generator"] = without_reentrant
+        checkpoint.__dict__["_checkpoint_without_reentrant_generator"] = without_reentrant
     reentrant: Any = getattr(checkpoint, "CheckpointFunction", None)
     if reentrant is not None and not hasattr(reentrant, _WRAPPED):
         original = reentrant.forward

@@ -100,6 +100,8 @@ def is_layer(module: nn.Module) -> bool:
     The output projection of nn.MultiheadAttention is part of that layer.
     """
     part = (NonDynamicallyQuantizableLinear, OutputProjectionQAT)
+    if isinstance(module, torch.jit.ScriptModule):
+        return module.original_name in {kind.__name__ for kind in WITH_WEIGHTS}
     return isinstance(module, WITH_WEIGHTS) and type(module) not in part
 
 
@@ -107,6 +109,8 @@ def float_class_name(module: nn.Module) -> str:
     """The name that ``type:...`` patterns match: of the float class, for a QAT layer too."""
     if isinstance(module, QATLayer):
         return module.float_class.__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(module.original_name)
     if parametrize.is_parametrized(module):
         return type(module).__bases__[0].__name__
     return type(module).__name__
@@ -115,6 +119,8 @@ def float_class_name(module: nn.Module) -> str:
 def _why_skipped(module: nn.Module) -> str | None:
     if isinstance(module, QATLayer):
         return "already quantized"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript (torch.jit.script or trace), which runs as it was compiled"
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized (torch.nn.utils.parametrize)"
     kind = LAYERS.get(type(module))

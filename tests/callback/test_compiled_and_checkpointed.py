@@ -136,3 +136,67 @@ def test_a_checkpointed_stage_behind_a_relu_trains_as_without_checkpointing(
     checkpointed, plain = fit(reentrant), fit(None)
     assert checkpointed.losses == plain.losses
     assert ranges(checkpointed) == ranges(plain)
+
+
+class Joined(Net):
+    """Its own forward makes calls that are quantized; without self.log, as above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        logits: Tensor = self.head((torch.cat([x, x], 3)[..., ::2] + x).mean((2, 3)))
+        return logits
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize("example_inputs", [None, torch.zeros(2, 1, 6, 6)])
+def test_a_compiled_module_is_planned_trained_and_exported_as_it_is_uncompiled(
+    trainer: Callable[..., L.Trainer], tmp_path: Path, example_inputs: Any
+) -> None:
+    def fit(compiled: bool) -> Joined:
+        torch._dynamo.reset()
+        L.seed_everything(1, verbose=False)
+        net = Joined()
+        callback = qat(
+            exporters=["fake_quant_onnx"], export_dir=tmp_path, example_inputs=example_inputs
+        )
+        module: Any = torch.compile(net, backend="eager") if compiled else net
+        trainer(callback).fit(module, loader())
+        assert callback.delivered[0].error is None
+        assert callback.delivered[0].agreement.parameters_equal  # type: ignore[union-attr]
+        return net
+
+    compiled, plain = fit(True), fit(False)
+    assert compiled.losses == plain.losses
+    assert ranges(compiled) == ranges(plain)
+    assert len(ranges(plain)) > 4
+
+
+@pytest.mark.parametrize("recipe", ["int8", {"exclude": ["body.0"]}, {"exclude": ["body.*"]}])
+@pytest.mark.parametrize("kind", ["script", "trace"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_left_alone_and_listed(
+    trainer: Callable[..., L.Trainer], kind: str, recipe: Any
+) -> None:
+    class Scripted(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+            x = torch.zeros(1, 4, 6, 6)
+            self.body = torch.jit.script(body) if kind == "script" else torch.jit.trace(body, x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.body(F.relu(self.conv(x))).mean((2, 3)))
+            return logits
+
+    net, callback = Scripted(), qat(recipe)
+    trainer(callback).fit(net, loader())
+    assert callback.report is not None
+    skipped = {layer.name: layer.reason for layer in callback.report.skipped}
+    assert "TorchScript" in skipped["body.0"]
+    assert {layer.name for layer in callback.report.swapped} == {"conv", "head"}
+    assert net.losses[-1] != net.losses[0]
