@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_qat.recipe.recipe import Recipe
     from lightning_qat.recipe.schedule import Schedule
     from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
+    from lightning_qat.training.calibrate_unseen import calibrate_unseen
     from lightning_qat.training.weights_once import weights_quantized_once
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "strip_quantizers",
     "quantizer_parameters",
     "weights_quantized_once",
+    "calibrate_unseen",
 ]
 
 _DEFINED_IN = {
@@ -84,6 +86,7 @@ _DEFINED_IN = {
     "strip_quantizers": "checkpoint.load",
     "quantizer_parameters": "quantizers.factory",
     "weights_quantized_once": "training.weights_once",
+    "calibrate_unseen": "training.calibrate_unseen",
 }
 """Public name to the module that defines it."""
 

@@ -16,6 +16,7 @@ from lightning_qat.callback.lightning_private import configuration_error
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Call, Inputs
 from lightning_qat.model.torch_private import without_function_modes
+from lightning_qat.quantizers.observation_gate import ObservationGate, is_training_forward
 
 MOST_SAMPLES = 32
 """Enough for an agreement to mean something, little enough to keep on the CPU."""
@@ -43,6 +44,7 @@ class ExampleInputs:
         self.recorded: Any = None
         self._earlier: tuple[weakref.ref[nn.Module], Any] | None = None
         self._hook: Any = None
+        self._gate: ObservationGate | None = None
 
     def before_training(self, pl_module: LightningModule) -> Any:
         """The inputs that are known without a run of the module; ``None`` if there are none."""
@@ -78,9 +80,15 @@ class ExampleInputs:
         """``True`` between ``record`` and ``stop``."""
         return self._hook is not None
 
-    def record(self, model: nn.Module) -> None:
-        """Watch ``model`` until ``stop``; an earlier recording is forgotten."""
+    def record(self, model: nn.Module, gate: ObservationGate | None = None) -> None:
+        """Watch ``model`` until ``stop``; an earlier recording is forgotten.
+
+        Args:
+            model: The module whose ``forward`` is recorded.
+            gate: Says which forwards train the model; ``None``: its mode does.
+        """
         self.forget()
+        self._gate = gate
         self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
 
     def stop(self) -> None:
@@ -109,7 +117,9 @@ class ExampleInputs:
         self.recorded = None
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.recorded is not None or not is_real_forward(model) or not model.training:
+        if self.recorded is not None or not is_real_forward(model):
+            return
+        if not is_training_forward(self._gate, model.training):
             return
         call = _recorded_call(model, args, kwargs)
         # Else the plan that this very forward makes would have our slicing in it.

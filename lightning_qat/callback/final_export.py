@@ -25,6 +25,7 @@ from lightning_qat.export.load import load_exporter
 from lightning_qat.export.manifest import ExportResult, export_all, refuse_repeated
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.training.calibrate_unseen import calibrate_unseen
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,9 @@ class Export:
         """
         say("converting")
         model = self._chosen_weights(trainer, pl_module, calibration_batches)
+        if model is not pl_module and recorded is not None:
+            # A checkpoint from before the first validation.
+            calibrate_unseen(model, recorded, agree=False)
         quantized = convert(
             _in_float32(model),
             inputs,

@@ -13,12 +13,13 @@ from lightning_qat.callback.lightning_private import is_fitting
 from lightning_qat.callback.phase_tracker import DESCRIPTIONS, PhaseTracker
 from lightning_qat.checkpoint.contents import has_ranges
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.observation_gate import ObservationGate
+from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 from lightning_qat.recipe.schedule import Phase, Schedule
 from lightning_qat.training.phases import (
     apply_phase,
     release_batchnorms,
-    set_observing,
     set_quantizing,
 )
 from lightning_qat.training.range_sync import activation_quantizers, commit_pending, drop_pending
@@ -40,6 +41,7 @@ class PhaseHooks(Callback):
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
         self._weights = QuantizedWeightCache()
+        self._gate = ObservationGate()
 
     def on_phase_change(
         self, trainer: Trainer, pl_module: LightningModule, old: Phase | None, new: Phase
@@ -67,6 +69,7 @@ class PhaseHooks(Callback):
         drop_pending(self._quantizers.values())
         # In manual optimization steps may follow each other unseen.
         use_weight_cache(pl_module, self._weights if pl_module.automatic_optimization else None)
+        self._gate.open = False
         self._phases.leave_phase()
         self._enter_phase(trainer, pl_module)
 
@@ -80,6 +83,7 @@ class PhaseHooks(Callback):
     ) -> None:
         self._enter_phase(trainer, pl_module)
         self._weights.open = True
+        self._gate.open, self._gate.trains_in_eval = True, not pl_module.training
 
     @override
     def on_before_optimizer_step(
@@ -97,6 +101,7 @@ class PhaseHooks(Callback):
         batch_idx: int,
     ) -> None:
         self._weights.open = False
+        self._gate.open = False
         assert self._phases.phase is not None
         if self._phases.phase.observing:
             commit_pending(self._quantizers)
@@ -118,26 +123,24 @@ class PhaseHooks(Callback):
                 logger.log_metrics({"qat/phase": float(new.index)}, step=trainer.global_step)
             self.on_phase_change(trainer, pl_module, old, new)
 
-    # Observers see training batches only: quantizers check self.training, and they are also told
-    # not to observe, for modules that evaluate in train mode (Monte-Carlo dropout).
+    # Outside the training batches the gate is closed: no evaluation is observed, in whatever mode.
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_observing(trainer, pl_module)
+        if not is_fitting(trainer):
+            self._quantize_if_calibrated(pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_observing(trainer, pl_module)
+        self._quantize_if_calibrated(pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_observing(trainer, pl_module)
+        self._quantize_if_calibrated(pl_module)
 
-    def _stop_observing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        set_observing(activation_quantizers(pl_module).values(), False)
-        if not is_fitting(trainer):
-            # Without ranges, as with a float checkpoint, the result is the float module's.
-            set_quantizing(pl_module, has_ranges(pl_module))
+    def _quantize_if_calibrated(self, pl_module: LightningModule) -> None:
+        """Without ranges, as with a float checkpoint, the result is the float module's."""
+        set_quantizing(pl_module, has_ranges(pl_module))
 
     # Each weight is quantized once for the batches of an evaluation. It is kept for these alone: in
     # between other callbacks may exchange weights, such as an average's, in ways torch cannot see.
@@ -170,9 +173,6 @@ class PhaseHooks(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._weights.forget()
-        phase = self._phases.phase
-        if is_fitting(trainer) and not trainer.sanity_checking and phase is not None:
-            set_observing(activation_quantizers(pl_module).values(), phase.observing)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,4 +186,5 @@ class PhaseHooks(Callback):
         self._quantizers = {}
         self._weights = QuantizedWeightCache()
         use_weight_cache(pl_module, None)
+        switch(pl_module, gate=None)
         release_batchnorms(pl_module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +25,14 @@ from lightning_qat.callback.patch_once import PatchOnce
 from lightning_qat.callback.phase_hooks import PhaseHooks
 from lightning_qat.callback.run_length import resolve
 from lightning_qat.callback.trainer_checks import (
+    bystander_hints,
     data_parallel_problems,
+    eval_mode_problem,
     late_layer_problems,
     learning_rate_problem,
     trainer_problems,
 )
+from lightning_qat.callback.unseen_ranges import UnseenRanges
 from lightning_qat.checkpoint.contents import (
     CALLBACK_KEY,
     STATE_VERSION,
@@ -159,6 +161,8 @@ class QATCallback(PhaseHooks):
         """The result of each export, once ``fit`` has ended."""
         self._export: Export | None = None
         self._patches: list[PatchOnce] = []
+        self._first_batch = True
+        self._unseen = UnseenRanges()
         # Set while the first batch runs without torch.compile.
         self._eager: Any = None
         super().__init__(self.schedule)
@@ -223,8 +227,10 @@ class QATCallback(PhaseHooks):
 
     def _prepare(self, pl_module: LightningModule, early: PrepareReport) -> None:
         inputs = self._inputs.known(pl_module)
-        self.report = prepare(pl_module, self.recipe, inputs, self.memory).after(early)
-        switch(pl_module, deferred=True, observing=False)
+        report = prepare(pl_module, self.recipe, inputs, self.memory).after(early)
+        self.report = report.with_plan(report.joins)
+        self._gate.open = False
+        switch(pl_module, deferred=True, observing=False, gate=self._gate)
 
     def _check_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
@@ -245,25 +251,29 @@ class QATCallback(PhaseHooks):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        problems = [
-            *data_parallel_problems(pl_module),
-            *late_layer_problems(pl_module, self.recipe),
-        ]
+        problems = data_parallel_problems(pl_module)
         if problems:
             raise configuration_error("\n".join(problems))
+        self._refuse_late_layers(pl_module)
+        self._first_batch, self._unseen = True, UnseenRanges()
         try:
             self._set_milestones(trainer, pl_module)
         except ValueError as error:
             raise configuration_error(str(error)) from error
+        in_eval = eval_mode_problem(pl_module)
+        if in_eval is not None:
+            rank_zero_warn(in_eval)
         if self.report is not None:
             self._say_report(trainer, str(self.report), self.report.summary())
+            for hint in bystander_hints(pl_module, self.report):
+                rank_zero_warn(hint)
         if pl_module.device.type == "cpu":
             say(f"quantizers run as {kernels.backend_name()}")
         if self._export is None:
             return
         inputs = self._inputs.known(pl_module)
         # Recorded in any case: files are compared on what training saw.
-        self._inputs.record(pl_module)
+        self._inputs.record(pl_module, self._gate)
         if inputs is not None:
             self._export.try_it(trainer, pl_module, inputs)
 
@@ -296,6 +306,15 @@ class QATCallback(PhaseHooks):
         super().on_train_start(trainer, pl_module)
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first_batch:
+            # Hooks of the module itself run after those of callbacks.
+            self._refuse_late_layers(pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    @override
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -308,6 +327,10 @@ class QATCallback(PhaseHooks):
         finish_plan(pl_module)
         self._report_plan(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._first_batch:
+            self._first_batch = False
+            self._refuse_late_layers(pl_module)
+            self._unseen.report(self._quantizers)
         if self._inputs.recording and self._export is not None:
             self._inputs.stop()
             if self._inputs.before_training(pl_module) is None:
@@ -319,7 +342,7 @@ class QATCallback(PhaseHooks):
         if self.report is None or self.report.joins is not None or not planned:
             return
         joins = common_plan(trainer, pl_module)
-        self.report = replace(self.report, joins=joins)
+        self.report = self.report.with_plan(joins)
         self._quantizers = activation_quantizers(pl_module)
         self._say_report(trainer, str(joins), joins.summary())
 
@@ -330,6 +353,20 @@ class QATCallback(PhaseHooks):
         if trainer.is_global_zero:
             tries = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
             say_list(text, summary, None if tries else Path(folder), str(self.report))
+
+    def _refuse_late_layers(self, pl_module: LightningModule) -> None:
+        problems = late_layer_problems(pl_module, self.recipe)
+        if problems:
+            raise configuration_error("\n".join(problems))
+
+    # ------------------------------------------------------------------ evaluation
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        phase = self._phases.phase
+        if is_fitting(trainer) and phase is not None and phase.quantizing:
+            self._unseen.calibrate(pl_module, self._inputs.training())
 
     # ------------------------------------------------------------------ after training
 
@@ -343,6 +380,12 @@ class QATCallback(PhaseHooks):
         self._inputs.keep(pl_module)
         if self._export is None:
             return
+        late = late_layer_problems(pl_module, self.recipe)
+        if late:
+            rank_zero_warn(f"QAT: {late[0]} They are float in the files.")
+        # Anew, with the weights that training ends with.
+        self._unseen.calibrate(pl_module, self._inputs.training(), anew=True)
+        self._unseen.report_calibrated()
         error: Exception | None = None
         if trainer.is_global_zero:
             try:

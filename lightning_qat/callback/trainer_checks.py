@@ -17,9 +17,12 @@ from lightning_qat.callback.lightning_private import (
     UNSUPPORTED_STRATEGIES,
     loads_weights_after_wrapping,
 )
+from lightning_qat.joins.apply import plan_of
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.paths import ModelPaths
+from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers
+from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 
@@ -106,14 +109,17 @@ def data_parallel_problems(pl_module: nn.Module) -> list[str]:
 
 def late_layer_problems(pl_module: nn.Module, recipe: Recipe) -> list[str]:
     """A message if layers came too late to be swapped: they would train in float, silently."""
-    late = choose_layers(ModelPaths.of(pl_module), recipe, check_patterns=False).swapped
+    plan = plan_of(pl_module)
+    unreached = () if plan is None else plan.unreached
+    chosen = choose_layers(ModelPaths.of(pl_module), recipe, check_patterns=False).swapped
+    late = [layer for layer in chosen if layer.name not in unreached]
     if not late and any(isinstance(module, QATLayer) for module in pl_module.modules()):
         return []
     names = ", ".join(repr(layer.name) for layer in late) or "all of them"
     return [
         "Every layer that the recipe selects must exist when training is set up; these "
         f"were made or replaced later: {names}. Make layers in __init__, setup() or "
-        "configure_model(), not in on_fit_start."
+        "configure_model(), not in on_fit_start, on_train_start or a step."
     ]
 
 
@@ -172,3 +178,45 @@ def learning_rate_problem(trainer: Trainer, float_learning_rate: float) -> str |
         f"{advised:g}; got {highest:g}. Lower it and anneal it to 0 over about a tenth of the "
         "original epochs (examples/fine_tune.py), or drop float_learning_rate."
     )
+
+
+def eval_mode_problem(pl_module: LightningModule) -> str | None:
+    """A message when every layer with parameters is in eval mode; ``None``: at least one is not."""
+    layers = [
+        module
+        for module in pl_module.modules()
+        if not isinstance(module, Quantizer) and any(True for _ in module.parameters(recurse=False))
+    ]
+    if not layers or any(layer.training for layer in layers):
+        return None
+    return (
+        f"Every layer of {type(pl_module).__name__} is in eval mode, and Lightning (from 2.2 on) "
+        "trains a module in the mode that it has when fit starts: dropout does nothing, and batch "
+        "norm keeps its statistics. Ranges follow the training batches all the same. If that is "
+        "not meant, call model.train() before trainer.fit."
+    )
+
+
+def bystander_hints(pl_module: LightningModule, report: PrepareReport) -> list[str]:
+    """One hint for each part that is quantized though it is perhaps no part of the network.
+
+    Teachers, averaged copies and discriminators look like this: a LightningModule in the module, or
+    a part in eval mode of which nothing trains. Once there is a plan it is known what ``forward``
+    runs, and nobody need be asked.
+    """
+    if report.joins is not None:
+        return []
+    hints: dict[str, str] = {}
+    for name, module in pl_module.named_modules():
+        inside = any(name.startswith(f"{known}.") for known in hints)
+        quantized = any(f"{layer.name}.".startswith(f"{name}.") for layer in report.swapped)
+        if not name or inside or not quantized:
+            continue
+        frozen = not module.training and not any(p.requires_grad for p in module.parameters())
+        if frozen or isinstance(module, LightningModule):
+            what = "a LightningModule" if isinstance(module, LightningModule) else "frozen"
+            hints[name] = (
+                f"{name} ({type(module).__name__}, {what}) is quantized. If forward does not need "
+                f"it, as a teacher or an averaged copy, leave it out: exclude: ['{name}*']."
+            )
+    return list(hints.values())

@@ -35,11 +35,13 @@ def is_quantized(state_dict: Mapping[str, Any]) -> bool:
 def missing_keys(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
     """Keys that a QAT checkpoint must have for the layers of a model and for its own plan."""
     names = []
+    plan = from_tensor(state_dict.get(PLAN, {}), PLAN)
     for path, layer in model.named_modules():
-        for role in layer.quantizer_names() if isinstance(layer, QATLayer) else ():
+        if not isinstance(layer, QATLayer) or plain_path(path) in plan.get("unreached", ()):
+            continue
+        for role in layer.quantizer_names():
             prefix = f"{path}.{role}.".lstrip(".")
             names += [f"{prefix}{name}" for name in _names(layer.get_submodule(role))]
-    plan = from_tensor(state_dict.get(PLAN, {}), PLAN)
     observed = ("min_val", "max_val", "batches", SPEC)
     names += [f"{t['quantizer']}.{name}" for t in plan.get("tensors", ()) for name in observed]
     there = {plain_path(name) for name in state_dict}

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from lightning_qat.convert.capture import capture_program, export_program
 from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
-from lightning_qat.convert.finalize import finalized_copy
+from lightning_qat.convert.finalize import finalized_copy, refuse_unknown_ranges
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
 from lightning_qat.convert.merge_quantizations import merge_quantizations
 from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
@@ -67,8 +67,9 @@ def convert(
         returns ``None``; inputs that are left out it takes and ignores.
 
     Raises:
-        ValueError: The model has no QAT layers, or layers whose range was never observed or whose
-            weights are not finite; all of them are named. ``export_outputs`` names no output.
+        ValueError: The model has no QAT layers, or its forward runs layers whose range was never
+            observed, or some weights are not finite; all of them are named. ``export_outputs``
+            names no output.
         CaptureError: ``forward`` cannot be captured; the message says in which module and line.
     """
     return _converted(
@@ -121,6 +122,7 @@ def _converted(
         program = capture_program(final, args, kwargs)
     else:
         program = export_program(final, args, kwargs, dynamic_shapes)
+    refuse_unknown_ranges(final)
     unreached = _unreached(final, program)
     keep_outputs(program, export_outputs)
     for rewrite in PASSES:

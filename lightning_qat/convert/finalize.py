@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from lightning_qat.model.forward import is_compiled_forward
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.quantizers.activation import ActivationQuantizer
-from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
 from lightning_qat.quantizers.names import JOINS, tensor_key, weight_quantizer_name
 from lightning_qat.quantizers.weight import WeightQuantizer
 
@@ -37,7 +39,7 @@ def finalized_copy(model: nn.Module) -> nn.Module:
     problems = [
         f"{key.removesuffix('.input')}: {why}"
         for quantizer, key in tensor_keys(model).items()
-        if (why := quantizer.why_not_final) is not None
+        if quantizer.calibrated and (why := quantizer.why_not_final) is not None
     ]
     for name, layer in layers.items():
         for weight in layer.weight_names(layer):
@@ -49,13 +51,39 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             elif not quantizer.has_finite_scale(getattr(layer, weight)):
                 problems.append(f"{name}: the learned scale of its {weight} is not finite")
     if problems:
-        raise ValueError(
-            "Every quantized tensor needs an observed range, and ranges and weights must be "
-            "finite. "
-            + "; ".join(problems)
-            + ". Train for at least one batch in which it runs, or exclude its module."
-        )
+        raise ValueError(_not_final(problems))
     return finalize_model(detached_copy(model))
+
+
+def refuse_unknown_ranges(model: nn.Module) -> None:
+    """Refuse a captured model whose forward has run a quantizer that has no range.
+
+    A layer without a range that the forward never runs is not in the graph, and no problem.
+
+    Args:
+        model: The finalized copy.
+
+    Raises:
+        ValueError: Such quantizers; all of them are named.
+    """
+    reached = {
+        module.key: module.why
+        for module in model.modules()
+        if isinstance(module, UnknownRange) and module.reached
+    }
+    if reached:
+        raise ValueError(
+            _not_final([f"{key.removesuffix('.input')}: {why}" for key, why in reached.items()])
+        )
+
+
+def _not_final(problems: Sequence[str]) -> str:
+    return (
+        "Every quantized tensor needs an observed range, and ranges and weights must be finite. "
+        + "; ".join(problems)
+        + ". Train for at least one batch in which it runs, give it the range of inputs that you "
+        "have with calibrate_unseen(model, inputs), or exclude its module."
+    )
 
 
 def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
@@ -74,7 +102,7 @@ def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
         for call, operands in hooks.plan.sites.items() if hooks else ():
             for index, quantizer in operands.items():
                 if isinstance(quantizer, ActivationQuantizer):
-                    place = f"{call.replace(':', '_')}_{index}"
+                    place = "_".join((*re.findall(r"\w+", call), str(index)))
                     found.setdefault(quantizer, f"{name}.{place}" if name else place)
     return found
 
@@ -108,7 +136,7 @@ def _without_compile(module: nn.Module) -> nn.Module:
 
 def finalize_model(model: nn.Module) -> nn.Module:
     """Replace every quantizer of a model by its final form, in place; the plan is forgotten."""
-    finals = {q: FinalActivation(q.qparams(), key) for q, key in tensor_keys(model).items()}
+    finals = {q: _final(q, key) for q, key in tensor_keys(model).items()}
     for name, layer in _layers(model).items():
         for child in layer.activation_quantizer_names():
             quantizer = getattr(layer, child)
@@ -131,6 +159,12 @@ def finalize_model(model: nn.Module) -> nn.Module:
             operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
     forget_plan(model)
     return model.eval()
+
+
+def _final(quantizer: ActivationQuantizer, key: str) -> FinalActivation | UnknownRange:
+    if quantizer.calibrated:
+        return FinalActivation(quantizer.qparams(), key)
+    return UnknownRange(key, quantizer.why_unknown)
 
 
 def _layers(model: nn.Module) -> dict[str, QATLayer]:

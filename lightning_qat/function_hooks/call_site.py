@@ -1,46 +1,111 @@
-"""Where in the user's own code a call stands: its function and the line in it."""
+"""Where in the user's own code a call stands: the functions through which a forward reaches it."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import CodeType
 from typing import Any
 
+from lightning_qat.function_hooks.code_sites import code_sites
 from lightning_qat.model.torch_compile import constant_while_tracing, traced_frames
 
+_BY_LINE = re.compile(r"\w+@[^\[\]]+\+\d+:\d+")
 
-def line_of_call() -> str | None:
-    """The line of the innermost frame outside torch and this package, from its function on.
+
+def is_by_line(key: str) -> bool:
+    """Whether a plan of an earlier version names a call by its line: ``add@forward+3:0``."""
+    return _BY_LINE.fullmatch(key) is not None
+
+
+def call_site() -> str | None:
+    """The places through which the running forward of a module makes the present call.
 
     Returns:
-        ``@forward+3``: the third line after that of ``def forward``. ``None`` within a graph that
-        ``torch.compile`` or ``torch.fx`` made; empty: there is no such frame.
+        ``@forward[+#0]``: the first sum in ``forward``; ``@forward[gate#1]>gate[*#0]``: the first
+        product of the function ``gate``, which ``forward`` calls in a second place. ``None`` within
+        a graph that ``torch.compile`` or ``torch.fx`` made; empty: no code of the user is running.
     """
-    frame = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name not in _IS_USERS:
-            _IS_USERS[name] = is_users(frame.f_globals)
-        if _IS_USERS[name]:
-            code = frame.f_code
-            if code.co_filename.startswith("<eval_with_key>"):
-                return None
-            return f"@{code.co_name}+{frame.f_lineno - code.co_firstlineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-_IS_USERS: dict[str, bool] = {}
-"""``is_users`` by the name of a module: it is asked some thirty times per call."""
+    parts: list[str] = []
+    for code, offset, _ in _users_frames():
+        if _is_generated(code):
+            return None
+        parts.append(f"{code.co_name}[{code_sites(code).by_offset.get(offset, '')}]")
+    return "@" + ">".join(reversed(parts)) if parts else ""
 
 
 @constant_while_tracing
-def traced_line_of_call() -> str:
-    """``line_of_call`` while ``torch.compile`` traces: its own stack has the user's frames."""
+def traced_call_site() -> str:
+    """``call_site`` while ``torch.compile`` traces: its own stack has the user's frames."""
+    parts: list[str] = []
     for frame in traced_frames():
-        if is_users(frame.namespace):
+        if _is_users(frame.namespace):
+            site = code_sites(frame.code).by_place.get(frame.place, "")
+            parts.append(f"{frame.code.co_name}[{site}]")
+        elif parts and frame.code.co_name == _CALL:
+            break
+    return "@" + ">".join(reversed(parts)) if parts else ""
+
+
+def call_line() -> str | None:
+    """The line of the call in the innermost function, for plans of earlier versions.
+
+    Returns:
+        ``@forward+3``: the third line after that of ``def forward``; ``None`` and empty as
+        ``call_site``.
+    """
+    for code, _, line in _users_frames():
+        if _is_generated(code):
+            return None
+        return f"@{code.co_name}+{line - code.co_firstlineno}"
+    return ""
+
+
+@constant_while_tracing
+def traced_call_line() -> str:
+    """``call_line`` while ``torch.compile`` traces."""
+    for frame in traced_frames():
+        if _is_users(frame.namespace):
             return f"@{frame.code.co_name}+{frame.line - frame.code.co_firstlineno}"
     return ""
+
+
+_CALL = "_call_impl"
+"""The function of torch that calls a module's forward."""
+
+
+def _users_frames() -> Iterator[tuple[CodeType, int, int]]:
+    """The user's functions that run now, innermost first, up to the innermost forward.
+
+    Yields:
+        Code, offset of the running instruction in it, line.
+    """
+    frame = sys._getframe(2)
+    found = False
+    while frame is not None:
+        if _is_users(frame.f_globals):
+            found = True
+            yield frame.f_code, frame.f_lasti, frame.f_lineno
+        elif found and frame.f_code.co_name == _CALL:
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _is_generated(code: CodeType) -> bool:
+    return code.co_filename.startswith("<eval_with_key>")
+
+
+def _is_users(namespace: Mapping[str, Any]) -> bool:
+    name = namespace.get("__name__", "")
+    known = _KNOWN.get(name)
+    if known is None:
+        known = _KNOWN[name] = is_users(namespace)
+    return known
+
+
+_KNOWN: dict[str, bool] = {}
+"""``is_users`` by the name of a module: it is asked some thirty times per call."""
 
 
 def is_users(namespace: Mapping[str, Any]) -> bool:

@@ -64,6 +64,14 @@ FUNCTION_TABLE = _functions()
 """Every function of the table that ``torch`` hands to a function mode, and how it is treated."""
 
 
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of a function: that of its operator, whatever the spelling, or its own."""
+    known = FUNCTION_TABLE.get(function)
+    if known is not None:
+        return known.name
+    return str(getattr(function, "__name__", "function")).strip("_")
+
+
 def operands_of(
     function: FunctionTraits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, ...]:

@@ -69,8 +69,11 @@ class ModuleHooks:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Begin the module's forward; torch calls this before it."""
-        frame = Frame(module, self.plan, watched=is_real_forward(module))
         now = running()
+        caller = now.frames[-1] if now.frames else None
+        frame = Frame(
+            module, self.plan, path=self.plan.path, watched=is_real_forward(module), caller=caller
+        )
         now.frames.append(frame)
         if not frame.watched:
             return
@@ -106,7 +109,7 @@ class ModuleHooks:
         replaced = None
         try:
             if output is not None and self.plan.outputs:
-                replaced = self._quantize_outputs(output, frame.run)
+                replaced = self._quantize_outputs(output, frame)
             if frame.forward_cache is not None and output is not None:
                 given = output if replaced is None else replaced
                 with hide_from_hooks():
@@ -117,11 +120,16 @@ class ModuleHooks:
             now.close(frame)
         return replaced
 
-    def _quantize_outputs(self, output: Any, run: int) -> Any:
+    def _quantize_outputs(self, output: Any, frame: Frame) -> Any:
         leaves, spec = pytree.tree_flatten(output)
-        for index, operands in self.plan.outputs.items():
-            if run in operands and index < len(leaves) and isinstance(leaves[index], Tensor):
-                leaves[index] = operands[run](leaves[index])
+        for index, places in self.plan.outputs.items():
+            leaf = leaves[index] if index < len(leaves) else None
+            if not isinstance(leaf, Tensor):
+                continue
+            # A forward may return something else in another mode: that is another tensor.
+            operands = places.get(frame.made.get(id(leaf), ""))
+            if operands is not None and frame.run in operands:
+                leaves[index] = operands[frame.run](leaf)
         return pytree.tree_unflatten(leaves, spec)
 
 

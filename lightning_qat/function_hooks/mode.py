@@ -26,6 +26,7 @@ from lightning_qat.function_hooks.frame import CallPlan, Frame
 from lightning_qat.function_hooks.function_table import (
     FUNCTION_TABLE,
     FunctionTraits,
+    function_name,
     leads_with_real,
     operands_of,
     preserves_values,
@@ -58,13 +59,24 @@ class QuantizeCallsMode(TorchFunctionMode):
         if func is FUSED_ATTENTION:
             args, kwargs = attention_arguments(args, kwargs)
         if not is_dynamo_compiling():
-            return self._call(func, args, kwargs)
+            return self._call_and_note(func, args, kwargs)
         func = _TRACEABLE.get(func.__name__, func)
         if running().hidden:
             return func(*args, **kwargs)
         # While it traces, torch hands what a function calls inside to the mode as well.
         with hide_from_hooks():
-            return self._call(func, args, kwargs)
+            return self._call_and_note(func, args, kwargs)
+
+    def _call_and_note(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = self._call(func, args, kwargs)
+        frames = running().frames
+        if frames and frames[-1].watched:
+            frame = frames[-1]
+            if frame.plan is not None and frame.plan.places:
+                frame.note_result(function_name(func), result)
+        return result
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frames = running().frames
@@ -138,7 +150,7 @@ class QuantizeCallsMode(TorchFunctionMode):
         frame.count_call(key)
         if not operands:
             if operands is None and known.trait != "quantization_agnostic" and plan.plans_calls:
-                _warn_once(plan, key, "it was not made")
+                _warn_once(plan, key, "it was not made", frame.training)
             return _call_listed(known, func, args, kwargs)
         try:
             changed = quantize_operands(known, operands, args, kwargs)
@@ -229,10 +241,25 @@ def _call_listed(
     return result
 
 
-def _warn_once(plan: CallPlan, key: str, reason: str) -> None:
+def _warn_once(plan: CallPlan, key: str, reason: str, in_training: bool = False) -> None:
     if not plan.warned:
         plan.warned = True
-        _warn(plan.path or "the model's own forward", key, reason)
+        where = plan.path or "the model's own forward"
+        if in_training:
+            _warn_of_training(where, key)
+        else:
+            _warn(where, key, reason)
+
+
+@constant_while_tracing
+def _warn_of_training(where: str, key: str) -> None:
+    """Warn, while ``torch.compile`` traces too."""
+    warnings.warn(
+        f"The call {key} in {where!r} is made in training, not in eval mode with the inputs that "
+        "were planned: it is not exported, and stays float. If it should be, plan with inputs with "
+        "which forward makes it (example_inputs), or exclude that module in the recipe.",
+        stacklevel=2,
+    )
 
 
 @constant_while_tracing

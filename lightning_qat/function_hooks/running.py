@@ -7,7 +7,8 @@ forward, and hide their own arithmetic.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch.compiler import is_dynamo_compiling
 
@@ -23,12 +24,14 @@ class Running:
         frames: The running forwards of hooked modules, outermost first.
         forward_cache: The cache of the innermost forward that keeps one.
         hidden: ``torch.compile`` traces arithmetic that is hidden from the hooks.
+        evaluating: What runs is no training, whatever the modes; see ``evaluation``.
     """
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.forward_cache: ForwardCache | None = None
         self.hidden = False
+        self.evaluating = False
 
     def open_cache(self, frame: Frame, forward_cache: ForwardCache) -> None:
         """Use a new cache until a frame is closed."""
@@ -66,6 +69,17 @@ def current_forward_cache() -> ForwardCache | None:
     """
     cache = _LOCAL.running.forward_cache
     return cache if cache is None or cache.traced == is_dynamo_compiling() else None
+
+
+@contextmanager
+def evaluation() -> Iterator[None]:
+    """Nothing that runs in the block is training: nothing is observed, whatever the modes."""
+    now = running()
+    before, now.evaluating = now.evaluating, True
+    try:
+        yield
+    finally:
+        now.evaluating = before
 
 
 def hide_from_hooks() -> AbstractContextManager[object]:

@@ -40,7 +40,7 @@ class Operator(NamedTuple):
 
     Args:
         name: One name for all spellings. It is part of the call keys that checkpoints store
-            (``add@forward+3:0``), so it never changes.
+            (``add@forward[+#0]:0``), so it never changes.
         trait: How quantization treats its inputs and output. ``None``: it is no operand's consumer;
             its result is quantized where it is read.
         operands: How many leading arguments are quantized; a list of tensors counts as one.

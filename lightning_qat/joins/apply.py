@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
+from lightning_qat.function_hooks.frame import caller_of
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
+from lightning_qat.joins.code import code_problem
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
+from lightning_qat.layers import QATLayer
 from lightning_qat.model.attributes import PLAN_HANDLES, PLAN_KEEPER
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import trace_hooks
@@ -41,6 +44,10 @@ def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None
             f"The plan of quantized tensors names {unknown}, which {type(model).__name__} does not "
             "have. Build the model that was trained."
         )
+    for unreached in plan.unreached:
+        never_run = modules.get(unreached)
+        if isinstance(never_run, QATLayer):
+            never_run.unswap()
     quantizers = {t.quantizer: _placed(modules, t, like) for t in plan.tensors}
     for layer, path in plan.links.items():
         setattr(modules[layer], names.INPUT, quantizers[path])
@@ -52,14 +59,24 @@ def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None
         hooks = ModuleHooks(path, sites)
         hooks.plan.compact = like is not None and like.compact
         hooks.attach(modules[path])
-    watch_layers(model, paths)
+    callers = {caller_of(call) for calls in plan.sites.values() for call in calls}
+    watch_layers(model, paths, {caller for caller in callers if caller is not None})
     keep_plan(model, plan)
 
 
-def watch_layers(model: nn.Module, paths: ModelPaths | None = None) -> None:
-    """Hook the modules around the layers, so that relus there are fused; see ``relu_fusion``."""
+def watch_layers(
+    model: nn.Module, paths: ModelPaths | None = None, callers: Collection[str] = ()
+) -> None:
+    """Hook the modules around the layers, so that relus there are fused; see ``relu_fusion``.
+
+    Args:
+        model: The model.
+        paths: Its present paths, where the caller has them.
+        callers: Further modules, which tell the runs of other modules apart.
+    """
     modules = (paths or ModelPaths.of(model)).by_path
     owners = {path.rpartition(".")[0] for path, module in modules.items() if _quantizes(module)}
+    owners |= {caller for caller in callers if caller in modules}
     around = {owner[:end] for owner in owners for end, c in enumerate(f"{owner}.") if c == "."}
     for path in sorted({"", *around} if owners else ()):
         if hooks_of(modules[path]) is None and not _quantizes(modules[path]):
@@ -86,7 +103,7 @@ def _placed(
         found = joins[name] if name in joins else None
     if isinstance(found, ActivationQuantizer) and found.spec == tensor.spec:
         return found
-    quantizer = activation_quantizer(tensor.spec)
+    quantizer = activation_quantizer(tensor.spec).train(owner.training)
     if like is not None:
         quantizer.to(like.min_val.device)
         switch_like(quantizer, like)
@@ -111,12 +128,31 @@ class _PlanKeeper:
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.pop(prefix + names.PLAN, None)
-        if stored is not None:
-            plan = JoinPlan.from_dict(from_tensor(stored, prefix + names.PLAN))
-            if self.plan is None or self.plan.to_dict() != plan.to_dict():
-                apply_plan(module, plan)
-        elif self.plan is not None and _is_from_before_its_plan(state_dict, prefix):
-            _start_anew(module, self.plan, state_dict, prefix)
+        if stored is None:
+            if self.plan is not None and _is_from_before_its_plan(state_dict, prefix):
+                _drop_unreached(state_dict, prefix, self.plan, None)
+                _start_anew(module, self.plan, state_dict, prefix)
+            return
+        plan = JoinPlan.from_dict(from_tensor(stored, prefix + names.PLAN))
+        problem = code_problem(ModelPaths.of(module).by_path, plan.code)
+        if problem is not None:
+            # torch tells hooks of no strict=False; it forgives keys then, and nothing else.
+            _, _, _, unexpected, _ = args
+            unexpected.append(f"{prefix}{names.PLAN}: {problem}")
+        if self.plan != plan:
+            _drop_unreached(state_dict, prefix, self.plan, plan)
+            apply_plan(module, plan)
+
+
+def _drop_unreached(
+    state_dict: dict[str, Any], prefix: str, own: JoinPlan | None, stored: JoinPlan | None
+) -> None:
+    """Drop the quantizers of layers that the model's own plan has made float again."""
+    gone = {*(own.unreached if own else ())} - {*(stored.unreached if stored else ())}
+    for path in (f"{prefix}{layer}." for layer in gone):
+        for key in [key for key in state_dict if key.startswith(path)]:
+            if names.quantizer_role(key.removeprefix(path).partition(".")[0]) is not None:
+                del state_dict[key]
 
 
 def _is_from_before_its_plan(state_dict: Mapping[str, Any], prefix: str) -> bool:

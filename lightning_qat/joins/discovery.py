@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -22,17 +22,29 @@ from lightning_qat.function_hooks.attention import (
     attention_arguments,
 )
 from lightning_qat.function_hooks.forward_cache import Key, key_of
-from lightning_qat.function_hooks.frame import OUTPUT, Frame
+from lightning_qat.function_hooks.frame import OUTPUT, Frame, output_key
 from lightning_qat.function_hooks.function_table import (
     FUNCTION_TABLE,
     FunctionTraits,
     fixed_output_range,
+    function_name,
     leads_with_real,
     operands_of,
     preserves_values,
 )
-from lightning_qat.joins.plan import JoinPlan
-from lightning_qat.joins.solver import INPUT, Event, Operand, Producer, Recording, solve
+from lightning_qat.function_hooks.running import evaluation
+from lightning_qat.joins.code import code_of
+from lightning_qat.joins.solver import (
+    INPUT,
+    Event,
+    Operand,
+    Producer,
+    Recording,
+    Solution,
+    group_consumers,
+    solve,
+    told_apart,
+)
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import WITH_WEIGHTS
 from lightning_qat.model.dry_run import call_of, unchanged_afterwards
@@ -41,7 +53,6 @@ from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import is_compiled
 from lightning_qat.model.torch_private import saved_tensors_are_hooked, without_function_modes
-from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
@@ -75,10 +86,21 @@ class Discovery:
         model: A model with its QAT layers.
         recipe: Says which modules stay float and gives the specs of joins.
         paths: The model's present paths, where the caller has them.
+        observes: Note the ranges of tensors, for ``ranges_of``.
+
+    Attributes:
+        entered: Paths of the modules that have run.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, paths: ModelPaths | None = None) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        paths: ModelPaths | None = None,
+        *,
+        observes: bool = False,
+    ) -> None:
+        self.model, self.recipe, self.observes = model, recipe, observes
         self.paths = paths or ModelPaths.of(model)
         self._seen = Recording()
         self._returned: dict[Key, Operand] = {}
@@ -89,7 +111,7 @@ class Discovery:
         self.checkpointed = False
         """Whether saved tensors were hooked while a module ran."""
         self._ranges: dict[Key, Tensor] = {}
-        self._tensors_of: Mapping[str, Sequence[Key]] = {}
+        self.entered: set[str] = set()
         self._modules = self.paths.by_path
 
     @contextmanager
@@ -103,6 +125,7 @@ class Discovery:
         for module, (path, *_) in self.paths.names.items():
             if root_runs and not path:
                 self._frames.append((path, Frame(module)))
+                self.entered.add(path)
                 continue
             if isinstance(module, torch.jit.ScriptModule):
                 # It takes no hooks, and what it calls is not seen.
@@ -144,8 +167,13 @@ class Discovery:
             if name == names.INPUT and args and isinstance(args[0], Tensor):
                 self._record_input(layer, args[0])
         self.checkpointed = self.checkpointed or saved_tensors_are_hooked()
-        hidden = isinstance(module, Quantizer) or not is_real_forward(module)
-        self._frames.append(None if hidden else (path, Frame(module)))
+        self.entered.add(path)
+        if isinstance(module, Quantizer) or not is_real_forward(module):
+            self._frames.append(None)
+            return
+        caller = next((frame for frame in reversed(self._frames) if frame is not None), None)
+        frame = Frame(module, path=path, caller=None if caller is None else caller[1])
+        self._frames.append((path, frame))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._frames.pop()
@@ -157,7 +185,10 @@ class Discovery:
                     self._seen.producers[key_of(leaf)] = Producer(frame[0])
                 # The innermost module that returns a tensor returns first.
                 run = self._runs[frame[0]]
-                operand = Operand(frame[0], "output", number, run, f"{OUTPUT}{number}")
+                made_by = self._seen.producers.get(key_of(leaf))
+                here = made_by is not None and made_by.place[0] == frame[0]
+                key = output_key(number, made_by.place[1] if made_by and here else "")
+                operand = Operand(frame[0], "output", number, run, key)
                 self._returned.setdefault(key_of(leaf), operand)
                 self._alive.append(leaf)
         self._runs[frame[0]] += 1
@@ -169,7 +200,7 @@ class Discovery:
 
     def _record_range(self, x: Tensor) -> None:
         """Record the range at once: the tensor may be changed in place later."""
-        if self.model.training and key_of(x) not in self._ranges and x.numel():
+        if self.observes and key_of(x) not in self._ranges and x.numel():
             with without_function_modes():
                 self._ranges[key_of(x)] = batch_range(x)
 
@@ -209,11 +240,17 @@ class Discovery:
         outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
         self._alive += leaves
         made = f"{path}.{name}" if path else name
+        # Code of the user may make an output in several places; that of a library does not.
+        site = frame[1].place(function_name(func)) if frame[1].is_users else ""
+        place = (path, site) if "@" in site else ("", "")
         fixed_range = fixed_output_range(func, args, kwargs)
         for out in outs:
             if out not in keys:
                 self._seen.producers[out] = Producer(
-                    made, fixed_range, name == "relu" or bool(fixed_range and fixed_range[0] >= 0)
+                    made,
+                    fixed_range,
+                    name == "relu" or bool(fixed_range and fixed_range[0] >= 0),
+                    place,
                 )
         if known is not None and tensors:
             call = _Call(path, name, number, key)
@@ -322,25 +359,46 @@ class Discovery:
 
     # ------------------------------------------------------------------ the plan
 
-    def plan(self) -> JoinPlan:
-        """The plan of what was seen."""
-        plan, self._tensors_of = solve(self._seen, self._spec)
-        return plan
+    def plan(self) -> Solution:
+        """The plan of what was seen, and the consumers of each of its quantizers."""
+        solution = solve(self._told_apart(), self._spec)
+        unreached = tuple(
+            path
+            for path, module in self._modules.items()
+            if isinstance(module, QATLayer)
+            and path not in self.entered
+            and self.paths.name(module) == path
+            and not isinstance(self._modules.get(path.rpartition(".")[0]), QATLayer)
+        )
+        code = code_of(self._modules, solution.plan.sites)
+        return solution._replace(plan=replace(solution.plan, unreached=unreached, code=code))
 
-    def observe(self) -> None:
-        """Give quantizers that have seen nothing yet what this forward, in training, had for them.
+    def _told_apart(self) -> Recording:
+        owners = {
+            path
+            for path, module in self._modules.items()
+            if any(isinstance(inner, QATLayer) for inner in module.modules())
+        }
+        return told_apart(self._seen, owners)
 
-        To be called after the plan has been applied to the model.
+    def calls(self) -> Mapping[str, Iterable[str]]:
+        """The calls of every module that makes any: path to keys."""
+        return self._told_apart().call_keys
+
+    def ranges_of(self, consumers: Mapping[str, Sequence[Operand]]) -> Mapping[str, Tensor]:
+        """The ranges of the tensors that consumers read, by the path of their quantizer.
+
+        Args:
+            consumers: Quantizer path to consumers, of a plan of this forward or of another one.
         """
-        modules = ModelPaths.of(self.model).by_path
-        for path, keys in self._tensors_of.items():
-            quantizer = modules[path]
-            seen = [self._ranges[key] for key in keys if key in self._ranges]
-            assert isinstance(quantizer, ActivationQuantizer)
-            fresh = not quantizer.calibrated and quantizer.pending is None
-            searched = not CALIBRATIONS[quantizer.spec.calibration].min_max_only
-            if fresh and seen and quantizer.observing and not searched:
-                quantizer.observe(torch.stack(seen).amax(0))
+        group_of, tensors_of = group_consumers(self._told_apart().events)
+        found = {}
+        for path, operands in consumers.items():
+            groups = dict.fromkeys(group_of[o] for o in operands if o in group_of)
+            keys = [key for group in groups for key in tensors_of[group] if key in self._ranges]
+            if keys:
+                found[path] = torch.stack([self._ranges[key] for key in keys]).amax(0)
+        return found
 
     def release(self) -> None:
         """Let the forward's tensors go; the plan is made."""
@@ -390,7 +448,7 @@ def _is_opaque(module: nn.Module) -> bool:
 
 def discover(
     model: nn.Module, recipe: Recipe, example_inputs: Inputs, paths: ModelPaths | None = None
-) -> JoinPlan:
+) -> Solution:
     """Run a model once in eval mode, without gradient and without leaving a trace, and plan it.
 
     Args:
@@ -401,7 +459,7 @@ def discover(
     """
     discovery = Discovery(model, recipe, paths)
     args, kwargs = call_of(model, example_inputs)
-    with unchanged_afterwards(model), discovery.watching():
+    with unchanged_afterwards(model), evaluation(), discovery.watching():
         output = model(*args, **kwargs)
     discovery.outputs(output)
     return discovery.plan()

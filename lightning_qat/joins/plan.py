@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_qat.recipe.specs import ActivationSpec
@@ -35,16 +35,32 @@ class JoinPlan:
 
     Args:
         tensors: In the order of the forward.
-        sites: Module path to call (``add@forward+3:0``, a line of its forward) to operand number
-            to quantizer path; calls that stay float have no operands.
+        sites: Module path to call (``add@forward[+#0]:0``, the first sum in its forward) to operand
+            number to quantizer path; calls that stay float have no operands.
         links: Layer path to the path of the quantizer that it shares.
         left_float: Calls that stay float, and why.
+        unreached: Layers that the forward never runs; they stay float.
+        code: What the functions that make the calls looked like; see ``joins/code.py``.
     """
 
     tensors: tuple[PlannedTensor, ...]
     sites: Mapping[str, Mapping[str, Mapping[str, str]]]
     links: Mapping[str, str]
     left_float: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    code: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+
+    def knowing(self, calls: Mapping[str, Iterable[str]]) -> JoinPlan:
+        """The plan with further calls that stay float: those that only training makes.
+
+        Args:
+            calls: Module path to call keys.
+        """
+        sites: dict[str, Mapping[str, Mapping[str, str]]] = dict(self.sites)
+        for path, keys in calls.items():
+            known = self.sites.get(path, {})
+            sites[path] = {**known, **{key: {} for key in keys if key not in known}}
+        return replace(self, sites=sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, for checkpoints."""
@@ -53,6 +69,8 @@ class JoinPlan:
             "sites": {m: {c: dict(o) for c, o in s.items()} for m, s in self.sites.items()},
             "links": dict(self.links),
             "left_float": list(self.left_float),
+            "unreached": list(self.unreached),
+            "code": {m: {f: dict(c) for f, c in fs.items()} for m, fs in self.code.items()},
         }
 
     @classmethod
@@ -67,13 +85,24 @@ class JoinPlan:
             )
             for t in values["tensors"]
         )
-        return cls(tensors, values["sites"], values["links"], tuple(values["left_float"]))
+        return cls(
+            tensors,
+            values["sites"],
+            values["links"],
+            tuple(values["left_float"]),
+            # Earlier versions have neither.
+            tuple(values.get("unreached", ())),
+            values.get("code", {}),
+        )
 
     def summary(self) -> str:
         """Counts, and the first calls that stay float."""
         shown = [f"  left float: {call}" for call in self.left_float[:_SHOWN]]
         if len(self.left_float) > _SHOWN:
             shown.append(f"  left float: {len(self.left_float) - _SHOWN} more")
+        if self.unreached:
+            count = len(self.unreached)
+            shown.append(f"  left float: {count} layers that forward never runs")
         return "\n".join([self._counts, *shown])
 
     @property
@@ -89,6 +118,7 @@ class JoinPlan:
                 f"({_spec(tensor.spec)}) -> {', '.join(tensor.consumers)}"
             )
         lines += [f"  left float: {call}" for call in self.left_float]
+        lines += [f"  left float: {path}: forward never runs it" for path in self.unreached]
         return "\n".join(lines)
 
     def mermaid(self) -> str:

@@ -27,11 +27,12 @@ addition), ``qat_joins.add_0_0`` and ``conv2.input_quantizer``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lightning_qat.function_hooks.forward_cache import Key
+from lightning_qat.function_hooks.frame import without_caller
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.factory import learns
@@ -49,7 +50,7 @@ class Operand:
         function: Operator name; ``input`` for a layer's input, ``output`` for an output.
         call: The n-th call of the function in the module; for names only.
         operand: Number of the operand.
-        call_key: Tells calls apart: ``add@forward+3:0``.
+        call_key: Tells calls apart: ``add@forward[+#0]:0``.
     """
 
     module: str
@@ -95,6 +96,7 @@ class Producer:
 
     Args:
         name: Module path and function.
+        place: Its module and the place in the code, where that is the user's.
         fixed_range: The range that it has by definition.
         not_negative: It has no negative values.
     """
@@ -102,6 +104,7 @@ class Producer:
     name: str
     fixed_range: tuple[float, float] | None = None
     not_negative: bool = False
+    place: tuple[str, str] = ("", "")
 
 
 @dataclass
@@ -124,15 +127,15 @@ class Recording:
 
 
 class Solution(NamedTuple):
-    """A plan, and the tensors of the recorded forward that each of its quantizers serves.
+    """A plan, and the consumers that each of its quantizers serves.
 
     Args:
         plan: The plan.
-        tensors: Quantizer path to tensors.
+        consumers: Quantizer path to consumers.
     """
 
     plan: JoinPlan
-    tensors: Mapping[str, Sequence[Key]]
+    consumers: Mapping[str, Sequence[Operand]]
 
 
 def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) -> Solution:
@@ -166,7 +169,7 @@ def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) ->
         elif operand.quantizer_path != quantizers[group]:
             links[operand.module] = quantizers[group]
     plan = JoinPlan(tuple(planned), sites, links, tuple(recording.left_float))
-    return Solution(plan, {name: tensors_of[group] for group, name in quantizers.items()})
+    return Solution(plan, {name: consumers[group] for group, name in quantizers.items()})
 
 
 def group_consumers(events: Sequence[Event]) -> tuple[dict[Operand, int], dict[int, list[Key]]]:
@@ -228,6 +231,37 @@ def with_known_range(spec: ActivationSpec, producers: Iterable[Producer]) -> Act
     if all(producer.not_negative for producer in producers):
         return replace(spec, fixed_min=True)
     return spec
+
+
+def told_apart(recording: Recording, with_layers: Collection[str] = ()) -> Recording:
+    """A recording in which only modules that serve several places tell their runs apart.
+
+    An activation that many layers share has a range for each of them. A module with weights of its
+    own, such as a step of a recurrence, has one range for all its runs, as its layers have.
+
+    Args:
+        recording: What a forward has shown; every call names its run.
+        with_layers: Paths of the modules that have layers.
+    """
+    once = {
+        path
+        for path, keys in recording.call_keys.items()
+        if path in with_layers or len({key.removeprefix(without_caller(key)) for key in keys}) == 1
+    }
+
+    def named(consumer: Operand) -> Operand:
+        if consumer.module not in once:
+            return consumer
+        return replace(consumer, call_key=without_caller(consumer.call_key))
+
+    events = [
+        replace(event, consumers=tuple(map(named, event.consumers))) for event in recording.events
+    ]
+    call_keys = {
+        path: dict.fromkeys(map(without_caller, keys)) if path in once else keys
+        for path, keys in recording.call_keys.items()
+    }
+    return replace(recording, events=events, call_keys=call_keys)
 
 
 class _DisjointSets:

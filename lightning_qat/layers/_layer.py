@@ -115,6 +115,12 @@ class QATLayer(nn.Module):
         twin.__class__ = self.float_class
         return twin
 
+    def unswap(self) -> None:
+        """Turn it back into the float layer in place; the object and its parameters stay."""
+        for name in self.quantizer_names():
+            delattr(self, name)
+        self.__class__ = self.float_class  # type: ignore[assignment]
+
     @classmethod
     def _twin(cls, module: nn.Module) -> nn.Module:
         """A new module with the very parameters of another."""

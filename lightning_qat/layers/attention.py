@@ -189,6 +189,14 @@ class MultiheadAttentionQAT(nn.MultiheadAttention, QATLayer):
         twin.out_proj = twin.out_proj.to_float()
         return twin  # type: ignore[no-any-return]
 
+    def unswap(self) -> None:
+        """As for every layer; its output projection as well."""
+        for name in _PROJECTIONS:
+            delattr(self, name)
+        output: Any = self.out_proj
+        output.unswap()
+        super().unswap()
+
     def forward(
         self,
         query: Tensor,

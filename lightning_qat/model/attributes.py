@@ -20,4 +20,5 @@ FIRST_FORWARD = "_qat_first_forward"
 """On a model: the ``FirstForward`` that waits to make its plan."""
 
 BATCHNORM_HOLD = "_lightning_qat_hold"
-"""On a batch norm: the handle of the hook that holds it in eval mode while it is frozen."""
+"""On a batch norm: the handle of the hook that holds it in eval mode while it is frozen, and the
+mode that it had before."""

@@ -53,3 +53,18 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters are."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def first_samples(inputs: Any, count: int) -> Any:
+    """Inputs with at most so many samples.
+
+    Tensors whose first dimension is that of the first tensor share its batch and are cut; others
+    are kept whole.
+    """
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    batch = tensors[0].shape[0] if tensors else 0
+
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[:count] if leaf.dim() > 0 and leaf.shape[0] == batch else leaf
+
+    return pytree.tree_map_only(Tensor, cut, inputs)

@@ -227,11 +227,14 @@ class TracedFrame(NamedTuple):
     Args:
         code: Its code; for what follows a graph break, that of the whole function.
         line: The line of the file.
+        place: Opcode and position of the running instruction; of what follows a graph break, too,
+            where offsets in the bytecode are others.
         namespace: Its globals.
     """
 
     code: CodeType
     line: int
+    place: tuple[str, Any]
     namespace: dict[str, Any]
 
 
@@ -245,5 +248,7 @@ def traced_frames() -> Iterator[TracedFrame]:
         # What follows a graph break has become a function of its own.
         resumed = ContinueExecutionCache.generated_code_metadata.get(frame.f_code)
         code = frame.f_code if resumed is None else resumed.code
-        yield TracedFrame(code, frame.lineno, frame.f_globals)
+        running = frame.current_instruction
+        place = running.opname, tuple(running.positions or ())
+        yield TracedFrame(code, frame.lineno, place, frame.f_globals)
         frame = frame.parent

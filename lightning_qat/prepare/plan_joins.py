@@ -54,6 +54,6 @@ def plan_joins(
         return None
     if waiting is not None:
         waiting.stop(model)
-    plan = discover(model, recipe, example_inputs, paths)
+    plan = discover(model, recipe, example_inputs, paths).plan
     apply_plan(model, plan, paths)
     return plan

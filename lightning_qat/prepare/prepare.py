@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,4 +83,4 @@ def prepare(
     swap(paths, report)
     joins = plan_joins(model, recipe, example_inputs)
     set_compact(model, memory == "compact")
-    return replace(report, joins=joins)
+    return report.with_plan(joins)

@@ -79,6 +79,18 @@ class PrepareReport:
             lines.append(self.joins.summary())
         return "\n".join(lines)
 
+    def with_plan(self, plan: JoinPlan | None) -> PrepareReport:
+        """The report once the plan is made: layers that the forward never runs are float again."""
+        if plan is None:
+            return self
+        gone = [layer for layer in self.swapped if layer.name in plan.unreached]
+        reason = "the exported forward never runs it"
+        return PrepareReport(
+            tuple(layer for layer in self.swapped if layer not in gone),
+            (*self.skipped, *(SkippedLayer(s.name, s.kind, reason) for s in gone)),
+            plan,
+        )
+
     def __str__(self) -> str:
         """One line per layer."""
         names = [s.name for s in self.swapped] + [s.name for s in self.skipped]

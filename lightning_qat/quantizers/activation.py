@@ -20,6 +20,7 @@ from lightning_qat.numerics.fake_quantize import (
 )
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import QParams
+from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.range_observer import RangeObserver
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
 from lightning_qat.recipe.specs import ActivationSpec
@@ -46,7 +47,7 @@ class ActivationQuantizer(RangeObserver):
         identity: Key of this quantizer in the cache of a forward.
     """
 
-    SWITCHES = frozenset({"observing", "quantizing", "deferred", "compact"})
+    SWITCHES = Quantizer.SWITCHES | {"observing", "quantizing", "deferred", "compact"}
 
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__(spec)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from lightning_qat.quantizers.names import SPEC
+from lightning_qat.quantizers.observation_gate import ObservationGate, is_training_forward
 from lightning_qat.quantizers.stored_values import from_tensor, to_tensor
 
 _Self = TypeVar("_Self", bound="Quantizer")
@@ -21,12 +22,25 @@ class Quantizer(nn.Module):
     Half-precision plugins cast a model's tensors; a quantizer's stay float32. A float checkpoint
     has none of a quantizer's keys and loads as it is, which leaves the quantizer as it was; a
     checkpoint with some of them must have all.
+
+    Attributes:
+        gate: Says which forwards train the model; ``None``: the mode of the called module does.
     """
 
-    SWITCHES: ClassVar[frozenset[str]] = frozenset()
+    SWITCHES: ClassVar[frozenset[str]] = frozenset({"gate"})
     """The attributes that turn a part of the quantizer on or off; see ``switches``."""
 
+    gate: ObservationGate | None = None
     spec: Any
+
+    def switches(self) -> dict[str, Any]:
+        """The present value of each switch."""
+        return {name: getattr(self, name) for name in self.SWITCHES}
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the forward that runs now trains the model; see ``is_training_forward``."""
+        return is_training_forward(self.gate, self.training)
 
     def get_extra_state(self) -> Tensor:
         """The spec, so that a weights-only checkpoint can rebuild the quantizer; uint8."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,38 @@ class FinalActivation(nn.Module):
             x, self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, self.key
         )
         return result
+
+
+class UnknownRange(nn.Module):
+    """In the place of an activation's numbers that are not known: it notes whether it runs.
+
+    Args:
+        key: Name of the tensor.
+        why: The reason why its range is unknown.
+
+    Attributes:
+        reached: The forward has run it.
+    """
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__()
+        self.key, self.why = key, why
+        # torch.export runs a stand-in for the module: it shares this object, but copies a list.
+        self._run = SimpleNamespace(reached=False)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the forward has run it."""
+        return bool(self._run.reached)
+
+    def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
+        """Pass ``x`` on."""
+        self._run.reached = True
+        return x
+
+    def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
+        """Pass the inputs of a concatenation on."""
+        return [self(value) for value in values]
 
 
 class FinalWeight(nn.Module):

@@ -82,6 +82,11 @@ class LearnedActivation(ActivationQuantizer):
         """Lower end of the range (real; ``None``: symmetric) and scale, differentiable."""
         raise NotImplementedError
 
+    def forget_range(self) -> None:
+        """Forget what was learned, too: the next batches start it anew."""
+        super().forget_range()
+        self.seen = 0
+
     def range_changed(self) -> None:
         """Start learning from the range, once enough batches have given it."""
         self.seen += 1

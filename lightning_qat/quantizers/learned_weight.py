@@ -46,7 +46,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.ready = False
 
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
-        if self.training and not self.ready:
+        if not self.ready and self.in_training:
             self._start(weight)
         scale = positive_scale(self.scale) if self.ready else self._scale(weight)
         if isinstance(known, Tensor):

@@ -25,7 +25,7 @@ from lightning_qat.recipe.specs import ActivationSpec
 class RangeObserver(Quantizer):
     """Observes tensors and keeps their range: thin state over the functions of a ``Calibration``.
 
-    A training forward calls ``observe_values`` (or ``observe``, if the range of the tensor is
+    A forward in training calls ``observe_values`` (or ``observe``, if the range of the tensor is
     known); ``commit`` takes what was observed into the range.
 
     Args:
@@ -40,7 +40,7 @@ class RangeObserver(Quantizer):
             buffer ``(HISTOGRAM_BINS,)``. In a distributed run each process adds its batch to the
             histogram of the first one, and the widest range of all processes counts.
         reach: Largest absolute value of the histogram, float32 scalar buffer.
-        observing: The range follows the data, in training mode only.
+        observing: The range follows the data of training forwards; see ``in_training``.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
             and all processes can agree on it first; otherwise each forward commits its own.
         calibrated: There is a range.
@@ -75,7 +75,7 @@ class RangeObserver(Quantizer):
     @property
     def is_observing(self) -> bool:
         """Whether the tensors of this forward are observed."""
-        return self.observing and self.training and self.follows_data
+        return self.observing and self.follows_data and self.in_training
 
     @property
     def follows_data(self) -> bool:
@@ -131,9 +131,25 @@ class RangeObserver(Quantizer):
         self.batches += 1
         self.range_changed()
 
+    @torch.no_grad()
+    def forget_range(self) -> None:
+        """Forget the range and all observations; a fixed range stays."""
+        self.pending = None
+        if self.spec.clip is None:
+            for buffer in self.buffers(recurse=False):
+                buffer.zero_()
+            if CALIBRATIONS[self.spec.calibration].histogram:
+                self.reach.fill_(SMALLEST_REACH)
+            self.calibrated = False
+
     def range_changed(self) -> None:
         """React to a new range; whoever changes ``min_val`` and ``max_val`` calls this."""
         self.calibrated = True
+
+    @property
+    def has_seen_nothing(self) -> bool:
+        """Whether no batch has been committed, and no range is given; waits for the device."""
+        return not self.calibrated and not bool(self.batches > 0)
 
     @property
     def why_unknown(self) -> str:

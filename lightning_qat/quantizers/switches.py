@@ -31,6 +31,5 @@ def switch(quantizers: nn.Module | Iterable[nn.Module], **switches: object) -> N
 
 
 def switch_like(quantizer: Quantizer, other: Quantizer) -> None:
-    """Give a new quantizer the mode and the switches of one that the model has already."""
-    quantizer.train(other.training)
-    switch([quantizer], **{name: getattr(other, name) for name in other.SWITCHES})
+    """Give a new quantizer the switches of one that the model has already."""
+    switch([quantizer], **other.switches())

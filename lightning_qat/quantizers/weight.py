@@ -44,7 +44,7 @@ class WeightQuantizer(Quantizer):
         cache: Keeps quantized weights for further forwards; ``None``: nothing is kept.
     """
 
-    SWITCHES = frozenset({"quantizing", "compact", "cache"})
+    SWITCHES = Quantizer.SWITCHES | {"quantizing", "compact", "cache"}
 
     def __init__(self, spec: WeightSpec, axis: int, groups: int = 1) -> None:
         super().__init__()

@@ -32,7 +32,10 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
     switch(model, deferred=True, observing=phase.observing, quantizing=phase.quantizing)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            _hold_in_eval(module, phase.batchnorm_frozen)
+            if phase.batchnorm_frozen:
+                _hold_in_eval(module)
+            else:
+                _release(module, model.training)
 
 
 def set_observing(quantizers: Iterable[ActivationQuantizer], observing: bool) -> None:
@@ -74,20 +77,28 @@ def finish(model: nn.Module) -> None:
 
 
 def release_batchnorms(model: nn.Module) -> None:
-    """Let go of every batch norm that a phase held in eval mode; its mode stays as it is."""
+    """Let go of every batch norm that a phase held in eval mode.
+
+    It takes the model's mode again, or stays in eval mode if it was so before it was held.
+    """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            _hold_in_eval(module, False)
+            _release(module, model.training)
 
 
-def _hold_in_eval(module: _BatchNorm, hold: bool) -> None:
-    handle: Any = module.__dict__.get(BATCHNORM_HOLD)
-    if hold and handle is None:
+def _hold_in_eval(module: _BatchNorm) -> None:
+    if BATCHNORM_HOLD not in module.__dict__:
+        handle = module.register_forward_pre_hook(_to_eval)
+        module.__dict__[BATCHNORM_HOLD] = handle, module.training
         module.eval()
-        module.__dict__[BATCHNORM_HOLD] = module.register_forward_pre_hook(_to_eval)
-    elif not hold and handle is not None:
+
+
+def _release(module: _BatchNorm, training: bool) -> None:
+    held: tuple[Any, bool] | None = module.__dict__.pop(BATCHNORM_HOLD, None)
+    if held is not None:
+        handle, was_training = held
         handle.remove()
-        del module.__dict__[BATCHNORM_HOLD]
+        module.train(was_training and training)
 
 
 def _to_eval(module: nn.Module, _args: tuple[Tensor, ...]) -> None:

@@ -42,14 +42,19 @@ def commit_ranges(model: nn.Module) -> None:
     commit_pending(activation_quantizers(model))
 
 
-def commit_pending(quantizers: Mapping[str, ActivationQuantizer]) -> None:
-    """``commit_ranges`` of quantizers that are at hand, by name: no walk over the model."""
+def commit_pending(quantizers: Mapping[str, ActivationQuantizer], *, agree: bool = True) -> None:
+    """``commit_ranges`` of quantizers that are at hand, by name: no walk over the model.
+
+    Args:
+        quantizers: The quantizers.
+        agree: Exchange the ranges with all processes, which must call it, too.
+    """
     if not quantizers:
         return
     device = next(iter(quantizers.values())).min_val.device
     never = torch.full((2,), -torch.inf, device=device)
     flat = torch.stack([never if q.pending is None else q.pending for q in quantizers.values()])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if agree and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     # The one host synchronisation of an observing batch.
     bounds = flat.tolist()

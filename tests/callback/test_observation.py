@@ -76,7 +76,7 @@ class Loud(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object
     ) -> None:
-        self.open += [q.observing for q in activation_quantizers(pl_module).values()]
+        self.open += [q.is_observing for q in activation_quantizers(pl_module).values()]
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 

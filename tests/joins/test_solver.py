@@ -20,7 +20,7 @@ def layer(name: str) -> Operand:
 
 
 def call(function: str, operand: int, line: int = 1) -> Operand:
-    return Operand("", function, 0, operand, f"{function}@forward+{line}:0")
+    return Operand("", function, 0, operand, f"{function}@forward[{function}#{line}]:0")
 
 
 RESIDUAL = Recording(
@@ -32,13 +32,13 @@ RESIDUAL = Recording(
         Event((layer("conv2"),), (Z,)),
     ],
     producers={R: Producer("relu", not_negative=True), Z: Producer("add")},
-    call_keys={"": {"relu@forward+1:0": None, "add@forward+1:0": None}},
+    call_keys={"": {"relu@forward[relu#1]:0": None, "add@forward[add#1]:0": None}},
     owners={"": None},
 )
 
 
 def test_the_worked_example_of_the_solver() -> None:
-    plan, tensors = solve(RESIDUAL, lambda _: ActivationSpec())
+    plan, consumers = solve(RESIDUAL, lambda _: ActivationSpec())
     assert [t.quantizer for t in plan.tensors] == [
         "conv1.input_quantizer",
         "qat_joins.add_0_0",
@@ -47,11 +47,11 @@ def test_the_worked_example_of_the_solver() -> None:
     assert plan.tensors[0].consumers == ("conv1", "add:0[1]")
     assert [t.spec.fixed_min for t in plan.tensors] == [None, True, None]
     assert plan.sites[""] == {
-        "relu@forward+1:0": {},
-        "add@forward+1:0": {"0": "qat_joins.add_0_0", "1": "conv1.input_quantizer"},
+        "relu@forward[relu#1]:0": {},
+        "add@forward[add#1]:0": {"0": "qat_joins.add_0_0", "1": "conv1.input_quantizer"},
     }
     assert plan.links == {}
-    assert tensors["conv1.input_quantizer"] == [X]
+    assert consumers["conv1.input_quantizer"] == [layer("conv1"), call("add", 1)]
 
 
 def test_layers_that_read_one_tensor_are_linked_to_the_first_ones_quantizer() -> None:

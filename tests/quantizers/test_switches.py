@@ -41,12 +41,12 @@ def test_one_quantizer_can_be_switched_alone() -> None:
     assert not net[0].input_quantizer.quantizing
 
 
-def test_a_new_quantizer_takes_over_mode_and_switches() -> None:
+def test_a_new_quantizer_takes_over_switches_and_not_the_mode() -> None:
     net = model().eval()
     switch(net, observing=False, deferred=True, compact=True)
     new = activation_quantizer(ActivationSpec(quantizer="learned"))
     switch_like(new, net[0].input_quantizer)
-    assert (new.training, new.observing, new.deferred, new.compact) == (False, False, True, True)
+    assert (new.training, new.observing, new.deferred, new.compact) == (True, False, True, True)
     assert new.quantizing
 
 
