@@ -183,5 +183,6 @@ def test_hooks_and_plain_lists_of_layers_go_on_working(
     net = Listed()
     trainer(qat()).fit(net, loader())
     assert isinstance(net.steps[0], Conv2dQAT)
-    assert net.calls == 2 * BATCHES
+    # And once in eval mode, for the plan.
+    assert net.calls == 2 * BATCHES + 1
     assert ranges(net)[0] != (0.0, 0.0)
