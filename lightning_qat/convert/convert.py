@@ -22,7 +22,7 @@ from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
-from lightning_qat.quantizers.final import FinalActivation, FinalWeight
+from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
 from lightning_qat.recipe.recipe import Recipe
 
 PASSES = (drop_dropout, drop_single_cat, merge_quantizations, slice_constants)
@@ -161,9 +161,12 @@ def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
     capture_program(untrained_copy(model), args, kwargs)
 
 
+_FINAL = (FinalActivation, FinalWeight, UnknownRange)
+
+
 def _unreached(final: nn.Module, program: ExportedProgram) -> tuple[str, ...]:
     """Keys of the tensors that a model would quantize, and its captured graph does not."""
-    keys = [m.key for m in final.modules() if isinstance(m, FinalActivation | FinalWeight)]
+    keys = [m.key for m in final.modules() if isinstance(m, _FINAL)]
     reached = {key_of(node) for node in program.graph.nodes}
     return tuple(key for key in dict.fromkeys(keys) if key not in reached)
 
