@@ -26,6 +26,7 @@ from lightning_qat.callback.phase_hooks import PhaseHooks
 from lightning_qat.callback.run_length import resolve
 from lightning_qat.callback.trainer_checks import (
     bystander_hints,
+    check_checkpoint,
     data_parallel_problems,
     eval_mode_problem,
     late_layer_problems,
@@ -36,9 +37,7 @@ from lightning_qat.callback.unseen_ranges import UnseenRanges
 from lightning_qat.checkpoint.contents import (
     CALLBACK_KEY,
     STATE_VERSION,
-    checkpoint_problem,
     has_ranges,
-    is_quantized,
 )
 from lightning_qat.export.load import check_names
 from lightning_qat.export.manifest import ExportResult
@@ -218,7 +217,7 @@ class QATCallback(PhaseHooks):
             self._prepare(pl_module, early)
 
         def check(checkpoint: Mapping[str, Any]) -> None:
-            self._check_checkpoint(trainer, pl_module, checkpoint)
+            check_checkpoint(trainer, pl_module, checkpoint, self.recipe)
 
         self._patches = [
             after_configure_model(pl_module, prepare_all),
@@ -231,23 +230,6 @@ class QATCallback(PhaseHooks):
         self.report = report.with_plan(report.joins)
         self._gate.open = False
         switch(pl_module, deferred=True, observing=False, gate=self._gate)
-
-    def _check_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
-    ) -> None:
-        """Refuse a checkpoint that does not fit, before torch lists hundreds of keys."""
-        if not is_quantized(checkpoint["state_dict"]):
-            if is_fitting(trainer):
-                rank_zero_warn(
-                    "The checkpoint is of a float run, and fit(ckpt_path=...) goes on with its "
-                    "epochs, optimizer and learning rate. To fine-tune it, load its weights first: "
-                    f"{type(pl_module).__name__}.load_from_checkpoint(path), then fit without "
-                    "ckpt_path."
-                )
-            return
-        problem = checkpoint_problem(checkpoint, pl_module, self.recipe, pl_module.strict_loading)
-        if problem is not None:
-            raise configuration_error(problem)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,15 +266,6 @@ class QATCallback(PhaseHooks):
     # ------------------------------------------------------------------ training
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if is_waiting_for_forward(pl_module):
-            # A graph of the whole step would begin outside the forward that makes the plan.
-            self._eager = torch.compiler.set_stance("force_eager")
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.float_learning_rate is not None:
             problem = learning_rate_problem(trainer, self.float_learning_rate)
@@ -313,6 +286,9 @@ class QATCallback(PhaseHooks):
             # Hooks of the module itself run after those of callbacks.
             self._refuse_late_layers(pl_module)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if is_waiting_for_forward(pl_module):
+            # A graph of the whole step would begin outside the forward that makes the plan.
+            self._eager = torch.compiler.set_stance("force_eager")
 
     @override
     def on_train_batch_end(

@@ -6,6 +6,9 @@ the layers that it makes late.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -15,8 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.callback.lightning_private import (
     UNSUPPORTED_STRATEGIES,
+    configuration_error,
+    is_fitting,
     loads_weights_after_wrapping,
 )
+from lightning_qat.checkpoint.contents import checkpoint_problem, is_quantized
 from lightning_qat.joins.apply import plan_of
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.paths import ModelPaths
@@ -105,6 +111,24 @@ def data_parallel_problems(pl_module: nn.Module) -> list[str]:
         for name, module in pl_module.named_modules()
         if isinstance(module, nn.DataParallel)
     ]
+
+
+def check_checkpoint(
+    trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], recipe: Recipe
+) -> None:
+    """Refuse a checkpoint that does not fit, before torch lists hundreds of keys."""
+    if not is_quantized(checkpoint["state_dict"]):
+        if is_fitting(trainer):
+            rank_zero_warn(
+                "The checkpoint is of a float run, and fit(ckpt_path=...) goes on with its "
+                "epochs, optimizer and learning rate. To fine-tune it, load its weights first: "
+                f"{type(pl_module).__name__}.load_from_checkpoint(path), then fit without "
+                "ckpt_path."
+            )
+        return
+    problem = checkpoint_problem(checkpoint, pl_module, recipe, pl_module.strict_loading)
+    if problem is not None:
+        raise configuration_error(problem)
 
 
 def late_layer_problems(pl_module: nn.Module, recipe: Recipe) -> list[str]:
