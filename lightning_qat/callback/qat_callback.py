@@ -247,8 +247,8 @@ class QATCallback(PhaseHooks):
             rank_zero_warn(in_eval)
         if self.report is not None:
             self._say_report(trainer, str(self.report), self.report.summary())
-            for hint in bystander_hints(pl_module, self.report):
-                rank_zero_warn(hint)
+            for hint in bystander_hints(pl_module, self.report, self.recipe):
+                say(hint)
         if pl_module.device.type == "cpu":
             say(f"quantizers run as {kernels.backend_name()}")
         if self._export is None:

@@ -221,14 +221,14 @@ def eval_mode_problem(pl_module: LightningModule) -> str | None:
     )
 
 
-def bystander_hints(pl_module: LightningModule, report: PrepareReport) -> list[str]:
+def bystander_hints(pl_module: LightningModule, report: PrepareReport, recipe: Recipe) -> list[str]:
     """One hint for each part that is quantized though it is perhaps no part of the network.
 
     Teachers, averaged copies and discriminators look like this: a LightningModule in the module, or
-    a part in eval mode of which nothing trains. Once there is a plan it is known what ``forward``
-    runs, and nobody need be asked.
+    a part in eval mode of which nothing trains. Where there is a plan, or the first batch will make
+    one, it shows what ``forward`` runs, and nobody need be asked.
     """
-    if report.joins is not None:
+    if report.joins is not None or recipe.joins or recipe.outputs:
         return []
     hints: dict[str, str] = {}
     for name, module in pl_module.named_modules():

@@ -21,6 +21,7 @@ from lightning_qat.convert.untrained import untrained_copy
 from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.model.containers import without_dataclasses
 from lightning_qat.model.inputs import Inputs, as_call
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
 from lightning_qat.recipe.recipe import Recipe
@@ -72,9 +73,9 @@ def convert(
             names no output.
         CaptureError: ``forward`` cannot be captured; the message says in which module and line.
     """
-    return _converted(
-        finalized_copy(model), example_inputs, recipe, dynamic_batch, dynamic_shapes, export_outputs
-    )
+    args, kwargs = as_call(example_inputs)
+    final = finalized_copy(model, args, kwargs)
+    return _converted(final, example_inputs, recipe, dynamic_batch, dynamic_shapes, export_outputs)
 
 
 def convert_untrained(
@@ -118,6 +119,8 @@ def _converted(
     """Capture a copy whose quantizers hold final numbers, and clean its graph up."""
     args, kwargs = as_call(example_inputs)
     mark_recurrences(final)
+    # torch.export does not look into them.
+    final.register_forward_hook(lambda _module, _args, output: without_dataclasses(output))
     if dynamic_shapes is None and dynamic_batch:
         program = capture_program(final, args, kwargs)
     else:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.function_hooks.hooks import hooks_of
+from lightning_qat.function_hooks.running import evaluation
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.forward import is_compiled_forward
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
-from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
 from lightning_qat.quantizers.names import JOINS, tensor_key, weight_quantizer_name
 from lightning_qat.quantizers.weight import WeightQuantizer
 
 
-def finalized_copy(model: nn.Module) -> nn.Module:
+def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
     """A deep copy in eval mode on the CPU whose quantizers hold final numbers.
+
+    Args:
+        model: The trained model.
+        args: What ``forward`` takes by position.
+        kwargs: What it takes by keyword.
 
     Raises:
         ValueError: As ``convert``.
@@ -36,11 +42,8 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no QAT layers, so there is nothing to convert. Call "
             "prepare(model, recipe) and train first."
         )
-    problems = [
-        f"{key.removesuffix('.input')}: {why}"
-        for quantizer, key in tensor_keys(model).items()
-        if quantizer.calibrated and (why := quantizer.why_not_final) is not None
-    ]
+    quantizers = tensor_keys(model)
+    problems = _why_not_final({q: key for q, key in quantizers.items() if q.calibrated})
     for name, layer in layers.items():
         for weight in layer.weight_names(layer):
             quantizer = getattr(layer, weight_quantizer_name(weight))
@@ -51,8 +54,23 @@ def finalized_copy(model: nn.Module) -> nn.Module:
             elif not quantizer.has_finite_scale(getattr(layer, weight)):
                 problems.append(f"{name}: the learned scale of its {weight} is not finite")
     if problems:
-        raise ValueError(_not_final(problems))
-    return finalize_model(detached_copy(model))
+        # Whether the forward runs what has no range is not known yet.
+        unknown = _why_not_final({q: key for q, key in quantizers.items() if not q.calibrated})
+        raise ValueError(_not_final(unknown + problems))
+    final = detached_copy(model)
+    if any(isinstance(module, ParameterQuantizer) for module in final.modules()):
+        # Its range is that of the parameters after the last optimizer step.
+        with torch.no_grad(), evaluation():
+            final(*args, **kwargs)
+    return finalize_model(final)
+
+
+def _why_not_final(quantizers: Mapping[ActivationQuantizer, str]) -> list[str]:
+    return [
+        f"{key.removesuffix('.input')}: {why}"
+        for quantizer, key in quantizers.items()
+        if (why := quantizer.why_not_final) is not None
+    ]
 
 
 def refuse_unknown_ranges(model: nn.Module) -> None:

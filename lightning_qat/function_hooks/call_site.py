@@ -73,6 +73,8 @@ def traced_call_line() -> str:
 
 _CALL = "_call_impl"
 """The function of torch that calls a module's forward."""
+RUNS_AGAIN = "_run_checkpointed_again"
+"""The function of this package that calls a checkpointed function in backward."""
 
 
 def _users_frames() -> Iterator[tuple[CodeType, int, int]]:
@@ -87,7 +89,7 @@ def _users_frames() -> Iterator[tuple[CodeType, int, int]]:
         if _is_users(frame.f_globals):
             found = True
             yield frame.f_code, frame.f_lasti, frame.f_lineno
-        elif found and frame.f_code.co_name == _CALL:
+        elif (found and frame.f_code.co_name == _CALL) or frame.f_code.co_name == RUNS_AGAIN:
             return
         frame = frame.f_back  # type: ignore[assignment]
 

@@ -153,6 +153,7 @@ class Frame:
         self.forward_cache: ForwardCache | None = None
         self.outer_forward_cache: ForwardCache | None = None
         self.made: dict[int, str] = {}
+        self._called_from = ""
         self._calls: Counter[str] = Counter()
         self._runs_inside: Counter[str] = Counter()
         # Of a plan that tells them apart, and while one is made.
@@ -164,8 +165,14 @@ class Frame:
         # not theirs.
         self.is_users = is_users({"__name__": type(module).__module__})
 
+    def at_this_call(self) -> Frame:
+        """The same forward at the call that it makes now, to go on from there a second time."""
+        frame = self.repeated()
+        frame._called_from = self._site() or ""
+        return frame
+
     def repeated(self) -> Frame:
-        """The same forward at the same call, to go on from there a second time."""
+        """The same forward where it stands."""
         frame = copy(self)
         frame.mode = frame.forward_cache = frame.outer_forward_cache = None
         frame._calls, frame._runs_inside = Counter(self._calls), Counter(self._runs_inside)
@@ -190,14 +197,22 @@ class Frame:
 
     def place(self, name: str) -> str:
         """The place of a call: ``add@forward[+#0]``; empty as ``call_key``."""
-        by_line = self.plan is not None and self.plan.is_by_line
-        if is_dynamo_compiling():
-            site: str | None = traced_call_line() if by_line else traced_call_site()
-        else:
-            site = call_line() if by_line else call_site()
+        site = self._site()
         if site is None:
             return ""
         return name + site if self.is_users else name
+
+    def _site(self) -> str | None:
+        by_line = self.plan is not None and self.plan.is_by_line
+        if is_dynamo_compiling():
+            return traced_call_line() if by_line else traced_call_site()
+        if by_line:
+            return call_line()
+        site = call_site()
+        if site is None or not self._called_from:
+            return site
+        # Backward runs a part of the forward again, without the part that called it.
+        return f"{self._called_from}>{site[1:]}" if site else self._called_from
 
     def count_call(self, key: str) -> None:
         """Note that the call with this key is made."""

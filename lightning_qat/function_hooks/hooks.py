@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import ForwardCache
 from lightning_qat.function_hooks.frame import CallPlan, Frame
@@ -24,6 +23,7 @@ from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
 from lightning_qat.function_hooks.recompute import to_be_run_again
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks, running
 from lightning_qat.model.attributes import HOOKS
+from lightning_qat.model.containers import map_leaves
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.torch_compile import (
     FunctionsForModes,
@@ -121,16 +121,19 @@ class ModuleHooks:
         return replaced
 
     def _quantize_outputs(self, output: Any, frame: Frame) -> Any:
-        leaves, spec = pytree.tree_flatten(output)
-        for index, places in self.plan.outputs.items():
-            leaf = leaves[index] if index < len(leaves) else None
-            if not isinstance(leaf, Tensor):
-                continue
+        seen: list[None] = []
+
+        def quantized(leaf: Any) -> Any:
+            places = self.plan.outputs.get(len(seen))
+            seen.append(None)
+            if places is None or not isinstance(leaf, Tensor):
+                return leaf
             # A forward may return something else in another mode: that is another tensor.
             operands = places.get(frame.made.get(id(leaf), ""))
-            if operands is not None and frame.run in operands:
-                leaves[index] = operands[frame.run](leaf)
-        return pytree.tree_unflatten(leaves, spec)
+            run = operands.get(frame.run) if operands is not None else None
+            return leaf if run is None else run(leaf)
+
+        return map_leaves(quantized, output)
 
 
 _FOR_MODES = FunctionsForModes(FUNCTION_TABLE, lambda: bool(running().frames))

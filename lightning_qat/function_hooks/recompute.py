@@ -24,10 +24,11 @@ def to_be_run_again(function: Callable[..., Any]) -> Callable[..., Any]:
     now = running()
     if is_dynamo_compiling() or now.forward_cache is None or not now.frames:
         return function
-    frames = [frame.repeated() for frame in now.frames]
+    frames = [frame.at_this_call() for frame in now.frames]
     runs = Counter(now.forward_cache.runs)
 
-    def again(*args: Any, **kwargs: Any) -> Any:
+    # Its name tells call_site where the user's code ends.
+    def _run_checkpointed_again(*args: Any, **kwargs: Any) -> Any:
         with _inside(frames, runs) as forward_cache:
             result = function(*args, **kwargs)
             with hide_from_hooks():
@@ -35,7 +36,7 @@ def to_be_run_again(function: Callable[..., Any]) -> Callable[..., Any]:
                 forward_cache.relu_fusion.note_readers()
             return result
 
-    return again
+    return _run_checkpointed_again
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.function_table import clamp_ends, is_in_place, torch_functions
 from lightning_qat.function_hooks.quantizer_protocol import FusableQuantizer
 from lightning_qat.ir.operators import OPERATORS, Clamp
+from lightning_qat.model.containers import leaves_of, map_leaves
 from lightning_qat.model.torch_private import autograd_context, saved_tensors_are_hooked
 
 
@@ -179,9 +179,9 @@ class ReluFusion:
 
     def read_all(self, values: Any) -> Any:
         """Apply ``read`` to all tensors in containers; returns ``values`` if none changes."""
-        if not self._by_id or not any(self._result_of(leaf) for leaf in pytree.tree_leaves(values)):
+        if not self._by_id or not any(self._result_of(leaf) for leaf in leaves_of(values)):
             return values
-        return pytree.tree_map(self.read, values)
+        return map_leaves(self.read, values)
 
     def contains_any(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the arguments of a call contain a recorded tensor, also in a list or tuple."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -120,6 +123,32 @@ def clean_up(program: ExportedProgram) -> None:
             program.constants.pop(name, None)
     program.graph.lint()
     program.graph_module.recompile()
+
+
+@contextmanager
+def with_plain_outputs(program: ExportedProgram) -> Iterator[ExportedProgram]:
+    """The program with dicts in the place of named tuples, which torch does not write to a file.
+
+    Inside the block the program returns a dict of the fields; afterwards it is as before.
+    """
+    signature: Any = program.module_call_graph[0].signature
+    before = signature.out_spec
+    numbered = pytree.tree_unflatten(list(range(before.num_leaves)), before)
+    signature.out_spec = pytree.tree_structure(_without_named_tuples(numbered))
+    try:
+        yield program
+    finally:
+        signature.out_spec = before
+
+
+def _without_named_tuples(value: Any) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _without_named_tuples(item) for name, item in value._asdict().items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_named_tuples, value))
+    if type(value) is dict:
+        return {key: _without_named_tuples(item) for key, item in value.items()}
+    return value
 
 
 def module_path(node: fx.Node) -> str:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic_write import replacing
-from lightning_qat.ir.exported_program import Constants, module_path
+from lightning_qat.ir.exported_program import Constants, module_path, with_plain_outputs
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
@@ -234,7 +234,10 @@ class QuantizedModel:
         return dict(zip(self.output_names, tensors, strict=True))
 
     def save(self, path: str | Path) -> None:
-        """Write the model to one file, atomically; ``QuantizedModel.load`` reads it."""
+        """Write the model to one file, atomically; ``QuantizedModel.load`` reads it.
+
+        What is read returns dicts in the place of named tuples.
+        """
         facts = {
             "format_version": FORMAT_VERSION,
             "input_names": self.input_names,
@@ -243,8 +246,8 @@ class QuantizedModel:
             "recurrences": [asdict(recurrence) for recurrence in self.recurrences],
             "unreached": self.unreached,
         }
-        with replacing(Path(path)) as temporary:
-            torch.export.save(self.program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
+        with replacing(Path(path)) as temporary, with_plain_outputs(self.program) as program:
+            torch.export.save(program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> QuantizedModel:

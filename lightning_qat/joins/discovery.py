@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ from lightning_qat.joins.solver import (
     solve,
     told_apart,
 )
+from lightning_qat.joins.values import WeightTensors, computes_values
 from lightning_qat.layers import QATLayer
-from lightning_qat.layers.table import WITH_WEIGHTS
+from lightning_qat.model.containers import leaves_of
 from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
@@ -64,16 +65,9 @@ EMPTY = "empty tensors"
 _MASKED_SPAN = 1000.0
 """A softmax gives zeros where its input is that far below the maximum: a mask, no scores."""
 
-_ACCOUNTED_ELSEWHERE = (*WITH_WEIGHTS, QATLayer, nn.modules.batchnorm._BatchNorm)
-"""Layers whose arithmetic the report names, or that batch norm folding removes."""
+
 _MASKING = ("masked_fill", "where")
 """Functions that mask what a softmax reads."""
-_NO_VALUES = frozenset(
-    "to float double half bfloat16 type type_as cpu cuda requires_grad_ __get__ __set__ "
-    "__setitem__ zeros_like ones_like empty_like full_like rand_like randn_like bernoulli "
-    "new_zeros new_ones new_full new_empty new_tensor".split()
-)
-"""Functions that compute no new values from those of a tensor."""
 
 
 class Discovery:
@@ -111,6 +105,8 @@ class Discovery:
         self.checkpointed = False
         """Whether saved tensors were hooked while a module ran."""
         self._ranges: dict[Key, Tensor] = {}
+        self._weights = WeightTensors(model)
+        self._weight_operands: set[Operand] = set()
         self.entered: set[str] = set()
         self._modules = self.paths.by_path
 
@@ -145,11 +141,7 @@ class Discovery:
         """Note what the model returns: with ``outputs=True`` its float tensors are consumed."""
         if self._frames:
             self._leave(self.model, (), output)
-        for leaf in pytree.tree_leaves(output) if self.recipe.outputs else ():
-            if is_dataclass(leaf):
-                kind = type(leaf).__name__
-                text = f"torch does not look into {kind}; call torch.export.register_dataclass"
-                self._seen.left_float[f"output: {text}({kind})"] = None
+        for leaf in leaves_of(output) if self.recipe.outputs else ():
             if not isinstance(leaf, Tensor):
                 continue
             operand = self._returned.get(key_of(leaf))
@@ -179,7 +171,7 @@ class Discovery:
         frame = self._frames.pop()
         if frame is None:
             return
-        for number, leaf in enumerate(pytree.tree_leaves(output)):
+        for number, leaf in enumerate(leaves_of(output)):
             if isinstance(leaf, Tensor):
                 if _is_opaque(module):
                     self._seen.producers[key_of(leaf)] = Producer(frame[0])
@@ -244,6 +236,7 @@ class Discovery:
         site = frame[1].place(function_name(func)) if frame[1].is_users else ""
         place = (path, site) if "@" in site else ("", "")
         fixed_range = fixed_output_range(func, args, kwargs)
+        from_weights = self._weights.follow(args, kwargs, outs)
         for out in outs:
             if out not in keys:
                 self._seen.producers[out] = Producer(
@@ -252,35 +245,19 @@ class Discovery:
                     name == "relu" or bool(fixed_range and fixed_range[0] >= 0),
                     place,
                 )
-        if known is not None and tensors:
+        if known is not None and tensors and not from_weights:
             call = _Call(path, name, number, key)
             self._record_call(known, call, tensors, keys, outs, args, kwargs)
             self._record_inner(call, made, inner)
-        elif fixed_range is None and self._computes(frame[0], func, args, kwargs, leaves):
+        elif (
+            not from_weights
+            and fixed_range is None
+            and computes_values(self._modules[path], func, args, kwargs, leaves)
+        ):
             nested = any(isinstance(x, Tensor) and x.is_nested for x in args)
             why = "nested tensors" if nested else "no integer form is known"
             self._seen.left_float[f"{made}: {why}"] = None
         return result
-
-    def _computes(
-        self,
-        path: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        results: list[Tensor],
-    ) -> bool:
-        """Whether a call of a function that is not in the table makes new values of a tensor."""
-        name = getattr(func, "__name__", "")
-        if isinstance(self._modules[path], _ACCOUNTED_ELSEWHERE) or name in _NO_VALUES:
-            return False
-        leaves = pytree.tree_leaves((args, kwargs))
-        given = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
-        in_place = name.endswith("_") and not name.endswith("__")
-        return bool(given) and any(
-            t.is_floating_point() and t.dim() and (in_place or all(t is not x for x in given))
-            for t in results
-        )
 
     def _record_call(
         self,
@@ -308,6 +285,9 @@ class Discovery:
             self._seen.events.append(Event(where, keys, outs))
         else:
             self._seen.events += [Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
+            if known.name == "matmul":
+                operands = zip(where, keys, strict=True)
+                self._weight_operands |= {w for w, key in operands if key in self._weights}
 
     def _record_inner(self, call: _Call, made: str, inner: Mapping[int, Tensor]) -> None:
         """Record what attention reads and gives inside; see ``attend``."""
@@ -413,6 +393,9 @@ class Discovery:
         kind = type(self._modules[owner.module]).__name__
         least = self.recipe.first_last if owner.call_key.startswith(OUTPUT) else None
         layer = self.recipe.for_layer(owner.module, kind, at_least=least or 0)
+        if owner in self._weight_operands:
+            weight = layer.weight if layer is not None else self.recipe.weight
+            return ActivationSpec(bits=weight.bits, symmetric=True, quantizer="weight")
         return layer.activation if layer is not None else self.recipe.activation
 
 

@@ -125,8 +125,11 @@ class FirstForward:
                     inputs = first_samples(inputs, samples)
             discovery = Discovery(model, self.recipe)
             try:
-                with unchanged_afterwards(model), evaluation(), discovery.watching():
-                    output = model(*inputs[0], **inputs[1])
+                with unchanged_afterwards(model), evaluation(), warnings.catch_warnings():
+                    # The training forward has said what there is to say.
+                    warnings.simplefilter("ignore")
+                    with discovery.watching():
+                        output = model(*inputs[0], **inputs[1])
             except Exception as error:
                 problem = error
                 continue

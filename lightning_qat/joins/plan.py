@@ -133,6 +133,8 @@ class JoinPlan:
 
 def _spec(spec: ActivationSpec) -> str:
     text = f"{spec.bits} bits"
+    if spec.quantizer == "weight":
+        return f"{text}, weight"
     if spec.clip is not None:
         return f"{text}, {spec.clip[0]:g} .. {spec.clip[1]:g}"
     return f"{text}, from 0" if spec.fixed_min else text

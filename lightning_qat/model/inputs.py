@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_qat.model.containers import is_opaque
+
 
 class Call(NamedTuple):
     """The arguments of a call that has both kinds.
@@ -39,6 +41,14 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = (), dict(inputs)
     else:
         call = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+    for leaf in pytree.tree_leaves(call):
+        if is_opaque(leaf):
+            kind = type(leaf).__name__
+            raise ValueError(
+                f"forward takes a {kind}, a dataclass, into which torch does not look. Call "
+                f"torch.export.register_dataclass({kind}) once, before training and wherever the "
+                "converted model is loaded, or let forward take tensors."
+            )
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(call)):
         raise ValueError(
             "Inputs must hold at least one tensor: a tensor, a tuple of positional arguments or a "

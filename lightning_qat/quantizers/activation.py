@@ -240,3 +240,35 @@ class ActivationQuantizer(RangeObserver):
             else "no range yet"
         )
         return f"{self.spec.bits} bits, {kind}, {state}"
+
+
+class ParameterQuantizer(ActivationQuantizer):
+    """Quantizes the weight of a product written by hand: ``x @ self.w``, ``x @ a.T @ b.T``.
+
+    The grid is symmetric, and the range is that of the tensor itself at every forward, as a layer's
+    weight has it: nothing is averaged, nothing freezes, nothing is clipped.
+    """
+
+    SWITCHES = Quantizer.SWITCHES | {"quantizing", "compact"}
+
+    @property
+    def follows_data(self) -> bool:
+        """No: it follows the parameters."""
+        return False
+
+    def quantize_clamped(self, x: Tensor, ends: tuple[float, float]) -> None:
+        """Never in one pass with a relu before it: its range must be known first."""
+
+    def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
+        if x.numel():
+            self.measure(x)
+        return super()._quantize(x, saves_input, observes)
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> None:
+        """Take the range of a tensor as it is now."""
+        low, high = batch_range(x)
+        self.min_val.copy_(-low)
+        self.max_val.copy_(high)
+        self.batches.fill_(1.0)
+        self.range_changed()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
 from lightning_qat.quantizers.learned_activation import (
     LearnedActivation,
     LearnedClipActivation,
@@ -19,6 +19,8 @@ from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
 def activation_quantizer(spec: ActivationSpec) -> ActivationQuantizer:
     """The quantizer that a spec asks for."""
+    if spec.quantizer == "weight":
+        return ParameterQuantizer(spec)
     if spec.quantizer == "learned":
         return LearnedStepActivation(spec)
     return LearnedClipActivation(spec) if spec.quantizer == "ulq" else ActivationQuantizer(spec)

@@ -83,7 +83,8 @@ class ActivationSpec:
         quantizer: ``observed``: the range follows the data by ``calibration`` until it is frozen.
             ``learned``: the step, and the lower end of an affine range, are trained with the
             network (LSQ, LSQ+), from where calibration leaves them. ``ulq``: both ends are trained,
-            with AMCT's gradients, which are not normalised.
+            with AMCT's gradients, which are not normalised. ``weight``: the range is that of the
+            tensor at every forward; plans give it to operands that depend on parameters alone.
         calibration: ``moving_average`` of each batch's minimum and maximum (a plain mean over the
             first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches;
             or the moving average of each batch's ``percentile`` (99.99 %), of its range with the

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 Granularity = Literal["per_channel", "per_tensor"]
 Calibration = Literal["moving_average", "minmax", "percentile", "mse", "entropy", "histogram"]
 WeightQuantizerName = Literal["minmax", "arq", "learned", "ulq"]
-ActivationQuantizerName = Literal["observed", "learned", "ulq"]
+ActivationQuantizerName = Literal["observed", "learned", "ulq", "weight"]
 Initial = Literal["mse", "minmax"]
 
 

@@ -242,6 +242,6 @@ def test_learned_numbers_that_diverged_are_named() -> None:
 def test_a_finalized_copy_is_on_the_cpu_in_eval_mode_with_the_model_s_outputs() -> None:
     x = inputs_for("linear")
     model = trained(linear(), x).train()
-    final = finalized_copy(model)
+    final = finalized_copy(model, (x,), {})
     assert not any(m.training for m in final.modules())
     assert torch.equal(final(x), model.eval()(x))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_qat import QuantizedModel
 from lightning_qat.convert.convert import convert
 from lightning_qat.prepare.prepare import prepare
 from tests.joins.cases import Registered, calibrated, serving, the_plan
@@ -17,6 +19,11 @@ from tests.joins.cases import Registered, calibrated, serving, the_plan
 class Pair(NamedTuple):
     first: Tensor
     second: Tensor
+
+
+class Boxes(NamedTuple):
+    scores: Tensor
+    labels: list[Tensor]
 
 
 @dataclass
@@ -67,13 +74,58 @@ def test_nested_outputs_are_quantized_and_keep_their_form(kind: str, planned_by:
         assert tensor.unique().numel() > 8
 
 
-def test_a_dataclass_that_torch_does_not_know_is_reported() -> None:
+def test_a_dataclass_that_torch_does_not_know_is_looked_into() -> None:
     model, x = Returns(lambda a, b: Record(b)), torch.randn(64, 4)
     report = prepare(model, "int8", x)
     assert report.joins is not None
-    assert report.joins.left_float == (
-        "output: torch does not look into Record; call torch.export.register_dataclass(Record)",
-    )
+    assert report.joins.left_float == ()
+    model(x)
+    output = model.eval()(x)
+    assert type(output) is Record
+    step = float(serving(model, "two", "output").qparams().scale)
+    logits = output.logits.detach()
+    assert torch.allclose(logits / step, (logits / step).round(), atol=1e-3)
+    # In a file there is no such class.
+    quantized = convert(model, x)
+    assert quantized.output_names == ("logits",)
+    assert torch.equal(quantized(x)["logits"], logits)
+
+
+def test_a_saved_model_gives_a_named_tuple_as_a_dict(tmp_path: Path) -> None:
+    model, x = Returns(lambda a, b: Boxes(a, [b])), torch.randn(64, 4)
+    prepare(model, "int8", x)
+    model(x)
+    quantized = convert(model, x)
+    quantized.save(tmp_path / "net.pt2")
+    boxes, loaded = quantized(x), QuantizedModel.load(tmp_path / "net.pt2")
+    assert type(boxes) is Boxes
+    assert loaded.output_names == quantized.output_names == ("scores", "labels_0")
+    found = loaded(x)
+    assert torch.equal(found["scores"], boxes.scores)
+    assert torch.equal(found["labels"][0], boxes.labels[0])
+
+
+def test_a_dataclass_as_input_is_refused_with_the_remedy() -> None:
+    @dataclass
+    class Batch:
+        x: Tensor
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, batch: Batch) -> Tensor:
+            result: Tensor = self.layer(batch.x)
+            return result
+
+    model, x = Takes(), torch.randn(8, 4)
+    with pytest.raises(ValueError, match=r"takes a Batch, .*register_dataclass\(Batch\) once"):
+        prepare(model, "int8", (Batch(x),))
+    torch.export.register_dataclass(Batch)
+    prepare(model, "int8", (Batch(x),))
+    model(Batch(x))
+    assert convert(model, (Batch(x),)).input_names == ("batch_x",)
 
 
 def test_a_registered_dataclass_as_output_is_quantized() -> None:
