@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.convert.capture import CaptureError
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.function_hooks.running import evaluation
 from lightning_qat.joins.apply import forget_plan, plan_of
@@ -44,15 +45,7 @@ def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         )
     quantizers = tensor_keys(model)
     problems = _why_not_final({q: key for q, key in quantizers.items() if q.calibrated})
-    for name, layer in layers.items():
-        for weight in layer.weight_names(layer):
-            quantizer = getattr(layer, weight_quantizer_name(weight))
-            if not isinstance(quantizer, WeightQuantizer):
-                continue
-            if not bool(torch.isfinite(getattr(layer, weight)).all()):
-                problems.append(f"{name}: its {weight} is not finite")
-            elif not quantizer.has_finite_scale(getattr(layer, weight)):
-                problems.append(f"{name}: the learned scale of its {weight} is not finite")
+    problems += _weight_problems(layers)
     if problems:
         # Whether the forward runs what has no range is not known yet.
         unknown = _why_not_final({q: key for q, key in quantizers.items() if not q.calibrated})
@@ -63,6 +56,31 @@ def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         with torch.no_grad(), evaluation():
             final(*args, **kwargs)
     return finalize_model(final)
+
+
+def refuse_broken_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights are not finite, as training in half precision leaves them.
+
+    Raises:
+        ValueError: All such layers are named.
+    """
+    problems = _weight_problems(_layers(model))
+    if problems:
+        raise ValueError(_not_final(problems))
+
+
+def _weight_problems(layers: Mapping[str, QATLayer]) -> list[str]:
+    problems = []
+    for name, layer in layers.items():
+        for weight in layer.weight_names(layer):
+            quantizer = getattr(layer, weight_quantizer_name(weight))
+            if not isinstance(quantizer, WeightQuantizer):
+                continue
+            if not bool(torch.isfinite(getattr(layer, weight)).all()):
+                problems.append(f"{name}: its {weight} is not finite")
+            elif not quantizer.has_finite_scale(getattr(layer, weight)):
+                problems.append(f"{name}: the learned scale of its {weight} is not finite")
+    return problems
 
 
 def _why_not_final(quantizers: Mapping[ActivationQuantizer, str]) -> list[str]:
@@ -96,11 +114,20 @@ def refuse_unknown_ranges(model: nn.Module) -> None:
 
 
 def _not_final(problems: Sequence[str]) -> str:
+    remedies = []
+    if not all("not finite" in problem for problem in problems):
+        remedies.append(
+            "Train for at least one batch in which it runs, give it the range of inputs that you "
+            "have with calibrate_unseen(model, inputs), or exclude its module"
+        )
+    if any("not finite" in problem for problem in problems):
+        remedies.append(
+            "What is not finite has diverged: lower the learning rate; in half precision Adam's "
+            "eps is zero, so use precision='bf16-true' or a mixed one"
+        )
     return (
         "Every quantized tensor needs an observed range, and ranges and weights must be finite. "
-        + "; ".join(problems)
-        + ". Train for at least one batch in which it runs, give it the range of inputs that you "
-        "have with calibrate_unseen(model, inputs), or exclude its module."
+        f"{'; '.join(problems)}. {'. '.join(remedies)}."
     )
 
 
@@ -126,7 +153,18 @@ def tensor_keys(model: nn.Module) -> dict[ActivationQuantizer, str]:
 
 
 def detached_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model in eval mode on the CPU, without ``torch.compile`` and gradients."""
+    """A deep copy of a model in eval mode on the CPU, without ``torch.compile`` and gradients.
+
+    Raises:
+        CaptureError: A part is TorchScript.
+    """
+    scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise CaptureError(
+            f"torch.export does not look into TorchScript: {scripted[0]!r} is a "
+            f"{type(model.get_submodule(scripted[0])).__name__}. Training does not mind; to "
+            "export, use the module that was scripted, as it was before torch.jit.script."
+        )
     # Hooks such as weight_norm's leave tensors with a graph on a module; deepcopy refuses those.
     computed = [
         value

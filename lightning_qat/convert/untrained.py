@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_qat.convert.finalize import detached_copy, finalize_model, tensor_keys
+from lightning_qat.convert.finalize import (
+    detached_copy,
+    finalize_model,
+    refuse_broken_weights,
+    tensor_keys,
+)
 
 
 def untrained_copy(model: nn.Module) -> nn.Module:
@@ -14,6 +19,7 @@ def untrained_copy(model: nn.Module) -> nn.Module:
     A quantizer without a range gets -1 to 1: wide enough that a bias fits 32 bits on its grid. The
     model itself is not changed.
     """
+    refuse_broken_weights(model)
     final = detached_copy(model)
     for quantizer in tensor_keys(final):
         if quantizer.why_not_final is not None:

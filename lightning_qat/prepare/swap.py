@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,9 @@ from lightning_qat.model.dry_run import order_of_calls
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLayer
+from lightning_qat.quantizers.names import quantizer_role
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import LayerSpec
 
 
 def choose_layers(
@@ -44,6 +47,8 @@ def choose_layers(
         parts = (module, *module.children())
         reason = reason or next((shared[part] for part in parts if part in shared), None)
         spec = recipe.for_layer(name, kind, aliases)
+        if isinstance(module, QATLayer) and spec is not None:
+            reason = _differently(module, spec) or reason
         if reason is not None or spec is None:
             skipped.append(SkippedLayer(name, kind, reason or "not selected by the recipe"))
         else:
@@ -114,6 +119,26 @@ def float_class_name(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         return type(module).__bases__[0].__name__
     return type(module).__name__
+
+
+def _differently(layer: QATLayer, spec: LayerSpec) -> str | None:
+    """How a QAT layer differs from what the recipe asks for; what a plan knows does not count."""
+    differences = []
+    for name in layer.quantizer_names():
+        own: Any = getattr(getattr(layer, name), "spec", None)
+        wanted: Any = spec.weight if quantizer_role(name) == "weight" else spec.activation
+        keys = ("bits", "quantizer", "granularity", "symmetric")
+        for key in keys if own is not None else ():
+            if hasattr(own, key) and getattr(own, key) != getattr(wanted, key):
+                differences.append(
+                    f"{name} {key}={getattr(own, key)!r}, not {getattr(wanted, key)!r}"
+                )
+    if not differences:
+        return None
+    return (
+        f"already quantized with another recipe ({'; '.join(differences)}); start from the float "
+        "module to change it"
+    )
 
 
 def _why_skipped(module: nn.Module) -> str | None:

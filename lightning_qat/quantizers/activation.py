@@ -128,6 +128,8 @@ class ActivationQuantizer(RangeObserver):
         return self.deferred and CALIBRATIONS[self.spec.calibration].min_max_only
 
     def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
+        if not (self.calibrated or is_compiling() or self.in_training):
+            self.notice_range()
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None

@@ -101,11 +101,9 @@ class LearnedActivation(ActivationQuantizer):
             return super().why_unknown
         return f"only {self.seen} of {wanted} calibration batches have passed through it"
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _has_range(self) -> bool:
         self.seen = int(self.batches)
-        enough = self.seen >= self.spec.calibration_batches
-        self.calibrated = self.spec.clip is not None or enough
+        return self.spec.clip is not None or self.seen >= self.spec.calibration_batches
 
     def _start(self, low: Tensor, high: Tensor) -> None:
         raise NotImplementedError

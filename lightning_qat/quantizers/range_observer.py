@@ -146,6 +146,17 @@ class RangeObserver(Quantizer):
         """React to a new range; whoever changes ``min_val`` and ``max_val`` calls this."""
         self.calibrated = True
 
+    def notice_range(self) -> None:
+        """Notice a range that came into the buffers from outside, as averages of weights put it.
+
+        Waits for the device, and only while no range is known.
+        """
+        if not self.calibrated:
+            self.calibrated = self._has_range()
+
+    def _has_range(self) -> bool:
+        return self.spec.clip is not None or bool(self.batches > 0)
+
     @property
     def has_seen_nothing(self) -> bool:
         """Whether no batch has been committed, and no range is given; waits for the device."""
@@ -158,5 +169,5 @@ class RangeObserver(Quantizer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.calibrated = self.spec.clip is not None or bool(self.batches > 0)
+        self.calibrated = self._has_range()
         self.pending = None

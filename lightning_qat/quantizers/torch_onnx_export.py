@@ -17,8 +17,8 @@ _TYPE_GRIDS = {torch.int8: (-128, 127), torch.int16: (-32768, 32767)}
 
 
 def is_exporting_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is capturing; its older exporter (``dynamo=False``) is not."""
-    return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()
+    """Whether ``torch.onnx.export`` is running, in either form."""
+    return torch.onnx.is_in_onnx_export()
 
 
 def quantize_dequantize(
@@ -36,7 +36,12 @@ def quantize_dequantize(
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: The older exporter (``dynamo=False``) runs, and the grid is not of 8 bits.
     """
+    if not torch.compiler.is_exporting():
+        return _traced(x, scale, zero_point, grid, axis)
     symbolic = torch.onnx.ops.symbolic
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     zero_point = zero_point.to(grid.dtype)
@@ -50,3 +55,22 @@ def quantize_dequantize(
     return symbolic(
         "DequantizeLinear", (integers, scale, zero_point), attributes, dtype=x.dtype, shape=x.shape
     )
+
+
+def _traced(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None
+) -> Tensor:
+    """The operator of torch for which the older exporter writes the pair."""
+    low, high = _TYPE_GRIDS[torch.int8]
+    if grid.qmax != high or grid.qmin not in (low, low + 1):
+        raise ValueError(
+            "torch.onnx.export(dynamo=False) writes quantizers of 8 bits only; the model has one "
+            f"with integers from {grid.qmin} to {grid.qmax}. Call it with dynamo=True."
+        )
+    # Final numbers: the tracer would write down how they are computed.
+    scale = torch.tensor(scale.tolist(), dtype=torch.float32)
+    zero_point = torch.tensor(zero_point.tolist(), dtype=torch.int32)
+    # A weight of its scale never reaches -128.
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, low, high)

@@ -126,3 +126,17 @@ def test_training_without_exporters_is_all_it_does(
     trainer(qat(export_dir=tmp_path / "out")).fit(net, loader())
     assert not (tmp_path / "out").exists()
     assert isinstance(net.conv, Conv2dQAT)
+
+
+def test_another_recipe_in_a_second_fit_is_reported(trainer: Callable[..., L.Trainer]) -> None:
+    net, callback = Net(), qat({"weight": {"bits": 4}})
+    trainer(qat()).fit(net, loader())
+    trainer(callback).fit(net, loader())
+    assert callback.report is not None
+    reasons = {layer.name: layer.reason for layer in callback.report.skipped}
+    assert "another recipe (weight_quantizer bits=8, not 4" in reasons["conv"]
+    # The same recipe is no difference.
+    again = qat()
+    trainer(again).fit(net, loader())
+    assert again.report is not None
+    assert {layer.reason for layer in again.report.skipped} == {"already quantized"}

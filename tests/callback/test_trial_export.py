@@ -1,6 +1,7 @@
 """What a target cannot express is said before training, or after its first batch, for all."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from lightning_qat.export.protocol import Artifact, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
-from tests.callback.tiny import BATCHES, Net, loader, qat, same
+from tests.callback import tiny
+from tests.callback.tiny import BATCHES, Net, loader, same
+
+qat = partial(tiny.qat, trial_export=True)
 
 
 class Toy:

@@ -234,3 +234,23 @@ def test_capture_can_be_checked_before_any_batch(network: str) -> None:
         for m in model.modules()
         if isinstance(m, QATLayer)
     )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_torchscript_is_refused_by_name() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scripted = nn.Linear(4, 4), torch.jit.script(nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.scripted(self.layer(x))
+            return result
+
+    model, x = Mixed(), torch.randn(4, 4)
+    prepare(model, "int8", x)
+    model(x)
+    with pytest.raises(CaptureError, match=r"does not look into TorchScript: 'scripted' is a"):
+        convert(model, x)
+    model.scripted = nn.ReLU()
+    convert(model, x)

@@ -83,6 +83,10 @@ def test_hooks_go_on_firing() -> None:
     model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
     prepare(model)
     model(inputs_for("linear").requires_grad_()).sum().backward()
+    # The forward that makes the plan runs once more, in eval mode.
+    assert calls == ["pre", "post"] * 2 + ["backward"]
+    calls.clear()
+    model(inputs_for("linear").requires_grad_()).sum().backward()
     assert calls == ["pre", "post", "backward"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qat import prepare
+from lightning_qat import convert, prepare
 from lightning_qat.joins.apply import plan_of
 from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.prepare.prepare_like import prepare_like
@@ -186,3 +186,18 @@ def test_dicts_of_earlier_versions_load(tmp_path: Any) -> None:
     fresh.load_state_dict(loaded)
     assert torch.equal(fresh.eval()(x), model(x))
     assert isinstance(plan_of(fresh), JoinPlan)
+
+
+def test_a_copy_that_is_averaged_in_place_has_the_ranges_that_came_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(16, 4)
+    prepare(model, "int8", x)
+    # Made before the first batch, as averages of weights are.
+    average = copy.deepcopy(model)
+    for _ in range(3):
+        model(x)
+    with torch.no_grad():
+        for name, value in average.state_dict().items():
+            value.copy_(model.state_dict()[name])
+    assert torch.equal(average.eval()(x), model.eval()(x))
+    assert torch.equal(convert(average, x)(x), model(x))
