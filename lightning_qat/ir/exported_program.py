@@ -142,8 +142,9 @@ def with_plain_outputs(program: ExportedProgram) -> Iterator[ExportedProgram]:
 
 
 def _without_named_tuples(value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: _without_named_tuples(item) for name, item in value._asdict().items()}
+    fields: Any = getattr(value, "_asdict", None)
+    if isinstance(value, tuple) and fields is not None:
+        return {name: _without_named_tuples(item) for name, item in fields().items()}
     if type(value) in (list, tuple):
         return type(value)(map(_without_named_tuples, value))
     if type(value) is dict:

@@ -118,6 +118,7 @@ class FirstForward:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Solution | None:
         """The plan of the forward in eval mode; ``None``: it cannot run on these inputs."""
+        problem: Exception | None = None
         for samples in (FEW, None):
             inputs = args, kwargs
             if samples is not None:

@@ -92,7 +92,7 @@ class FakeQuantOnnxExporter:
         path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
         files = save_onnx(onnx_model, path)
         notes = _int4_notes(model) if self.int4_weights else ()
-        written = dict(zip(("model", "weights"), files, strict=False))
+        written: dict[str, Path] = dict(zip(("model", "weights"), files, strict=False))
         return Artifact(self.name, written, notes, _dequantized(onnx_model.graph))
 
     def run(
