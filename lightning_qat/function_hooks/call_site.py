@@ -1,4 +1,4 @@
-"""Where in the user's own code a call stands: the functions through which a forward reaches it."""
+"""Where in the user's own code a call stands: its function, its place among such calls."""
 
 from __future__ import annotations
 
@@ -20,31 +20,38 @@ def is_by_line(key: str) -> bool:
 
 
 def call_site() -> str | None:
-    """The places through which the running forward of a module makes the present call.
+    """The place in the user's code that makes the present call, in the innermost function.
+
+    Which functions lead there is left out, for activation checkpointing adds some in training. How
+    often a module has called from there before tells two ways apart.
 
     Returns:
-        ``@forward[+#0]``: the first sum in ``forward``; ``@forward[gate#1]>gate[*#0]``: the first
-        product of the function ``gate``, which ``forward`` calls in a second place. ``None`` within
-        a graph that ``torch.compile`` or ``torch.fx`` made; empty: no code of the user is running.
+        ``@forward[+#0]``: the first sum in ``forward``. ``None`` within a graph that
+        ``torch.compile`` or ``torch.fx`` made; empty: no code of the user is running.
     """
-    parts: list[str] = []
     for code, offset, _ in _users_frames():
-        if _is_generated(code):
-            return None
-        parts.append(f"{code.co_name}[{code_sites(code).by_offset.get(offset, '')}]")
-    return "@" + ">".join(reversed(parts)) if parts else ""
+        return None if _is_generated(code) else f"@{_named(code, offset)}"
+    return ""
 
 
 @constant_while_tracing
 def traced_call_site() -> str:
     """``call_site`` while ``torch.compile`` traces: its own stack has the user's frames."""
-    parts: list[str] = []
     for frame in traced_frames():
         if _is_users(frame.namespace):
             site = code_sites(frame.code).by_place.get(frame.place, "")
-            parts.append(f"{frame.code.co_name}[{site}]")
-        elif parts and frame.code.co_name == _CALL:
-            break
+            return f"@{frame.code.co_name}[{site}]"
+    return ""
+
+
+def call_chain() -> str:
+    """The places in all functions through which a forward makes the present call.
+
+    Returns:
+        ``@forward[gate#1]>gate[*#0]``: the first product of the function ``gate``, which
+        ``forward`` calls in a second place.
+    """
+    parts = [_named(code, offset) for code, offset, _ in _users_frames()]
     return "@" + ">".join(reversed(parts)) if parts else ""
 
 
@@ -92,6 +99,10 @@ def _users_frames() -> Iterator[tuple[CodeType, int, int]]:
         elif (found and frame.f_code.co_name == _CALL) or frame.f_code.co_name == RUNS_AGAIN:
             return
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _named(code: CodeType, offset: int) -> str:
+    return f"{code.co_name}[{code_sites(code).by_offset.get(offset, '')}]"
 
 
 def _is_generated(code: CodeType) -> bool:

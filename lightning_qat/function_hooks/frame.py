@@ -209,10 +209,8 @@ class Frame:
         if by_line:
             return call_line()
         site = call_site()
-        if site is None or not self._called_from:
-            return site
         # Backward runs a part of the forward again, without the part that called it.
-        return f"{self._called_from}>{site[1:]}" if site else self._called_from
+        return self._called_from if site == "" else site
 
     def count_call(self, key: str) -> None:
         """Note that the call with this key is made."""

@@ -17,21 +17,21 @@ Code = Mapping[str, Mapping[str, Mapping[str, int]]]
 _SITE = re.compile(r"[@>](<?\w+>?)\[([^\]]*)#\d+\]")
 
 
-def code_of(modules: Mapping[str, nn.Module], sites: Mapping[str, Iterable[str]]) -> Code:
+def code_of(modules: Mapping[str, nn.Module], chains: Mapping[str, Iterable[str]]) -> Code:
     """How many places of each function could make calls like the planned ones.
 
     Args:
         modules: Path to module.
-        sites: Module path to keys of calls and outputs: ``add@forward[+#0]:0``.
+        chains: Module path to functions through which it makes calls: ``@forward[+#0]``.
 
     Returns:
         ``{"block": {"forward": {"+": 1}}}``: one place adds in the forward of ``block``. Functions
         that are found neither in a module's class nor beside it are left out.
     """
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for path, keys in sites.items():
-        for key in keys:
-            for function, called in _SITE.findall(key):
+    for path, found_there in chains.items():
+        for chain in found_there:
+            for function, called in _SITE.findall(chain):
                 code = _code(modules[path], function) if path in modules else None
                 if code is not None:
                     counts = found.setdefault(path, {}).setdefault(function, {})

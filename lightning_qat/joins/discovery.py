@@ -21,6 +21,7 @@ from lightning_qat.function_hooks.attention import (
     attend,
     attention_arguments,
 )
+from lightning_qat.function_hooks.call_site import call_chain
 from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.function_hooks.frame import OUTPUT, Frame, output_key
 from lightning_qat.function_hooks.function_table import (
@@ -105,7 +106,7 @@ class Discovery:
         self.checkpointed = False
         """Whether saved tensors were hooked while a module ran."""
         self._ranges: dict[Key, Tensor] = {}
-        self._weights = WeightTensors(model)
+        self._weights = WeightTensors(self.paths.names)
         self._weight_operands: set[Operand] = set()
         self.entered: set[str] = set()
         self._modules = self.paths.by_path
@@ -149,8 +150,6 @@ class Discovery:
                 self._seen.owners[operand.module] = None
                 self._record_range(leaf)
                 self._seen.events.append(Event((operand,), (key_of(leaf),)))
-
-    # ------------------------------------------------------------------ watching
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         path = self.paths.name(module)
@@ -216,6 +215,8 @@ class Discovery:
             frame[1].count_call(key)
             self._seen.owners[path] = None
             self._seen.call_keys.setdefault(path, {})[key] = None
+            if frame[1].is_users:
+                self._seen.chains.setdefault(path, {})[call_chain()] = None
             for tensor in tensors:
                 self._record_range(tensor)
         elif known is not None and leads_with_real(args):
@@ -350,16 +351,13 @@ class Discovery:
             and self.paths.name(module) == path
             and not isinstance(self._modules.get(path.rpartition(".")[0]), QATLayer)
         )
-        code = code_of(self._modules, solution.plan.sites)
+        code = code_of(self._modules, self._seen.chains)
         return solution._replace(plan=replace(solution.plan, unreached=unreached, code=code))
 
     def _told_apart(self) -> Recording:
-        owners = {
-            path
-            for path, module in self._modules.items()
-            if any(isinstance(inner, QATLayer) for inner in module.modules())
-        }
-        return told_apart(self._seen, owners)
+        layers = [path for path, module in self._modules.items() if isinstance(module, QATLayer)]
+        owners = {path[:end] for path in layers for end, c in enumerate(f"{path}.") if c == "."}
+        return told_apart(self._seen, {"", *owners})
 
     def calls(self) -> Mapping[str, Iterable[str]]:
         """The calls of every module that makes any: path to keys."""
@@ -381,7 +379,7 @@ class Discovery:
         return found
 
     def release(self) -> None:
-        """Let the forward's tensors go; the plan is made."""
+        """Let the forward's tensors go."""
         self._alive.clear()
 
     def _spec(self, owner: Operand) -> ActivationSpec:

@@ -115,6 +115,7 @@ class Recording:
         events: In the order of the forward.
         producers: What makes each tensor; a tensor without an entry is an input of the model.
         call_keys: Module path to the keys of all its calls, as an ordered set.
+        chains: Module path to the functions of the user through which it makes them.
         owners: Modules that make calls which the plan must know, as an ordered set.
         left_float: Calls that stay float, and why, as an ordered set.
     """
@@ -122,6 +123,7 @@ class Recording:
     events: list[Event] = field(default_factory=list)
     producers: dict[Key, Producer] = field(default_factory=dict)
     call_keys: dict[str, dict[str, None]] = field(default_factory=dict)
+    chains: dict[str, dict[str, None]] = field(default_factory=dict)
     owners: dict[str, None] = field(default_factory=dict)
     left_float: dict[str, None] = field(default_factory=dict)
 

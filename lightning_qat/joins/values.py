@@ -54,12 +54,15 @@ class WeightTensors:
     """The tensors of one forward that depend on parameters alone: weights, exact until a product.
 
     Args:
-        model: The model; its buffers are no data, either.
+        modules: The modules of the model; their buffers are no data, either.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._keys = {key_of(parameter) for parameter in model.parameters()}
-        self._buffers = {id(buffer) for buffer in model.buffers()}
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._keys: set[Key] = set()
+        self._buffers: set[int] = set()
+        for module in modules:
+            self._keys |= {key_of(p) for p in module._parameters.values() if p is not None}
+            self._buffers |= {id(buffer) for buffer in module._buffers.values()}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._keys

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_qat.function_hooks.call_site import call_site, is_by_line
+from lightning_qat.function_hooks.call_site import call_chain, is_by_line
 from lightning_qat.function_hooks.code_sites import code_sites
 
 if sys.version_info < (3, 11):
@@ -25,8 +25,7 @@ class Sites(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        site = call_site()
-        assert site is not None
+        site = call_chain()
         # This very function stands at the end of the chain.
         self.seen.append(site.rpartition(">__torch_function__")[0])
         return func(*args, **(kwargs or {}))

@@ -135,7 +135,7 @@ def test_a_function_that_is_called_twice_has_ranges_for_each_call() -> None:
     plan = plan_of(model)
     assert plan is not None
     assert [key for key in plan.sites[""] if key.startswith("sigmoid")] == [
-        "sigmoid@forward[swish#0]>swish[sigmoid#0]:0",
-        "sigmoid@forward[swish#1]>swish[sigmoid#0]:0",
+        "sigmoid@swish[sigmoid#0]:0",
+        "sigmoid@swish[sigmoid#0]:1",
     ]
     assert len(joins(model, "sigmoid")) == 2
