@@ -9,13 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.console import say
 from lightning_qat.export.manifest import MANIFEST, ExportResult
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.model.inputs import Call, Inputs, as_call
+from lightning_qat.model.inputs import Call, Inputs, as_call, batch_of, first_samples
 
 _MOST = 20
 """So many notes of one target are printed; the manifest has all."""
@@ -42,7 +40,7 @@ def verification_inputs(
     call = _in_form(pl_module, as_call(recorded), len(example_args), example_kwargs)
     if call is None:
         return None
-    for args, kwargs in (call, _first_samples(call, _batch(model.example_inputs))):
+    for args, kwargs in (call, first_samples(call, batch_of(model.example_inputs))):
         try:
             model.flat_outputs(model(*args, **kwargs))
             model.flat_inputs(args, kwargs)
@@ -101,18 +99,3 @@ def _in_form(
         return None
     named = {name: arguments.pop(name) for name in keywords}
     return tuple(arguments.values()), named
-
-
-def _first_samples(call: _Call, samples: int) -> _Call:
-    batch = _batch(call)
-
-    def cut(leaf: Tensor) -> Tensor:
-        return leaf[:samples] if leaf.dim() and leaf.shape[0] == batch else leaf
-
-    args, kwargs = pytree.tree_map_only(Tensor, cut, call)
-    return args, kwargs
-
-
-def _batch(call: _Call) -> int:
-    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.dim()]
-    return tensors[0].shape[0] if tensors else 0

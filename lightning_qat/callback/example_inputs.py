@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.lightning_private import configuration_error
 from lightning_qat.model.forward import is_real_forward
-from lightning_qat.model.inputs import Call, Inputs
+from lightning_qat.model.inputs import Call, Inputs, first_samples
 from lightning_qat.model.torch_private import without_function_modes
 from lightning_qat.quantizers.observation_gate import ObservationGate, is_training_forward
 
@@ -138,19 +138,12 @@ def _recorded_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _first_samples(inputs: Any) -> Any:
-    """A copy on the CPU with at most ``MOST_SAMPLES`` samples.
-
-    Tensors whose first dimension is that of the first tensor share its batch and are cut; others
-    are kept whole.
-    """
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
-    batch = tensors[0].shape[0] if tensors else 0
+    """A copy on the CPU with at most ``MOST_SAMPLES`` samples."""
 
     def keep(leaf: Tensor) -> Tensor:
-        shared = leaf.dim() > 0 and leaf.shape[0] == batch
-        return (leaf[:MOST_SAMPLES] if shared else leaf).detach().cpu().clone()
+        return leaf.detach().cpu().clone()
 
-    return pytree.tree_map_only(Tensor, keep, inputs)
+    return pytree.tree_map_only(Tensor, keep, first_samples(inputs, MOST_SAMPLES))
 
 
 def _as_float32(inputs: Any) -> Any:

@@ -71,10 +71,15 @@ def first_samples(inputs: Any, count: int) -> Any:
     Tensors whose first dimension is that of the first tensor share its batch and are cut; others
     are kept whole.
     """
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
-    batch = tensors[0].shape[0] if tensors else 0
+    batch = batch_of(inputs)
 
     def cut(leaf: Tensor) -> Tensor:
         return leaf[:count] if leaf.dim() > 0 and leaf.shape[0] == batch else leaf
 
     return pytree.tree_map_only(Tensor, cut, inputs)
+
+
+def batch_of(inputs: Any) -> int:
+    """The size of the first dimension of the first tensor; 0: there is none."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    return tensors[0].shape[0] if tensors else 0
