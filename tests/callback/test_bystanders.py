@@ -201,3 +201,31 @@ def test_a_layer_that_training_skips_at_random_has_a_range_in_the_file(
     trainer(callback).fit(net, loader())
     assert [result.error for result in callback.delivered] == [None, None]
     assert net.dropped.input_quantizer.calibrated  # type: ignore[union-attr]
+
+
+def test_what_training_observes_after_the_first_validation_stays(
+    trainer: Callable[..., L.Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class SkippedAtFirst(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropped = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            # As a layer that is dropped at random may be, for a whole epoch.
+            return x if self.training and self.current_epoch == 0 else x + self.dropped(x)
+
+    caplog.set_level(logging.INFO)
+    net, counted = SkippedAtFirst(), []
+
+    class Count(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            counted.append(float(net.dropped.input_quantizer.batches))  # type: ignore[arg-type, union-attr]
+
+    callback = qat(exporters=EXPORTERS[:1], export_dir=tmp_path)
+    trainer(callback, Count()).fit(net, loader(), loader())
+    # One forward in eval mode, and four batches of the second epoch, which the export keeps.
+    assert counted == [5.0]
+    assert float(net.dropped.input_quantizer.batches) == 5.0  # type: ignore[arg-type, union-attr]
+    assert "training never computed" not in caplog.text
