@@ -14,7 +14,8 @@ A variant that cannot train a network, or is not ready within --limit seconds, s
 
 Two placements stand side by side. *layers*: inputs and weights of layers are quantized, as AMCT
 and ModelOpt do it. *joins*: every tensor between the layers too, which an integer target needs.
-Observing: ranges follow every batch; frozen: they stand; learned: scales are trained.
+Observing: ranges follow every batch; frozen: they stand; learned: scales are trained. Plain loop:
+ranges follow without ``commit_ranges``, as in a loop of one's own that only calls ``prepare``.
 
 glibc gives freed memory back to the system and takes it anew, page by page, as soon as a step needs
 a little more than before: hundreds of milliseconds that depend on sizes by chance and hit some
@@ -91,6 +92,7 @@ OURS: Mapping[str, tuple[Mapping[str, Any], bool, str]] = {
     "joins, frozen": ({}, False, "fast"),
     "joins, learned": (_LEARNED, False, "fast"),
     "joins, observing": ({}, True, "fast"),
+    "joins, observing, plain loop": ({}, True, "fast"),
     "joins, frozen, compact": ({}, False, "compact"),
     "joins, observing, compact": ({}, True, "compact"),
 }
@@ -108,7 +110,7 @@ def ours(net: nn.Module, x: Tensor, variant: str) -> nn.Module:
     quantizers = activation_quantizers(twin).values()
     set_observing(quantizers, observing)
     for quantizer in quantizers:
-        quantizer.deferred = True
+        quantizer.deferred = not variant.endswith("plain loop")
     return twin
 
 
@@ -148,7 +150,8 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
     """One training step that returns its seconds."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    observing = {name: q for name, q in activation_quantizers(model).items() if q.observing}
+    quantizers = activation_quantizers(model).items()
+    observing = {name: q for name, q in quantizers if q.observing and q.deferred}
 
     def step() -> float:
         start = time.perf_counter()

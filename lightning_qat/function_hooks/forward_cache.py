@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from lightning_qat.function_hooks.quantizer_protocol import Observations
 from lightning_qat.function_hooks.relu_fusion import ClampCall, ReluCallSite, ReluFusion
 from lightning_qat.model.torch_private import autograd_context
 
@@ -40,6 +41,8 @@ class ForwardCache:
         """The results of relu, and their readers."""
         self.runs: Counter[int] = Counter()
         """How often each hooked module has run, by the identity of its hooks."""
+        self.observations: Observations | None = None
+        """What waits for the end of the forward; a forward that raises is not observed."""
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         # A compiler's own tensors, which it does not let be watched, live as long as its graph.
         self._traced_tensors: list[object] = []
@@ -118,6 +121,7 @@ class ForwardCache:
         """Forget everything; nothing shall outlive the forward."""
         self._quantized.clear()
         self._watched.clear()
+        self.observations = None
         self.relu_fusion.close()
         self._traced_tensors.clear()
 

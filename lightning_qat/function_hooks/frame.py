@@ -132,6 +132,7 @@ class Frame:
         mode: The function mode that this frame has entered.
         forward_cache: The cache that this frame has opened.
         outer_forward_cache: The cache that was open before.
+        handled: The exception that was being handled when the cache was opened.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Frame:
         self.mode: TorchFunctionMode | None = None
         self.forward_cache: ForwardCache | None = None
         self.outer_forward_cache: ForwardCache | None = None
+        self.handled: BaseException | None = None
         self.made: dict[int, str] = {}
         self._called_from = ""
         self._calls: Counter[str] = Counter()

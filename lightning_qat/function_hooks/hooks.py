@@ -9,6 +9,7 @@ code can never take a planned call's quantizer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,7 @@ class ModuleHooks:
                 _add_functions_while_compiling()
             else:
                 _FOR_MODES.watch_compilations()
+                frame.handled = sys.exc_info()[1]
             # The outermost watched module; under activation checkpointing it may be any, and one
             # that torch.compile wraps begins anew.
             forward_cache = ForwardCache(traced=is_dynamo_compiling())
@@ -116,6 +118,7 @@ class ModuleHooks:
                     leaves = frame.forward_cache.relu_fusion.read_all(given)
                     frame.forward_cache.relu_fusion.note_readers()
                 replaced = replaced if leaves is given else leaves
+            _commit(frame)
         finally:
             now.close(frame)
         return replaced
@@ -134,6 +137,17 @@ class ModuleHooks:
             return leaf if run is None else run(leaf)
 
         return map_leaves(quantized, output)
+
+
+def _commit(frame: Frame) -> None:
+    """Take what was observed into the ranges, at the end of a forward that has not raised."""
+    cache = frame.forward_cache
+    if cache is None or cache.observations is None:
+        return
+    # torch calls the hooks of a forward that raised while it handles the exception.
+    if cache.traced or sys.exc_info()[1] is frame.handled:
+        with hide_from_hooks():
+            cache.observations.commit()
 
 
 _FOR_MODES = FunctionsForModes(FUNCTION_TABLE, lambda: bool(running().frames))

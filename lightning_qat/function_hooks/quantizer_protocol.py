@@ -30,6 +30,14 @@ class InputQuantizer(Protocol):
         ...
 
 
+class Observations(Protocol):
+    """What the quantizers of one forward have observed, and not yet taken into their ranges."""
+
+    def commit(self) -> None:
+        """Take all of it into the ranges."""
+        ...
+
+
 class FusableQuantizer(InputQuantizer, Protocol):
     """A quantizer that can also clamp its input in the same pass; see ``relu_fusion``."""
 

@@ -125,11 +125,13 @@ class ActivationQuantizer(RangeObserver):
 
     def _observes_later(self) -> bool:
         """Whether observing needs no pass of its own, and does not change this forward's range."""
-        return self.deferred and CALIBRATIONS[self.spec.calibration].min_max_only
+        return CALIBRATIONS[self.spec.calibration].min_max_only and self.observes_later()
 
     def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
         if not (self.calibrated or is_compiling() or self.in_training):
             self.notice_range()
+        if not observes:
+            self.settle()
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None

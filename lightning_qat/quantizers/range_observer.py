@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from lightning_qat.model.torch_private import is_in_backward
+from lightning_qat.function_hooks.running import current_forward_cache
+from lightning_qat.model.torch_private import is_in_backward, saved_tensors_are_hooked
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -42,7 +46,9 @@ class RangeObserver(Quantizer):
         reach: Largest absolute value of the histogram, float32 scalar buffer.
         observing: The range follows the data of training forwards; see ``in_training``.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
-            and all processes can agree on it first; otherwise each forward commits its own.
+            and all processes can agree on it first; otherwise each forward commits its own, at its
+            end. A first range counts at once, and so does what backward may run again and what is
+            called outside any hooked forward.
         calibrated: There is a range.
         pending: ``(-min, max)`` of what was observed and not committed, float32 ``(2,)``.
     """
@@ -95,9 +101,36 @@ class RangeObserver(Quantizer):
             # Activation checkpointing runs the forward again in backward: it has been counted, and
             # its range must stay what it was.
             return
-        self.pending = batch if self.pending is None else torch.maximum(self.pending, batch)
-        if not self.deferred:
-            self.commit(self.pending)
+        self.settle()
+        seen = batch if self.pending is None else torch.maximum(self.pending, batch)
+        if self.deferred:
+            self.pending = seen
+            return
+        forward = ForwardObservations.of_this_forward()
+        if forward is not None and self.calibrated:
+            self.pending = None
+            forward.note(self, seen)
+            return
+        self.commit(seen)
+        if forward is not None:
+            forward.note_taken(self, seen)
+
+    def observes_later(self) -> bool:
+        """Whether what is observed now leaves the range of this forward as it is."""
+        if self.deferred:
+            return True
+        return self.calibrated and ForwardObservations.of_this_forward() is not None
+
+    def settle(self) -> None:
+        """Commit what waits for the end of this forward, if backward may run what follows again.
+
+        Then the range must be the one that the forward has used.
+        """
+        if _may_run_again():
+            forward_cache = current_forward_cache()
+            waiting = None if forward_cache is None else forward_cache.observations
+            if isinstance(waiting, ForwardObservations):
+                waiting.commit_of(self)
 
     def range_of(self, x: Tensor) -> Tensor:
         """The ``(-min, max)`` that the calibration finds in a tensor, float32 ``(2,)``."""
@@ -171,3 +204,80 @@ class RangeObserver(Quantizer):
         super()._load_from_state_dict(*args, **kwargs)
         self.calibrated = self._has_range()
         self.pending = None
+
+
+class ForwardObservations:
+    """What the quantizers of one forward have observed: one commit for all of them.
+
+    Of several tensors of one quantizer the widest range counts, as one batch. A first range is
+    taken at once, for the forward to go on with; further tensors make it wider.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[RangeObserver, Tensor] = {}
+        self._taken: dict[RangeObserver, Tensor] = {}
+
+    @staticmethod
+    def of_this_forward() -> ForwardObservations | None:
+        """Those of the forward that runs; ``None``: it is not hooked, or may run again."""
+        forward_cache = current_forward_cache()
+        if forward_cache is None or _may_run_again():
+            return None
+        if forward_cache.observations is None:
+            forward_cache.observations = ForwardObservations()
+        found = forward_cache.observations
+        return found if isinstance(found, ForwardObservations) else None
+
+    def note(self, quantizer: RangeObserver, batch: Tensor) -> None:
+        """Note the ``(-min, max)`` of a tensor, for the end of the forward."""
+        known = self._waiting.get(quantizer, self._taken.get(quantizer))
+        self._waiting[quantizer] = batch if known is None else torch.maximum(known, batch)
+
+    def note_taken(self, quantizer: RangeObserver, batch: Tensor) -> None:
+        """Note a ``(-min, max)`` that the quantizer has committed."""
+        self._taken[quantizer] = batch
+
+    def commit_of(self, quantizer: RangeObserver) -> None:
+        """Take what one quantizer has observed into its range."""
+        if quantizer in self._waiting:
+            self._commit({quantizer: self._waiting.pop(quantizer)})
+
+    def commit(self) -> None:
+        """Take all of it into the ranges, in a few operations for each calibration and device."""
+        waiting, self._waiting = self._waiting, {}
+        self._commit(waiting)
+
+    def _commit(self, waiting: dict[RangeObserver, Tensor]) -> None:
+        groups: dict[tuple[str, torch.device], list[RangeObserver]] = defaultdict(list)
+        for quantizer in waiting:
+            if self._taken.pop(quantizer, None) is not None:
+                # The same batch, wider.
+                quantizer.batches -= 1
+            groups[quantizer.spec.calibration, quantizer.min_val.device].append(quantizer)
+        for quantizers in groups.values():
+            commit_together(quantizers, torch.stack([waiting[q] for q in quantizers], 1))
+
+
+@torch.no_grad()
+def commit_together(quantizers: Sequence[RangeObserver], batch: Tensor) -> None:
+    """``commit`` of many quantizers of one calibration and device, in a few operations.
+
+    Args:
+        quantizers: The quantizers.
+        batch: ``(-min, max)`` of each by column, shape ``(2, quantizers)``.
+    """
+    kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
+    low, high, batches = (torch.stack(buffers) for buffers in kept)
+    CALIBRATIONS[quantizers[0].spec.calibration].update(low, high, batch, batches)
+    for buffers, values in zip(kept, (low, high, batches + 1), strict=True):
+        # torch's optimizers are made of it, though it is not in torch.__all__.
+        torch._foreach_copy_(buffers, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    for quantizer in quantizers:
+        quantizer.range_changed()
+
+
+def _may_run_again() -> bool:
+    """Whether backward may run what runs now a second time, as activation checkpointing does."""
+    if is_dynamo_compiling():
+        return False
+    return not torch.is_grad_enabled() or saved_tensors_are_hooked()

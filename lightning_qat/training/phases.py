@@ -1,7 +1,7 @@
 """Apply a phase to a model, and agree on ranges across processes: what a training loop calls.
 
 ``QATCallback`` calls these; a loop of one's own may as well. Without them a prepared model observes
-and quantizes from the first training batch on, each quantizer for itself.
+and quantizes from the first training batch on, and each forward commits what it has observed.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.names import place
+from lightning_qat.quantizers.range_observer import commit_together
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -66,22 +66,9 @@ def commit_pending(quantizers: Mapping[str, ActivationQuantizer], *, agree: bool
     for index, (quantizer, (low, _)) in enumerate(zip(observed, bounds, strict=True)):
         if low != -torch.inf:
             seen[quantizer.spec.calibration].append(index)
-    for calibration, indices in seen.items():
+    for indices in seen.values():
         batch = flat if len(indices) == len(observed) else flat[indices]
-        _update(calibration, [observed[i] for i in indices], batch.T)
-
-
-@torch.no_grad()
-def _update(calibration: str, quantizers: list[ActivationQuantizer], batch: Tensor) -> None:
-    """``commit`` of many quantizers in a few operations; ``batch`` is ``(-min, max)`` by column."""
-    kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
-    low, high, batches = (torch.stack(buffers) for buffers in kept)
-    CALIBRATIONS[calibration].update(low, high, batch, batches)
-    for buffers, values in zip(kept, (low, high, batches + 1), strict=True):
-        # torch's optimizers are made of it, though it is not in torch.__all__.
-        torch._foreach_copy_(buffers, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]
-    for quantizer in quantizers:
-        quantizer.range_changed()
+        commit_together([observed[i] for i in indices], batch.T)
 
 
 def _refuse_non_finite(bounds: dict[str, list[float]]) -> None:
