@@ -28,10 +28,12 @@ class ForwardCache:
 
     Args:
         traced: It belongs to a graph that ``torch.compile`` makes.
+        may_run_again: Backward may run the whole forward again.
     """
 
-    def __init__(self, *, traced: bool) -> None:
+    def __init__(self, *, traced: bool, may_run_again: bool = False) -> None:
         self.traced = traced
+        self.may_run_again = may_run_again
         # By identity of the tensor; then by version, autograd's context, and whose grid.
         self._quantized: dict[int, dict[tuple[int, object, int], Tensor | None]] = {}
         self._grid: dict[int, dict[tuple[int, object], int]] = {}
@@ -43,6 +45,8 @@ class ForwardCache:
         """How often each hooked module has run, by the identity of its hooks."""
         self.observations: Observations | None = None
         """What waits for the end of the forward; a forward that raises is not observed."""
+        self.runs_again = False
+        """Backward will run parts of the forward again."""
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         # A compiler's own tensors, which it does not let be watched, live as long as its graph.
         self._traced_tensors: list[object] = []
@@ -121,7 +125,6 @@ class ForwardCache:
         """Forget everything; nothing shall outlive the forward."""
         self._quantized.clear()
         self._watched.clear()
-        self.observations = None
         self.relu_fusion.close()
         self._traced_tensors.clear()
 

@@ -31,7 +31,7 @@ from lightning_qat.model.torch_compile import (
     constant_while_tracing,
     run_outside_graphs,
 )
-from lightning_qat.model.torch_private import wrap_checkpointed_functions
+from lightning_qat.model.torch_private import may_run_again, wrap_checkpointed_functions
 
 
 class ModuleHooks:
@@ -87,7 +87,9 @@ class ModuleHooks:
                 frame.handled = sys.exc_info()[1]
             # The outermost watched module; under activation checkpointing it may be any, and one
             # that torch.compile wraps begins anew.
-            forward_cache = ForwardCache(traced=is_dynamo_compiling())
+            forward_cache = ForwardCache(
+                traced=is_dynamo_compiling(), may_run_again=may_run_again()
+            )
             now.open_cache(frame, forward_cache)
             if frame.outer_forward_cache is None:
                 frame.mode = QuantizeCallsMode()
@@ -147,7 +149,7 @@ def _commit(frame: Frame) -> None:
     # torch calls the hooks of a forward that raised while it handles the exception.
     if cache.traced or sys.exc_info()[1] is frame.handled:
         with hide_from_hooks():
-            cache.observations.commit()
+            cache.observations.commit(cache.runs_again)
 
 
 _FOR_MODES = FunctionsForModes(FUNCTION_TABLE, lambda: bool(running().frames))

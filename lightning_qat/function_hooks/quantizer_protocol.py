@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -33,8 +34,16 @@ class InputQuantizer(Protocol):
 class Observations(Protocol):
     """What the quantizers of one forward have observed, and not yet taken into their ranges."""
 
-    def commit(self) -> None:
-        """Take all of it into the ranges."""
+    def commit(self, remember: bool) -> None:
+        """Take all of it into the ranges.
+
+        Args:
+            remember: Keep the ranges before, for ``as_in_forward``.
+        """
+        ...
+
+    def as_in_forward(self) -> AbstractContextManager[None]:
+        """Inside, every quantizer has the range again with which the forward has quantized."""
         ...
 
 

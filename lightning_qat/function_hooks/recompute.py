@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling
@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from lightning_qat.function_hooks.forward_cache import ForwardCache
 from lightning_qat.function_hooks.frame import Frame
 from lightning_qat.function_hooks.mode import QuantizeCallsMode
+from lightning_qat.function_hooks.quantizer_protocol import Observations
 from lightning_qat.function_hooks.running import hide_from_hooks, running
 
 
@@ -25,31 +26,38 @@ def to_be_run_again(function: Callable[..., Any]) -> Callable[..., Any]:
     if is_dynamo_compiling() or now.forward_cache is None or not now.frames:
         return function
     frames = [frame.at_this_call() for frame in now.frames]
-    runs = Counter(now.forward_cache.runs)
+    forward_cache = now.forward_cache
+    forward_cache.runs_again = True
+    runs = Counter(forward_cache.runs)
 
     # Its name tells call_site where the user's code ends.
     def _run_checkpointed_again(*args: Any, **kwargs: Any) -> Any:
-        with _inside(frames, runs) as forward_cache:
+        with _inside(frames, runs, forward_cache.observations) as again:
             result = function(*args, **kwargs)
             with hide_from_hooks():
-                result = forward_cache.relu_fusion.read_all(result)
-                forward_cache.relu_fusion.note_readers()
+                result = again.relu_fusion.read_all(result)
+                again.relu_fusion.note_readers()
             return result
 
     return _run_checkpointed_again
 
 
 @contextmanager
-def _inside(frames: list[Frame], runs: Counter[int]) -> Iterator[ForwardCache]:
-    """Continue forwards that have ended, with a cache of their own."""
+def _inside(
+    frames: list[Frame], runs: Counter[int], observations: Observations | None
+) -> Iterator[ForwardCache]:
+    """Continue forwards that have ended, with a cache of their own and the ranges of then."""
     now = running()
     before = now.frames, now.forward_cache
     forward_cache = ForwardCache(traced=False)
     forward_cache.runs = Counter(runs)
+    # For what is checkpointed within; in backward nothing is observed.
+    forward_cache.observations = observations
     # Backward may run it several times.
     now.frames, now.forward_cache = [frame.repeated() for frame in frames], forward_cache
     try:
-        with QuantizeCallsMode():
+        ranges = nullcontext() if observations is None else observations.as_in_forward()
+        with ranges, QuantizeCallsMode():
             yield forward_cache
     finally:
         now.frames, now.forward_cache = before

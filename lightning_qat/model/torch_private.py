@@ -34,6 +34,17 @@ def saved_tensors_are_hooked() -> bool:
     return top is None or top(False) is not None
 
 
+def may_run_again() -> bool:
+    """Whether backward may run what runs now a second time, as activation checkpointing does.
+
+    Without a gradient a forward may be a checkpointed one of the older kind. While torch.compile
+    traces, the answer is False: what it runs again is a matter of its graph.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return not torch.is_grad_enabled() or saved_tensors_are_hooked()
+
+
 def autograd_context() -> tuple[object, bool]:
     """What autograd does with the calls of this moment, to be compared with ``==``.
 

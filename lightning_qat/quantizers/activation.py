@@ -130,8 +130,6 @@ class ActivationQuantizer(RangeObserver):
     def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
         if not (self.calibrated or is_compiling() or self.in_training):
             self.notice_range()
-        if not observes:
-            self.settle()
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from lightning_qat.function_hooks.running import current_forward_cache
-from lightning_qat.model.torch_private import is_in_backward, saved_tensors_are_hooked
+from lightning_qat.model.torch_private import is_in_backward
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -47,8 +47,8 @@ class RangeObserver(Quantizer):
         observing: The range follows the data of training forwards; see ``in_training``.
         deferred: Observations wait for ``commit``, so that the scale is the same for a whole step
             and all processes can agree on it first; otherwise each forward commits its own, at its
-            end. A first range counts at once, and so does what backward may run again and what is
-            called outside any hooked forward.
+            end. A first range counts at once, and so does what is called outside any hooked
+            forward or in one without gradients.
         calibrated: There is a range.
         pending: ``(-min, max)`` of what was observed and not committed, float32 ``(2,)``.
     """
@@ -101,7 +101,6 @@ class RangeObserver(Quantizer):
             # Activation checkpointing runs the forward again in backward: it has been counted, and
             # its range must stay what it was.
             return
-        self.settle()
         seen = batch if self.pending is None else torch.maximum(self.pending, batch)
         if self.deferred:
             self.pending = seen
@@ -120,17 +119,6 @@ class RangeObserver(Quantizer):
         if self.deferred:
             return True
         return self.calibrated and ForwardObservations.of_this_forward() is not None
-
-    def settle(self) -> None:
-        """Commit what waits for the end of this forward, if backward may run what follows again.
-
-        Then the range must be the one that the forward has used.
-        """
-        if _may_run_again():
-            forward_cache = current_forward_cache()
-            waiting = None if forward_cache is None else forward_cache.observations
-            if isinstance(waiting, ForwardObservations):
-                waiting.commit_of(self)
 
     def range_of(self, x: Tensor) -> Tensor:
         """The ``(-min, max)`` that the calibration finds in a tensor, float32 ``(2,)``."""
@@ -216,12 +204,14 @@ class ForwardObservations:
     def __init__(self) -> None:
         self._waiting: dict[RangeObserver, Tensor] = {}
         self._taken: dict[RangeObserver, Tensor] = {}
+        # Of each quantizer the range of the forward, and its buffers, which hold another since.
+        self._before: list[tuple[RangeObserver, dict[str, Tensor], dict[str, Tensor]]] = []
 
     @staticmethod
     def of_this_forward() -> ForwardObservations | None:
-        """Those of the forward that runs; ``None``: it is not hooked, or may run again."""
+        """Those of the running forward; ``None``: it is not hooked, or may run again as a whole."""
         forward_cache = current_forward_cache()
-        if forward_cache is None or _may_run_again():
+        if forward_cache is None or forward_cache.may_run_again:
             return None
         if forward_cache.observations is None:
             forward_cache.observations = ForwardObservations()
@@ -237,25 +227,38 @@ class ForwardObservations:
         """Note a ``(-min, max)`` that the quantizer has committed."""
         self._taken[quantizer] = batch
 
-    def commit_of(self, quantizer: RangeObserver) -> None:
-        """Take what one quantizer has observed into its range."""
-        if quantizer in self._waiting:
-            self._commit({quantizer: self._waiting.pop(quantizer)})
-
-    def commit(self) -> None:
+    def commit(self, remember: bool = False) -> None:
         """Take all of it into the ranges, in a few operations for each calibration and device."""
-        waiting, self._waiting = self._waiting, {}
-        self._commit(waiting)
-
-    def _commit(self, waiting: dict[RangeObserver, Tensor]) -> None:
         groups: dict[tuple[str, torch.device], list[RangeObserver]] = defaultdict(list)
-        for quantizer in waiting:
-            if self._taken.pop(quantizer, None) is not None:
+        for quantizer in self._waiting:
+            if quantizer in self._taken:
                 # The same batch, wider.
                 quantizer.batches -= 1
             groups[quantizer.spec.calibration, quantizer.min_val.device].append(quantizer)
         for quantizers in groups.values():
-            commit_together(quantizers, torch.stack([waiting[q] for q in quantizers], 1))
+            if remember:
+                self._remember(quantizers)
+            commit_together(quantizers, torch.stack([self._waiting[q] for q in quantizers], 1))
+        self._waiting.clear()
+        self._taken.clear()
+
+    def _remember(self, quantizers: Sequence[RangeObserver]) -> None:
+        lows = torch.stack([q.min_val for q in quantizers]).unbind()
+        highs = torch.stack([q.max_val for q in quantizers]).unbind()
+        for quantizer, low, high in zip(quantizers, lows, highs, strict=True):
+            buffers = {"min_val": quantizer.min_val, "max_val": quantizer.max_val}
+            self._before.append((quantizer, {"min_val": low, "max_val": high}, buffers))
+
+    @contextmanager
+    def as_in_forward(self) -> Iterator[None]:
+        """Give every quantizer the range again with which the forward has quantized."""
+        try:
+            for quantizer, before, _ in self._before:
+                quantizer._buffers.update(before)
+            yield
+        finally:
+            for quantizer, _, buffers in self._before:
+                quantizer._buffers.update(buffers)
 
 
 @torch.no_grad()
@@ -274,10 +277,3 @@ def commit_together(quantizers: Sequence[RangeObserver], batch: Tensor) -> None:
         torch._foreach_copy_(buffers, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]
     for quantizer in quantizers:
         quantizer.range_changed()
-
-
-def _may_run_again() -> bool:
-    """Whether backward may run what runs now a second time, as activation checkpointing does."""
-    if is_dynamo_compiling():
-        return False
-    return not torch.is_grad_enabled() or saved_tensors_are_hooked()

@@ -375,21 +375,23 @@ def quantized_inputs(layer: Any) -> list[Tensor]:
 @pytest.mark.parametrize("outside_first", [False, True])
 @pytest.mark.parametrize("recipe", ["int8", INPUTS_ONLY], ids=["joins", "layers"])
 def test_backward_runs_a_checkpointed_part_with_the_range_of_the_forward(
-    recipe: Any, outside_first: bool, reentrant: bool
+    recipe: Any, outside_first: bool, reentrant: bool, commits: Commits
 ) -> None:
     torch.manual_seed(0)
     model = Checkpointed(reentrant, outside_first).train()
     prepare(model, recipe, torch.randn(8, 4))
     model(torch.randn(8, 4))
+    commits.clear()
     seen = quantized_inputs(model.block)
     for batch in range(1, 4):
         loss = model(batch * torch.randn(8, 4)).square().sum()
-        in_forward = seen[-1]
-        count = len(seen)
+        after, in_forward, count = ranges(model), seen[-1], len(seen)
         loss.backward()
         assert len(seen) == count + 1
         assert torch.equal(seen[-1], in_forward)
-        assert {batches for _, _, batches in ranges(model).values()} == {batch + 1.0}
+        assert ranges(model) == after
+        assert {batches for _, _, batches in after.values()} == {batch + 1.0}
+    assert len(commits) == 3
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -416,6 +418,7 @@ def test_without_gradients_every_quantizer_commits_at_once(commits: Commits) -> 
 # Compiled, distributed, on several devices
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["resnet20", "encoder_block", "inception"])
 def test_a_compiled_model_has_the_outputs_and_ranges_of_an_eager_one(name: str) -> None:
     torch._dynamo.reset()
