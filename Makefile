@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test lint check-format check-ruff check-mypy check-pyright format clean
+.PHONY: help setup demo bench bench-gpu test lint check-format check-ruff check-mypy check-pyright format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ bench: setup ## measure training steps, memory and exports, in a short form
 	$(BIN)/python -m benchmarks.step --small --memory --nets resnet18 mobilenet
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.export --only targets --rounds 1
+
+bench-gpu: setup ## on a CUDA card: its tests, training steps and bandwidth, in ten minutes
+	$(BIN)/python -m benchmarks.gpu
 
 # One thread in each of the two workers: more threads than cores makes them wait for each other.
 test: export OMP_NUM_THREADS = 1

@@ -68,11 +68,11 @@ def resnet18(width: int = 64) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 10))
 
 
-def resnet50(width: int = 64) -> nn.Module:
-    """ResNet-50 for 224x224 images."""
+def resnet50(width: int = 64, counts: tuple[int, ...] = (3, 4, 6, 3)) -> nn.Module:
+    """ResNet-50 for 224x224 images; ``counts``: blocks per stage."""
     layers: list[nn.Module] = [conv(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     cin = width
-    for stage, count in enumerate((3, 4, 6, 3)):
+    for stage, count in enumerate(counts):
         for index in range(count):
             layers.append(Bottleneck(cin, width << stage, 2 if stage and not index else 1))
             cin = 4 * (width << stage)

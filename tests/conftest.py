@@ -15,6 +15,15 @@ def pytest_collection_finish() -> None:
     torch_once.remember()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """``@pytest.mark.cuda``, or ``cuda(devices=2)``: skip where there are fewer CUDA devices."""
+    marker = item.get_closest_marker("cuda")
+    if marker is not None:
+        needed = marker.kwargs.get("devices", 1)
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} CUDA device{'s' * (needed > 1)}: python -m benchmarks.gpu")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

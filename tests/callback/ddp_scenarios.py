@@ -1,6 +1,6 @@
-"""What two processes do for ``test_ddp.py``: one fit after the other, and a line of results each.
+"""What processes do for ``test_ddp.py``: one fit after the other, and a line of results each.
 
-Started by torchrun as two nodes of one process each.
+Started by torchrun as two nodes of one process each, and for ``test_ddp_nccl.py`` as one node.
 """
 
 import json
@@ -94,6 +94,14 @@ class OtherPath(Net):
         return logits
 
 
+class PlannedNet(Net):
+    """Knows its inputs: learned ranges are parameters that the optimizer must be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 1, 6, 6)
+
+
 class Failing:
     """An exporter that fails."""
 
@@ -108,7 +116,11 @@ class Failing:
 def fit(
     folder: Path,
     nodes: int = 1,
+    devices: int = 1,
+    accelerator: str = "cpu",
+    backend: str = "gloo",
     kind: type[Net] = Net,
+    recipe: Any = "int8",
     samples: int = SAMPLES,
     ckpt: Path | None = None,
     exporters: tuple[Any, ...] = (),
@@ -121,14 +133,17 @@ def fit(
     net = kind()
     collectives = Collectives()
     dist.all_reduce = collectives
-    callback = QATCallback(schedule=SCHEDULE, exporters=exporters, export_dir=folder / "out")
-    strategy = DDPStrategy(process_group_backend="gloo", **(ddp or {}))
+    callback = QATCallback(
+        recipe, schedule=SCHEDULE, exporters=exporters, export_dir=folder / "out"
+    )
+    strategy = DDPStrategy(process_group_backend=backend, **(ddp or {}))
+    alone = nodes * devices == 1 and backend == "gloo"
     trainer = L.Trainer(
         **{"max_epochs": EPOCHS, **options},
-        accelerator="cpu",
-        devices=1,
+        accelerator=accelerator,
+        devices=devices,
         num_nodes=nodes,
-        strategy=strategy if nodes > 1 else "auto",
+        strategy="auto" if alone else strategy,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -154,8 +169,11 @@ def fit(
         "delivered": [result.target for result in callback.delivered],
         "error": error,
         "rank": trainer.global_rank,
+        "world": trainer.world_size,
     }
 
+
+LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "default": {"exporters": ("fake_quant_onnx",)},
@@ -164,9 +182,23 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "static graph": {"ddp": {"static_graph": True}},
     "accumulated": {"accumulate_grad_batches": 2},
     "uneven last batch": {"samples": SAMPLES - 3},
+    # Learned parameters get no gradient from the batches that calibrate.
+    "learned": {"recipe": LEARNED, "kind": PlannedNet, "ddp": {"find_unused_parameters": True}},
+    "bf16-mixed": {"precision": "bf16-mixed"},
     "other path": {"kind": OtherPath},
     "failing export": {"exporters": (Failing(),), "max_epochs": 3},
 }
+
+
+ONE_NODE = ("default", "learned", "bf16-mixed")
+
+
+def one_node(out: Path, backend: str, world: int) -> None:
+    """Some scenarios on one node; on GPUs with NCCL, else with gloo."""
+    accelerator = "gpu" if backend == "nccl" else "cpu"
+    options: dict[str, Any] = {"devices": world, "accelerator": accelerator, "backend": backend}
+    results = {name: fit(out / name, **options, **SCENARIOS[name]) for name in ONE_NODE}
+    (out / f"{results['default']['rank']}.json").write_text(json.dumps(results))
 
 
 def main(out: Path) -> None:
@@ -180,4 +212,7 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        one_node(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

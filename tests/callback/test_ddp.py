@@ -91,7 +91,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-TRAINED = ["default", "broadcast_buffers off", "static graph", "accumulated", "uneven last batch"]
+TRAINED = [
+    *("default", "broadcast_buffers off", "static graph", "accumulated", "uneven last batch"),
+    "bf16-mixed",
+]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -134,6 +137,20 @@ def test_one_collective_per_observing_batch_and_none_once_frozen(
         assert counted[0] == [1, numbers]
         assert counted[1:FREEZE] == [[numbers]] * (FREEZE - 1)
         assert counted[FREEZE:] == [[]] * (EPOCHS * BATCHES - FREEZE)
+
+
+def test_learned_ranges_start_alike_and_learn_alike(results: Results) -> None:
+    first, second = (result["learned"] for result in results)
+    assert (first["error"], second["error"]) == ("", "")
+    # Scales and lower ends are among the weights.
+    assert first["ranges"] == second["ranges"]
+    assert first["weights"] == second["weights"]
+    assert first["losses"] != second["losses"]
+    # Two batches calibrate; then gradients move the scales, which DDP averages itself.
+    assert {seen for _, _, seen in first["ranges"].values()} == {2}
+    numbers = 2 * len(first["ranges"])
+    assert first["counted"][:2] == [[numbers]] * 2
+    assert first["counted"][FREEZE:] == [[]] * (EPOCHS * BATCHES - FREEZE)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_on_every_process(results: Results) -> None:

@@ -82,23 +82,33 @@ def test_a_run_in_bf16_resumes_to_the_bit(
     assert same(resumed.state_dict(), whole.state_dict())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed scales gradients on CUDA only")
-def test_16_mixed_on_a_gpu(tmp_path: Path) -> None:
-    net = Net()
-    callback = qat(exporters=["fake_quant_onnx"], export_dir=tmp_path / "out")
-    run = L.Trainer(
-        max_epochs=2,
-        accelerator="gpu",
-        devices=1,
-        precision="16-mixed",
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
+
+
+@pytest.mark.parametrize("recipe", ["int8", LEARNED], ids=["int8", "learned"])
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        ("cpu", "bf16-mixed"),
+        pytest.param("gpu", "bf16-mixed", marks=pytest.mark.cuda),
+        # It scales gradients, on CUDA only.
+        pytest.param("gpu", "16-mixed", marks=pytest.mark.cuda),
+    ],
+)
+def test_mixed_precision_trains_and_its_file_agrees(
+    trainer: Callable[..., L.Trainer], tmp_path: Path, device: str, precision: Any, recipe: Any
+) -> None:
+    net = Planned()
+    seen: set[torch.dtype] = set()
+    net.head.register_forward_hook(lambda _module, _args, logits: seen.add(logits.dtype))
+    callback = qat(recipe, exporters=["fake_quant_onnx"], export_dir=tmp_path / "out")
+    run = trainer(callback, accelerator=device, devices=1, precision=precision, max_epochs=4)
     run.fit(net, loader())
-    assert callback.delivered[0].error is None
-    assert all(
-        {b.dtype for b in q.buffers()} == {torch.float32}
-        for q in activation_quantizers(net).values()
-    )
+    assert (torch.float16 if precision == "16-mixed" else BF16) in seen
+    assert net.losses[-1] < net.losses[0]
+    for quantizer in activation_quantizers(net).values():
+        assert {t.dtype for t in [*quantizer.buffers(), *quantizer.parameters()]} == {torch.float32}
+    agreement = callback.delivered[0].agreement
+    assert agreement is not None
+    assert agreement.parameters_equal
+    assert agreement.max_steps < 1

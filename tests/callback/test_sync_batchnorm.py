@@ -44,7 +44,30 @@ def test_phases_reach_converted_batch_norms(phase: str) -> None:
     assert not net.bn._forward_pre_hooks
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm runs on CUDA only")
+@pytest.mark.parametrize("when", ["before training", "of some layers"])
+def test_sync_batch_norm_that_the_user_converts_trains_as_batch_norm_in_one_process(
+    trainer: Callable[..., L.Trainer], tmp_path: Path, when: str
+) -> None:
+    # torch takes the ordinary kernel where there is nobody to synchronize with, also on a CPU.
+    plain, synced = Planned(), Planned()
+    synced.load_state_dict(plain.state_dict())
+    if when == "before training":
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(synced)
+    else:
+        synced.bn = nn.SyncBatchNorm.convert_sync_batchnorm(synced.bn)
+    assert type(synced.bn) is nn.SyncBatchNorm
+    trainer(qat()).fit(plain, loader())
+    callback = qat(exporters=["fake_quant_onnx"], export_dir=tmp_path)
+    trainer(callback).fit(synced, loader())
+    assert synced.losses == plain.losses
+    agreement = callback.delivered[0].agreement
+    assert agreement is not None
+    assert agreement.parameters_equal
+    x = torch.randn(5, 1, 6, 6)
+    assert torch.equal(convert(synced, x)(x), convert(plain, x)(x))
+
+
+@pytest.mark.cuda(devices=2)
 def test_sync_batch_norm_on_gpus(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

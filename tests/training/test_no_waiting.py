@@ -45,3 +45,33 @@ def test_a_training_step_looks_at_no_value(name: str, recipe: str, memory: Any) 
 def test_a_look_at_a_value_would_be_seen() -> None:
     with pytest.raises(RuntimeError, match="meta"):
         torch.zeros((), device="meta").item()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("memory", ["fast", "compact"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["mobilenet_v3_block", "dense_block"])
+def test_a_training_step_on_a_gpu_waits_for_nothing(name: str, recipe: str, memory: Any) -> None:
+    model, x = NETWORKS[name][0]().to("cuda"), inputs_for(name).to("cuda")
+    prepare(model, RECIPES[recipe], x, memory)
+    step(model.train(), x)
+    for quantizer in activation_quantizers(model).values():
+        quantizer.deferred = True
+    for observing in (True, False):
+        set_observing(activation_quantizers(model).values(), observing)
+        step(model, x)  # kernels are compiled
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(model, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_a_wait_on_a_gpu_would_be_seen() -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.zeros((), device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
