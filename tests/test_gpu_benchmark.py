@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.on_gpu import process as process_file
 from benchmarks.on_gpu import results as results_file
-from benchmarks.on_gpu.process import RowFailed, RowProcess
+from benchmarks.on_gpu.process import RowFailed, RowProcess, choose_start
 from benchmarks.on_gpu.results import Results, facts
 from benchmarks.on_gpu.steps import Config, model_of, stepper
 
@@ -99,6 +100,23 @@ def test_a_row_that_fails_says_why_and_leaves_no_process(kind: str, reason: str)
         process.stop()
     assert error.value.in_time is (kind != "hangs")
     assert not process.is_alive
+
+
+def raises() -> Iterator[Any]:
+    raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+    yield
+
+
+def works() -> Iterator[Any]:
+    yield 1
+
+
+@pytest.mark.parametrize(("touches", "start"), [(works, "forkserver"), (raises, "spawn")])
+def test_processes_are_spawned_where_they_could_not_use_the_device(
+    touches: Any, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_file, "_start", "forkserver")
+    assert choose_start(touches) == start
 
 
 def test_a_failing_variant_costs_its_row_alone(

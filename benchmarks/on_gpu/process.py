@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Not fork: a process that has used CUDA cannot be forked.
-_METHODS = multiprocessing.get_all_start_methods()
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
-if "forkserver" in _METHODS:
-    # Imported once; nothing of it touches the device.
-    _CONTEXT.set_forkserver_preload(["benchmarks.on_gpu.steps", "benchmarks.on_gpu.bandwidth"])
+_PRELOADED = ["benchmarks.on_gpu.steps", "benchmarks.on_gpu.bandwidth", "torch._dynamo"]
+"""Imported once for all processes; nothing of it touches the device, see ``choose_start``."""
+
+_start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 _LINES = 3
 """Of an error's text that a row keeps: compilers put what happened below a headline."""
@@ -55,8 +53,12 @@ class RowProcess:
         handle, name = tempfile.mkstemp(prefix="gpu-row-", suffix=".log")
         os.close(handle)
         self._log = Path(name)
-        self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_run, args=(target, arguments, theirs, name))
+        context: Any = multiprocessing.get_context(_start)
+        if _start == "forkserver":
+            # Before the first process; `benchmarks.step` names others when it is imported.
+            context.set_forkserver_preload(_PRELOADED)
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(target, arguments, theirs, name))
         self._process.start()
         theirs.close()  # so that its end is noticed
 
@@ -106,6 +108,29 @@ class RowProcess:
         self._process.join()
         self._connection.close()
         self._log.unlink(missing_ok=True)
+
+
+def choose_start(touches: Callable[[], Iterator[Any]], seconds: float = 60.0) -> str:
+    """Fall back from ``forkserver`` to the slower ``spawn`` if a process cannot use the device.
+
+    A process that has used CUDA cannot be forked, and some torch may use it when it is imported.
+
+    Args:
+        touches: A generator function that uses the device.
+        seconds: The time that it has.
+
+    Returns:
+        How processes start from now on.
+    """
+    global _start
+    process = RowProcess(touches)
+    try:
+        process.answer(time.monotonic() + seconds)
+    except RowFailed:
+        _start = "spawn"
+    finally:
+        process.stop()
+    return _start
 
 
 def reason(error: BaseException) -> str:

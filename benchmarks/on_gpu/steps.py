@@ -164,6 +164,11 @@ def turns(config: Config, variant: str, device: str, narrow: bool) -> Iterator[A
         yield found
 
 
+def touches_device() -> Iterator[Any]:
+    """In a process of its own: use the device."""
+    yield float(torch.ones((), device="cuda"))
+
+
 class Float:
     """The float network of a configuration in its process.
 

@@ -105,7 +105,7 @@ def test_mixed_precision_trains_and_its_file_agrees(
     run = trainer(callback, accelerator=device, devices=1, precision=precision, max_epochs=4)
     run.fit(net, loader())
     assert (torch.float16 if precision == "16-mixed" else BF16) in seen
-    assert net.losses[-1] < net.losses[0]
+    assert sum(net.losses[-BATCHES:]) < sum(net.losses[:BATCHES])
     for quantizer in activation_quantizers(net).values():
         assert {t.dtype for t in [*quantizer.buffers(), *quantizer.parameters()]} == {torch.float32}
     agreement = callback.delivered[0].agreement
