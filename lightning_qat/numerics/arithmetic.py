@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lightning_qat.numerics.qparams import IntegerGrid
 
@@ -39,9 +40,18 @@ def affine_qparams(low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor
         (tensor(0.0100), tensor(-28.))
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = (high - low) / (grid.qmax - grid.qmin)
+    scale = _divided(high - low, grid.qmax - grid.qmin)
     scale = torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
     return scale, zero_point_of(low, scale, grid)
+
+
+def _divided(x: Tensor, number: float) -> Tensor:
+    """The quotient, rounded once on every device.
+
+    CUDA's division by a number multiplies with its reciprocal instead, which is off by one bit now
+    and then: a range would have another scale there than in the file.
+    """
+    return x / number if x.is_cpu or is_compiling() else x / x.new_full((), number)
 
 
 def zero_point_of(low: Tensor, scale: Tensor, grid: IntegerGrid) -> Tensor:
@@ -73,7 +83,7 @@ def symmetric_scale(largest: Tensor, grid: IntegerGrid) -> Tensor:
         >>> symmetric_scale(torch.tensor(12.7), IntegerGrid(-127, 127))
         tensor(0.1000)
     """
-    scale = largest / ((grid.qmax - grid.qmin) / 2)
+    scale = _divided(largest, (grid.qmax - grid.qmin) / 2)
     return torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
 
 
@@ -121,7 +131,8 @@ def arq_scale(low: Tensor, high: Tensor, grid: IntegerGrid) -> Tensor:
         tensor(0.0100)
     """
     largest = torch.maximum(low.abs(), high.abs())
-    scale = torch.where(low.abs() > high.abs(), largest / -grid.qmin, largest / grid.qmax)
+    of_low, of_high = _divided(largest, -grid.qmin), _divided(largest, grid.qmax)
+    scale = torch.where(low.abs() > high.abs(), of_low, of_high)
     return torch.where(scale < AMCT_MIN_SCALE, torch.ones_like(scale), scale)
 
 

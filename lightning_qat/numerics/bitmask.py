@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_qat.numerics.gpu import activations as gpu
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.build import RUN
 
@@ -73,6 +74,8 @@ def masked(grad: Tensor, packed: Tensor, shape: torch.Size, stride: tuple[int, .
     """A gradient where the flags of ``pack_bits`` are set, zero elsewhere."""
     if not torch.is_grad_enabled():  # Else of a second derivative.
         result = kernels.masked(grad, packed, shape, stride)
+        if result is None:
+            result = gpu.masked(grad, packed, shape, stride)
         if result is not None:
             return result
     return unpack_bits(packed, shape, stride).to(grad.dtype).mul_(grad)

@@ -4,9 +4,11 @@ One function chooses among the ways to do it, which give the same numbers:
 
 * on CPUs with a compiler: a loop that goes over the tensor once, ``kernels``; backward keeps a bit
   per element;
+* on GPUs with Triton: a kernel that does the same in one launch, ``gpu``;
 * on CPUs without, where a reader of the result keeps its input anyway (layers): backward looks at
   the input again, one vectorised pass (``hardtanh_backward``);
-* otherwise operations of torch in place over one temporary; backward keeps a bit per element;
+* otherwise operations of torch, in place over one temporary where backward keeps a bit per element,
+  and as few as possible on other devices than CPUs, where backward keeps a byte;
 * while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse.
 
 ATen's own fake-quantize kernels are not vectorised on CPUs (``benchmarks/step.py --kernels`` prints
@@ -23,6 +25,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lightning_qat.numerics.gpu.activations import rows_of
+from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
+from lightning_qat.numerics.gpu.launch import suits
+from lightning_qat.numerics.gpu.straight_through import quantize_on_device
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -48,6 +54,7 @@ def fake_quantize(
     saves_input: bool = False,
     carries_int_repr: bool = False,
     observe: Observe | None = None,
+    limits: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Round real values to the grid and stay in real numbers.
 
@@ -72,6 +79,7 @@ def fake_quantize(
             ``saving_int_repr`` keeps those for backward; overrides ``saves_input``.
         observe: Is called with the range of ``x`` (``batch_range``), which is found in the same
             pass if possible.
+        limits: ``grid.qmin - zero_point`` and ``grid.qmax - zero_point``, if they are known.
 
     Returns:
         Real values on the grid, the shape and dtype of ``x``.
@@ -90,8 +98,19 @@ def fake_quantize(
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
+    if suits(x) and (scale.numel() == 1 or gradient_everywhere) and rows_of(x, scale) is not None:
+        return quantize_on_device(
+            x,
+            DeviceGrid(GridRule.GIVEN, scale, zero_point.to(torch.float32).expand_as(scale), grid),
+            gradient_everywhere=gradient_everywhere,
+            carries_int_repr=carries_int_repr,
+            observe=observe,
+        )
     zero_point_number = as_number(zero_point)
-    step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number
+    if limits is None:
+        step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number
+    else:
+        step_min, step_max = map(as_number, limits)
     keeps_bits = x.requires_grad and torch.is_grad_enabled() and not gradient_everywhere
     edges = None
     if keeps_bits and isinstance(zero_point_number, float) and scale.numel() == 1:
@@ -127,8 +146,7 @@ def clamp_and_quantize(
     To round never changes the order of two values, so the grid is clamped instead of the tensor.
 
     Args:
-        x: Real values, float32, on a device where looking at a number costs nothing; see
-            ``clamps``. It must not be changed in place before backward.
+        x: Real values; see ``clamps``. It must not be changed in place before backward.
         ends: Lower and upper end of the clamp, real values; the upper one is infinity for relu. The
             gradient passes strictly between them.
         scale: Real size of one integer step, float32 scalar, positive.
@@ -149,6 +167,11 @@ def clamp_and_quantize(
         >>> y.detach(), x.grad
         (tensor([0., 0., 3., 6.]), tensor([0., 1., 1., 0.]))
     """
+    if suits(x):
+        given = DeviceGrid(GridRule.GIVEN, scale, zero_point.to(torch.float32), grid)
+        return quantize_on_device(
+            x, given, clamp=ends, carries_int_repr=carries_int_repr, observe=observe
+        )
     zero_point_number = as_number(zero_point)
     step_min, step_max, edges = _clamped(
         grid.qmin - zero_point_number, grid.qmax - zero_point_number, scale.item(), ends
@@ -183,8 +206,9 @@ def _clamped(
 
 def clamps(x: Tensor, zero_point: Tensor) -> bool:
     """Whether ``clamp_and_quantize`` can quantize such a tensor with such a zero point."""
-    single = zero_point.numel() == 1 and zero_point.device.type == "cpu"
-    return single and x.dtype == torch.float32 and not is_compiling()
+    if is_compiling() or zero_point.numel() > 1:
+        return False
+    return suits(x) or (zero_point.device.type == "cpu" and x.dtype == torch.float32)
 
 
 def fake_quantizer(

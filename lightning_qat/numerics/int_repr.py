@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 
+from lightning_qat.numerics.gpu import activations as gpu
 from lightning_qat.numerics.kernels import loops as kernels
 
 
@@ -33,10 +34,13 @@ class IntRepr:
 
     def restore(self) -> Tensor:
         """The real values, float32: ``(integer - zero_point) * scale``."""
+        restored = None
         if isinstance(self.zero_point, float):
             restored = kernels.restore(self.integers, self.scale, self.zero_point)
-            if restored is not None:
-                return restored
+        if restored is None:
+            restored = gpu.restore(self.integers, self.scale, self.zero_point)
+        if restored is not None:
+            return restored
         values = self.integers.to(torch.float32)
         if not (isinstance(self.zero_point, float) and self.zero_point == 0):
             values.sub_(self.zero_point)

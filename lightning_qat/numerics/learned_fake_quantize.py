@@ -115,8 +115,7 @@ def learned_fake_quantizer(
     """
     factor = 1.0
     if values is not None:
-        highest = grid.qmax if low is None else grid.qmax - grid.qmin
-        factor = (max(values // scale.numel(), 1) * highest) ** -0.5
+        factor = gradient_factor(values // scale.numel(), grid, has_low=low is not None)
     # Without a lower end it is 0 on every device.
     zero_point: Any = 0.0
     if low is not None:
@@ -143,6 +142,23 @@ def learned_fake_quantizer(
         return result
 
     return call
+
+
+def gradient_factor(values: int, grid: IntegerGrid, *, has_low: bool) -> float:
+    """What the gradients of a scale are multiplied by; see ``learned_fake_quantize``.
+
+    Args:
+        values: How many share the scale.
+        grid: The integers in use.
+        has_low: There is a lower end.
+
+    Example:
+        >>> gradient_factor(100, IntegerGrid(-8, 4), has_low=False)
+        0.05
+    """
+    highest = grid.qmax - grid.qmin if has_low else grid.qmax
+    factor: float = (max(values, 1) * highest) ** -0.5
+    return factor
 
 
 class _LearnedGrid:

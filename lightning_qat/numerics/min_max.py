@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_qat.numerics.gpu import activations as gpu
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import ALL
 
@@ -39,6 +40,8 @@ def batch_range(
     everything = samples is None or x.numel() <= samples
     if everything:
         found = kernels.value_range(x, ends or ALL)
+        if found is None:
+            found = gpu.value_range(x, ends or ALL)
         if found is not None:
             return found
     values = _in_memory_order(x.detach())

@@ -84,7 +84,8 @@ class _Rounded(NamedTuple):
     Args:
         values: Real values.
         int_repr: Its integers.
-        bits: The elements whose gradient passes, packed; see ``pack_bits``.
+        bits: The elements whose gradient passes, packed; see ``pack_bits``. Or those whose gradient
+            does not pass, as bool.
     """
 
     values: Tensor
@@ -136,6 +137,8 @@ def _by_operations(call: FakeQuantizeCall) -> _Rounded:
     x = call.x.to(torch.float32)
     if not (call.keeps_bits or call.carries_int_repr):
         return _Rounded(_by_steps(x, call.scale, call.step_min, call.step_max), None, None)
+    if isinstance(call.zero_point, Tensor) and not call.carries_int_repr:
+        return _in_few_operations(x, call)
     reached = None if call.ends is None else (call.step_min, call.step_max)
     rounded = TorchRounding(x, call.scale, call.zero_point, call.grid, reached)
     bits = None
@@ -144,6 +147,15 @@ def _by_operations(call: FakeQuantizeCall) -> _Rounded:
     elif call.keeps_bits:
         bits = rounded.bits()
     return _Rounded(rounded.values(), rounded.int_repr if call.carries_int_repr else None, bits)
+
+
+def _in_few_operations(x: Tensor, call: FakeQuantizeCall) -> _Rounded:
+    """For devices where every operation is a launch: a byte per element instead of a bit."""
+    steps = torch.div(x, call.scale).round_()
+    reached = steps.clamp(call.step_min, call.step_max)
+    stopped = steps.ne(reached)
+    values = torch.empty_like(reached, dtype=call.x.dtype)
+    return _Rounded(torch.mul(reached, call.scale, out=values), None, stopped)
 
 
 class TorchRounding:
@@ -303,7 +315,10 @@ def gradient_edges(step_min: float, step_max: float, scale: float) -> tuple[floa
 
 
 class StraightThrough(torch.autograd.Function):
-    """The result of a function with a straight-through gradient: zero where a bit is not set."""
+    """The result of a function with a straight-through gradient.
+
+    It is zero where a bit is not set, or where a bool is.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -317,4 +332,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """Pass the gradient where the forward did not clip."""
         (bits,) = ctx.saved_tensors
-        return grads[0] if bits is None else masked(grads[0], bits, *ctx.layout), None
+        if bits is None:
+            return grads[0], None
+        if bits.dtype is torch.bool:
+            return grads[0].masked_fill(bits, 0.0), None
+        return masked(grads[0], bits, *ctx.layout), None

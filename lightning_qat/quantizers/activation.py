@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from lightning_qat.numerics.fake_quantize import (
     fake_quantize,
     fake_quantizer,
 )
+from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
+from lightning_qat.numerics.gpu.launch import runs_kernels, suits
+from lightning_qat.numerics.gpu.straight_through import quantize_on_device
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.range_observer import RangeObserver
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
+from lightning_qat.quantizers.weight_cache import tensor_state
 from lightning_qat.recipe.specs import ActivationSpec
 
 
@@ -53,7 +58,7 @@ class ActivationQuantizer(RangeObserver):
         super().__init__(spec)
         self.quantizing = True
         self.compact = False
-        self._cached_qparams: tuple[tuple[float, float], tuple[Tensor, Tensor]] | None = None
+        self._cached_qparams: tuple[Any, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         self.identity = object()
 
     @property
@@ -95,8 +100,8 @@ class ActivationQuantizer(RangeObserver):
 
         Returns:
             The quantized tensor, and the range to give to ``observe`` if the tensor is read.
-            ``None`` if it takes two passes: on other devices than CPUs, for other dtypes than
-            float32, and while the calibration needs more than a range, or commits at once.
+            ``None`` if it takes two passes: where ``clamps`` says so, and while the calibration
+            needs more than a range, or commits at once.
         """
         if not (self.quantizing and self.calibrated) or is_exporting_onnx():
             return None
@@ -118,7 +123,11 @@ class ActivationQuantizer(RangeObserver):
     def _clamp_and_quantize(
         self, x: Tensor, ends: tuple[float, float], observe: Observe | None
     ) -> Tensor | None:
-        numbers = self._current_qparams()
+        if suits(x):
+            return quantize_on_device(
+                x, self.device_grid(), clamp=ends, carries_int_repr=self.compact, observe=observe
+            )
+        numbers = self._current_qparams()[:2]
         return clamp_and_quantize(
             x, ends, *numbers, self.grid, carries_int_repr=self.compact, observe=observe
         )
@@ -147,7 +156,11 @@ class ActivationQuantizer(RangeObserver):
         return self._fake_quantize(x, saves_input, observe)
 
     def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
-        scale, zero_point = self._current_qparams()
+        if suits(x):
+            return quantize_on_device(
+                x, self.device_grid(), carries_int_repr=self.compact, observe=observe
+            )
+        scale, zero_point, *limits = self._current_qparams()
         return fake_quantize(
             x,
             scale,
@@ -156,6 +169,7 @@ class ActivationQuantizer(RangeObserver):
             saves_input=saves_input,
             carries_int_repr=self.compact,
             observe=observe,
+            limits=limits,
         )
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
@@ -186,7 +200,9 @@ class ActivationQuantizer(RangeObserver):
         return self._for_many_calls(values)
 
     def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
-        return fake_quantizer(*self._current_qparams(), self.grid)
+        if runs_kernels(self.min_val.device) and not is_compiling():
+            return lambda x: self._fake_quantize(x, saves_input=True, observe=None)
+        return fake_quantizer(*self._current_qparams()[:2], self.grid)
 
     @property
     def why_not_final(self) -> str | None:
@@ -212,19 +228,44 @@ class ActivationQuantizer(RangeObserver):
         scale, zero_point = self.scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
 
-    def _current_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, computed once for as long as the range stays what it is.
+    def _current_qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, zero point and the limits of the grid, as long as the range stays what it is.
 
-        By its values: an average may exchange them in ways that torch cannot see. On other devices
-        than CPUs looking at them would wait.
+        It is compared by its values: an average may exchange them in ways that torch cannot see. On
+        other devices than CPUs looking at them would wait: there by what torch can see, and
+        whoever lets go of an average says so, see ``forget_qparams``.
         """
-        if is_compiling() or self.min_val.device.type != "cpu":
-            return self.scale_and_zero_point()
-        ends = self.min_val.item(), self.max_val.item()
-        if self._cached_qparams is None or self._cached_qparams[0] != ends:
+        if is_compiling():
+            return self._qparams_and_limits()
+        state: Any
+        if self.min_val.is_cpu:
+            state = self.min_val.item(), self.max_val.item()
+        else:
+            state = tensor_state(self.min_val, self.max_val)
+        if self._cached_qparams is None or self._cached_qparams[0] != state:
             with torch.inference_mode(False):
-                self._cached_qparams = ends, self.scale_and_zero_point()
+                self._cached_qparams = state, self._qparams_and_limits()
         return self._cached_qparams[1]
+
+    def _qparams_and_limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale, zero_point = self.scale_and_zero_point()
+        return scale, zero_point, self.grid.qmin - zero_point, self.grid.qmax - zero_point
+
+    def forget_qparams(self) -> None:
+        """Compute scale and zero point anew: the range may have changed in ways torch cannot see."""
+        self._cached_qparams = None
+
+    def keep_qparams(self, scale: Tensor, zero_point: Tensor, limits: tuple[Tensor, Tensor]) -> None:
+        """Keep the numbers of the present range, which were computed for many quantizers at once."""
+        state = tensor_state(self.min_val, self.max_val)
+        self._cached_qparams = state, (scale, zero_point, *limits)
+
+    def device_grid(self) -> DeviceGrid:
+        """Where a kernel finds the range."""
+        rule = GridRule.RANGE_FROM_ZERO if self.spec.fixed_min else GridRule.RANGE
+        if self.spec.symmetric:
+            rule = GridRule.SYMMETRIC_RANGE
+        return DeviceGrid(rule, self.min_val, self.max_val, self.grid)
 
     def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the present range, float32 scalars without a gradient."""

@@ -7,9 +7,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale, zero_point_of
-from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantizer
+from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
+from lightning_qat.numerics.gpu.launch import runs_kernels, suits
+from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_on_device
+from lightning_qat.numerics.learned_fake_quantize import gradient_factor, learned_fake_quantizer
 from lightning_qat.numerics.min_max import Observe
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.learned_weight import positive_scale
@@ -45,7 +49,9 @@ class LearnedActivation(ActivationQuantizer):
     def _clamp_and_quantize(
         self, x: Tensor, ends: tuple[float, float], observe: Observe | None
     ) -> Tensor | None:
-        if ends[0] != 0.0 or ends[1] < float(self.scale_and_zero_point()[0]):
+        if ends[0] != 0.0:
+            return None
+        if not suits(x) and ends[1] < float(self.scale_and_zero_point()[0]):
             return None
         return self._fake_quantizer(x.numel(), True, self.compact, clamped=ends)(x)
 
@@ -58,6 +64,33 @@ class LearnedActivation(ActivationQuantizer):
         saves_input: bool,
         carries_int_repr: bool,
         clamped: tuple[float, float] | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        if not runs_kernels(self.min_val.device) or is_compiling():
+            return self._by_autograd(values, saves_input, carries_int_repr, clamped)
+        symmetric, factor = self.spec.symmetric, 1.0
+        if self._normalized:
+            factor = gradient_factor(values, self.grid, has_low=not symmetric)
+
+        def call(x: Tensor) -> Tensor:
+            if not suits(x):
+                return self._by_autograd(values, saves_input, carries_int_repr, clamped)(x)
+            return learned_on_device(
+                x,
+                self.device_grid(),
+                factor,
+                clamped=clamped,
+                saves_input=saves_input,
+                carries_int_repr=carries_int_repr,
+            )
+
+        return call
+
+    def _by_autograd(
+        self,
+        values: int,
+        saves_input: bool,
+        carries_int_repr: bool,
+        clamped: tuple[float, float] | None,
     ) -> Callable[[Tensor], Tensor]:
         low, scale = self._low_and_scale()
         return learned_fake_quantizer(
@@ -77,6 +110,10 @@ class LearnedActivation(ActivationQuantizer):
             if low is None:
                 return scale, torch.zeros_like(scale)
             return scale, zero_point_of(low, scale, self.grid)
+
+    def device_grid(self) -> DeviceGrid:
+        """Where a kernel finds the parameters."""
+        raise NotImplementedError
 
     def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
         """Lower end of the range (real; ``None``: symmetric) and scale, differentiable."""
@@ -142,6 +179,13 @@ class LearnedStepActivation(LearnedActivation):
         if self.low is not None:
             self.low.copy_(low)
 
+    def device_grid(self) -> DeviceGrid:
+        """Where a kernel finds the parameters."""
+        if self.low is not None:
+            return DeviceGrid(GridRule.STEP_AND_LOW, self.scale, self.low, self.grid)
+        rule = GridRule.STEP if self.spec.symmetric else GridRule.STEP_FROM_ZERO
+        return DeviceGrid(rule, self.scale, self.scale, self.grid)
+
     def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
@@ -179,6 +223,13 @@ class LearnedClipActivation(LearnedActivation):
         self.clip_max.copy_(largest.clamp(min=0.0))
         if self.clip_min is not None:
             self.clip_min.copy_(low.clamp(max=0.0))
+
+    def device_grid(self) -> DeviceGrid:
+        """Where a kernel finds the parameters."""
+        if self.clip_min is not None:
+            return DeviceGrid(GridRule.RANGE, self.clip_min, self.clip_max, self.grid)
+        rule = GridRule.SYMMETRIC_CLIP if self.spec.symmetric else GridRule.RANGE_FROM_ZERO
+        return DeviceGrid(rule, self.clip_max, self.clip_max, self.grid)
 
     def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
         high = self.clip_max.clamp(min=0.0)

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE, channels_second
 from lightning_qat.numerics.calibration.search import least_squares_scale
+from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
+from lightning_qat.numerics.gpu.launch import suits
+from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_on_device
 from lightning_qat.numerics.int_repr import IntRepr
-from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
+from lightning_qat.numerics.learned_fake_quantize import gradient_factor, learned_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import WeightSpec
@@ -48,10 +51,21 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
         if not self.ready and self.in_training:
             self._start(weight)
-        scale = positive_scale(self.scale) if self.ready else self._scale(weight)
         if isinstance(known, Tensor):
             known, _ = self._rows(known)
         rows, axis = self._rows(weight)
+        if self.ready and suits(rows) and axis in (None, 0):
+            share = rows.numel() // self.scale.numel()
+            quantized = learned_on_device(
+                rows,
+                DeviceGrid(GridRule.STEP, self.scale, self.scale, self.grid),
+                gradient_factor(share, self.grid, has_low=False),
+                saves_input=True,
+                carries_int_repr=self.compact and self.groups == 1,
+                known=known,
+            )
+            return quantized if self.groups == 1 else channels_second(quantized, self.groups)
+        scale = positive_scale(self.scale) if self.ready else self._scale(weight)
         quantized = learned_fake_quantize(
             rows,
             scale,

@@ -1,0 +1,1 @@
+"""Triton kernels of fake quantization, one launch per tensor, and what launches them."""
