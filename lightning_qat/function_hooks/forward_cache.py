@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -41,6 +42,8 @@ class ForwardCache:
         self._viewed: set[int] = set()
         self.relu_fusion = ReluFusion()
         """The results of relu, and their readers."""
+        self.weights: dict[int, Any] = {}
+        """Weights that are quantized together in this forward, by the identity of the quantizer."""
         self.runs: Counter[int] = Counter()
         """How often each hooked module has run, by the identity of its hooks."""
         self.observations: Observations | None = None
@@ -125,6 +128,7 @@ class ForwardCache:
         """Forget everything; nothing shall outlive the forward."""
         self._quantized.clear()
         self._watched.clear()
+        self.weights.clear()
         self.relu_fusion.close()
         self._traced_tensors.clear()
 

@@ -235,18 +235,23 @@ def fake_quantizer(
     return call
 
 
-def quantized_again(weight: Tensor, known: Tensor | IntRepr) -> Tensor:
+def quantized_again(
+    weight: Tensor, known: Tensor | IntRepr, int_repr: IntRepr | None = None
+) -> Tensor:
     """A quantized weight that is known, with the gradient of ``gradient_everywhere``.
 
     Args:
         weight: The float weight, to which the gradient goes.
         known: Its quantized values, or their integers.
+        int_repr: The integers, beside the values.
     """
     result: Tensor
     if isinstance(known, IntRepr):
+        int_repr = known
         result = StraightThrough.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
-        attach_int_repr(result, known)
-        return result
-    # Another tensor of the same memory: a graph of its own.
-    result = StraightThrough.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
+    else:
+        # Another tensor of the same memory: a graph of its own.
+        result = StraightThrough.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]
+    if int_repr is not None:
+        attach_int_repr(result, int_repr)
     return result

@@ -32,19 +32,19 @@ class IntRepr:
     def __init__(self, integers: Tensor, scale: Tensor, zero_point: Tensor | float) -> None:
         self.integers, self.scale, self.zero_point = integers, scale, zero_point
 
-    def restore(self) -> Tensor:
-        """The real values, float32: ``(integer - zero_point) * scale``."""
-        restored = None
+    def restore(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The real values, ``(integer - zero_point) * scale`` in float32, rounded to a dtype."""
+        known = gpu.restore(self.integers, self.scale, self.zero_point, dtype)
+        if known is not None:
+            return known
         if isinstance(self.zero_point, float):
             restored = kernels.restore(self.integers, self.scale, self.zero_point)
-        if restored is None:
-            restored = gpu.restore(self.integers, self.scale, self.zero_point)
-        if restored is not None:
-            return restored
+            if restored is not None:
+                return restored.to(dtype)
         values = self.integers.to(torch.float32)
         if not (isinstance(self.zero_point, float) and self.zero_point == 0):
             values.sub_(self.zero_point)
-        return values.mul_(self.scale)
+        return values.mul_(self.scale).to(dtype)
 
 
 def attach_int_repr(x: Tensor, int_repr: IntRepr) -> None:
@@ -76,9 +76,9 @@ def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
 
     def pack(x: Tensor) -> object:
         int_repr = known.get(x.untyped_storage().data_ptr())
-        if int_repr is None or x.dtype != torch.float32:
+        if int_repr is None or not x.is_floating_point():
             return x
-        return int_repr, x.shape, x.stride(), x.storage_offset()
+        return int_repr, x.dtype, x.shape, x.stride(), x.storage_offset()
 
     return saved_tensors_hooks(pack, _unpacked)
 
@@ -86,6 +86,6 @@ def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
 def _unpacked(kept: Any) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    int_repr, *layout = kept
-    restored: Tensor = int_repr.restore()
+    int_repr, dtype, *layout = kept
+    restored: Tensor = int_repr.restore(dtype)
     return restored.as_strided(*layout)

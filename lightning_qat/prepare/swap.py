@@ -17,6 +17,9 @@ from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLayer
 from lightning_qat.quantizers.names import quantizer_role
+from lightning_qat.quantizers.switches import switch
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.quantizers.weight_group import WeightGroup
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import LayerSpec
 
@@ -86,9 +89,12 @@ def swap(paths: ModelPaths, report: PrepareReport) -> None:
 
     The paths are out of date afterwards: the layers have quantizers.
     """
+    groups = [m.group for m in paths.names if isinstance(m, WeightQuantizer) and m.group]
+    group = groups[0] if groups else WeightGroup()
     for layer in report.swapped:
         module = paths.by_path[layer.name]
         LAYERS[type(module)].swap(module, layer.spec)
+        switch(module, group=group)
     for module in paths.names:
         # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
         # kernel and call none of them; this attribute is what that kernel asks for. The encoder

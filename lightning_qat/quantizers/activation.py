@@ -127,7 +127,7 @@ class ActivationQuantizer(RangeObserver):
             return quantize_on_device(
                 x, self.device_grid(), clamp=ends, carries_int_repr=self.compact, observe=observe
             )
-        numbers = self._current_qparams()[:2]
+        numbers = self._current_qparams()
         return clamp_and_quantize(
             x, ends, *numbers, self.grid, carries_int_repr=self.compact, observe=observe
         )
@@ -160,7 +160,7 @@ class ActivationQuantizer(RangeObserver):
             return quantize_on_device(
                 x, self.device_grid(), carries_int_repr=self.compact, observe=observe
             )
-        scale, zero_point, *limits = self._current_qparams()
+        scale, zero_point, *limits = self._current_numbers()
         return fake_quantize(
             x,
             scale,
@@ -169,7 +169,7 @@ class ActivationQuantizer(RangeObserver):
             saves_input=saves_input,
             carries_int_repr=self.compact,
             observe=observe,
-            limits=limits,
+            limits=(limits[0], limits[1]),
         )
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
@@ -202,7 +202,7 @@ class ActivationQuantizer(RangeObserver):
     def _for_many_calls(self, values: int) -> Callable[[Tensor], Tensor]:
         if runs_kernels(self.min_val.device) and not is_compiling():
             return lambda x: self._fake_quantize(x, saves_input=True, observe=None)
-        return fake_quantizer(*self._current_qparams()[:2], self.grid)
+        return fake_quantizer(*self._current_qparams(), self.grid)
 
     @property
     def why_not_final(self) -> str | None:
@@ -228,8 +228,12 @@ class ActivationQuantizer(RangeObserver):
         scale, zero_point = self.scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
 
-    def _current_qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scale, zero point and the limits of the grid, as long as the range stays what it is.
+    def _current_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point; see ``_current_numbers``."""
+        return self._current_numbers()[:2]
+
+    def _current_numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, zero point and the limits of the grid, computed once as long as the range stays what it is.
 
         It is compared by its values: an average may exchange them in ways that torch cannot see. On
         other devices than CPUs looking at them would wait: there by what torch can see, and

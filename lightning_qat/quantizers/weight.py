@@ -15,12 +15,14 @@ from lightning_qat.numerics.arithmetic import (
     symmetric_scale,
 )
 from lightning_qat.numerics.fake_quantize import fake_quantize, quantized_again
+from lightning_qat.numerics.gpu.weights import Channels
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.min_max import channel_ranges
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache, tensor_state
+from lightning_qat.quantizers.weight_group import WeightGroup
 from lightning_qat.recipe.specs import WeightSpec
 
 
@@ -42,13 +44,15 @@ class WeightQuantizer(Quantizer):
         quantizing: Fake quantization is on; otherwise the weight passes through unchanged.
         compact: Backward keeps integers, which takes less memory; see ``int_repr``.
         cache: Keeps quantized weights for further forwards; ``None``: nothing is kept.
+        group: Quantizes the weights of a model together; ``None``: this one is quantized alone.
     """
 
-    SWITCHES = Quantizer.SWITCHES | {"quantizing", "compact", "cache"}
+    SWITCHES = Quantizer.SWITCHES | {"quantizing", "compact", "cache", "group"}
 
     def __init__(self, spec: WeightSpec, axis: int, groups: int = 1) -> None:
         super().__init__()
         self.cache: QuantizedWeightCache | None = None
+        self.group: WeightGroup | None = None
         self.spec: WeightSpec = spec
         self.axis = axis
         self.groups = groups if spec.granularity == "per_channel" else 1
@@ -75,6 +79,10 @@ class WeightQuantizer(Quantizer):
 
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
         """Quantize the weight; ``known``: how that came out in an earlier forward."""
+        if known is None and self.group is not None:
+            together = self.group.quantized(self, weight)
+            if together is not None:
+                return quantized_again(weight, together.values, together.int_repr)
         if known is not None:
             return quantized_again(weight, known)
         scale = along_channels(self._scale(weight), weight.shape, self._channel_axis)
@@ -108,6 +116,11 @@ class WeightQuantizer(Quantizer):
     def has_finite_scale(self, weight: Tensor) -> bool:
         """Whether there are numbers to be made final; waits for the device."""
         return bool(torch.isfinite(self._scale(weight)).all())
+
+    @property
+    def channels(self) -> Channels:
+        """Which values of the weight share a scale."""
+        return Channels(self._channel_axis, self.groups)
 
     @property
     def _channel_axis(self) -> int | None:

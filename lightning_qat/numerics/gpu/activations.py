@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -68,17 +69,13 @@ def fake_quantize(
         fresh_range(x.device) if observes else None,
     )
     cols, chunks = split(x, rows)
-    # Clamped as torch does it, which knows the ends in the dtype of the tensor.
-    low, high = (end if math.isinf(end) else torch.tensor(end).to(x.dtype).item() for end in clamp)
     launch(
         "fake_quantize",
         rows * chunks,
         (x, grid.first, grid.second),
         quantized,
-        cols,
-        chunks,
-        low,
-        high,
+        *(cols, chunks),
+        *(_in_dtype(end, x.dtype) for end in clamp),
         RULE=int(grid.rule),
         QMIN=grid.grid.qmin,
         QMAX=grid.grid.qmax,
@@ -88,6 +85,12 @@ def fake_quantize(
         RUNS=RUNS,
     )
     return quantized
+
+
+@lru_cache
+def _in_dtype(end: float, dtype: torch.dtype) -> float:
+    """An end of a clamp as torch's clamp of such a tensor has it."""
+    return float(torch.tensor(end, dtype=torch.float64).to(dtype))
 
 
 def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
@@ -112,8 +115,10 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
     return result
 
 
-def restore(codes: Tensor, scale: Tensor, zero_point: Tensor | float) -> Tensor | None:
-    """``(integer - zero_point) * scale``, float32, of integers without gaps in memory.
+def restore(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | float, dtype: torch.dtype
+) -> Tensor | None:
+    """``(integer - zero_point) * scale`` in a dtype, of integers without gaps in memory.
 
     ``None``: the kernels do not know them.
     """
@@ -123,7 +128,7 @@ def restore(codes: Tensor, scale: Tensor, zero_point: Tensor | float) -> Tensor 
     from_zero = isinstance(zero_point, float)
     if rows is None or (from_zero and zero_point != 0.0):
         return None
-    values = torch.empty_like(codes, dtype=torch.float32)
+    values = torch.empty_like(codes, dtype=dtype)
     cols, chunks = split(codes, rows)
     launch(
         "restore",

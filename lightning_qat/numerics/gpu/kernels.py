@@ -218,7 +218,8 @@ def restore(
     at = _places((tl.program_id(0) % chunks).to(tl.int64) * (RUNS * 512), RUNS)
     of_row = row.to(tl.int64) * cols
     codes = tl.load(codes_ptr + of_row + at, mask=at < cols, other=0).to(tl.float32)
-    tl.store(y_ptr + of_row + at, (codes - zero) * scale, mask=at < cols)
+    values = ((codes - zero) * scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + of_row + at, values, mask=at < cols)
 
 
 @triton.jit
