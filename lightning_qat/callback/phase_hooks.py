@@ -22,7 +22,7 @@ from lightning_qat.training.phases import (
     release_batchnorms,
     set_quantizing,
 )
-from lightning_qat.training.range_sync import activation_quantizers, commit_pending, drop_pending
+from lightning_qat.training.range_sync import RangeCommits, activation_quantizers, drop_pending
 from lightning_qat.training.weights_once import use_weight_cache
 
 
@@ -41,6 +41,7 @@ class PhaseHooks(Callback):
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
         self._weights = QuantizedWeightCache()
+        self._commits = RangeCommits()
         self._gate = ObservationGate()
 
     def on_phase_change(
@@ -104,7 +105,9 @@ class PhaseHooks(Callback):
         self._gate.open = False
         assert self._phases.phase is not None
         if self._phases.phase.observing:
-            commit_pending(self._quantizers)
+            self._commits.commit(self._quantizers)
+        else:
+            self._commits.check()
         self._phases.count_batch()
 
     def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,7 +158,7 @@ class PhaseHooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0:
-            self._weights.forget()
+            self._forget_what_may_have_changed()
         self._weights.open = True
 
     @override
@@ -172,10 +175,17 @@ class PhaseHooks(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_what_may_have_changed()
+
+    def _forget_what_may_have_changed(self) -> None:
+        """Compute anew what averages change in ways torch cannot see: weights and scales."""
         self._weights.forget()
+        for quantizer in self._quantizers.values():
+            quantizer.forget_qparams()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._commits.check()
         use_weight_cache(pl_module, None)
         problem = self._phases.never_quantized()
         if problem is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -184,6 +194,7 @@ class PhaseHooks(Callback):
     def _release(self, pl_module: LightningModule) -> None:
         """Let go of the module: its quantizers, cached weights and frozen batch norms."""
         self._quantizers = {}
+        self._commits = RangeCommits()
         self._weights = QuantizedWeightCache()
         use_weight_cache(pl_module, None)
         switch(pl_module, gate=None)

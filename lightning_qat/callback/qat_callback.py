@@ -45,7 +45,7 @@ from lightning_qat.export.protocol import Exporter
 from lightning_qat.function_hooks.running import forget_running
 from lightning_qat.joins.first_forward import finish_plan, is_waiting_for_forward
 from lightning_qat.model.paths import ModelPaths
-from lightning_qat.numerics.kernels import loops as kernels
+from lightning_qat.numerics.ways import way_on
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers, swap
@@ -249,8 +249,7 @@ class QATCallback(PhaseHooks):
             self._say_report(trainer, str(self.report), self.report.summary())
             for hint in bystander_hints(pl_module, self.report, self.recipe):
                 say(hint)
-        if pl_module.device.type == "cpu":
-            say(f"quantizers run as {kernels.backend_name()}")
+        say(f"quantizers run as {way_on(pl_module.device)}")
         if self._export is None:
             return
         inputs = self._inputs.known(pl_module)

@@ -73,9 +73,9 @@ def unpack_bits(packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> T
 def masked(grad: Tensor, packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
     """A gradient where the flags of ``pack_bits`` are set, zero elsewhere."""
     if not torch.is_grad_enabled():  # Else of a second derivative.
-        result = kernels.masked(grad, packed, shape, stride)
+        result = gpu.masked(grad, packed, shape, stride)
         if result is None:
-            result = gpu.masked(grad, packed, shape, stride)
+            result = kernels.masked(grad, packed, shape, stride)
         if result is not None:
             return result
     return unpack_bits(packed, shape, stride).to(grad.dtype).mul_(grad)

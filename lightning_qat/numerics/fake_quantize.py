@@ -101,7 +101,7 @@ def fake_quantize(
     if suits(x) and (scale.numel() == 1 or gradient_everywhere) and rows_of(x, scale) is not None:
         return quantize_on_device(
             x,
-            DeviceGrid(GridRule.GIVEN, scale, zero_point.to(torch.float32).expand_as(scale), grid),
+            DeviceGrid(GridRule.GIVEN, scale, zero_point.to(torch.float32), grid),
             gradient_everywhere=gradient_everywhere,
             carries_int_repr=carries_int_repr,
             observe=observe,
@@ -204,11 +204,21 @@ def _clamped(
     return lowest, highest, (max(below, ends[0]), min(above, ends[1]))
 
 
-def clamps(x: Tensor, zero_point: Tensor) -> bool:
+def clamps(x: Tensor, zero_point: Tensor, ends: tuple[float, float]) -> bool:
     """Whether ``clamp_and_quantize`` can quantize such a tensor with such a zero point."""
     if is_compiling() or zero_point.numel() > 1:
         return False
-    return suits(x) or (zero_point.device.type == "cpu" and x.dtype == torch.float32)
+    if suits(x):
+        return all(_is_exact(end, x.dtype) for end in ends)
+    return zero_point.device.type == "cpu" and x.dtype == torch.float32
+
+
+@lru_cache
+def _is_exact(number: float, dtype: torch.dtype) -> bool:
+    """Whether a dtype has a number; torch's own clamps round it to values and gradients apart."""
+    if dtype == torch.float32:
+        return True
+    return float(torch.tensor(number, dtype=torch.float64).to(dtype)) == number
 
 
 def fake_quantizer(

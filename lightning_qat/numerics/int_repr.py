@@ -70,15 +70,17 @@ def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
     for operand in operands:
         int_repr = int_repr_of(operand)
         if int_repr is not None and isinstance(operand, Tensor):
-            known[operand.untyped_storage().data_ptr()] = int_repr
+            known[operand.untyped_storage().data_ptr()] = int_repr, operand.storage_offset()
     if not known:
         return nullcontext()
 
     def pack(x: Tensor) -> object:
-        int_repr = known.get(x.untyped_storage().data_ptr())
-        if int_repr is None or not x.is_floating_point():
+        found = known.get(x.untyped_storage().data_ptr())
+        if found is None or not x.is_floating_point():
             return x
-        return int_repr, x.dtype, x.shape, x.stride(), x.storage_offset()
+        # Weights that were quantized together share a storage.
+        int_repr, offset = found
+        return int_repr, x.dtype, x.shape, x.stride(), x.storage_offset() - offset
 
     return saved_tensors_hooks(pack, _unpacked)
 

@@ -39,9 +39,9 @@ def batch_range(
     """
     everything = samples is None or x.numel() <= samples
     if everything:
-        found = kernels.value_range(x, ends or ALL)
+        found = gpu.value_range(x, ends or ALL)
         if found is None:
-            found = gpu.value_range(x, ends or ALL)
+            found = kernels.value_range(x, ends or ALL)
         if found is not None:
             return found
     values = _in_memory_order(x.detach())

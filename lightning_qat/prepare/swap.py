@@ -19,7 +19,7 @@ from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLay
 from lightning_qat.quantizers.names import quantizer_role
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight import WeightQuantizer
-from lightning_qat.quantizers.weight_group import WeightGroup
+from lightning_qat.quantizers.weight_cache import WeightGroup
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import LayerSpec
 

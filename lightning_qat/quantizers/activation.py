@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
-from lightning_qat.numerics.arithmetic import range_qparams
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.fake_quantize import (
     clamp_and_quantize,
@@ -27,7 +25,6 @@ from lightning_qat.numerics.qparams import QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.range_observer import RangeObserver
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
-from lightning_qat.quantizers.weight_cache import tensor_state
 from lightning_qat.recipe.specs import ActivationSpec
 
 
@@ -58,7 +55,6 @@ class ActivationQuantizer(RangeObserver):
         super().__init__(spec)
         self.quantizing = True
         self.compact = False
-        self._cached_qparams: tuple[Any, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         self.identity = object()
 
     @property
@@ -105,7 +101,7 @@ class ActivationQuantizer(RangeObserver):
         """
         if not (self.quantizing and self.calibrated) or is_exporting_onnx():
             return None
-        if not clamps(x, self.min_val):
+        if not clamps(x, self.min_val, ends):
             return None
         if self.is_observing and not self._observes_later():
             return None
@@ -228,55 +224,12 @@ class ActivationQuantizer(RangeObserver):
         scale, zero_point = self.scale_and_zero_point()
         return QParams(scale.cpu(), zero_point.to("cpu", torch.int32), self.grid)
 
-    def _current_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point; see ``_current_numbers``."""
-        return self._current_numbers()[:2]
-
-    def _current_numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scale, zero point and the limits of the grid, computed once as long as the range stays what it is.
-
-        It is compared by its values: an average may exchange them in ways that torch cannot see. On
-        other devices than CPUs looking at them would wait: there by what torch can see, and
-        whoever lets go of an average says so, see ``forget_qparams``.
-        """
-        if is_compiling():
-            return self._qparams_and_limits()
-        state: Any
-        if self.min_val.is_cpu:
-            state = self.min_val.item(), self.max_val.item()
-        else:
-            state = tensor_state(self.min_val, self.max_val)
-        if self._cached_qparams is None or self._cached_qparams[0] != state:
-            with torch.inference_mode(False):
-                self._cached_qparams = state, self._qparams_and_limits()
-        return self._cached_qparams[1]
-
-    def _qparams_and_limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scale, zero_point = self.scale_and_zero_point()
-        return scale, zero_point, self.grid.qmin - zero_point, self.grid.qmax - zero_point
-
-    def forget_qparams(self) -> None:
-        """Compute scale and zero point anew: the range may have changed in ways torch cannot see."""
-        self._cached_qparams = None
-
-    def keep_qparams(self, scale: Tensor, zero_point: Tensor, limits: tuple[Tensor, Tensor]) -> None:
-        """Keep the numbers of the present range, which were computed for many quantizers at once."""
-        state = tensor_state(self.min_val, self.max_val)
-        self._cached_qparams = state, (scale, zero_point, *limits)
-
     def device_grid(self) -> DeviceGrid:
         """Where a kernel finds the range."""
         rule = GridRule.RANGE_FROM_ZERO if self.spec.fixed_min else GridRule.RANGE
         if self.spec.symmetric:
             rule = GridRule.SYMMETRIC_RANGE
         return DeviceGrid(rule, self.min_val, self.max_val, self.grid)
-
-    def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the present range, float32 scalars without a gradient."""
-        low, high, symmetric = self.min_val, self.max_val, self.spec.symmetric
-        if self.spec.fixed_min and not symmetric:
-            low = torch.zeros_like(low)
-        return range_qparams(low, high, self.grid, symmetric)
 
     def extra_repr(self) -> str:
         """Bits and range, for ``print(model)``."""

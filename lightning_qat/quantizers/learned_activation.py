@@ -41,6 +41,16 @@ class LearnedActivation(ActivationQuantizer):
         """Until learning starts."""
         return not (self.calibrated and self.quantizing)
 
+    @property
+    def follows_range(self) -> bool:
+        """No: they are parameters."""
+        return False
+
+    @property
+    def learns_from_range(self) -> bool:
+        """Until learning starts."""
+        return self.pending is not None
+
     # What is fake-quantized here no longer follows the data, so ``observe`` is None.
 
     def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:

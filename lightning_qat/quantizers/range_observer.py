@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import current_forward_cache
 from lightning_qat.model.torch_private import is_in_backward
+from lightning_qat.numerics.arithmetic import range_qparams
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -20,9 +22,11 @@ from lightning_qat.numerics.calibration.histogram import (
     histogram_range,
 )
 from lightning_qat.numerics.calibration.search import SAMPLES
+from lightning_qat.numerics.gpu.launch import runs_kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.base import Quantizer
+from lightning_qat.quantizers.weight_cache import tensor_state
 from lightning_qat.recipe.specs import ActivationSpec
 
 
@@ -77,6 +81,7 @@ class RangeObserver(Quantizer):
         self.calibrated = spec.clip is not None
         # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
         self.pending: Tensor | None = None
+        self._cached_qparams: tuple[Any, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
     @property
     def is_observing(self) -> bool:
@@ -166,6 +171,61 @@ class RangeObserver(Quantizer):
     def range_changed(self) -> None:
         """React to a new range; whoever changes ``min_val`` and ``max_val`` calls this."""
         self.calibrated = True
+
+    def _current_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point; see ``_current_numbers``."""
+        return self._current_numbers()[:2]
+
+    def _current_numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, zero point and the limits of the grid, computed once while the range stays.
+
+        It is compared by its values: an average may exchange them in ways that torch cannot see. On
+        other devices than CPUs looking at them would wait: there by what torch can see, and
+        whoever lets go of an average says so, see ``forget_qparams``.
+        """
+        if is_compiling():
+            return self._qparams_and_limits()
+        state: Any
+        if self.min_val.is_cpu:
+            state = self.min_val.item(), self.max_val.item()
+        else:
+            state = tensor_state(self.min_val, self.max_val)
+        if self._cached_qparams is None or self._cached_qparams[0] != state:
+            with torch.inference_mode(False):
+                self._cached_qparams = state, self._qparams_and_limits()
+        return self._cached_qparams[1]
+
+    def _qparams_and_limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale, zero_point = self.scale_and_zero_point()
+        return scale, zero_point, self.grid.qmin - zero_point, self.grid.qmax - zero_point
+
+    def forget_qparams(self) -> None:
+        """Compute scale and zero point anew: torch may not have seen that the range changed."""
+        self._cached_qparams = None
+
+    def keep_numbers(
+        self, scale: Tensor, zero_point: Tensor, step_min: Tensor, step_max: Tensor
+    ) -> None:
+        """Keep the numbers of the present range, which were computed for many at once."""
+        state = tensor_state(self.min_val, self.max_val)
+        self._cached_qparams = state, (scale, zero_point, step_min, step_max)
+
+    @property
+    def follows_range(self) -> bool:
+        """Whether scale and zero point are those of the range; learned ones are parameters."""
+        return True
+
+    @property
+    def learns_from_range(self) -> bool:
+        """Whether a new range is where learning starts from."""
+        return False
+
+    def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the present range, float32 scalars without a gradient."""
+        low, high, symmetric = self.min_val, self.max_val, self.spec.symmetric
+        if self.spec.fixed_min and not symmetric:
+            low = torch.zeros_like(low)
+        return range_qparams(low, high, self.grid, symmetric)
 
     def notice_range(self) -> None:
         """Notice a range that came into the buffers from outside, as averages of weights put it.
@@ -262,18 +322,55 @@ class ForwardObservations:
 
 
 @torch.no_grad()
-def commit_together(quantizers: Sequence[RangeObserver], batch: Tensor) -> None:
+def commit_together(
+    quantizers: Sequence[RangeObserver], batch: Tensor, accepted: Tensor | None = None
+) -> None:
     """``commit`` of many quantizers of one calibration and device, in a few operations.
 
     Args:
         quantizers: The quantizers.
         batch: ``(-min, max)`` of each by column, shape ``(2, quantizers)``.
+        accepted: Those whose range changes, bool ``(quantizers,)``; ``None``: all.
     """
     kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
-    low, high, batches = (torch.stack(buffers) for buffers in kept)
-    CALIBRATIONS[quantizers[0].spec.calibration].update(low, high, batch, batches)
-    for buffers, values in zip(kept, (low, high, batches + 1), strict=True):
+    before = [torch.stack(buffers) for buffers in kept]
+    low, high = before[0].clone(), before[1].clone()
+    CALIBRATIONS[quantizers[0].spec.calibration].update(low, high, batch, before[2])
+    after = [low, high, before[2] + 1]
+    if accepted is not None:
+        after = [torch.where(accepted, new, old) for new, old in zip(after, before, strict=True)]
+    for buffers, values in zip(kept, after, strict=True):
         # torch's optimizers are made of it, though it is not in torch.__all__.
         torch._foreach_copy_(buffers, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]
     for quantizer in quantizers:
         quantizer.range_changed()
+    keep_qparams(quantizers)
+
+
+@torch.no_grad()
+def keep_qparams(quantizers: Iterable[RangeObserver]) -> None:
+    """Compute the numbers of many ranges in a few operations, for devices that run no kernels.
+
+    On CPUs a range is compared by its values and is cheap to look at; kernels compute the numbers
+    themselves. Learned numbers follow their parameters.
+
+    Args:
+        quantizers: Those whose range has changed.
+    """
+    alike: dict[Any, list[RangeObserver]] = defaultdict(list)
+    for quantizer in quantizers:
+        device = quantizer.min_val.device
+        if quantizer.follows_range and device.type != "cpu" and not runs_kernels(device):
+            spec = quantizer.spec
+            alike[device, quantizer.grid, spec.symmetric, bool(spec.fixed_min)].append(quantizer)
+    if is_compiling():
+        return
+    for (_, grid, symmetric, from_zero), members in alike.items():
+        low = torch.stack([quantizer.min_val for quantizer in members])
+        high = torch.stack([quantizer.max_val for quantizer in members])
+        if from_zero and not symmetric:
+            low = torch.zeros_like(low)
+        scale, zero_point = range_qparams(low, high, grid, symmetric)
+        numbers = scale, zero_point, grid.qmin - zero_point, grid.qmax - zero_point
+        for quantizer, *of_one in zip(members, *(n.unbind() for n in numbers), strict=True):
+            quantizer.keep_numbers(of_one[0], of_one[1], of_one[2], of_one[3])

@@ -21,8 +21,7 @@ from lightning_qat.numerics.min_max import channel_ranges
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
-from lightning_qat.quantizers.weight_cache import QuantizedWeightCache, tensor_state
-from lightning_qat.quantizers.weight_group import WeightGroup
+from lightning_qat.quantizers.weight_cache import QuantizedWeightCache, WeightGroup, tensor_state
 from lightning_qat.recipe.specs import WeightSpec
 
 

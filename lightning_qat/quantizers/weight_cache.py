@@ -1,12 +1,34 @@
-"""Weights quantized once for several forwards: gradient accumulation, recomputation, evaluation."""
+"""Weights quantized once for several forwards, and together where every launch counts."""
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from lightning_qat.function_hooks.running import current_forward_cache
+from lightning_qat.numerics.arithmetic import (
+    along_channels,
+    arq_scale,
+    channels_first,
+    symmetric_scale,
+)
+from lightning_qat.numerics.gpu.launch import runs_kernels, suits
+from lightning_qat.numerics.gpu.weights import (
+    Channels,
+    PieceTable,
+    QuantizedWeight,
+    fits,
+    quantize_weights,
+)
 from lightning_qat.numerics.int_repr import IntRepr, int_repr_of
+from lightning_qat.numerics.qparams import IntegerGrid
+
+if TYPE_CHECKING:
+    from lightning_qat.quantizers.weight import WeightQuantizer
 
 
 class QuantizedWeightCache:
@@ -43,3 +65,143 @@ def tensor_state(*tensors: Tensor) -> Any:
     Rows of a packed parameter are another tensor at every call: what they are a view of is not.
     """
     return tuple((id(t if t._base is None else t._base), t.data_ptr(), t._version) for t in tensors)
+
+
+class KnownWeight(NamedTuple):
+    """A weight that was quantized together with others.
+
+    Args:
+        state: Of the weight then.
+        values: Real values on the grid.
+        int_repr: Its integers, if they are wanted.
+    """
+
+    state: Any
+    values: Tensor
+    int_repr: IntRepr | None
+
+
+class WeightGroup:
+    """Quantizes the weights of a model together when the first of them is needed in a forward.
+
+    A weight joins when it is first quantized. Results are good for the forward that needs them; of
+    layers that no hooked forward runs, for one use.
+    """
+
+    def __init__(self) -> None:
+        # The weights share the memory of the model's own, and keep no graph.
+        self._members: dict[int, tuple[weakref.ref[WeightQuantizer], Tensor]] = {}
+        self._known: dict[int, KnownWeight] = {}
+        self._tables: dict[Any, tuple[Any, PieceTable]] = {}
+
+    def __deepcopy__(self, memo: object) -> WeightGroup:
+        """A copy of a model has weights of its own, which join when they are quantized."""
+        return WeightGroup()
+
+    def __reduce__(self) -> Any:
+        return WeightGroup, ()
+
+    def quantized(self, quantizer: WeightQuantizer, weight: Tensor) -> KnownWeight | None:
+        """A weight on its grid; ``None``: it has to be quantized by itself."""
+        if is_compiling() or (weight.is_cpu and not runs_kernels(weight.device)):
+            return None
+        with_kernels = suits(weight)
+        if not weight.numel() or (with_kernels and not fits(weight, quantizer.channels)):
+            return None
+        forward = current_forward_cache()
+        known = self._known if forward is None else forward.weights
+        number, state = id(quantizer), _state(quantizer, weight)
+        if number not in known or known[number].state != state:
+            self._members[number] = weakref.ref(quantizer), weight.detach()
+            known.clear()
+            known.update(self._quantize_all(quantizer, weight, with_kernels))
+        # What no forward ends would be kept for ever.
+        return known.pop(number) if forward is None else known[number]
+
+    def _quantize_all(
+        self, first: WeightQuantizer, like: Tensor, with_kernels: bool
+    ) -> dict[int, KnownWeight]:
+        """Quantize every member that has the grid, device and dtype of the first one."""
+        chosen: list[tuple[WeightQuantizer, Tensor]] = []
+        for number, (reference, weight) in list(self._members.items()):
+            quantizer = reference()
+            if quantizer is None:
+                del self._members[number]
+            elif _kind(quantizer, weight) == _kind(first, like):
+                chosen.append((quantizer, weight))
+        weights = [weight for _, weight in chosen]
+        channels = [quantizer.channels for quantizer, _ in chosen]
+        arq = first.spec.quantizer == "arq"
+        if with_kernels:
+            table = self._table(_kind(first, like), weights, channels)
+            found = quantize_weights(table, first.grid, arq=arq, keeps_codes=first.compact)
+        else:
+            found = _by_operations(weights, channels, first.grid, arq, first.compact)
+        known = {}
+        for (quantizer, weight), result in zip(chosen, found, strict=True):
+            int_repr = None
+            if result.codes is not None:
+                scale = along_channels(result.scale, weight.shape, quantizer.channels.axis)
+                int_repr = IntRepr(result.codes, scale, 0.0)
+            state = _state(quantizer, weight)
+            known[id(quantizer)] = KnownWeight(state, result.values, int_repr)
+        return known
+
+    def _table(self, kind: Any, weights: list[Tensor], channels: list[Channels]) -> PieceTable:
+        """The table of these weights, made anew when one of them lies elsewhere."""
+        key = [
+            (w.data_ptr(), w.shape, w.stride(), c) for w, c in zip(weights, channels, strict=True)
+        ]
+        if kind not in self._tables or self._tables[kind][0] != key:
+            self._tables[kind] = key, PieceTable(weights, channels)
+        return self._tables[kind][1]
+
+
+def _state(quantizer: WeightQuantizer, weight: Tensor) -> Any:
+    """A value that changes when the weight does, as far as torch can tell."""
+    return quantizer.compact, weight.data_ptr(), weight._version, weight.shape, weight.stride()
+
+
+def _kind(quantizer: WeightQuantizer, weight: Tensor) -> Any:
+    """What weights that are quantized together have in common."""
+    arq = quantizer.spec.quantizer == "arq"
+    return quantizer.grid, arq, quantizer.compact, weight.device, weight.dtype
+
+
+@torch.no_grad()
+def _by_operations(
+    weights: list[Tensor],
+    channels: list[Channels],
+    grid: IntegerGrid,
+    arq: bool,
+    keeps_codes: bool,
+) -> list[QuantizedWeight]:
+    """Five operations of torch per weight, or six; the scales of all are computed together."""
+    wide = [weight.to(torch.float32) for weight in weights]
+    rows = [_rows(weight, of) for weight, of in zip(wide, channels, strict=True)]
+    if arq:
+        low, high = (torch.cat([f(r, 1) for r in rows]) for f in (torch.amin, torch.amax))
+        flat = arq_scale(low, high, grid)
+    else:
+        largest = [torch.linalg.vector_norm(r, torch.inf, 1) for r in rows]
+        flat = symmetric_scale(torch.cat(largest), grid)
+    found = []
+    for weight, x, of, scale in zip(
+        weights, wide, channels, flat.split([len(r) for r in rows]), strict=True
+    ):
+        shaped = along_channels(
+            scale if of.axis is not None else scale.reshape(()), x.shape, of.axis
+        )
+        steps = torch.div(x, shaped).round_().clamp_(grid.qmin, grid.qmax)
+        codes = steps.to(torch.int8) if keeps_codes else None
+        found.append(QuantizedWeight(steps.mul_(shaped).to(weight.dtype), codes, scale))
+    return found
+
+
+def _rows(weight: Tensor, channels: Channels) -> Tensor:
+    """Every channel as a row of a matrix."""
+    if channels.axis is None:
+        return weight.reshape(1, -1)
+    if channels.groups > 1:
+        return channels_first(weight, channels.groups).flatten(1)
+    return weight.transpose(0, channels.axis).flatten(1)

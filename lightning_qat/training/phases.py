@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.model.attributes import BATCHNORM_HOLD
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.range_observer import keep_qparams
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.schedule import Phase
 
@@ -30,6 +31,7 @@ def apply_phase(model: nn.Module, phase: Phase) -> None:
         phase: The phase of the next batch.
     """
     switch(model, deferred=True, observing=phase.observing, quantizing=phase.quantizing)
+    keep_qparams(m for m in model.modules() if isinstance(m, ActivationQuantizer))
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             if phase.batchnorm_frozen:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_qat.numerics.gpu.range_rows import drop_fresh_ranges, fresh_range
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.names import place
 from lightning_qat.quantizers.range_observer import commit_together
@@ -51,16 +52,13 @@ def commit_pending(quantizers: Mapping[str, ActivationQuantizer], *, agree: bool
     """
     if not quantizers:
         return
-    device = next(iter(quantizers.values())).min_val.device
-    never = torch.full((2,), -torch.inf, device=device)
-    flat = torch.stack([never if q.pending is None else q.pending for q in quantizers.values()])
-    if agree and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
-    # The one host synchronisation of an observing batch.
+    flat = _pending_of_all(quantizers.values(), agree=agree)
+    # The one time that a batch waits for the device.
     bounds = flat.tolist()
     drop_pending(quantizers.values())
     if any(torch.inf in batch for batch in bounds):
-        _refuse_non_finite(dict(zip(quantizers, bounds, strict=True)))
+        bad = [name for name, batch in zip(quantizers, bounds, strict=True) if torch.inf in batch]
+        raise _non_finite(bad)
     seen: dict[str, list[int]] = defaultdict(list)
     observed = list(quantizers.values())
     for index, (quantizer, (low, _)) in enumerate(zip(observed, bounds, strict=True)):
@@ -71,11 +69,85 @@ def commit_pending(quantizers: Mapping[str, ActivationQuantizer], *, agree: bool
         commit_together([observed[i] for i in indices], batch.T)
 
 
-def _refuse_non_finite(bounds: dict[str, list[float]]) -> None:
-    bad = [place(name) for name, batch in bounds.items() if torch.inf in batch]
-    raise ValueError(
+class RangeCommits:
+    """Commits the ranges of batch after batch, and lets Python run ahead of a GPU.
+
+    On a CPU, and until every range is known, it is ``commit_pending``. Afterwards nothing is looked
+    at: a batch that is not finite changes no range, and is reported with the next one.
+    """
+
+    def __init__(self) -> None:
+        self._unchecked: tuple[list[str], Tensor, torch.cuda.Event | None] | None = None
+
+    def commit(self, quantizers: Mapping[str, ActivationQuantizer]) -> None:
+        """Take what was observed into every quantizer, alike on all processes.
+
+        Raises:
+            ValueError: A range of this batch or of the one before is not finite.
+        """
+        self.check()
+        if not quantizers or any(map(_must_look, quantizers.values())):
+            commit_pending(quantizers)
+            return
+        flat = _pending_of_all(quantizers.values(), agree=True)
+        drop_pending(quantizers.values())
+        infinite = (flat == torch.inf).any(1)
+        accepted = (flat[:, 0] != -torch.inf) & ~infinite.any()
+        by_calibration: dict[str, list[int]] = defaultdict(list)
+        observed = list(quantizers.values())
+        for index, quantizer in enumerate(observed):
+            by_calibration[quantizer.spec.calibration].append(index)
+        for indices in by_calibration.values():
+            rows = slice(None) if len(by_calibration) == 1 else indices
+            commit_together([observed[i] for i in indices], flat[rows].T, accepted[rows])
+        self._unchecked = list(quantizers), *_on_its_way(infinite)
+
+    def check(self) -> None:
+        """Wait for the last batch that nobody has looked at, if there is one.
+
+        Raises:
+            ValueError: It was not finite; every layer is named.
+        """
+        if self._unchecked is None:
+            return
+        (names, infinite, arrived), self._unchecked = self._unchecked, None
+        if arrived is not None:
+            arrived.synchronize()
+        bad = [name for name, is_bad in zip(names, infinite.tolist(), strict=True) if is_bad]
+        if bad:
+            raise _non_finite(bad)
+
+
+def _pending_of_all(quantizers: Iterable[ActivationQuantizer], *, agree: bool) -> Tensor:
+    """``(-min, max)`` by row, of all processes; ``-inf`` where nothing was observed."""
+    ranges = [fresh_range(q.min_val.device) if q.pending is None else q.pending for q in quantizers]
+    flat = torch.stack(ranges)
+    drop_fresh_ranges()
+    if agree and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    return flat
+
+
+def _must_look(quantizer: ActivationQuantizer) -> bool:
+    """Whether Python has to know what was observed: a range is missing, or learning begins."""
+    return quantizer.min_val.is_cpu or not quantizer.calibrated or quantizer.learns_from_range
+
+
+def _on_its_way(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the CPU that is made while Python goes on, and the event that it is there."""
+    if flags.device.type != "cuda":
+        return flags, None
+    copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    copy.copy_(flags, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
+
+
+def _non_finite(names: list[str]) -> ValueError:
+    return ValueError(
         "Activations must be finite to be given a range; NaN or infinity reached the input of "
-        + ", ".join(repr(name) for name in bad)
+        + ", ".join(repr(place(name)) for name in names)
         + ". The first of them is where to look: check the data and the learning rate, or detect "
         "the operation with torch.autograd.set_detect_anomaly(True). No range was changed."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid
-from lightning_qat.numerics.gpu.launch import INTERPRETED, RUN, launch, runs_kernels, suits
+from lightning_qat.numerics.gpu.launch import RUN, launch, runs_kernels, suits
 from lightning_qat.numerics.gpu.range_rows import fresh_range
 
 RUNS = 4
@@ -53,8 +52,8 @@ def fake_quantize(
     Args:
         x: A tensor that ``suits``; one with gaps in memory is copied first.
         grid: The grid; of several rows where its tensors hold a number per row of the first axis.
-        clamp: Real values that the tensor is clamped to first, infinite where it is not. The
-            gradient passes strictly between them.
+        clamp: Real values that the tensor is clamped to first, numbers of its dtype, infinite where
+            it is not. The gradient passes strictly between them.
         keeps_bits: Bits are wanted; of one row only.
         keeps_codes: Integers are wanted.
         observes: The range is wanted.
@@ -74,8 +73,7 @@ def fake_quantize(
         rows * chunks,
         (x, grid.first, grid.second),
         quantized,
-        *(cols, chunks),
-        *(_in_dtype(end, x.dtype) for end in clamp),
+        *(cols, chunks, int(grid.second.numel() > 1), *clamp),
         RULE=int(grid.rule),
         QMIN=grid.grid.qmin,
         QMAX=grid.grid.qmax,
@@ -87,14 +85,8 @@ def fake_quantize(
     return quantized
 
 
-@lru_cache
-def _in_dtype(end: float, dtype: torch.dtype) -> float:
-    """An end of a clamp as torch's clamp of such a tensor has it."""
-    return float(torch.tensor(end, dtype=torch.float64).to(dtype))
-
-
 def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
-    """``(-min, max)`` of values clamped to ``ends``; ``None``: the kernels do not know the tensor."""
+    """``(-min, max)`` of values clamped to ``ends``; ``None``: no kernel knows the tensor."""
     if not (x.numel() and suits(x)):
         return None
     x, found = dense(x.detach()), fresh_range(x.device)
@@ -122,7 +114,7 @@ def restore(
 
     ``None``: the kernels do not know them.
     """
-    if codes.is_cpu and not INTERPRETED or is_compiling() or not runs_kernels(codes.device):
+    if is_compiling() or not runs_kernels(codes.device):
         return None
     rows = rows_of(codes, scale)
     from_zero = isinstance(zero_point, float)

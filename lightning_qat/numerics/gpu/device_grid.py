@@ -41,7 +41,7 @@ class DeviceGrid(NamedTuple):
     Args:
         rule: What the two tensors are.
         first: float32: a scalar, or one number per row of the first axis.
-        second: Likewise.
+        second: Likewise, or one number for all rows.
         grid: The integers in use.
     """
 

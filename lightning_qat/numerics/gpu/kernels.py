@@ -129,6 +129,7 @@ def fake_quantize(
     range_ptr: Any,
     cols: Any,
     chunks: Any,
+    second_step: Any,
     clamp_low: Any,
     clamp_high: Any,
     RULE: tl.constexpr,
@@ -146,7 +147,7 @@ def fake_quantize(
     """
     row = tl.program_id(0) // chunks
     scale, zero = _scale_and_zero_point(
-        tl.load(first_ptr + row), tl.load(second_ptr + row), RULE, QMIN, QMAX
+        tl.load(first_ptr + row), tl.load(second_ptr + row * second_step), RULE, QMIN, QMAX
     )
     step_min, step_max = QMIN - zero, QMAX - zero
     start = (tl.program_id(0) % chunks).to(tl.int64) * (RUNS * 512)

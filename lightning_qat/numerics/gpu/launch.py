@@ -73,9 +73,10 @@ def count_launches() -> Iterator[list[Launch]]:
 
 def suits(x: Tensor) -> bool:
     """Whether the kernels take a tensor: what it is, and where."""
+    if x.is_cpu and not INTERPRETED:
+        return False
     return (
-        (INTERPRETED or not x.is_cpu)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and type(x) in (Tensor, nn.Parameter)
         and not is_compiling()
         and runs_kernels(x.device)
@@ -124,14 +125,6 @@ def why_not(device: torch.device) -> str | None:
             "gcc, or name one in the environment variable CC"
         )
     return None
-
-
-def way_on(device: torch.device) -> str:
-    """The way quantizers run on a device other than a CPU, in words for a log."""
-    reason = why_not(device)
-    if reason is None:
-        return "Triton kernels, one launch each"
-    return f"several operations of torch each, with the same numbers but slower: {reason}"
 
 
 def _try(device: torch.device) -> None:

@@ -40,7 +40,16 @@ def learned_fake_quantize(
     """
     kept: list[IntRepr] = [known] if isinstance(known, IntRepr) else []
     result: Tensor = _LearnedOnDevice.apply(  # type: ignore[no-untyped-call]
-        x, grid.first, grid.second, grid, factor, clamped, saves_input, carries_int_repr, known, kept
+        x,
+        grid.first,
+        grid.second,
+        grid,
+        factor,
+        clamped,
+        saves_input,
+        carries_int_repr,
+        known,
+        kept,
     )
     if kept:
         attach_int_repr(result, kept[0])
@@ -70,9 +79,7 @@ class _LearnedOnDevice(torch.autograd.Function):
         elif known is not None:
             result = known.detach()
         else:
-            quantized = fake_quantize(
-                x, grid, clamp=clamped or ALL, keeps_codes=carries_int_repr
-            )
+            quantized = fake_quantize(x, grid, clamp=clamped or ALL, keeps_codes=carries_int_repr)
             result = quantized.values
             if quantized.codes is not None:
                 kept.append(int_repr_of_codes(quantized.codes, quantized.numbers, len(x.shape)))

@@ -1,4 +1,4 @@
-"""Memory that kernels note ranges in: filled for many at once, for a fill is a launch of its own."""
+"""Memory that kernels note ranges in, filled for many at once: a fill is a launch of its own."""
 
 from __future__ import annotations
 
