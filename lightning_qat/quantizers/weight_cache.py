@@ -187,7 +187,7 @@ def _by_operations(
         flat = symmetric_scale(torch.cat(largest), grid)
     found = []
     for weight, x, of, scale in zip(
-        weights, wide, channels, flat.split([len(r) for r in rows]), strict=True
+        weights, wide, channels, torch.split(flat, [len(r) for r in rows]), strict=True
     ):
         shaped = along_channels(
             scale if of.axis is not None else scale.reshape(()), x.shape, of.axis

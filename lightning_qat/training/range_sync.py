@@ -139,7 +139,7 @@ def _on_its_way(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return flags, None
     copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
     copy.copy_(flags, non_blocking=True)
-    arrived = torch.cuda.Event()
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
     return copy, arrived
 

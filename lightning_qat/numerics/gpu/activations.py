@@ -73,14 +73,14 @@ def fake_quantize(
         rows * chunks,
         (x, grid.first, grid.second),
         quantized,
-        *(cols, chunks, int(grid.second.numel() > 1), *clamp),
-        RULE=int(grid.rule),
-        QMIN=grid.grid.qmin,
-        QMAX=grid.grid.qmax,
-        BITS=keeps_bits,
-        CODES=keeps_codes,
-        OBSERVE=observes,
-        RUNS=RUNS,
+        (cols, chunks, int(grid.second.numel() > 1), *clamp),
+        {
+            **constants_of(grid),
+            "BITS": keeps_bits,
+            "CODES": keeps_codes,
+            "OBSERVE": observes,
+            "RUNS": RUNS,
+        },
     )
     return quantized
 
@@ -91,7 +91,7 @@ def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
         return None
     x, found = dense(x.detach()), fresh_range(x.device)
     cols, chunks = split(x, 1)
-    launch("value_range", chunks, (x,), (found,), cols, *ends, RUNS=RUNS)
+    launch("value_range", chunks, (x,), (found,), (cols, *ends), {"RUNS": RUNS})
     return found
 
 
@@ -103,7 +103,7 @@ def masked(grad: Tensor, bits: Tensor, shape: torch.Size, stride: tuple[int, ...
     if grad.stride() != stride:
         grad = torch.empty_like(result).copy_(grad)
     cols, chunks = split(result, 1)
-    launch("masked", chunks, (grad, bits), (result,), cols, RUNS=RUNS)
+    launch("masked", chunks, (grad, bits), (result,), [cols], {"RUNS": RUNS})
     return result
 
 
@@ -127,11 +127,15 @@ def restore(
         rows * chunks,
         (codes, scale, None if from_zero else zero_point),
         (values,),
-        *(cols, chunks),
-        FROM_ZERO=from_zero,
-        RUNS=RUNS,
+        (cols, chunks),
+        {"FROM_ZERO": from_zero, "RUNS": RUNS},
     )
     return values
+
+
+def constants_of(grid: DeviceGrid) -> dict[str, int]:
+    """What a kernel is compiled for, for a grid."""
+    return {"RULE": int(grid.rule), "QMIN": grid.grid.qmin, "QMAX": grid.grid.qmax}
 
 
 def rows_of(x: Tensor, scale: Tensor) -> int | None:

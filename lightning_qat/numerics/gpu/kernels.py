@@ -11,8 +11,6 @@ program takes ``RUNS`` runs of 512 values. A run is 8 lanes of 64 values, whose 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -31,13 +29,13 @@ _AMCT_MIN_SCALE = tl.constexpr(2.0**-23)
 
 
 @triton.jit
-def _clamped(value: Any, low: Any, high: Any) -> Any:
+def _clamped(value, low, high):
     value = tl.where(value < low, low, value)
     return tl.where(value > high, high, value)
 
 
 @triton.jit
-def _rounded(value: Any) -> Any:
+def _rounded(value):
     """Ties to even, for absolute values below 2**22; the sign of zero stays."""
     magic = 12582912.0
     near = (value + magic) - magic
@@ -45,19 +43,19 @@ def _rounded(value: Any) -> Any:
 
 
 @triton.jit
-def _or_one(scale: Any, smallest: tl.constexpr) -> Any:
+def _or_one(scale, smallest: tl.constexpr):
     return tl.where(scale < smallest, 1.0, scale)
 
 
 @triton.jit
-def _zero_point(low: Any, scale: Any, QMIN: tl.constexpr, QMAX: tl.constexpr) -> Any:
+def _zero_point(low, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):
     return _rounded(_clamped(QMIN * 1.0 - tl.div_rn(low, scale), QMIN * 1.0, QMAX * 1.0))
 
 
 @triton.jit
 def _scale_and_zero_point(
-    first: Any, second: Any, RULE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr
-) -> Any:
+    first, second, RULE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr
+):
     """See ``GridRule``, and ``arithmetic.py`` for the formulas."""
     zero = first * 0.0
     if RULE == _RANGE:
@@ -93,7 +91,7 @@ def _scale_and_zero_point(
 
 
 @triton.jit
-def _places(start: Any, RUNS: tl.constexpr) -> Any:
+def _places(start, RUNS: tl.constexpr):
     """Where the values of a program are, and their bytes of bits."""
     runs = tl.arange(0, RUNS)
     places = tl.arange(0, 64)[None, None, :]
@@ -102,12 +100,12 @@ def _places(start: Any, RUNS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _byte_places(start: Any, RUNS: tl.constexpr) -> Any:
+def _byte_places(start, RUNS: tl.constexpr):
     return start // 8 + (tl.arange(0, RUNS)[:, None] * 64 + tl.arange(0, 64)[None, :])
 
 
 @triton.jit
-def _note_range(range_ptr: Any, values: Any, inside: Any, RUNS: tl.constexpr) -> None:
+def _note_range(range_ptr, values, inside, RUNS: tl.constexpr):
     """Widen ``(-min, max)``; infinity where a value is NaN."""
     high = tl.where(values != values, float("inf"), values)
     low = tl.where(values != values, float("inf"), -values)
@@ -119,19 +117,19 @@ def _note_range(range_ptr: Any, values: Any, inside: Any, RUNS: tl.constexpr) ->
 
 @triton.jit
 def fake_quantize(
-    x_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    y_ptr: Any,
-    bits_ptr: Any,
-    codes_ptr: Any,
-    numbers_ptr: Any,
-    range_ptr: Any,
-    cols: Any,
-    chunks: Any,
-    second_step: Any,
-    clamp_low: Any,
-    clamp_high: Any,
+    x_ptr,
+    first_ptr,
+    second_ptr,
+    y_ptr,
+    bits_ptr,
+    codes_ptr,
+    numbers_ptr,
+    range_ptr,
+    cols,
+    chunks,
+    second_step,
+    clamp_low,
+    clamp_high,
     RULE: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
@@ -139,7 +137,7 @@ def fake_quantize(
     CODES: tl.constexpr,
     OBSERVE: tl.constexpr,
     RUNS: tl.constexpr,
-) -> None:
+):
     """Values on the grid; where wanted a bit per value, integers with their numbers, the range.
 
     Values are clamped to ``clamp_low`` and ``clamp_high`` first. The gradient passes strictly
@@ -177,9 +175,7 @@ def fake_quantize(
 
 
 @triton.jit
-def value_range(
-    x_ptr: Any, range_ptr: Any, cols: Any, clamp_low: Any, clamp_high: Any, RUNS: tl.constexpr
-) -> None:
+def value_range(x_ptr, range_ptr, cols, clamp_low, clamp_high, RUNS: tl.constexpr):
     """The range alone, of values clamped to two ends."""
     at = _places(tl.program_id(0).to(tl.int64) * (RUNS * 512), RUNS)
     inside = at < cols
@@ -188,7 +184,7 @@ def value_range(
 
 
 @triton.jit
-def masked(grad_ptr: Any, bits_ptr: Any, result_ptr: Any, cols: Any, RUNS: tl.constexpr) -> None:
+def masked(grad_ptr, bits_ptr, result_ptr, cols, RUNS: tl.constexpr):
     """A gradient where its bit is set, zero elsewhere."""
     start = tl.program_id(0).to(tl.int64) * (RUNS * 512)
     at, bytes_at = _places(start, RUNS), _byte_places(start, RUNS)
@@ -201,15 +197,15 @@ def masked(grad_ptr: Any, bits_ptr: Any, result_ptr: Any, cols: Any, RUNS: tl.co
 
 @triton.jit
 def restore(
-    codes_ptr: Any,
-    scales_ptr: Any,
-    zero_points_ptr: Any,
-    y_ptr: Any,
-    cols: Any,
-    chunks: Any,
+    codes_ptr,
+    scales_ptr,
+    zero_points_ptr,
+    y_ptr,
+    cols,
+    chunks,
     FROM_ZERO: tl.constexpr,
     RUNS: tl.constexpr,
-) -> None:
+):
     """The real values of integers; ``FROM_ZERO``: the zero points are 0."""
     row = tl.program_id(0) // chunks
     scale = tl.load(scales_ptr + row)
@@ -225,21 +221,21 @@ def restore(
 
 @triton.jit
 def learned_backward(
-    grad_ptr: Any,
-    x_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    of_x_ptr: Any,
-    sums_ptr: Any,
-    cols: Any,
-    chunks: Any,
-    clamp_high: Any,
+    grad_ptr,
+    x_ptr,
+    first_ptr,
+    second_ptr,
+    of_x_ptr,
+    sums_ptr,
+    cols,
+    chunks,
+    clamp_high,
     RULE: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     CLAMPED: tl.constexpr,
     RUNS: tl.constexpr,
-) -> None:
+):
     """The gradient of the values, and three sums per program for ``learned_finish``.
 
     ``learned_fake_quantize.py`` has the formulas. With ``CLAMPED`` values are clamped to zero and
@@ -281,18 +277,18 @@ def learned_backward(
 
 @triton.jit
 def learned_finish(
-    sums_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    of_first_ptr: Any,
-    of_second_ptr: Any,
-    chunks: Any,
-    factor: Any,
+    sums_ptr,
+    first_ptr,
+    second_ptr,
+    of_first_ptr,
+    of_second_ptr,
+    chunks,
+    factor,
     RULE: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """The gradients of the two tensors of the grid, from the sums of a row; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     first, second = tl.load(first_ptr + row), tl.load(second_ptr + row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -137,7 +137,7 @@ def _try(device: torch.device) -> None:
     grad = torch.ones(RUN, device=device)
     bits = torch.full((RUN // 8,), 1, dtype=torch.uint8, device=device)
     result = torch.empty_like(grad)
-    launch("masked", 1, (grad, bits), (result,), RUN, RUNS=1)
+    launch("masked", 1, (grad, bits), (result,), [RUN], {"RUNS": 1})
     if result.sum().item() != RUN // 8:
         raise RuntimeError("its first result is wrong")
 
@@ -147,9 +147,9 @@ def launch(
     programs: int,
     reads: tuple[Any, ...],
     writes: tuple[Any, ...],
-    *numbers: Any,
+    numbers: Sequence[float],
+    constants: Mapping[str, int],
     by_address: Sequence[Tensor] = (),
-    **constants: Any,
 ) -> None:
     """Launch a kernel, whose arguments are what it reads, writes, numbers and constants.
 
@@ -159,8 +159,8 @@ def launch(
         reads: Tensors that it reads, ``None`` where it does not.
         writes: Tensors that it writes, alike.
         numbers: Sizes and real numbers.
-        by_address: Tensors that it reads, whose addresses are in another one.
         constants: What it is compiled for.
+        by_address: Tensors that it reads, whose addresses are in another one.
     """
     if not programs:
         return

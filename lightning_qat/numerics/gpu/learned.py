@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.gpu.activations import ALL, RUNS, dense, fake_quantize, split
+from lightning_qat.numerics.gpu.activations import (
+    ALL,
+    RUNS,
+    constants_of,
+    dense,
+    fake_quantize,
+    split,
+)
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
 from lightning_qat.numerics.gpu.launch import launch
 from lightning_qat.numerics.gpu.straight_through import int_repr_of_codes
@@ -84,13 +91,13 @@ class _LearnedOnDevice(torch.autograd.Function):
             if quantized.codes is not None:
                 kept.append(int_repr_of_codes(quantized.codes, quantized.numbers, len(x.shape)))
         ctx.save_for_backward(x if saves_input else x.clone(), first, second)
-        ctx.grid, ctx.factor, ctx.clamped = grid._replace(first=None, second=None), factor, clamped
+        ctx.rule, ctx.grid, ctx.factor, ctx.clamped = grid.rule, grid.grid, factor, clamped
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, first, second = ctx.saved_tensors
-        grid = ctx.grid._replace(first=first, second=second)
+        grid = DeviceGrid(ctx.rule, first, second, ctx.grid)
         of_x, of_first, of_second = learned_backward(grads[0], x, grid, ctx.factor, ctx.clamped)
         return of_x, of_first, of_second, *[None] * 7
 
@@ -120,16 +127,14 @@ def learned_backward(
         grad = torch.empty_like(of_x).copy_(grad)
     cols, chunks = split(x, rows)
     sums = torch.empty((rows, chunks, 2), dtype=torch.float32, device=x.device)
-    constants = {"RULE": int(grid.rule), "QMIN": grid.grid.qmin, "QMAX": grid.grid.qmax}
+    constants = constants_of(grid)
     launch(
         "learned_backward",
         rows * chunks,
         (grad, x, grid.first, grid.second),
         (of_x, sums),
-        *(cols, chunks, math.inf if clamped is None else clamped[1]),
-        **constants,
-        CLAMPED=clamped is not None,
-        RUNS=RUNS,
+        (cols, chunks, math.inf if clamped is None else clamped[1]),
+        {**constants, "CLAMPED": clamped is not None, "RUNS": RUNS},
     )
     of_first = torch.empty_like(grid.first) if grid.rule in _LEARNS_FIRST else None
     of_second = torch.empty_like(grid.second) if grid.rule in _LEARNS_SECOND else None
@@ -139,9 +144,8 @@ def learned_backward(
         rows,
         (sums, grid.first, grid.second),
         (of_first, of_second),
-        *(chunks, factor),
-        **constants,
-        BLOCK=block,
+        (chunks, factor),
+        {**constants, "BLOCK": block},
     )
     return of_x, of_first, of_second
 

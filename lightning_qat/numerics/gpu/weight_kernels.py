@@ -12,8 +12,6 @@ A program takes a piece of a weight whose values share a scale. The table has a 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -27,7 +25,7 @@ from lightning_qat.numerics.gpu.kernels import (
 
 
 @triton.jit
-def _piece(table_ptr: Any, like_ptr: Any, BLOCK: tl.constexpr) -> Any:
+def _piece(table_ptr, like_ptr, BLOCK: tl.constexpr):
     row = table_ptr + tl.program_id(0).to(tl.int64) * 4
     address = tl.load(row).to(tl.pointer_type(like_ptr.dtype.element_ty))
     at = tl.arange(0, BLOCK)
@@ -37,7 +35,7 @@ def _piece(table_ptr: Any, like_ptr: Any, BLOCK: tl.constexpr) -> Any:
 
 
 @triton.jit
-def weight_ranges(table_ptr: Any, like_ptr: Any, ranges_ptr: Any, BLOCK: tl.constexpr) -> None:
+def weight_ranges(table_ptr, like_ptr, ranges_ptr, BLOCK: tl.constexpr):
     """Widen the ``(-min, max)`` of each channel; infinity where a weight is NaN."""
     values, _, inside, channel = _piece(table_ptr, like_ptr, BLOCK)
     nan = values != values
@@ -49,18 +47,18 @@ def weight_ranges(table_ptr: Any, like_ptr: Any, ranges_ptr: Any, BLOCK: tl.cons
 
 @triton.jit
 def quantize_weights(
-    table_ptr: Any,
-    like_ptr: Any,
-    ranges_ptr: Any,
-    y_ptr: Any,
-    codes_ptr: Any,
-    scales_ptr: Any,
+    table_ptr,
+    like_ptr,
+    ranges_ptr,
+    y_ptr,
+    codes_ptr,
+    scales_ptr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     ARQ: tl.constexpr,
     CODES: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """Round each weight to the grid of its channel's range; ``arithmetic.py`` has both rules."""
     values, offsets, inside, channel = _piece(table_ptr, like_ptr, BLOCK)
     low = tl.abs(tl.load(ranges_ptr + 2 * channel))

@@ -49,8 +49,9 @@ class PieceTable:
 
     def __init__(self, weights: Sequence[Tensor], channels: Sequence[Channels]) -> None:
         self.weights = tuple(weights)
-        self.offsets, self.scales, pieces = [], [], []
-        self.size = 0
+        self.offsets: list[int] = []
+        self.scales: list[int] = []
+        self.size, pieces = 0, []
         for weight, of in zip(weights, channels, strict=True):
             first, count, channel = _pieces(tuple(weight.shape), of)
             self.offsets.append(self.size)
@@ -115,8 +116,9 @@ def quantize_weights(
         pieces,
         (table.table, like),
         (ranges,),
+        (),
+        {"BLOCK": BLOCK},
         by_address=table.weights[1:],
-        BLOCK=BLOCK,
     )
     values = torch.empty(table.size, dtype=like.dtype, device=like.device)
     codes = torch.empty_like(values, dtype=torch.int8) if keeps_codes else None
@@ -126,12 +128,15 @@ def quantize_weights(
         pieces,
         (table.table, like, ranges),
         (values, codes, scales),
+        (),
+        {
+            "QMIN": grid.qmin,
+            "QMAX": grid.qmax,
+            "ARQ": arq,
+            "CODES": keeps_codes,
+            "BLOCK": BLOCK,
+        },
         by_address=table.weights[1:],
-        QMIN=grid.qmin,
-        QMAX=grid.qmax,
-        ARQ=arq,
-        CODES=keeps_codes,
-        BLOCK=BLOCK,
     )
     return [
         QuantizedWeight(
@@ -140,7 +145,7 @@ def quantize_weights(
             scale,
         )
         for weight, offset, scale in zip(
-            table.weights, table.offsets, scales.split(table.scales), strict=True
+            table.weights, table.offsets, torch.split(scales, table.scales), strict=True
         )
     ]
 

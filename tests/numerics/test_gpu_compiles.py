@@ -1,0 +1,176 @@
+"""The kernels compile for the cards that people train on, with wide accesses and without spills.
+
+Triton compiles without a GPU: its wheel brings NVIDIA's assembler. ``python -m
+tests.numerics.test_gpu_compiles`` prints registers and spills of all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from lightning_qat.numerics.gpu.activations import RUNS
+from lightning_qat.numerics.gpu.device_grid import GridRule
+from lightning_qat.numerics.gpu.weights import BLOCK
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+CARDS = {"A100": 80, "H100": 90, "B200": 100}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+INT8 = {"QMIN": -128, "QMAX": 127}
+
+
+class Case(NamedTuple):
+    """A kernel with the types of its arguments; ``T``: the dtype of what is quantized."""
+
+    kernel: str
+    tensors: str
+    numbers: str
+    constants: Mapping[str, int]
+
+
+ACTIVATION = "T f32 f32 T u8 i8 f32 f32"
+CASES = {
+    "observing": Case(
+        "fake_quantize",
+        ACTIVATION,
+        "i32 i32 i32 f32 f32",
+        {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 0, "OBSERVE": 1, "RUNS": RUNS},
+    ),
+    "compact": Case(
+        "fake_quantize",
+        ACTIVATION,
+        "i32 i32 i32 f32 f32",
+        {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 1, "OBSERVE": 1, "RUNS": RUNS},
+    ),
+    "learned": Case(
+        "fake_quantize",
+        ACTIVATION,
+        "i32 i32 i32 f32 f32",
+        {**INT8, "RULE": GridRule.STEP_AND_LOW, "BITS": 0, "CODES": 0, "OBSERVE": 0, "RUNS": RUNS},
+    ),
+    "more than 2**31 values": Case(
+        "fake_quantize",
+        ACTIVATION,
+        "i64 i32 i32 f32 f32",
+        {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 0, "OBSERVE": 1, "RUNS": RUNS},
+    ),
+    "range": Case("value_range", "T f32", "i32 f32 f32", {"RUNS": RUNS}),
+    "masked": Case("masked", "T u8 T", "i32", {"RUNS": RUNS}),
+    "restore": Case("restore", "i8 f32 f32 T", "i32 i32", {"FROM_ZERO": 0, "RUNS": RUNS}),
+    "learned backward": Case(
+        "learned_backward",
+        "T T f32 f32 T f32",
+        "i32 i32 f32",
+        {**INT8, "RULE": GridRule.STEP_AND_LOW, "CLAMPED": 1, "RUNS": RUNS},
+    ),
+    "learned finish": Case(
+        "learned_finish",
+        "f32 f32 f32 f32 f32",
+        "i32 f32",
+        {**INT8, "RULE": GridRule.STEP_AND_LOW, "BLOCK": 1024},
+    ),
+    "weight ranges": Case("weight_ranges", "i64 T f32", "", {"BLOCK": BLOCK}),
+    "weights": Case(
+        "quantize_weights",
+        "i64 T f32 T i8 f32",
+        "",
+        {"QMIN": -127, "QMAX": 127, "ARQ": 0, "CODES": 0, "BLOCK": BLOCK},
+    ),
+}
+
+WIDE = {"observing", "learned", "more than 2**31 values", "masked", "learned backward"}
+"""Those that read and write whole tensors of the dtype."""
+
+
+def compiled(case: Case, dtype: str, card: int) -> Any:
+    """A kernel for arguments at addresses and of sizes that are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    modules = ("kernels", "weight_kernels")
+    found = [importlib.import_module(f"lightning_qat.numerics.gpu.{name}") for name in modules]
+    kernel = next(getattr(m, case.kernel) for m in found if hasattr(m, case.kernel))
+    tensors = [f"*{name.replace('T', dtype)}" for name in case.tensors.split()]
+    types = [*tensors, *case.numbers.split()]
+    types = [re.sub(r"\bf32\b", "fp32", name) for name in types]
+    signature = dict(zip(kernel.arg_names, types, strict=False))
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(types)
+        if name.startswith("*") or name in ("i32", "i64")
+    }
+    source = ASTSource(kernel, signature, {n: int(c) for n, c in case.constants.items()}, aligned)
+    return triton.compile(
+        source, target=GPUTarget("cuda", card, 32), options={"enable_fp_fusion": False}
+    )
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers per thread, and bytes of spills, as NVIDIA's ``cuobjdump`` reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        said = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", said.stdout + said.stderr)
+    assert found is not None, said
+    return {"registers": int(found[1]), "spills": int(found[2])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_compiles(name: str, dtype: str) -> None:
+    case = CASES[name]
+    # All cards for one dtype: what differs between dtypes is the same on all of them.
+    for card in CARDS.values() if dtype == "bfloat16" else [CARDS["H100"]]:
+        kernel = compiled(case, DTYPES[dtype], card)
+        assert resources(kernel)["spills"] == 0
+        ptx = kernel.asm["ptx"]
+        # True division, and nothing that rounds once for two operations or loses what is small.
+        assert not re.search(r"\b(fma\.rn|div\.full|div\.approx|mul\.ftz|add\.ftz)\.f32", ptx)
+        if name in WIDE:
+            vector = r"\.v4\.b32" if card < CARDS["B200"] else r"\.v[48]\.b32"
+            assert re.search(r"ld\.global" + vector, ptx), "16 bytes at a time"
+            assert re.search(r"st\.global" + vector, ptx), "16 bytes at a time"
+
+
+def test_what_a_bad_kernel_would_show() -> None:
+    """The patterns above find what they look for: Triton's own division is not exact."""
+    case = CASES["observing"]
+    ptx = compiled(case, "fp32", CARDS["H100"]).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert not re.search(r"ld\.global\.v4\.b64", ptx)
+
+
+def _print_all() -> None:
+    for name, case in CASES.items():
+        for dtype, short in DTYPES.items():
+            for card, capability in CARDS.items():
+                used = resources(compiled(case, short, capability))
+                print(f"{name:24} {dtype:9} {card:5} {used}")
+
+
+if __name__ == "__main__":
+    sys.exit(_print_all())
