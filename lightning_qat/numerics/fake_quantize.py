@@ -258,7 +258,7 @@ def quantized_again(
     result: Tensor
     if isinstance(known, IntRepr):
         int_repr = known
-        result = StraightThrough.apply(weight, lambda: (known.restore(), None))  # type: ignore[no-untyped-call]
+        result = StraightThrough.apply(weight, lambda: (known.restore(weight.dtype), None))  # type: ignore[no-untyped-call]
     else:
         # Another tensor of the same memory: a graph of its own.
         result = StraightThrough.apply(weight, lambda: (known.detach(), None))  # type: ignore[no-untyped-call]

@@ -70,12 +70,12 @@ def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
     for operand in operands:
         int_repr = int_repr_of(operand)
         if int_repr is not None and isinstance(operand, Tensor):
-            known[operand.untyped_storage().data_ptr()] = int_repr, operand.storage_offset()
+            known[_memory(operand)] = int_repr, operand.storage_offset()
     if not known:
         return nullcontext()
 
     def pack(x: Tensor) -> object:
-        found = known.get(x.untyped_storage().data_ptr())
+        found = known.get(_memory(x))
         if found is None or not x.is_floating_point():
             return x
         # Weights that were quantized together share a storage.
@@ -83,6 +83,11 @@ def saving_int_repr(*operands: object) -> AbstractContextManager[object]:
         return int_repr, x.dtype, x.shape, x.stride(), x.storage_offset() - offset
 
     return saved_tensors_hooks(pack, _unpacked)
+
+
+def _memory(x: Tensor) -> int:
+    """The identity of the memory that a tensor lies in, on every device."""
+    return int(x.untyped_storage()._cdata)
 
 
 def _unpacked(kept: Any) -> Tensor:

@@ -217,7 +217,7 @@ class _LearnedGrid:
         """Real values on the grid; their integers are kept aside where they are wanted."""
         known, self.known = self.known, None
         if known is not None:
-            return known.restore() if isinstance(known, IntRepr) else known.detach()
+            return known.restore(x.dtype) if isinstance(known, IntRepr) else known.detach()
         if not self.keeps_int_repr:
             return round_to_steps(x, self.scale, self._reached_min, self._reached_max)
         if isinstance(self.step_min, float):

@@ -86,7 +86,11 @@ class RangeCommits:
             ValueError: A range of this batch or of the one before is not finite.
         """
         self.check()
-        if not quantizers or any(map(_must_look, quantizers.values())):
+        # The same ones on all processes: a learned range begins when the ranges of all are taken.
+        quantizers = {name: q for name, q in quantizers.items() if q.follows_data}
+        if not quantizers:
+            return
+        if any(map(_must_look, quantizers.values())):
             commit_pending(quantizers)
             return
         flat = _pending_of_all(quantizers.values(), agree=True)

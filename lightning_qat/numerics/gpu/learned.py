@@ -82,7 +82,7 @@ class _LearnedOnDevice(torch.autograd.Function):
     ) -> Tensor:
         grid = grid._replace(first=first, second=second)
         if isinstance(known, IntRepr):
-            result = known.restore()
+            result = known.restore(x.dtype)
         elif known is not None:
             result = known.detach()
         else:
