@@ -21,7 +21,7 @@ CORE: Mapping[str, str] = {
     "export": "recipe model ir atomic_write",
     "cli": "export",
     "layers": "numerics recipe function_hooks quantizers",
-    "training": "recipe model function_hooks quantizers",
+    "training": "numerics recipe model function_hooks quantizers",
     "joins": "numerics recipe model function_hooks quantizers layers",
     "prepare": "recipe model quantizers layers training joins",
     "convert": "numerics recipe model function_hooks ir quantizers layers joins",

@@ -104,6 +104,7 @@ def _placed(
     if isinstance(found, ActivationQuantizer) and found.spec == tensor.spec:
         return found
     quantizer = activation_quantizer(tensor.spec).train(owner.training)
+    quantizer.place = names.place(tensor.quantizer)
     if like is not None:
         quantizer.to(like.min_val.device)
         switch_like(quantizer, like)

@@ -16,7 +16,7 @@ from lightning_qat.model.dry_run import order_of_calls
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLayer
-from lightning_qat.quantizers.names import quantizer_role
+from lightning_qat.quantizers.names import place, quantizer_role
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.quantizers.weight_cache import WeightGroup
@@ -93,8 +93,10 @@ def swap(paths: ModelPaths, report: PrepareReport) -> None:
     group = groups[0] if groups else WeightGroup()
     for layer in report.swapped:
         module = paths.by_path[layer.name]
-        LAYERS[type(module)].swap(module, layer.spec)
-        switch(module, group=group)
+        swapped = LAYERS[type(module)].swap(module, layer.spec)
+        switch(swapped, group=group)
+        for name in swapped.quantizer_names():
+            getattr(swapped, name).place = place(f"{layer.name}.{name}")
     for module in paths.names:
         # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
         # kernel and call none of them; this attribute is what that kernel asks for. The encoder

@@ -101,7 +101,7 @@ class ActivationQuantizer(RangeObserver):
         """
         if not (self.quantizing and self.calibrated) or is_exporting_onnx():
             return None
-        if not clamps(x, self.min_val, ends):
+        if x.device != self.min_val.device or not clamps(x, self.min_val, ends):
             return None
         if self.is_observing and not self._observes_later():
             return None
@@ -133,8 +133,11 @@ class ActivationQuantizer(RangeObserver):
         return CALIBRATIONS[self.spec.calibration].min_max_only and self.observes_later()
 
     def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
-        if not (self.calibrated or is_compiling() or self.in_training):
-            self.notice_range()
+        if not is_compiling():
+            if x.device != self.min_val.device:
+                x = self._brought_here(x)
+            if not (self.calibrated or self.in_training):
+                self.notice_range()
         ready = self.quantizing and self.calibrated
         exporting = is_exporting_onnx()
         observe = None
@@ -150,6 +153,22 @@ class ActivationQuantizer(RangeObserver):
         if exporting:
             return quantize_dequantize(x, *self.scale_and_zero_point(), self.grid)
         return self._fake_quantize(x, saves_input, observe)
+
+    def _brought_here(self, x: Tensor) -> Tensor:
+        """A number of a CPU on the quantizer's device, as torch's own operations take it.
+
+        Raises:
+            RuntimeError: It is no single number.
+        """
+        device = self.min_val.device
+        if x.dim() == 0 and x.is_cpu:
+            return x.to(device)
+        where = repr(self.place) if self.place else "a quantizer"
+        raise RuntimeError(
+            f"A tensor and its quantizer must be on one device; the input of {where} is on "
+            f"{x.device}, its quantizer on {device}. Move the model after prepare: "
+            f"model.to({str(x.device)!r})."
+        )
 
     def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
         if suits(x):

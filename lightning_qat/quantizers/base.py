@@ -25,12 +25,14 @@ class Quantizer(nn.Module):
 
     Attributes:
         gate: Says which forwards train the model; ``None``: the mode of the called module does.
+        place: Its place in the model, for error messages; see ``names.place``.
     """
 
     SWITCHES: ClassVar[frozenset[str]] = frozenset({"gate"})
     """The attributes that turn a part of the quantizer on or off; see ``switches``."""
 
     gate: ObservationGate | None = None
+    place: str = ""
     spec: Any
 
     def switches(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from lightning_qat.numerics.gpu.weights import (
 )
 from lightning_qat.numerics.int_repr import IntRepr, int_repr_of
 from lightning_qat.numerics.qparams import IntegerGrid
-
-if TYPE_CHECKING:
-    from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.specs import WeightSpec
 
 
 class QuantizedWeightCache:
@@ -67,6 +65,26 @@ def tensor_state(*tensors: Tensor) -> Any:
     return tuple((id(t if t._base is None else t._base), t.data_ptr(), t._version) for t in tensors)
 
 
+class WeightRounding(Protocol):
+    """What decides how a weight quantizer rounds.
+
+    Attributes:
+        spec: Its rule of the scale.
+        grid: The integers in use.
+        compact: Integers are kept beside the values.
+        channels: Which values share a scale.
+    """
+
+    spec: WeightSpec
+    grid: IntegerGrid
+    compact: bool
+
+    @property
+    def channels(self) -> Channels:
+        """As ``WeightQuantizer`` has them."""
+        ...
+
+
 class KnownWeight(NamedTuple):
     """A weight that was quantized together with others.
 
@@ -90,7 +108,7 @@ class WeightGroup:
 
     def __init__(self) -> None:
         # The weights share the memory of the model's own, and keep no graph.
-        self._members: dict[int, tuple[weakref.ref[WeightQuantizer], Tensor]] = {}
+        self._members: dict[int, tuple[weakref.ref[WeightRounding], Tensor]] = {}
         self._known: dict[int, KnownWeight] = {}
         self._tables: dict[Any, tuple[Any, PieceTable]] = {}
 
@@ -101,7 +119,7 @@ class WeightGroup:
     def __reduce__(self) -> Any:
         return WeightGroup, ()
 
-    def quantized(self, quantizer: WeightQuantizer, weight: Tensor) -> KnownWeight | None:
+    def quantized(self, quantizer: WeightRounding, weight: Tensor) -> KnownWeight | None:
         """A weight on its grid; ``None``: it has to be quantized by itself."""
         if is_compiling() or (weight.is_cpu and not runs_kernels(weight.device)):
             return None
@@ -119,10 +137,10 @@ class WeightGroup:
         return known.pop(number) if forward is None else known[number]
 
     def _quantize_all(
-        self, first: WeightQuantizer, like: Tensor, with_kernels: bool
+        self, first: WeightRounding, like: Tensor, with_kernels: bool
     ) -> dict[int, KnownWeight]:
         """Quantize every member that has the grid, device and dtype of the first one."""
-        chosen: list[tuple[WeightQuantizer, Tensor]] = []
+        chosen: list[tuple[WeightRounding, Tensor]] = []
         for number, (reference, weight) in list(self._members.items()):
             quantizer = reference()
             if quantizer is None:
@@ -157,12 +175,12 @@ class WeightGroup:
         return self._tables[kind][1]
 
 
-def _state(quantizer: WeightQuantizer, weight: Tensor) -> Any:
+def _state(quantizer: WeightRounding, weight: Tensor) -> Any:
     """A value that changes when the weight does, as far as torch can tell."""
     return quantizer.compact, weight.data_ptr(), weight._version, weight.shape, weight.stride()
 
 
-def _kind(quantizer: WeightQuantizer, weight: Tensor) -> Any:
+def _kind(quantizer: WeightRounding, weight: Tensor) -> Any:
     """What weights that are quantized together have in common."""
     arq = quantizer.spec.quantizer == "arq"
     return quantizer.grid, arq, quantizer.compact, weight.device, weight.dtype

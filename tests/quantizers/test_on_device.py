@@ -203,3 +203,20 @@ def test_models_train_to_the_same_gradients(name: str, recipe: str, memory: str)
     kernels = {launch.kernel for launch in launches}
     assert kernels >= {"fake_quantize", "learned_backward" if recipe == "amct" else "masked"}
     torch.testing.assert_close(on_device, on_cpu, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_on_another_device_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    x = torch.randn(2, 3, 8, 8)
+    prepare(model, "int8", x)
+    model(x)
+    for quantizer in activation_quantizers(model).values():
+        quantizer.to("meta")
+    with pytest.raises(RuntimeError, match="the input of '0' is on cpu, its quantizer on meta"):
+        model(x)
+
+
+def test_a_number_of_the_cpu_is_taken_along() -> None:
+    """As torch's own operations do: ``x * torch.tensor(0.5)`` works on every device."""
+    quantizer = calibrated().eval().to("meta")
+    assert quantizer(torch.tensor(0.5)).device.type == "meta"
