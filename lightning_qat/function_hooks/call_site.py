@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from types import CodeType
 from typing import Any
 
 from lightning_qat.function_hooks.code_sites import code_sites
-from lightning_qat.model.torch_compile import constant_while_tracing, traced_frames
+from lightning_qat.model.torch_compile import (
+    constant_while_tracing,
+    resumed_from,
+    traced_frames,
+)
 
 _BY_LINE = re.compile(r"\w+@[^\[\]]+\+\d+:\d+")
 
@@ -102,7 +108,17 @@ def _users_frames() -> Iterator[tuple[CodeType, int, int]]:
 
 
 def _named(code: CodeType, offset: int) -> str:
-    return f"{code.co_name}[{code_sites(code).by_offset.get(offset, '')}]"
+    whole = resumed_from(code)
+    if whole is None:
+        return f"{code.co_name}[{code_sites(code).by_offset.get(offset, '')}]"
+    # Offsets are others; the places in the file are not.
+    while offset and dis.opname[code.co_code[offset]] == "CACHE":
+        offset -= 2
+    # Python 3.10 has no positions.
+    all_positions: Any = getattr(code, "co_positions", tuple)
+    positions = next(islice(all_positions(), offset // 2, None), ())
+    place = dis.opname[code.co_code[offset]], tuple(positions)
+    return f"{whole.co_name}[{code_sites(whole).by_place.get(place, '')}]"
 
 
 def _is_generated(code: CodeType) -> bool:

@@ -10,7 +10,7 @@ code can never take a planned call's quantizer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lightning_qat.model.torch_compile import (
     FunctionsForModes,
     constant_while_tracing,
     run_outside_graphs,
+    trace_hooks_of_wrapped_modules,
 )
 from lightning_qat.model.torch_private import may_run_again, wrap_checkpointed_functions
 
@@ -54,10 +55,12 @@ class ModuleHooks:
         earlier = hooks_of(module)
         if earlier is not None:
             earlier.detach(module)
-        run_outside_graphs([ModuleHooks.enter.__code__, ModuleHooks.leave.__code__])
+        calls: Any = QuantizeCallsMode.__torch_function__
+        run_outside_graphs([f.__code__ for f in (ModuleHooks.enter, ModuleHooks.leave, calls)])
         wrap_checkpointed_functions(to_be_run_again)
+        trace_hooks_of_wrapped_modules(lambda module: hooks_of(module) is not None)
         self._handles = [
-            module.register_forward_pre_hook(self.enter),
+            module.register_forward_pre_hook(self.enter, with_kwargs=True),
             module.register_forward_hook(self.leave, always_call=True),
         ]
         module.__dict__[HOOKS] = self
@@ -68,8 +71,12 @@ class ModuleHooks:
             handle.remove()
         module.__dict__.pop(HOOKS, None)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Begin the module's forward; torch calls this before it."""
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin the module's forward; torch calls this before it.
+
+        Returns:
+            The arguments for a forward that is traced; ``None``: they stay as they are.
+        """
         now = running()
         caller = now.frames[-1] if now.frames else None
         frame = Frame(
@@ -77,11 +84,14 @@ class ModuleHooks:
         )
         now.frames.append(frame)
         if not frame.watched:
-            return
+            return None
+        replaced = None
         forward_cache = current_forward_cache()
         if forward_cache is None:
             if is_dynamo_compiling():
                 _add_functions_while_compiling()
+                # A graph would be made anew for each input whose identity it has looked at.
+                replaced = map_leaves(_aliases(), (args, kwargs))
             else:
                 _FOR_MODES.watch_compilations()
                 frame.handled = sys.exc_info()[1]
@@ -96,6 +106,7 @@ class ModuleHooks:
                 frame.mode.__enter__()  # type: ignore[no-untyped-call]
         frame.run = forward_cache.runs[id(self)]
         forward_cache.runs[id(self)] += 1
+        return replaced
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the module's forward; torch calls this after it, also when it raised.
@@ -139,6 +150,22 @@ class ModuleHooks:
             return leaf if run is None else run(leaf)
 
         return map_leaves(quantized, output)
+
+
+def _aliases() -> Callable[[Any], Any]:
+    """Make another tensor of the same memory of each tensor: the same one of the same."""
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def alias(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for tensor, twin in known:
+            if tensor is leaf:
+                return twin
+        known.append((leaf, leaf.view_as(leaf)))
+        return known[-1][1]
+
+    return alias
 
 
 def _commit(frame: Frame) -> None:

@@ -86,7 +86,8 @@ def hide_from_hooks() -> AbstractContextManager[object]:
     """Hide a quantizer's own arithmetic from the mode that quantizes the model's calls."""
     if is_dynamo_compiling():
         return _HiddenWhileTracing(_LOCAL.running)
-    return nullcontext() if current_forward_cache() is None else without_function_modes()
+    # Where a graph has broken, the cache that it has opened is of no use, but the mode runs on.
+    return nullcontext() if _LOCAL.running.forward_cache is None else without_function_modes()
 
 
 def hide_from_all_modes() -> AbstractContextManager[object]:

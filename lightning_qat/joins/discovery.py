@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
-from lightning_qat.model.torch_compile import is_compiled
+from lightning_qat.model.torch_compile import without_compiling
 from lightning_qat.model.torch_private import saved_tensors_are_hooked, without_function_modes
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.quantizers import names
@@ -129,10 +129,8 @@ class Discovery:
                 continue
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-        eager: Any = torch.compiler.set_stance("force_eager")
-        stance: Any = eager if is_compiled(self.model) else nullcontext()
         try:
-            with stance, _Watch(self):
+            with without_compiling(self.model), _Watch(self):
                 yield
         finally:
             for handle in handles:

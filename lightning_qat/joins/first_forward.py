@@ -72,7 +72,7 @@ class FirstForward:
             watching = hooks_of(model)
             if watching is not None:
                 # torch does not call hooks that were added while it calls those of a module.
-                watching.enter(model, args)
+                watching.enter(model, args, kwargs)
         elif is_real_forward(model) and self._trains(model):
             self._training = Discovery(model, self.recipe, observes=True)
             self._watching = self._training.watching(root_runs=True)

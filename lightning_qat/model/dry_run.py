@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_qat.model.inputs import Inputs, as_call, device_of
-from lightning_qat.model.torch_compile import is_compiled
+from lightning_qat.model.torch_compile import without_compiling
 
 
 def call_of(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -47,10 +47,8 @@ def order_of_calls(
 
     args, kwargs = call_of(model, example_inputs)
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    eager: Any = torch.compiler.set_stance("force_eager")
-    stance: Any = eager if is_compiled(model) else nullcontext()
     try:
-        with unchanged_afterwards(model), stance:
+        with unchanged_afterwards(model), without_compiling(model):
             model(*args, **kwargs)
     finally:
         for handle in handles:

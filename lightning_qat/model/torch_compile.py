@@ -10,12 +10,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from types import CodeType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 _WRAPPED = "_orig_mod"
 
@@ -64,6 +67,19 @@ def is_compiled(model: nn.Module) -> bool:
         _WRAPPED in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+@contextmanager
+def without_compiling(model: nn.Module) -> Iterator[None]:
+    """Run the compiled parts of a model as eager ones; does nothing where there are none.
+
+    torch changes its stance where ``set_stance`` is called, not where the block begins.
+    """
+    if is_compiled(model):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def missing_parts() -> list[str]:
@@ -131,16 +147,17 @@ def _marks_constants() -> bool:
 
 
 def run_outside_graphs(codes: Collection[CodeType]) -> None:
-    """Have dynamo run code of ours as it is, where it would make a graph of it alone.
+    """Have dynamo run code of ours, and what it calls, as it is.
 
-    These are the hooks of the very module that ``torch.compile`` wraps; those of the modules inside
-    it stay part of its graph. (The public decorators break the graph there.) Nothing but these code
-    objects is changed, and a torch without dynamo's frame strategies is left alone.
+    Otherwise it would make graphs of it alone: of the hooks of the very module that is compiled,
+    and of the function mode where a graph of the user's has broken. Within a graph they stay part
+    of it. (The public decorators break the graph there.) Nothing but these code objects is changed,
+    and a torch without dynamo's frame strategies is left alone.
     """
     frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     names = _NEEDED["torch._C._dynamo.eval_frame"]
     if all(hasattr(frames, name) for name in names):
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
         for code in codes:
             frames.set_code_exec_strategy(code, skip)
 
@@ -151,12 +168,38 @@ def trace_hooks(model: nn.Module) -> None:
     By default those of the very module that was wrapped run outside.
     """
     wrappers: list[Any] = [module for module in model.modules() if _WRAPPED in module._modules]
-    if wrappers:
-        import torch._dynamo
+    for wrapper in wrappers:
+        wrapper.__dict__["_initialize"] = partial(_initialize, wrapper)
+        wrapper._initialize()
 
-        with torch._dynamo.config.patch(wrap_top_frame=True):
-            for wrapper in wrappers:
-                wrapper._initialize()
+
+def trace_hooks_of_wrapped_modules(hooked: Callable[[nn.Module], bool]) -> None:
+    """Have ``torch.compile(module)`` make the hooks of a module part of its graph, from now on.
+
+    Otherwise those of the very module that is wrapped run outside it, and a graph knows nothing of
+    what they keep of a forward. A second call changes nothing.
+
+    Args:
+        hooked: Whether a module has such hooks; every other one is wrapped as torch does it.
+    """
+    if _WATCHED:
+        return
+
+    def watch(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
+        if name == _WRAPPED and module is not None and hooked(module):
+            wrapper.__dict__["_initialize"] = partial(_initialize, wrapper)
+
+    _WATCHED.append(register_module_module_registration_hook(watch))
+
+
+_WATCHED: list[object] = []
+
+
+def _initialize(wrapper: Any) -> None:
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(wrap_top_frame=True):
+        type(wrapper)._initialize(wrapper)
 
 
 class FunctionsForModes:
@@ -221,6 +264,16 @@ def _table_of_functions() -> set[Any]:
     return get_overridable_functions()
 
 
+def resumed_from(code: CodeType) -> CodeType | None:
+    """The function of which a graph break has made a rest; ``None``: it is no such rest."""
+    module: Any = sys.modules.get("torch._dynamo.resume_execution")
+    if module is None:
+        return None
+    resumed = module.ContinueExecutionCache.generated_code_metadata.get(code)
+    found: CodeType | None = None if resumed is None else resumed.code
+    return found
+
+
 class TracedFrame(NamedTuple):
     """A Python frame that dynamo traces.
 
@@ -240,14 +293,12 @@ class TracedFrame(NamedTuple):
 
 def traced_frames() -> Iterator[TracedFrame]:
     """The frames that dynamo traces at this moment, innermost first."""
-    from torch._dynamo.resume_execution import ContinueExecutionCache
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     frame: Any = InstructionTranslator.current_tx().output.current_tx
     while frame is not None:
         # What follows a graph break has become a function of its own.
-        resumed = ContinueExecutionCache.generated_code_metadata.get(frame.f_code)
-        code = frame.f_code if resumed is None else resumed.code
+        code = resumed_from(frame.f_code) or frame.f_code
         running = frame.current_instruction
         place = running.opname, tuple(running.positions or ())
         yield TracedFrame(code, frame.lineno, place, frame.f_globals)

@@ -12,7 +12,7 @@ from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import LAYERS
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
-from lightning_qat.model.torch_compile import require_support, unwrapped
+from lightning_qat.model.torch_compile import require_support, trace_hooks, unwrapped
 from lightning_qat.prepare.plan_joins import plan_joins
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers, end_layers, swap
@@ -67,7 +67,7 @@ def prepare(
     check_memory(memory)
     recipe = Recipe.load(recipe)
     require_support(model)
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     paths = ModelPaths.of(model)
     report = choose_layers(paths, recipe)
     if recipe.first_last is not None:
@@ -83,4 +83,6 @@ def prepare(
     swap(paths, report)
     joins = plan_joins(model, recipe, example_inputs)
     set_compact(model, memory == "compact")
+    if wrapped is not model:
+        trace_hooks(wrapped)
     return report.with_plan(joins)

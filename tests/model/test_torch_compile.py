@@ -15,6 +15,12 @@ from lightning_qat import prepare
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from tests.join_networks import NETWORKS, ResNet20, inputs_for
 
+# What torch's compiler does itself, and what it makes, which torch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Any:
@@ -47,6 +53,29 @@ def train(call: Callable[[Tensor], Tensor], model: nn.Module, batches: list[Tens
     return outputs, ranges, gradients
 
 
+class Graphs(list[int]):
+    """A backend that runs each graph as it is, and notes how many calls it holds."""
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph.forward
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4a8"])
+@pytest.mark.parametrize("planned", [True, False])
+def test_prepare_leaves_the_compiler_as_it_was(recipe: str, planned: bool) -> None:
+    """Whatever is compiled afterwards really is; the recipe of 4 bits looks for the last layer."""
+    model, x, graphs = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(4, 6), Graphs()
+    prepare(model, recipe, x if planned or recipe == "w4a8" else None)
+    model.train()(x)
+    other = nn.Linear(6, 6)
+    torch.compile(lambda x: other(x).relu(), backend=graphs)(x)
+    assert graphs == [2]
+    torch.compile(model, backend=graphs, fullgraph=True)(x)
+    assert len(graphs) == 2
+    assert graphs[1] > 10
+
+
 def assert_same(one: Any, other: Any) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -61,8 +90,11 @@ def planned(name: str) -> tuple[nn.Module, list[Tensor]]:
 def test_a_whole_model_compiles_without_a_graph_break(name: str) -> None:
     eager, batches = planned(name)
     model = copy.deepcopy(eager)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
     assert_same(train(compiled, model, batches), train(eager, eager, batches))
+    # Without ranges and with them.
+    assert len(graphs) == 2
 
 
 def test_a_model_that_was_compiled_before_prepare_shares_quantizers_as_eager_does() -> None:
