@@ -130,7 +130,7 @@ class Discovery:
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
-            with without_compiling(self.model), _Watch(self):
+            with without_compiling(), _Watch(self):
                 yield
         finally:
             for handle in handles:

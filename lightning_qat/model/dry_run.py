@@ -48,7 +48,7 @@ def order_of_calls(
     args, kwargs = call_of(model, example_inputs)
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
-        with unchanged_afterwards(model), without_compiling(model):
+        with unchanged_afterwards(model), without_compiling():
             model(*args, **kwargs)
     finally:
         for handle in handles:

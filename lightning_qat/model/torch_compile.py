@@ -70,12 +70,13 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
-def without_compiling(model: nn.Module) -> Iterator[None]:
-    """Run the compiled parts of a model as eager ones; does nothing where there are none.
+def without_compiling() -> Iterator[None]:
+    """Run what is compiled, parts of a model or functions that call it, as if it were not.
 
-    torch changes its stance where ``set_stance`` is called, not where the block begins.
+    torch changes its stance where ``set_stance`` is called, not where the block begins. Nothing is
+    compiled before dynamo is loaded.
     """
-    if is_compiled(model):
+    if "torch._dynamo" in sys.modules:
         with torch.compiler.set_stance("force_eager"):
             yield
     else:
