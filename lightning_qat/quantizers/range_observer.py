@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.function_hooks.running import current_forward_cache
+from lightning_qat.function_hooks.running import running
 from lightning_qat.model.torch_private import is_in_backward
 from lightning_qat.numerics.arithmetic import range_qparams
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
@@ -270,7 +270,8 @@ class ForwardObservations:
     @staticmethod
     def of_this_forward() -> ForwardObservations | None:
         """Those of the running forward; ``None``: it is not hooked, or may run again as a whole."""
-        forward_cache = current_forward_cache()
+        # Also of a forward of which torch.compile has made graphs of parts alone.
+        forward_cache = running().forward_cache
         if forward_cache is None or forward_cache.may_run_again:
             return None
         if forward_cache.observations is None:

@@ -361,6 +361,7 @@ def test_a_whole_transformer_trains_and_converts() -> None:
 
 @pytest.mark.parametrize("recipe", ["int8", "w4a8", Recipe(joins=False, outputs=False)], ids=str)
 def test_compiled_it_computes_the_same(recipe: Any) -> None:
+    torch._dynamo.reset()
     model, x = Block(), torch.randn(4, 5, 8)
     trained(model, x, recipe)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)

@@ -173,6 +173,7 @@ def test_amct_leaves_embeddings_float() -> None:
 
 
 def test_compiled_it_computes_the_same() -> None:
+    torch._dynamo.reset()
     model = trained(Tokens(), "int8").eval()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(LOOKED_UP), model(LOOKED_UP))

@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from lightning_qat import prepare
 from lightning_qat.training.range_sync import activation_quantizers
 
-# What torch's compiler does itself, and what it makes, which torch deprecates.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
-]
+# Inductor's own imports.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 
 LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
 

@@ -15,12 +15,6 @@ from lightning_qat import prepare
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from tests.join_networks import NETWORKS, ResNet20, inputs_for
 
-# What torch's compiler does itself, and what it makes, which torch deprecates.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
-
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Any:

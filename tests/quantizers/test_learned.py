@@ -17,6 +17,7 @@ from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.arithmetic import affine_qparams
 from lightning_qat.numerics.calibration.search import least_squares_scale
 from lightning_qat.numerics.fake_quantize import fake_quantize
+from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.factory import activation_quantizer, quantizer_parameters
@@ -347,7 +348,13 @@ def test_learned_activations_need_the_plan_before_the_optimizer() -> None:
     prepare(Net(), learned_recipe(joins=False, outputs=False))
 
 
-def test_learned_quantizers_compile_to_the_same_numbers() -> None:
+@pytest.mark.parametrize("loops", [False, True])
+def test_learned_quantizers_compile_to_the_same_numbers(
+    loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; eager mode's loops add the gradients of a scale in another order."""
+    if not loops:
+        monkeypatch.setattr(kernels, "compiled_loops", lambda: None)
     torch._dynamo.reset()
     model, x = trained(learned_recipe(), steps=2)
     model.train()
@@ -358,4 +365,5 @@ def test_learned_quantizers_compile_to_the_same_numbers() -> None:
         call(x).square().mean().backward()
     for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert one.grad is not None, name
-        torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=0)
+        tolerance = 1e-5 if loops and name.endswith((".scale", ".low")) else 0.0
+        torch.testing.assert_close(one.grad, two.grad, rtol=tolerance, atol=0)
