@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.launches import LEARNED, Calls, added_launches, step
 from benchmarks.nets import Encoder, mobilenet, resnet18
 from lightning_qat import prepare
 from lightning_qat.numerics.gpu import activations as gpu
@@ -22,14 +23,12 @@ from lightning_qat.numerics.gpu import straight_through
 from lightning_qat.numerics.gpu.launch import count_launches
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.training.range_sync import RangeCommits, activation_quantizers
-from tests.training.launches import Calls, added_launches, step
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: resnet18(8),
     "mobilenet": lambda: mobilenet(),
     "encoder": lambda: Encoder(),
 }
-LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
 ULQ = {"activation": {"quantizer": "ulq"}, "weight": {"quantizer": "ulq"}}
 
 
