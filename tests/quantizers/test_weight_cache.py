@@ -14,6 +14,8 @@ from lightning_qat import prepare
 from lightning_qat.layers import MultiheadAttentionQAT
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.training.phases import set_compact
 from lightning_qat.training.weights_once import weights_quantized_once
 
 RECIPES: dict[str, Any] = {
@@ -146,3 +148,18 @@ def test_rows_of_a_packed_parameter_are_quantized_once_and_anew_when_it_changes(
             attention.in_proj_weight.mul_(2.0)
         attention(x, x, x)
     assert sum(counts) == 7
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4a4"])
+def test_integers_of_a_bfloat16_weight_come_back_as_bfloat16(recipe: str) -> None:
+    """With ``memory="compact"`` the second batch of an optimizer step reads the kept integers."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    prepare(model, {**Recipe.load(recipe).to_dict(), "joins": False, "outputs": False})
+    set_compact(model.to(torch.bfloat16), True)
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    model(x)
+    with weights_quantized_once(model):
+        first, second = model(x), model(x)
+        second.sum().backward()
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, second)
