@@ -133,7 +133,7 @@ def added_launches(
     compact: bool = False,
     batch: int = 64,
 ) -> Counted:
-    """Prepare and calibrate a network on the CPU, and count its third step on the meta device."""
+    """Prepare and calibrate a network on the CPU, and count a later step on the meta device."""
     on_meta = torch.empty((batch, *x.shape[1:]), device="meta")
     plain = step(make().train().to("meta"), on_meta, triton=False)
     model = make().train()
@@ -144,8 +144,8 @@ def added_launches(
     switch(model, deferred=True, observing=observing)
     set_compact(model, compact)
     model.to("meta")
-    for _ in range(2):
-        # The first step fills tables and finds out who reads a relu.
+    for _ in range(3):
+        # The first steps find out who reads a relu, and which weights stay where they are.
         counted = step(model, on_meta, triton=triton)
         for quantizer in quantizers.values():
             quantizer.pending = None

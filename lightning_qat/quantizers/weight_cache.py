@@ -99,16 +99,30 @@ class KnownWeight(NamedTuple):
     int_repr: IntRepr | None
 
 
+class _Member(NamedTuple):
+    """A weight that a group has seen.
+
+    Args:
+        quantizer: Its quantizer.
+        weight: It, or a tensor of the same memory that keeps no graph.
+        stays: It was at the same place when it was seen before.
+    """
+
+    quantizer: weakref.ref[WeightRounding]
+    weight: Tensor
+    stays: bool
+
+
 class WeightGroup:
     """Quantizes the weights of a model together when the first of them is needed in a forward.
 
-    A weight joins when it is first quantized. Results are good for the forward that needs them; of
-    layers that no hooked forward runs, for one use.
+    A weight joins when it has been seen twice at the same place; one that is computed anew in every
+    forward never does. Results are good for the forward that needs them; of layers that no hooked
+    forward runs, for one use.
     """
 
     def __init__(self) -> None:
-        # The weights share the memory of the model's own, and keep no graph.
-        self._members: dict[int, tuple[weakref.ref[WeightRounding], Tensor]] = {}
+        self._members: dict[int, _Member] = {}
         self._known: dict[int, KnownWeight] = {}
         self._tables: dict[Any, tuple[Any, PieceTable]] = {}
 
@@ -130,23 +144,37 @@ class WeightGroup:
         known = self._known if forward is None else forward.weights
         number, state = id(quantizer), _state(quantizer, weight)
         if number not in known or known[number].state != state:
-            self._members[number] = weakref.ref(quantizer), weight.detach()
-            known.clear()
-            known.update(self._quantize_all(quantizer, weight, with_kernels))
+            known.update(self._quantize(quantizer, weight, with_kernels))
         # What no forward ends would be kept for ever.
         return known.pop(number) if forward is None else known[number]
 
-    def _quantize_all(
-        self, first: WeightRounding, like: Tensor, with_kernels: bool
+    def _quantize(
+        self, quantizer: WeightRounding, weight: Tensor, with_kernels: bool
     ) -> dict[int, KnownWeight]:
-        """Quantize every member that has the grid, device and dtype of the first one."""
+        """Quantize a weight, and with it all others that stay and have the same kind of grid."""
+        before = self._members.get(id(quantizer))
+        found_again = (
+            before is not None
+            and before.quantizer() is quantizer
+            and _lies(before.weight) == _lies(weight)
+        )
+        of_quantizer = weakref.ref(quantizer)
+        self._members[id(quantizer)] = _Member(of_quantizer, weight.detach(), found_again)
+        if before is None or not (found_again and before.stays):
+            return self._all_of([(quantizer, weight.detach())], with_kernels=False)
         chosen: list[tuple[WeightRounding, Tensor]] = []
-        for number, (reference, weight) in list(self._members.items()):
-            quantizer = reference()
-            if quantizer is None:
+        for number, member in list(self._members.items()):
+            other = member.quantizer()
+            if other is None:
                 del self._members[number]
-            elif _kind(quantizer, weight) == _kind(first, like):
-                chosen.append((quantizer, weight))
+            elif member.stays and _kind(other, member.weight) == _kind(quantizer, weight):
+                chosen.append((other, member.weight))
+        return self._all_of(chosen, with_kernels=with_kernels)
+
+    def _all_of(
+        self, chosen: list[tuple[WeightRounding, Tensor]], *, with_kernels: bool
+    ) -> dict[int, KnownWeight]:
+        first, like = chosen[0]
         weights = [weight for _, weight in chosen]
         channels = [quantizer.channels for quantizer, _ in chosen]
         arq = first.spec.quantizer == "arq"
@@ -167,12 +195,15 @@ class WeightGroup:
 
     def _table(self, kind: Any, weights: list[Tensor], channels: list[Channels]) -> PieceTable:
         """The table of these weights, made anew when one of them lies elsewhere."""
-        key = [
-            (w.data_ptr(), w.shape, w.stride(), c) for w, c in zip(weights, channels, strict=True)
-        ]
+        key = [(*_lies(w), c) for w, c in zip(weights, channels, strict=True)]
         if kind not in self._tables or self._tables[kind][0] != key:
             self._tables[kind] = key, PieceTable(weights, channels)
         return self._tables[kind][1]
+
+
+def _lies(weight: Tensor) -> tuple[Any, ...]:
+    """Where a weight is, and how it lies there."""
+    return weight.device, weight.dtype, weight.data_ptr(), weight.shape, weight.stride()
 
 
 def _state(quantizer: WeightRounding, weight: Tensor) -> Any:

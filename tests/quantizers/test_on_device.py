@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_qat import prepare
 from lightning_qat.numerics.gpu.launch import count_launches
+from lightning_qat.numerics.int_repr import int_repr_of
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer, weight_quantizer
 from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.quantizers.weight_cache import WeightGroup
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 from lightning_qat.training.phases import set_compact
 from lightning_qat.training.range_sync import activation_quantizers
@@ -118,18 +120,16 @@ def quantizers_of(spec: WeightSpec) -> list[tuple[WeightQuantizer, Tensor]]:
 @pytest.mark.parametrize("compact", [False, True])
 def test_all_weights_in_two_launches(rule: Any, granularity: Any, bits: int, compact: bool) -> None:
     """Every layout of a weight, together: to the bit what each of them is by itself on a CPU."""
-    from lightning_qat.numerics.int_repr import int_repr_of
-    from lightning_qat.quantizers.weight_cache import WeightGroup
-
     spec = WeightSpec(bits=bits, granularity=granularity, quantizer=rule)
     members, group = quantizers_of(spec), WeightGroup()
     for quantizer, _ in members:
         quantizer.compact = compact
     expected = [quantizer(weight) for quantizer, weight in members]
     with interpreted():
-        for quantizer, weight in members:
-            quantizer.group = group
-            quantizer(weight)
+        for _ in range(2):  # A weight joins when it has been seen twice.
+            for quantizer, weight in members:
+                quantizer.group = group
+                quantizer(weight)
         with count_launches() as launches:
             found = [quantizer(weight) for quantizer, weight in members]
         assert [launch.kernel for launch in launches] == ["weight_ranges", "quantize_weights"]
@@ -149,8 +149,6 @@ def test_all_weights_in_two_launches(rule: Any, granularity: Any, bits: int, com
 
 def test_a_weight_that_changes_is_quantized_anew() -> None:
     """In place, by another tensor, and when it is used a second time after that."""
-    from lightning_qat.quantizers.weight_cache import WeightGroup
-
     group, layers = WeightGroup(), [nn.Linear(4, 4), nn.Linear(4, 4)]
     quantizers = [weight_quantizer(WeightSpec(), 0, 4) for _ in layers]
 
@@ -171,9 +169,71 @@ def test_a_weight_that_changes_is_quantized_anew() -> None:
         assert torch.equal(after[1], -before[1])
 
 
+def test_every_weight_is_quantized_once_in_the_first_forwards_too() -> None:
+    """Their cost grows with the number of weights, not with its square; two grids do not mix."""
+    layers = [nn.Linear(4, 4) for _ in range(6)]
+    model = nn.Sequential(*layers).train()
+    prepare(model, {"overrides": {"[135]": {"weight": {"bits": 4}}}}, torch.randn(2, 4))
+    x = torch.randn(2, 4).to("meta")
+    model.to("meta")
+    launched = []
+    for _ in range(4):
+        with count_launches() as launches:
+            model(x)
+        launched.append(sum(launch.kernel == "quantize_weights" for launch in launches))
+    assert launched == [0, 0, 2, 2]
+
+
+def test_a_weight_that_is_computed_in_every_forward_joins_nobody() -> None:
+    """It lies elsewhere each time, and what was computed before would be quantized for nothing."""
+    group, layer = WeightGroup(), nn.Linear(4, 4)
+    quantizer = weight_quantizer(WeightSpec(), 0, 4)
+    once = quantizer(layer.weight)
+    quantizer.group = group
+    with interpreted():
+        for scale in (1.0, 2.0, 4.0, 8.0):
+            assert torch.equal(quantizer(layer.weight * scale), once * scale)
+            assert not any(member.stays for member in group._members.values())
+
+
+class Recurrent(nn.Module):
+    """Two LSTM layers, a GRU and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, 2, batch_first=True)
+        self.gru = nn.GRU(5, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.gru(self.lstm(x)[0])[0])
+        return y
+
+
+class Attention(nn.Module):
+    """A table, attention, a sum and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x)
+        y: Tensor = self.head(x + self.attention(x, x, x, need_weights=False)[0])
+        return y
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {"recurrent": Recurrent, "attention": Attention}
+
+
 @pytest.mark.parametrize(
     ("name", "recipe", "memory"),
     [
+        ("recurrent", "int8", "compact"),
+        ("attention", "int8", "fast"),
+        ("attention", "amct", "compact"),
         ("mobilenet_v3_block", "int8", "fast"),
         ("mobilenet_v3_block", "amct", "compact"),
         ("dense_block", "int8", "compact"),
@@ -183,7 +243,8 @@ def test_a_weight_that_changes_is_quantized_anew() -> None:
 def test_models_train_to_the_same_gradients(name: str, recipe: str, memory: str) -> None:
     """Batches of a model in a plain loop: outputs, gradients and ranges of kernels and of loops."""
     torch.manual_seed(0)
-    model, x = NETWORKS[name][0]().train(), inputs_for(name)
+    make = OTHERS[name] if name in OTHERS else NETWORKS[name][0]
+    model, x = make().train(), torch.randn(2, 4, 6) if name in OTHERS else inputs_for(name)
     prepare(model, recipe, x)
     set_compact(model, memory == "compact")
     twin = copy.deepcopy(model)

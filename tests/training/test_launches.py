@@ -84,14 +84,14 @@ def test_kernels_move_hardly_more_than_they_must(net: str, monkeypatch: Any) -> 
     monkeypatch.setattr(straight_through, "fake_quantize", counted)
     added = added_launches(NETS[net], images(), "int8", observing=True)
     moved = sum(launch.read + launch.written for launch in added.kernels)
-    # As many tensors, and as large, as in the first of the two steps.
-    activations = sum(elements[len(elements) // 2 :])
+    # The last of three steps.
+    activations = sum(elements[-added.activations :])
     of_forward = 2 * 4 * activations
     of_backward = sum(2 * launch.written for launch in added.kernels if launch.kernel == "masked")
     weights = sum(
         2 * launch.written for launch in added.kernels if launch.kernel == "quantize_weights"
     )
-    assert len(elements) // 2 == added.activations
+    assert len(elements) // 3 == added.activations
     assert moved <= 1.1 * (of_forward + of_backward + weights)
 
 
@@ -117,7 +117,8 @@ def test_a_frozen_range_computes_no_scale() -> None:
     switch(model, deferred=True, observing=False)
     model.to("meta")
     on_meta = x.to("meta")
-    step(model, on_meta, triton=False)
+    for _ in range(2):
+        step(model, on_meta, triton=False)
     with Calls() as calls:
         model(on_meta)
     # Of the weights, whose ranges follow them: once for both together.
@@ -153,7 +154,9 @@ def test_a_model_that_moves_is_quantized_where_it_is() -> None:
     model(x)
     twin = copy.deepcopy(model)
     with count_launches() as launches:
-        model.to("meta")(x.to("meta"))
+        model.to("meta")
+        for _ in range(3):
+            model(x.to("meta"))
         model.to_empty(device="cpu")
         model.load_state_dict(twin.state_dict())
         assert torch.equal(model.eval()(x), twin.eval()(x))
