@@ -144,7 +144,7 @@ def added_launches(
     switch(model, deferred=True, observing=observing)
     set_compact(model, compact)
     model.to("meta")
-    for _ in range(3):
+    for _ in range(4):
         # The first steps find out who reads a relu, and which weights stay where they are.
         counted = step(model, on_meta, triton=triton)
         for quantizer in quantizers.values():

@@ -84,14 +84,14 @@ def test_kernels_move_hardly_more_than_they_must(net: str, monkeypatch: Any) -> 
     monkeypatch.setattr(straight_through, "fake_quantize", counted)
     added = added_launches(NETS[net], images(), "int8", observing=True)
     moved = sum(launch.read + launch.written for launch in added.kernels)
-    # The last of three steps.
+    # The last of four steps.
     activations = sum(elements[-added.activations :])
     of_forward = 2 * 4 * activations
     of_backward = sum(2 * launch.written for launch in added.kernels if launch.kernel == "masked")
     weights = sum(
         2 * launch.written for launch in added.kernels if launch.kernel == "quantize_weights"
     )
-    assert len(elements) // 3 == added.activations
+    assert len(elements) // 4 == added.activations
     assert moved <= 1.1 * (of_forward + of_backward + weights)
 
 
