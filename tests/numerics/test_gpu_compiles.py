@@ -29,7 +29,10 @@ INT8 = {"QMIN": -128, "QMAX": 127}
 
 
 class Case(NamedTuple):
-    """A kernel with the types of its arguments; ``T``: the dtype of what is quantized."""
+    """A kernel with the types of its arguments.
+
+    ``T`` is the dtype of what is quantized, ``1`` a size of 1.
+    """
 
     kernel: str
     tensors: str
@@ -63,6 +66,19 @@ CASES = {
         "i64 i32 i32 f32 f32",
         {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 0, "OBSERVE": 1, "RUNS": RUNS},
     ),
+    "one program, a size of one": Case(
+        "fake_quantize",
+        ACTIVATION,
+        "1 1 i32 f32 f32",
+        {
+            **INT8,
+            "RULE": GridRule.SYMMETRIC_RANGE,
+            "BITS": 1,
+            "CODES": 1,
+            "OBSERVE": 1,
+            "RUNS": RUNS,
+        },
+    ),
     "range": Case("value_range", "T f32", "i32 f32 f32", {"RUNS": RUNS}),
     "masked": Case("masked", "T u8 T", "i32", {"RUNS": RUNS}),
     "restore": Case("restore", "i8 f32 f32 T", "i32 i32", {"FROM_ZERO": 0, "RUNS": RUNS}),
@@ -77,6 +93,12 @@ CASES = {
         "f32 f32 f32 f32 f32",
         "i32 f32",
         {**INT8, "RULE": GridRule.STEP_AND_LOW, "BLOCK": 1024},
+    ),
+    "learned finish of one program": Case(
+        "learned_finish",
+        "f32 f32 f32 f32 f32",
+        "1 f32",
+        {**INT8, "RULE": GridRule.RANGE, "BLOCK": 1},
     ),
     "weight ranges": Case("weight_ranges", "i64 T f32", "", {"BLOCK": BLOCK}),
     "weights": Case(
@@ -104,13 +126,16 @@ def compiled(case: Case, dtype: str, card: int) -> Any:
     types = [*tensors, *case.numbers.split()]
     types = [re.sub(r"\bf32\b", "fp32", name) for name in types]
     signature = dict(zip(kernel.arg_names, types, strict=False))
-    signature |= dict.fromkeys(case.constants, "constexpr")
+    # A size of 1 is a constant to Triton.
+    ones = {name: 1 for name, kind in signature.items() if kind == "1"}
+    constants = {name: int(value) for name, value in {**case.constants, **ones}.items()}
+    signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(types)
         if name.startswith("*") or name in ("i32", "i64")
     }
-    source = ASTSource(kernel, signature, {n: int(c) for n, c in case.constants.items()}, aligned)
+    source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(
         source, target=GPUTarget("cuda", card, 32), options={"enable_fp_fusion": False}
     )

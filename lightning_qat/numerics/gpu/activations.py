@@ -149,7 +149,12 @@ def rows_of(x: Tensor, scale: Tensor) -> int | None:
 
 def dense(x: Tensor) -> Tensor:
     """The tensor itself where it fills its memory without overlap, in any order; else a copy."""
-    if x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride():
+    if x.is_contiguous():
+        return x
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    # torch gives a tensor without gaps or overlap its own strides.
+    if torch.empty_like(x, device="meta").stride() == x.stride():
         return x
     return x.contiguous()
 

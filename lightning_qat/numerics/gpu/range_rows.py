@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-ROWS = 256
+ROWS = 64
 """Ranges whose memory is filled at once."""
 
 
