@@ -189,6 +189,9 @@ class ActivationQuantizer(RangeObserver):
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation: one batch, one range of all of them."""
+        if self.quantizing and self.calibrated and self._observes_later():
+            # Each is observed in the pass that quantizes it, and the widest range counts.
+            return [self(value) for value in values]
         observing, forward_cache = self.observing, current_forward_cache()
         new = [x for x in values if x.numel()]
         if forward_cache is not None:

@@ -109,6 +109,27 @@ def test_the_way_without_kernels(recipe: str, observing: bool) -> None:
     assert not added.kernels
 
 
+class Concatenation(nn.Module):
+    """Two convolutions side by side, and one that reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.head = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.cat([self.left(x), self.right(x)], 1))
+        return y
+
+
+def test_inputs_of_a_concatenation_are_observed_in_the_pass_that_quantizes_them() -> None:
+    """They share a range: the widest one, which takes an operation more."""
+    observing = added_launches(Concatenation, images(), "int8", observing=True)
+    frozen = added_launches(Concatenation, images(), "int8")
+    assert "value_range" not in {launch.kernel for launch in observing.kernels}
+    assert observing.forward <= frozen.forward + 2
+
+
 def test_a_frozen_range_computes_no_scale() -> None:
     """Without kernels either: what a step adds is rounding, and nothing that is one number."""
     model, x = two_convolutions().train(), images()
