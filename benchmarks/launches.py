@@ -26,7 +26,7 @@ from lightning_qat.numerics.gpu.launch import Launch, count_launches
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.training.phases import set_compact
-from lightning_qat.training.range_sync import activation_quantizers
+from lightning_qat.training.range_sync import activation_quantizers, drop_pending
 
 _LAUNCHES_NOTHING = frozenset(
     "view _unsafe_view t transpose permute expand detach alias as_strided slice select unbind "
@@ -144,11 +144,15 @@ def added_launches(
     switch(model, deferred=True, observing=observing)
     set_compact(model, compact)
     model.to("meta")
-    for _ in range(4):
-        # The first steps find out who reads a relu, and which weights stay where they are.
-        counted = step(model, on_meta, triton=triton)
-        for quantizer in quantizers.values():
-            quantizer.pending = None
+
+    def one_step() -> Step:
+        drop_pending(quantizers.values())
+        return step(model, on_meta, triton=triton)
+
+    # The first steps find out who reads a relu, and which weights stay where they are.
+    for _ in range(3):
+        one_step()
+    counted = one_step()
     weights = sum(isinstance(module, WeightQuantizer) for module in model.modules())
     return Counted(
         counted.forward - plain.forward,
@@ -191,13 +195,14 @@ def main() -> None:
     x = torch.randn(2, 3, 32, 32)
     rows: dict[str, list[str]] = {name: [] for name in ["quantizers", *VARIANTS, "torch.ao FX"]}
     for make in NETS.values():
+        counted = added_launches(make, x, "int8")
+        rows["quantizers"].append(f"{counted.activations} + {counted.weights} weights")
         for name, variant in VARIANTS.items():
             arguments = {"recipe": "int8", **variant}
             counted = added_launches(make, x, **arguments)
             moved = sum(launch.read + launch.written for launch in counted.kernels)
             share = f", {moved / counted.floor:.2f} bytes" if name == "observing" else ""
             rows[name].append(f"{counted.forward} / {counted.backward}{share}")
-        rows["quantizers"].append(f"{counted.activations} + {counted.weights} weights")
         rows["torch.ao FX"].append("{} / {}".format(*added_by_torch_ao(make, x)))
     print("| launches added, forward / backward |", " | ".join(NETS), "|")
     print("|---|" + "---|" * len(NETS))
