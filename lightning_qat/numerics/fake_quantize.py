@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.numerics.gpu.activations import rows_of
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
 from lightning_qat.numerics.gpu.launch import suits
 from lightning_qat.numerics.gpu.straight_through import quantize_on_device
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
+from lightning_qat.numerics.memory_layout import rows_of
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import (

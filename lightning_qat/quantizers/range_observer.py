@@ -222,10 +222,7 @@ class RangeObserver(Quantizer):
 
     def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the present range, float32 scalars without a gradient."""
-        low, high, symmetric = self.min_val, self.max_val, self.spec.symmetric
-        if self.spec.fixed_min and not symmetric:
-            low = torch.zeros_like(low)
-        return range_qparams(low, high, self.grid, symmetric)
+        return _qparams(self.min_val, self.max_val, self)
 
     def notice_range(self) -> None:
         """Notice a range that came into the buffers from outside, as averages of weights put it.
@@ -358,20 +355,27 @@ def keep_qparams(quantizers: Iterable[RangeObserver]) -> None:
     Args:
         quantizers: Those whose range has changed.
     """
+    if is_compiling():
+        return
     alike: dict[Any, list[RangeObserver]] = defaultdict(list)
     for quantizer in quantizers:
         device = quantizer.min_val.device
         if quantizer.follows_range and device.type != "cpu" and not runs_kernels(device):
             spec = quantizer.spec
             alike[device, quantizer.grid, spec.symmetric, bool(spec.fixed_min)].append(quantizer)
-    if is_compiling():
-        return
-    for (_, grid, symmetric, from_zero), members in alike.items():
+    for members in alike.values():
         low = torch.stack([quantizer.min_val for quantizer in members])
         high = torch.stack([quantizer.max_val for quantizer in members])
-        if from_zero and not symmetric:
-            low = torch.zeros_like(low)
-        scale, zero_point = range_qparams(low, high, grid, symmetric)
+        scale, zero_point = _qparams(low, high, members[0])
+        grid = members[0].grid
         numbers = scale, zero_point, grid.qmin - zero_point, grid.qmax - zero_point
         for quantizer, *of_one in zip(members, *(n.unbind() for n in numbers), strict=True):
             quantizer.keep_numbers(of_one[0], of_one[1], of_one[2], of_one[3])
+
+
+def _qparams(low: Tensor, high: Tensor, like: RangeObserver) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges on the grid of a quantizer, of any shape."""
+    spec = like.spec
+    if spec.fixed_min and not spec.symmetric:
+        low = torch.zeros_like(low)
+    return range_qparams(low, high, like.grid, spec.symmetric)

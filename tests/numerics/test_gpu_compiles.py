@@ -44,31 +44,22 @@ class Case(NamedTuple):
 
 
 ACTIVATION = "T f32 f32 T u8 i8 f32 f32"
+OBSERVING = Case(
+    "fake_quantize",
+    ACTIVATION,
+    "i32 i32 i32 f32 f32",
+    {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 0, "OBSERVE": 1, "RUNS": RUNS},
+)
 CASES = {
-    "observing": Case(
-        "fake_quantize",
-        ACTIVATION,
-        "i32 i32 i32 f32 f32",
-        {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 0, "OBSERVE": 1, "RUNS": RUNS},
-    ),
-    "compact": Case(
-        "fake_quantize",
-        ACTIVATION,
-        "i32 i32 i32 f32 f32",
-        {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 1, "OBSERVE": 1, "RUNS": RUNS},
-    ),
+    "observing": OBSERVING,
+    "compact": OBSERVING._replace(constants={**OBSERVING.constants, "CODES": 1}),
     "learned": Case(
         "fake_quantize",
         ACTIVATION,
         "i32 i32 i32 f32 f32",
         {**INT8, "RULE": GridRule.STEP_AND_LOW, "BITS": 0, "CODES": 0, "OBSERVE": 0, "RUNS": RUNS},
     ),
-    "more than 2**31 values": Case(
-        "fake_quantize",
-        ACTIVATION,
-        "i64 i32 i32 f32 f32",
-        {**INT8, "RULE": GridRule.RANGE, "BITS": 1, "CODES": 0, "OBSERVE": 1, "RUNS": RUNS},
-    ),
+    "more than 2**31 values": OBSERVING._replace(numbers="i64 i32 i32 f32 f32"),
     "one program, a size of one": Case(
         "fake_quantize",
         ACTIVATION,

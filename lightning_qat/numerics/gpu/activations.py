@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid
-from lightning_qat.numerics.gpu.launch import RUN, launch, runs_kernels, suits
+from lightning_qat.numerics.gpu.launch import launch, runs_kernels, suits
 from lightning_qat.numerics.gpu.range_rows import fresh_range
+from lightning_qat.numerics.kernels.build import RUN
+from lightning_qat.numerics.kernels.loops import ALL
+from lightning_qat.numerics.memory_layout import fills_its_memory, room_for_bits, rows_of
 
 RUNS = 4
 """Runs that one program takes: 16 values for each of its 128 threads."""
-
-ALL = -math.inf, math.inf
 
 
 class Quantized(NamedTuple):
@@ -45,7 +45,6 @@ def fake_quantize(
     keeps_bits: bool = False,
     keeps_codes: bool = False,
     observes: bool = False,
-    out: Tensor | None = None,
 ) -> Quantized:
     """Round a tensor to a grid, and what else is wanted, in one launch.
 
@@ -57,12 +56,11 @@ def fake_quantize(
         keeps_bits: Bits are wanted; of one row only.
         keeps_codes: Integers are wanted.
         observes: The range is wanted.
-        out: Where to write, of the strides of a tensor without gaps; a new tensor by default.
     """
     x, rows = dense(x), grid.first.numel()
     quantized = Quantized(
-        torch.empty_like(x) if out is None else out,
-        _room_for_bits(x) if keeps_bits else None,
+        torch.empty_like(x),
+        room_for_bits(x) if keeps_bits else None,
         torch.empty_like(x, dtype=grid.grid.dtype) if keeps_codes else None,
         x.new_empty((2, rows), dtype=torch.float32) if keeps_codes else None,
         fresh_range(x.device) if observes else None,
@@ -138,32 +136,12 @@ def constants_of(grid: DeviceGrid) -> dict[str, int]:
     return {"RULE": int(grid.rule), "QMIN": grid.grid.qmin, "QMAX": grid.grid.qmax}
 
 
-def rows_of(x: Tensor, scale: Tensor) -> int | None:
-    """Into how many rows that share a scale a tensor falls; ``None``: not along its first axis."""
-    if scale.numel() == 1:
-        return 1
-    rows = x.shape[0] if x.dim() else 0
-    first = scale.dim() == x.dim() and scale.numel() == scale.shape[0] == rows
-    return rows if first and x.stride(0) * rows == x.numel() else None
-
-
 def dense(x: Tensor) -> Tensor:
     """The tensor itself where it fills its memory without overlap, in any order; else a copy."""
-    if x.is_contiguous():
-        return x
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    # torch gives a tensor without gaps or overlap its own strides.
-    if torch.empty_like(x, device="meta").stride() == x.stride():
-        return x
-    return x.contiguous()
+    return x if fills_its_memory(x) else x.contiguous()
 
 
 def split(x: Tensor, rows: int) -> tuple[int, int]:
     """The values of a row, and the programs that share them."""
     cols = x.numel() // max(rows, 1)
     return cols, -(-cols // (RUNS * RUN))
-
-
-def _room_for_bits(x: Tensor) -> Tensor:
-    return torch.empty(-(-x.numel() // RUN) * (RUN // 8), dtype=torch.uint8, device=x.device)

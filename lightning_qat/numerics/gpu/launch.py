@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from lightning_qat.numerics.kernels.build import RUN
+
 OLDEST_TRITON = 3, 4
 """The first version that can round a division as IEEE 754 does on every device, by name."""
 
@@ -23,9 +25,6 @@ OLDEST_CARD = 8, 0
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs the kernels, on CPUs: slowly, to test them."""
-
-RUN = 512
-"""The number of values whose bits share bytes; as in ``kernels.py``."""
 
 
 class Launch(NamedTuple):

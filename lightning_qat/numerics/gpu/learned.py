@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.gpu.activations import (
-    ALL,
     RUNS,
     constants_of,
     dense,
@@ -20,6 +19,7 @@ from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
 from lightning_qat.numerics.gpu.launch import launch
 from lightning_qat.numerics.gpu.straight_through import int_repr_of_codes
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
+from lightning_qat.numerics.kernels.loops import ALL
 
 _SUMS_AT_ONCE = 1024
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.gpu.activations import ALL, fake_quantize
+from lightning_qat.numerics.gpu.activations import fake_quantize
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
+from lightning_qat.numerics.kernels.loops import ALL
 from lightning_qat.numerics.min_max import Observe
 from lightning_qat.numerics.rounding import StraightThrough
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.gpu.launch import launch
+from lightning_qat.numerics.memory_layout import fills_its_memory, has_rows
 from lightning_qat.numerics.qparams import IntegerGrid
 
 BLOCK = 1024
@@ -91,9 +92,7 @@ def fits(weight: Tensor, channels: Channels) -> bool:
     if not weight.numel():
         return False
     if channels.axis in (None, 0):
-        outermost = channels.axis is None or weight.stride(0) * weight.shape[0] == weight.numel()
-        same = torch.empty_like(weight, device="meta").stride() == weight.stride()
-        return same and outermost
+        return fills_its_memory(weight) and (channels.axis is None or has_rows(weight))
     return channels.axis == 1 and weight.is_contiguous()
 
 

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lightning_qat.numerics.kernels.build import BLOCK, RUN, compiled_loops
+from lightning_qat.numerics.kernels.build import BLOCK, compiled_loops
+from lightning_qat.numerics.memory_layout import (
+    fills_its_memory,
+    has_rows,
+    room_for_bits,
+    rows_of,
+)
 
 ALL = -math.inf, math.inf
 """A clamp range that changes nothing."""
@@ -76,7 +82,7 @@ def fake_quantize(
     found = Quantized(
         torch.empty_like(x) if out is None else out,
         None if dtype is None else torch.empty_like(x, dtype=dtype),
-        None if edges is None else _room_for_bits(x),
+        None if edges is None else room_for_bits(x),
         None if ends is None else torch.empty(2, dtype=torch.float32),
     )
     _call(
@@ -108,7 +114,7 @@ def value_range(x: Tensor, ends: tuple[float, float] = ALL) -> Tensor | None:
 
 def row_ranges(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Minimum and maximum of each row of the first axis, NaN where it holds one."""
-    if not (_suits(x) and x.dim() and _has_rows(x)):
+    if not (_suits(x) and x.dim() and has_rows(x)):
         return None
     rows = x.shape[0]
     low, high = x.new_empty(rows), x.new_empty(rows)
@@ -173,7 +179,7 @@ def bits_between(x: Tensor, low: float, high: float) -> Tensor | None:
     """A bit per value that is strictly between two real values; packed as by ``pack_bits``."""
     if not _suits(x):
         return None
-    bits = _room_for_bits(x)
+    bits = room_for_bits(x)
     _call("bits_between", x, 1, x, bits, low, high)
     return bits
 
@@ -220,26 +226,13 @@ def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
     return x if same else torch.empty_like(like).copy_(x)
 
 
-def _room_for_bits(x: Tensor) -> Tensor:
-    return torch.empty(-(-x.numel() // RUN) * (RUN // 8), dtype=torch.uint8)
-
-
 def _rows(
     x: Tensor, scale: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 ) -> int | None:
     """Into how many rows that share a scale a tensor falls; ``None``: the loops do not know it."""
     if not scale.is_cpu or scale.dtype != torch.float32 or not _suits(x, dtypes):
         return None
-    if scale.numel() == 1:
-        return 1
-    rows = x.shape[0] if x.dim() else 0
-    of_first_axis = scale.dim() == x.dim() and scale.numel() == scale.shape[0] == rows
-    return rows if of_first_axis and scale.is_contiguous() and _has_rows(x) else None
-
-
-def _has_rows(x: Tensor) -> bool:
-    """Whether a dense tensor has the parts along its first axis one after the other."""
-    return x.stride(0) * x.shape[0] == x.numel()
+    return rows_of(x, scale)
 
 
 def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
@@ -249,17 +242,10 @@ def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> boo
         and x.is_cpu
         and x.dtype in dtypes
         and type(x) in (Tensor, nn.Parameter)
-        and (x.is_contiguous() or _fills_its_memory(x))
+        and fills_its_memory(x)
         and x.data_ptr() != 0  # Nothing, or what torch knows to be zeros.
         and compiled_loops() is not None
     )
-
-
-def _fills_its_memory(x: Tensor) -> bool:
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    # torch gives a tensor without gaps or overlap its own strides.
-    return torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def _call(name: str, x: Tensor, rows: int, *arguments: Any) -> None:
