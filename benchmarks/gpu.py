@@ -41,7 +41,6 @@ import torch
 
 from benchmarks.on_gpu.bandwidth import CASES, DTYPES, SIZES, measured
 from benchmarks.on_gpu.nets import NETS
-from benchmarks.on_gpu.process import RowFailed, RowProcess, choose_start
 from benchmarks.on_gpu.results import ROOT, TESTS_ROW, Results, bandwidth_name, facts
 from benchmarks.on_gpu.steps import (
     FLOAT,
@@ -53,6 +52,7 @@ from benchmarks.on_gpu.steps import (
     peer_variants,
     touches_device,
 )
+from benchmarks.row_process import RowFailed, RowProcess, choose_start, preload
 
 LIMITS: Mapping[str, float] = {"eager": 90.0, "compiled": 240.0, "graphs": 240.0}
 """Seconds after which a row of training steps is given up."""
@@ -289,6 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{known} rows are in {options.json} already; --fresh would measure them again.")
     run = Run(options, results)
     if options.device == "cuda":
+        preload("benchmarks.on_gpu.steps", "benchmarks.on_gpu.bandwidth", "torch._dynamo")
         choose_start(touches_device)
     try:
         run.all()

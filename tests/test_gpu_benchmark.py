@@ -15,9 +15,9 @@ import torch
 from benchmarks import gpu
 from benchmarks.on_gpu import process as process_file
 from benchmarks.on_gpu import results as results_file
-from benchmarks.on_gpu.process import RowFailed, RowProcess, choose_start
 from benchmarks.on_gpu.results import Results, facts
 from benchmarks.on_gpu.steps import Config, model_of, stepper
+from benchmarks.row_process import RowFailed, RowProcess, choose_start
 
 EAGER = "convnext 128/tf32/eager"
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.on_gpu.nets import network
-from benchmarks.on_gpu.process import RowProcess
 from benchmarks.peers import Peer
+from benchmarks.row_process import RowProcess
 from benchmarks.step import OURS, build, peers
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 from lightning_qat.training.range_sync import activation_quantizers, commit_pending

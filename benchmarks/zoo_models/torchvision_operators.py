@@ -1,8 +1,8 @@
 """Let torchvision and timm import beside a build of torch that torchvision was not compiled for.
 
 torchvision's wheels hold operators compiled for one build of torch. Where they do not load,
-``import torchvision`` fails, because it gives shape functions to operators that nobody has declared.
-Declared, they may be named and not called: detectors run up to non-maximum suppression.
+``import torchvision`` fails, because it gives shape functions to operators that nobody has
+declared. Declared, they may be named and not called: detectors run up to non-maximum suppression.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def declare_torchvision_operators() -> None:
     """
     if _DECLARED or _loads():
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        library.define(schema)  # type: ignore[no-untyped-call]
     _DECLARED.append(library)
 
 

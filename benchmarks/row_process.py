@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = ["benchmarks.on_gpu.steps", "benchmarks.on_gpu.bandwidth", "torch._dynamo"]
-"""Imported once for all processes; nothing of it touches the device, see ``choose_start``."""
-
+_preloaded = list[str]()
 _start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 _LINES = 3
@@ -50,13 +48,13 @@ class RowProcess:
 
     def __init__(self, target: Callable[..., Iterator[Any]], *arguments: Any) -> None:
         self.failed = False
-        handle, name = tempfile.mkstemp(prefix="gpu-row-", suffix=".log")
+        handle, name = tempfile.mkstemp(prefix="row-", suffix=".log")
         os.close(handle)
         self._log = Path(name)
         context: Any = multiprocessing.get_context(_start)
         if _start == "forkserver":
             # Before the first process; `benchmarks.step` names others when it is imported.
-            context.set_forkserver_preload(_PRELOADED)
+            context.set_forkserver_preload(_preloaded)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(target, arguments, theirs, name))
         self._process.start()
@@ -108,6 +106,14 @@ class RowProcess:
         self._process.join()
         self._connection.close()
         self._log.unlink(missing_ok=True)
+
+
+def preload(*modules: str) -> None:
+    """Import modules once for all processes that start from now on.
+
+    Nothing of them may touch a device, see ``choose_start``, or start threads.
+    """
+    _preloaded[:] = modules
 
 
 def choose_start(touches: Callable[[], Iterator[Any]], seconds: float = 60.0) -> str:
