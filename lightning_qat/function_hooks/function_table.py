@@ -78,9 +78,12 @@ def operands_of(
     """The tensors of a call that could be quantized; empty for a call that is not counted.
 
     Counted are calls with as many float tensors as the function takes: not ``x + 1``, not index
-    arithmetic, not nested tensors, and not the batches that a batch norm counts in training only.
+    arithmetic, not nested tensors, not powers below 1, and not the batches that a batch norm counts
+    in training only.
     """
     values = [*args, *kwargs.values()][: function.operands]
+    if function.name == "pow" and not _grows([*args, *kwargs.values()][1:]):
+        return ()
     if function.trait == "concat":
         values = list(values[0]) if values and isinstance(values[0], list | tuple) else []
     tensors = tuple(v for v in values if _is_real(v))
@@ -89,6 +92,11 @@ def operands_of(
     if function.trait != "concat" and len(tensors) < function.operands:
         return ()
     return tensors if all(t.dim() for t in tensors) else ()
+
+
+def _grows(exponent: list[Any]) -> bool:
+    """Whether a power is finite at 0: of a number of 1 or more, or a square."""
+    return not exponent or (isinstance(exponent[0], int | float) and exponent[0] >= 1)
 
 
 def _is_real(value: Any) -> bool:

@@ -49,7 +49,7 @@ class Operator(NamedTuple):
         onnx: ONNX operator types.
         output_range: The range that its output has by definition, in 8 bits.
         clamp: Ends of an operator that clamps.
-        depends_on_arguments: Only some calls of a quantization-agnostic operator keep values.
+        depends_on_arguments: Only some calls have this trait; see ``function_table.py``.
     """
 
     name: str
@@ -130,6 +130,16 @@ OPERATORS: tuple[Operator, ...] = (
         onnx="GlobalAveragePool",
     ),
     _operator("mean", _INPUTS, torch="mean", aten="mean", onnx="ReduceMean"),
+    _operator("var", _INPUTS, torch="var var_mean", aten="var var_mean"),
+    _operator("std", _INPUTS, torch="std std_mean", aten="std std_mean"),
+    # A power of 1 or more: the others are infinite at 0, which is on every grid.
+    _operator(
+        *("pow", _INPUTS),
+        torch="pow pow_ __pow__ __ipow__ square square_",
+        aten="pow square",
+        onnx="Pow",
+        depends_on_arguments=True,
+    ),
     _operator(
         "softmax", _INPUTS, torch="softmax", aten="softmax", onnx="Softmax", output_range=_UNIT
     ),

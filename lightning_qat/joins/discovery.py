@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +31,13 @@ from lightning_qat.function_hooks.function_table import (
     function_name,
     leads_with_real,
     operands_of,
-    preserves_values,
 )
 from lightning_qat.function_hooks.running import evaluation
+from lightning_qat.joins.calls import Call
 from lightning_qat.joins.code import code_of
+from lightning_qat.joins.constants import ConstantTensors
+from lightning_qat.joins.masks import MaskedScores
+from lightning_qat.joins.seen_ranges import SeenRanges
 from lightning_qat.joins.solver import (
     INPUT,
     Event,
@@ -42,11 +45,11 @@ from lightning_qat.joins.solver import (
     Producer,
     Recording,
     Solution,
-    group_consumers,
     solve,
     told_apart,
 )
 from lightning_qat.joins.values import WeightTensors, computes_values
+from lightning_qat.joins.written_norms import WrittenNorms
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.containers import leaves_of
 from lightning_qat.model.dry_run import call_of, unchanged_afterwards
@@ -54,8 +57,7 @@ from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import without_compiling
-from lightning_qat.model.torch_private import saved_tensors_are_hooked, without_function_modes
-from lightning_qat.numerics.min_max import batch_range
+from lightning_qat.model.torch_private import saved_tensors_are_hooked
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
@@ -63,12 +65,6 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
 
 EMPTY = "empty tensors"
-_MASKED_SPAN = 1000.0
-"""A softmax gives zeros where its input is that far below the maximum: a mask, no scores."""
-
-
-_MASKING = ("masked_fill", "where")
-"""Functions that mask what a softmax reads."""
 
 
 class Discovery:
@@ -95,7 +91,7 @@ class Discovery:
         *,
         observes: bool = False,
     ) -> None:
-        self.model, self.recipe, self.observes = model, recipe, observes
+        self.model, self.recipe = model, recipe
         self.paths = paths or ModelPaths.of(model)
         self._seen = Recording()
         self._returned: dict[Key, Operand] = {}
@@ -105,8 +101,10 @@ class Discovery:
         self._runs: Counter[str] = Counter()
         self.checkpointed = False
         """Whether saved tensors were hooked while a module ran."""
-        self._ranges: dict[Key, Tensor] = {}
+        self._ranges = SeenRanges(observes=observes)
         self._weights = WeightTensors(self.paths.names)
+        self._constants = ConstantTensors(self.paths.names)
+        self._masked_scores, self._norms = MaskedScores(), WrittenNorms()
         self._weight_operands: set[Operand] = set()
         self.entered: set[str] = set()
         self._modules = self.paths.by_path
@@ -144,9 +142,11 @@ class Discovery:
             if not isinstance(leaf, Tensor):
                 continue
             operand = self._returned.get(key_of(leaf))
-            if operand is not None and leaf.is_floating_point() and leaf.dim() and leaf.numel():
+            if operand is None or self._is_exact(leaf):
+                continue
+            if leaf.is_floating_point() and leaf.dim() and leaf.numel():
                 self._seen.owners[operand.module] = None
-                self._record_range(leaf)
+                self._ranges.take(leaf)
                 self._seen.events.append(Event((operand,), (key_of(leaf),)))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -184,14 +184,8 @@ class Discovery:
 
     def _record_input(self, layer: str, x: Tensor) -> None:
         self._alive.append(x)
-        self._record_range(x)
+        self._ranges.take(x)
         self._seen.events.append(Event((Operand(layer, INPUT, 0, 0),), (key_of(x),)))
-
-    def _record_range(self, x: Tensor) -> None:
-        """Record the range at once: the tensor may be changed in place later."""
-        if self.observes and key_of(x) not in self._ranges and x.numel():
-            with without_function_modes():
-                self._ranges[key_of(x)] = batch_range(x)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function and note what it does to quantization."""
@@ -201,13 +195,13 @@ class Discovery:
         if func is FUSED_ATTENTION:
             args, kwargs = attention_arguments(args, kwargs)
         known, path = FUNCTION_TABLE.get(func), frame[0]
-        name = getattr(func, "__name__", "function").strip("_")
+        name = function_name(func)
         number, key = 0, ""
         tensors = () if known is None else operands_of(known, args, kwargs)
         keys = tuple(key_of(t) for t in tensors)
         self._alive += tensors
         if known is not None and tensors:
-            name, key = known.name, frame[1].call_key(known.name)
+            key = frame[1].call_key(name)
             number = self._counts[path, name]
             self._counts[path, name] += 1
             frame[1].count_call(key)
@@ -216,85 +210,120 @@ class Discovery:
             if frame[1].is_users:
                 self._seen.chains.setdefault(path, {})[call_chain()] = None
             for tensor in tensors:
-                self._record_range(tensor)
+                self._ranges.take(tensor)
         elif known is not None and leads_with_real(args):
             key = frame[1].call_key(known.name)
             frame[1].count_call(key)
             self._seen.call_keys.setdefault(path, {})[key] = None
         inner: dict[int, Tensor] = {}
         fused = known if func is FUSED_ATTENTION and tensors else None
+        inputs = self._constants.inputs(func, args, kwargs)
         if fused is not None and self._why_float(fused, path, tensors) is None:
             result = attend(*args, quantize=inner.setdefault, **kwargs)
         else:
             result = func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        outs = tuple(key_of(leaf) for leaf in leaves if leaf.is_floating_point())
         self._alive += leaves
-        made = f"{path}.{name}" if path else name
-        # Code of the user may make an output in several places; that of a library does not.
-        site = frame[1].place(function_name(func)) if frame[1].is_users else ""
-        place = (path, site) if "@" in site else ("", "")
-        fixed_range = fixed_output_range(func, args, kwargs)
-        from_weights = self._weights.follow(args, kwargs, outs)
-        for out in outs:
-            if out not in keys:
-                self._seen.producers[out] = Producer(
-                    made,
-                    fixed_range,
-                    name == "relu" or bool(fixed_range and fixed_range[0] >= 0),
-                    place,
-                )
-        if known is not None and tensors and not from_weights:
-            call = _Call(path, name, number, key)
-            self._record_call(known, call, tensors, keys, outs, args, kwargs)
-            self._record_inner(call, made, inner)
-        elif (
-            not from_weights
-            and fixed_range is None
-            and computes_values(self._modules[path], func, args, kwargs, leaves)
-        ):
-            nested = any(isinstance(x, Tensor) and x.is_nested for x in args)
-            why = "nested tensors" if nested else "no integer form is known"
-            self._seen.left_float[f"{made}: {why}"] = None
+        exact = self._constants.follow(func, args, kwargs, leaves, inputs)
+        call = Call(path, name, number, key, known, func, args, kwargs, tensors, keys, leaves)
+        self._note_producers(call, frame[1])
+        from_weights = self._weights.follow(args, kwargs, call.outs, self._constants.is_fixed)
+        if not from_weights and not (exact and call.outs):
+            self._note(call)
+            self._record_inner(call, inner)
+        elif call.keeps_values:
+            self._inherit(keys[0], call.outs, name)
         return result
 
-    def _record_call(
-        self,
-        known: FunctionTraits,
-        call: _Call,
-        tensors: tuple[Tensor, ...],
-        keys: tuple[Key, ...],
-        outs: tuple[Key, ...],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        if preserves_values(known, args, kwargs):
-            # Dropout in eval mode gives its very input back.
-            if keys and outs[:1] != keys[:1]:
-                self._inherit(keys[0], outs, known.name)
-                self._seen.events.append(Event((call.operand(0),), keys[:1], outs, quantizes=False))
+    def _note_producers(self, call: Call, frame: Frame) -> None:
+        # Code of the user may make an output in several places; that of a library does not.
+        site = frame.place(function_name(call.func)) if frame.is_users else ""
+        place = (call.module, site) if "@" in site else ("", "")
+        fixed_range = fixed_output_range(call.func, call.args, call.kwargs)
+        not_negative = call.function == "relu" or bool(fixed_range and fixed_range[0] >= 0)
+        for out in call.outs:
+            if out not in call.keys:
+                self._seen.producers[out] = Producer(call.made, fixed_range, not_negative, place)
+
+    def _note(self, call: Call) -> None:
+        """Note what a call does to quantization."""
+        given = call.float_operands
+        data = [x for x in given if not (key_of(x) in self._weights or self._is_exact(x))]
+        name = function_name(call.func)
+        if self._norms.continues(name, call.outs, data):
             return
-        reason = self._why_float(known, call.module, tensors)
+        alone = len(data) == sum(1 for x in given if x.dim() or not self._is_exact(x))
+        ends_norm = self._norms.follow(name, call.args, call.leaves, data, alone=alone)
+        before = len(self._seen.events)
+        if call.known is not None and call.tensors:
+            self._record_call(call.known, call)
+        elif computes_values(
+            self._modules[call.module], call.func, call.args, call.kwargs, call.leaves
+        ):
+            self._leave_float(call)
+        events = self._seen.events[before:]
+        self._masked_scores.follow(
+            *(name, call.args, call.kwargs, call.outs),
+            keeps_values=call.keeps_values,
+            is_exact=self._is_exact,
+            events=events,
+        )
+        for event in events:
+            self._norms.remember(call.outs, partial(self._unplan, event), event.tensors[0])
+        if ends_norm:
+            self._norms.take_back(call.outs)
+
+    def _is_exact(self, x: Tensor) -> bool:
+        return key_of(x) not in self._weights and self._constants.is_exact(x)
+
+    def _leave_float(self, call: Call) -> None:
+        """Note a function that has no row in the table."""
+        if fixed_output_range(call.func, call.args, call.kwargs) is not None:
+            return
+        if call.function in ("add", "sub") and sum(x.dim() > 0 for x in call.float_operands) < 2:
+            return  # of a number, such as an epsilon
+        nested = any(isinstance(x, Tensor) and x.is_nested for x in call.args)
+        why = "nested tensors" if nested else "no integer form is known"
+        left, text = self._seen.left_float, f"{call.made}: {why}"
+        left[text] = left.get(text, 0) + 1
+        self._norms.remember(call.outs, lambda: left.update({text: left[text] - 1}))
+
+    def _unplan(self, event: Event) -> None:
+        self._seen.events = [other for other in self._seen.events if other is not event]
+
+    def _record_call(self, known: FunctionTraits, call: Call) -> None:
+        keys = call.keys
+        if call.keeps_values:
+            # Dropout in eval mode gives its very input back.
+            if keys and call.outs[:1] != keys[:1]:
+                self._inherit(keys[0], call.outs, known.name)
+                event = Event((call.operand(0),), keys[:1], call.outs, quantizes=False)
+                self._seen.events.append(event)
+            return
+        reason = self._why_float(known, call.module, call.tensors)
+        if known.name == "softmax":
+            for event in self._masked_scores.read_by_softmax(call.tensors[0]):
+                self._unplan(event)
         if reason is not None:
-            self._seen.left_float[f"{call.operand(0)}: {reason}"] = None
+            self._seen.left_float[f"{call.operand(0)}: {reason}"] = 1
             return
         tie = known.trait == "concat"
         where = tuple(call.operand(0 if tie else i) for i in range(len(keys)))
         if tie:
-            self._seen.events.append(Event(where, keys, outs))
+            self._seen.events.append(Event(where, keys, call.outs))
         else:
             self._seen.events += [Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
             if known.name == "matmul":
                 operands = zip(where, keys, strict=True)
                 self._weight_operands |= {w for w, key in operands if key in self._weights}
 
-    def _record_inner(self, call: _Call, made: str, inner: Mapping[int, Tensor]) -> None:
+    def _record_inner(self, call: Call, inner: Mapping[int, Tensor]) -> None:
         """Record what attention reads and gives inside; see ``attend``."""
         for number, x in inner.items():
             self._alive.append(x)
-            self._record_range(x)
+            self._ranges.take(x)
             fixed_range = WEIGHTS_RANGE if number == WEIGHTS else None
-            self._seen.producers[key_of(x)] = Producer(made, fixed_range, number == WEIGHTS)
+            self._seen.producers[key_of(x)] = Producer(call.made, fixed_range, number == WEIGHTS)
             self._seen.events.append(Event((call.operand(number),), (key_of(x),)))
 
     def _inherit(self, source: Key, outs: tuple[Key, ...], name: str) -> None:
@@ -319,22 +348,7 @@ class Discovery:
         kind = type(self._modules[path]).__name__
         if self.recipe.for_layer(path, kind) is None:
             return f"{path or 'the root'} is not selected by the recipe"
-        return self._masked(known, tensors)
-
-    def _masked(self, known: FunctionTraits, tensors: tuple[Tensor, ...]) -> str | None:
-        """Why a call with a mask in it stays float: what a mask holds would be the whole range."""
-        for x in tensors:
-            made = self._seen.producers.get(key_of(x))
-            if known.name == "softmax" and made is not None and made.name.endswith(_MASKING):
-                return f"its input comes from {made.name}, so it holds a mask"
-            with without_function_modes():
-                below, high = batch_range(x.detach()).tolist()
-            # What is not a number is infinite on both sides.
-            if math.isinf(below) and high < math.inf:
-                return "an operand holds minus infinity, as masks do, which is on no grid"
-            if known.name == "softmax" and _MASKED_SPAN < below + high < math.inf:
-                return f"its input spans {below + high:.3g}, so it holds a mask"
-        return None
+        return self._masked_scores.why_float(known.name, tensors, self._seen.producers)
 
     # ------------------------------------------------------------------ the plan
 
@@ -367,14 +381,7 @@ class Discovery:
         Args:
             consumers: Quantizer path to consumers, of a plan of this forward or of another one.
         """
-        group_of, tensors_of = group_consumers(self._told_apart().events)
-        found = {}
-        for path, operands in consumers.items():
-            groups = dict.fromkeys(group_of[o] for o in operands if o in group_of)
-            keys = [key for group in groups for key in tensors_of[group] if key in self._ranges]
-            if keys:
-                found[path] = torch.stack([self._ranges[key] for key in keys]).amax(0)
-        return found
+        return self._ranges.of(consumers, self._told_apart().events)
 
     def release(self) -> None:
         """Let the forward's tensors go."""
@@ -393,17 +400,6 @@ class Discovery:
             weight = layer.weight if layer is not None else self.recipe.weight
             return ActivationSpec(bits=weight.bits, symmetric=True, quantizer="weight")
         return layer.activation if layer is not None else self.recipe.activation
-
-
-@dataclass(frozen=True)
-class _Call:
-    module: str
-    function: str
-    number: int
-    key: str
-
-    def operand(self, number: int) -> Operand:
-        return Operand(self.module, self.function, self.number, number, self.key)
 
 
 class _Watch(TorchFunctionMode):

@@ -117,7 +117,7 @@ class Recording:
         call_keys: Module path to the keys of all its calls, as an ordered set.
         chains: Module path to the functions of the user through which it makes them.
         owners: Modules that make calls which the plan must know, as an ordered set.
-        left_float: Calls that stay float, and why, as an ordered set.
+        left_float: Calls that stay float, and why, to their number.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -125,7 +125,16 @@ class Recording:
     call_keys: dict[str, dict[str, None]] = field(default_factory=dict)
     chains: dict[str, dict[str, None]] = field(default_factory=dict)
     owners: dict[str, None] = field(default_factory=dict)
-    left_float: dict[str, None] = field(default_factory=dict)
+    left_float: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def named_left_float(self) -> tuple[str, ...]:
+        """The calls that stay float in words, with their number where there are several."""
+        return tuple(
+            f"{call} ({count} calls)" if count > 1 else call
+            for call, count in self.left_float.items()
+            if count
+        )
 
 
 class Solution(NamedTuple):
@@ -170,7 +179,7 @@ def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) ->
             calls.setdefault(operand.call_key, {})[str(operand.operand)] = quantizers[group]
         elif operand.quantizer_path != quantizers[group]:
             links[operand.module] = quantizers[group]
-    plan = JoinPlan(tuple(planned), sites, links, tuple(recording.left_float))
+    plan = JoinPlan(tuple(planned), sites, links, recording.named_left_float)
     return Solution(plan, {name: consumers[group] for group, name in quantizers.items()})
 
 

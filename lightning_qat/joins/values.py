@@ -51,30 +51,31 @@ def computes_values(
 
 
 class WeightTensors:
-    """The tensors of one forward that depend on parameters alone: weights, exact until a product.
-
-    Args:
-        modules: The modules of the model; their buffers are no data, either.
-    """
+    """The tensors of one forward that depend on parameters alone: exact until a product."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._keys: set[Key] = set()
-        self._buffers: set[int] = set()
         for module in modules:
             self._keys |= {key_of(p) for p in module._parameters.values() if p is not None}
-            self._buffers |= {id(buffer) for buffer in module._buffers.values()}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._keys
 
     def follow(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: Iterable[Key]
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        results: Iterable[Key],
+        is_fixed: Callable[[Tensor], bool],
     ) -> bool:
-        """Whether a call has weights alone as its tensors; then its results are weights, too."""
+        """Whether a call has weights alone as its tensors; then its results are weights, too.
+
+        Buffers and other fixed tensors may be beside the weights.
+        """
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         weights = [key_of(x) in self._keys for x in given]
         if not any(weights) or not all(
-            weight or id(x) in self._buffers for x, weight in zip(given, weights, strict=True)
+            weight or is_fixed(x) for x, weight in zip(given, weights, strict=True)
         ):
             return False
         self._keys.update(results)

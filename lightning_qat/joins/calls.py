@@ -1,0 +1,76 @@
+"""One call of a function that a forward makes, as it was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_qat.function_hooks.forward_cache import Key, key_of
+from lightning_qat.function_hooks.function_table import FunctionTraits, preserves_values
+from lightning_qat.joins.solver import Operand
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that has run.
+
+    Args:
+        module: Dotted path of the module that makes it.
+        function: Operator name, or the function's own.
+        number: The n-th call of the function in the module.
+        key: Tells calls apart; see ``Operand``.
+        known: Its row in the table, if it has one.
+        func: The function.
+        args: Its arguments by position.
+        kwargs: Its arguments by keyword.
+        tensors: The operands that could be quantized.
+        keys: Their values, before the call.
+        leaves: The tensors that it returned.
+    """
+
+    module: str
+    function: str
+    number: int
+    key: str
+    known: FunctionTraits | None
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    keys: tuple[Key, ...]
+    leaves: Sequence[Tensor]
+
+    def operand(self, number: int) -> Operand:
+        """One of its operands."""
+        return Operand(self.module, self.function, self.number, number, self.key)
+
+    @property
+    def made(self) -> str:
+        """What makes its results: module path and function."""
+        return f"{self.module}.{self.function}" if self.module else self.function
+
+    @cached_property
+    def outs(self) -> tuple[Key, ...]:
+        """The float tensors that it returned."""
+        return tuple(key_of(leaf) for leaf in self.leaves if leaf.is_floating_point())
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether its results have values of its first operand, or zero."""
+        known = self.known
+        return (
+            known is not None
+            and bool(self.tensors)
+            and preserves_values(known, self.args, self.kwargs)
+        )
+
+    @cached_property
+    def float_operands(self) -> tuple[Tensor, ...]:
+        """The float tensors among its arguments."""
+        given = pytree.tree_leaves((self.args, self.kwargs))
+        return tuple(x for x in given if isinstance(x, Tensor) and x.is_floating_point())
