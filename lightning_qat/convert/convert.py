@@ -103,9 +103,8 @@ def convert_untrained(
         ValueError: As ``convert``, of what is known before training.
         CaptureError: As ``convert``.
     """
-    return _converted(
-        untrained_copy(model), example_inputs, None, dynamic_batch, dynamic_shapes, export_outputs
-    )
+    final = untrained_copy(model, *as_call(example_inputs))
+    return _converted(final, example_inputs, None, dynamic_batch, dynamic_shapes, export_outputs)
 
 
 def _converted(
@@ -161,7 +160,7 @@ def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
         CaptureError: It will not; the message says in which module and line.
     """
     args, kwargs = as_call(example_inputs)
-    capture_program(untrained_copy(model), args, kwargs)
+    capture_program(untrained_copy(model, args, kwargs), args, kwargs)
 
 
 _FINAL = (FinalActivation, FinalWeight, UnknownRange)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.convert.capture import CaptureError
+from lightning_qat.convert.final_weights import finalize_weights
 from lightning_qat.function_hooks.hooks import hooks_of
-from lightning_qat.function_hooks.running import evaluation
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.forward import is_compiled_forward
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
-from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
-from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
+from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.final import FinalActivation, UnknownRange
 from lightning_qat.quantizers.names import JOINS, tensor_key, weight_quantizer_name
 from lightning_qat.quantizers.weight import WeightQuantizer
 
@@ -51,11 +51,7 @@ def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         unknown = _why_not_final({q: key for q, key in quantizers.items() if not q.calibrated})
         raise ValueError(_not_final(unknown + problems))
     final = detached_copy(model)
-    if any(isinstance(module, ParameterQuantizer) for module in final.modules()):
-        # Its range is that of the parameters after the last optimizer step.
-        with torch.no_grad(), evaluation():
-            final(*args, **kwargs)
-    return finalize_model(final)
+    return finalize_model(final, args, kwargs)
 
 
 def refuse_broken_weights(model: nn.Module) -> None:
@@ -190,21 +186,21 @@ def _without_compile(module: nn.Module) -> nn.Module:
     return module
 
 
-def finalize_model(model: nn.Module) -> nn.Module:
-    """Replace every quantizer of a model by its final form, in place; the plan is forgotten."""
-    finals = {q: _final(q, key) for q, key in tensor_keys(model).items()}
-    for name, layer in _layers(model).items():
+def finalize_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+    """Replace every quantizer of a model by its final form, in place; the plan is forgotten.
+
+    Args:
+        model: A copy in eval mode on the CPU.
+        args: What ``forward`` takes by position.
+        kwargs: What it takes by keyword.
+    """
+    finals: dict[Any, Any] = {**finalize_weights(model, args, kwargs)}
+    finals |= {q: _final(q, key) for q, key in tensor_keys(model).items()}
+    for layer in _layers(model).values():
         for child in layer.activation_quantizer_names():
             quantizer = getattr(layer, child)
             if isinstance(quantizer, ActivationQuantizer):
                 setattr(layer, child, finals[quantizer])
-        for weight in layer.weight_names(layer):
-            child = weight_quantizer_name(weight)
-            value, quantizer = getattr(layer, weight), getattr(layer, child)
-            if isinstance(quantizer, WeightQuantizer):
-                key = f"{name}.{weight}" if name else weight
-                final = FinalWeight.from_weight(value, quantizer.qparams(value), key)
-                setattr(layer, child, final)
     for module in model.modules():
         if JOINS in module._modules:
             joins: Any = module._modules[JOINS]
@@ -212,7 +208,7 @@ def finalize_model(model: nn.Module) -> nn.Module:
                 joins[name] = finals[quantizer]
         hooks = hooks_of(module)
         for operands in hooks.plan.sites.values() if hooks else ():
-            operands.update({k: finals.get(q, q) for k, q in operands.items()})  # type: ignore[call-overload]
+            operands.update({k: finals.get(q, q) for k, q in operands.items()})
     forget_plan(model)
     return model.eval()
 

@@ -51,6 +51,7 @@ from lightning_qat.joins.solver import (
 from lightning_qat.joins.values import WeightTensors, computes_values
 from lightning_qat.joins.written_norms import WrittenNorms
 from lightning_qat.layers import QATLayer
+from lightning_qat.layers.own_class import has_own_forward
 from lightning_qat.model.containers import leaves_of
 from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.forward import is_real_forward
@@ -61,6 +62,7 @@ from lightning_qat.model.torch_private import saved_tensors_are_hooked
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
+from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
 
@@ -106,6 +108,7 @@ class Discovery:
         self._constants = ConstantTensors(self.paths.names)
         self._masked_scores, self._norms = MaskedScores(), WrittenNorms()
         self._weight_operands: set[Operand] = set()
+        self._rounding: set[str] = set()
         self.entered: set[str] = set()
         self._modules = self.paths.by_path
 
@@ -155,6 +158,8 @@ class Discovery:
             layer, _, name = path.rpartition(".")
             if name == names.INPUT and args and isinstance(args[0], Tensor):
                 self._record_input(layer, args[0])
+        if isinstance(module, WeightQuantizer) and self._frames and self._frames[-1] is not None:
+            self._rounding.add(self._frames[-1][0])
         self.checkpointed = self.checkpointed or saved_tensors_are_hooked()
         self.entered.add(path)
         if isinstance(module, Quantizer) or not is_real_forward(module):
@@ -359,12 +364,16 @@ class Discovery:
             path
             for path, module in self._modules.items()
             if isinstance(module, QATLayer)
-            and path not in self.entered
+            and not self._reaches(path, module)
             and self.paths.name(module) == path
             and not isinstance(self._modules.get(path.rpartition(".")[0]), QATLayer)
         )
         code = code_of(self._modules, self._seen.chains)
         return solution._replace(plan=replace(solution.plan, unreached=unreached, code=code))
+
+    def _reaches(self, path: str, layer: QATLayer) -> bool:
+        """Whether the forward has run the layer, and through its quantizers."""
+        return path in self.entered and (path in self._rounding or not has_own_forward(layer))
 
     def _told_apart(self) -> Recording:
         layers = [path for path, module in self._modules.items() if isinstance(module, QATLayer)]

@@ -8,6 +8,12 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.layers.own_class import (
+    is_made_here,
+    pickled,
+    quantized_class,
+    unquantized_class,
+)
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer, weight_quantizer
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight
@@ -30,7 +36,7 @@ class QATLayer(nn.Module):
     """
 
     float_class: ClassVar[type[nn.Module]]
-    """The float layer that this one quantizes; exactly this type is swapped."""
+    """The float layer that this one quantizes, also in subclasses of the user's."""
 
     channel_axis: ClassVar[int] = 0
     """The output channel's axis of the weight."""
@@ -67,22 +73,23 @@ class QATLayer(nn.Module):
         """Turn a float layer into a QAT layer in place; the object stays the same.
 
         Args:
-            module: A layer of exactly ``float_class``.
+            module: A float layer of ``float_class``, or of a subclass: that stays in front; see
+                ``own_class``.
             spec: Its quantizers.
 
         Raises:
-            TypeError: ``module`` is of another type.
+            TypeError: ``module`` is of another type, or a QAT layer already.
             ValueError: It cannot be quantized; see ``why_unsupported``.
         """
-        if type(module) is not cls.float_class:
+        if not isinstance(module, cls.float_class) or isinstance(module, QATLayer):
             raise TypeError(
-                f"{cls.__name__} quantizes layers of exactly {cls.float_class.__name__}; got "
+                f"{cls.__name__} quantizes float layers of {cls.float_class.__name__}; got "
                 f"{type(module).__name__}."
             )
         reason = cls.why_unsupported(module)
         if reason is not None:
             raise ValueError(f"{cls.float_class.__name__} cannot become {cls.__name__}: {reason}.")
-        module.__class__ = cls
+        module.__class__ = quantized_class(module, cls)
         layer = cast(_Layer, module)
         layer._add_quantizers(spec)
         return layer
@@ -96,7 +103,7 @@ class QATLayer(nn.Module):
         """A new QAT layer with the very parameters of a float layer, which stays as it is.
 
         Args:
-            module: A layer of exactly ``float_class``.
+            module: A float layer of ``float_class``, or of a subclass.
             config: A recipe, the name of a preset, a recipe file or a mapping, also AMCT's with
                 ``retrain_data_config`` and ``retrain_weight_config``; ``int8`` by default.
 
@@ -112,14 +119,20 @@ class QATLayer(nn.Module):
         twin = self._twin(self)
         for name in self.quantizer_names():
             delattr(twin, name)
-        twin.__class__ = self.float_class
+        twin.__class__ = unquantized_class(self)
         return twin
 
     def unswap(self) -> None:
         """Turn it back into the float layer in place; the object and its parameters stay."""
         for name in self.quantizer_names():
             delattr(self, name)
-        self.__class__ = self.float_class  # type: ignore[assignment]
+        self.__class__ = unquantized_class(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle, which finds no class that was made for a user's."""
+        if not is_made_here(type(self)):
+            return super().__reduce_ex__(protocol)
+        return pickled(self)
 
     @classmethod
     def _twin(cls, module: nn.Module) -> nn.Module:

@@ -61,6 +61,9 @@ class _ConvQAT(QATLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the fake-quantized input with the fake-quantized weight."""
         convolution: Any = self
+        if type(convolution)._conv_forward is not convolution.float_class._conv_forward:
+            # A user's, which makes a weight of its own: the plan quantizes what it convolves.
+            return convolution._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
         x: Tensor = self.input_quantizer(input, saves_input=True)
         weight: Tensor = self.weight_quantizer(self.weight)
         with saving_int_repr(x, weight):

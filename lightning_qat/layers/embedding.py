@@ -119,6 +119,7 @@ class EmbeddingQAT(nn.Embedding, QATLayer):
         return (
             type(quantizer) is WeightQuantizer
             and quantizer.spec.granularity == "per_channel"
+            and not quantizer.shared
             and not (quantizer.cache is not None and quantizer.cache.open)
             and not is_exporting_onnx()
             and 0 < input.numel() < self.num_embeddings

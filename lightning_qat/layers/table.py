@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.attention import MultiheadAttentionQAT
@@ -18,6 +19,7 @@ from lightning_qat.layers.conv_transpose import (
 )
 from lightning_qat.layers.embedding import EmbeddingQAT
 from lightning_qat.layers.linear import LinearQAT
+from lightning_qat.layers.own_class import own_class
 from lightning_qat.layers.recurrent import GRUQAT, LSTMQAT
 
 _ATEN = torch.ops.aten
@@ -57,6 +59,17 @@ LAYERS: Mapping[type[nn.Module], type[QATLayer]] = {
     row.layer.float_class: row.layer for row in TABLE
 }
 """Float class to QAT class."""
+
+
+def layer_for(module: nn.Module | None) -> type[QATLayer] | None:
+    """The QAT class of a float layer, also of a subclass of the user's; ``None``: there is none."""
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return None  # a part of nn.MultiheadAttention
+    kinds = (
+        () if module is None or isinstance(module, QATLayer) else own_class(type(module)).__mro__
+    )
+    return next((LAYERS[kind] for kind in kinds if kind in LAYERS), None)
+
 
 WITH_WEIGHTS: tuple[type[nn.Module], ...] = (*LAYERS, *_NO_QAT_FORM)
 """torch's layers with weights: each becomes a QAT layer or is reported as one that does not."""

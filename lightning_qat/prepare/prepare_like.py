@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_qat.joins.apply import apply_plan, plan_of
 from lightning_qat.joins.plan import JoinPlan
-from lightning_qat.layers.table import LAYERS
+from lightning_qat.layers.table import LAYERS, layer_for
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import plain_path
 from lightning_qat.prepare.report import PrepareReport
@@ -47,12 +47,12 @@ def prepare_like(model: nn.Module, state_dict: Mapping[str, Any]) -> PrepareRepo
     state_dict = {plain_path(key): value for key, value in state_dict.items()}
     paths = ModelPaths.of(model)
     layers = paths.by_path
-    for name in [name for name in specs if type(layers.get(name)) not in LAYERS]:
+    for name in [name for name in specs if layer_for(layers.get(name)) is None]:
         # A projection has the spec of its attention.
         owner = name.rpartition(".")[0]
-        if type(layers.get(owner)) is nn.MultiheadAttention:
+        if isinstance(layers.get(owner), nn.MultiheadAttention):
             specs[owner] = specs.pop(name)
-    unknown = [name for name in specs if type(layers.get(name)) not in LAYERS]
+    unknown = [name for name in specs if layer_for(layers.get(name)) is None]
     if unknown:
         raise ValueError(
             f"The checkpoint quantizes {unknown}, which {type(model).__name__} does not have as "

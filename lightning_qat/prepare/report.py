@@ -84,7 +84,7 @@ class PrepareReport:
         if plan is None:
             return self
         gone = [layer for layer in self.swapped if layer.name in plan.unreached]
-        reason = "the exported forward never runs it"
+        reason = "the exported forward never runs it, or never multiplies with its weight"
         return PrepareReport(
             tuple(layer for layer in self.swapped if layer not in gone),
             (*self.skipped, *(SkippedLayer(s.name, s.kind, reason) for s in gone)),

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
 
 from lightning_qat.layers import OutputProjectionQAT, QATLayer
-from lightning_qat.layers.table import LAYERS, WITH_WEIGHTS
+from lightning_qat.layers.own_class import own_class, runs_own_forward
+from lightning_qat.layers.table import LAYERS, WITH_WEIGHTS, layer_for
 from lightning_qat.model.dry_run import order_of_calls
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.prepare.report import PrepareReport, SkippedLayer, SwappedLayer
+from lightning_qat.prepare.tied_weights import share_quantizers
 from lightning_qat.quantizers.names import place, quantizer_role
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight import WeightQuantizer
@@ -42,13 +43,10 @@ def choose_layers(
     if check_patterns:
         kinds = {name: float_class_name(m) for m, names in layers.items() for name in names}
         recipe.check_patterns(kinds, [kind.__name__ for kind in LAYERS])
-    shared = _shared_parameters(paths)
     swapped, skipped = [], []
     for module, (name, *others) in layers.items():
         kind, aliases = float_class_name(module), tuple(others)
-        reason = _why_skipped(module) or recipe.why_float(name, kind, aliases)
-        parts = (module, *module.children())
-        reason = reason or next((shared[part] for part in parts if part in shared), None)
+        reason = _why_skipped(module, recipe) or recipe.why_float(name, kind, aliases)
         spec = recipe.for_layer(name, kind, aliases)
         if isinstance(module, QATLayer) and spec is not None:
             reason = _differently(module, spec) or reason
@@ -74,7 +72,7 @@ def end_layers(
     Returns:
         Name, float class and aliases of each.
     """
-    layers = [m for m in paths.names if type(m) in LAYERS or isinstance(m, QATLayer)]
+    layers = [m for m in paths.names if layer_for(m) is not None or isinstance(m, QATLayer)]
     if example_inputs is not None:
         layers = order_of_calls(model, layers, example_inputs)
     ends = []
@@ -93,10 +91,13 @@ def swap(paths: ModelPaths, report: PrepareReport) -> None:
     group = groups[0] if groups else WeightGroup()
     for layer in report.swapped:
         module = paths.by_path[layer.name]
-        swapped = LAYERS[type(module)].swap(module, layer.spec)
+        kind = layer_for(module)
+        assert kind is not None
+        swapped = kind.swap(module, layer.spec)
         switch(swapped, group=group)
         for name in swapped.quantizer_names():
             getattr(swapped, name).place = place(f"{layer.name}.{name}")
+    share_quantizers(paths.by_path[layer.name] for layer in report.swapped)
     for module in paths.names:
         # In eval mode nn.TransformerEncoderLayer would hand its layers' weights to one fused float
         # kernel and call none of them; this attribute is what that kernel asks for. The encoder
@@ -124,9 +125,8 @@ def float_class_name(module: nn.Module) -> str:
         return module.float_class.__name__
     if isinstance(module, torch.jit.ScriptModule):
         return str(module.original_name)
-    if parametrize.is_parametrized(module):
-        return type(module).__bases__[0].__name__
-    return type(module).__name__
+    kind = layer_for(module)
+    return own_class(type(module)).__name__ if kind is None else kind.float_class.__name__
 
 
 def _differently(layer: QATLayer, spec: LayerSpec) -> str | None:
@@ -149,37 +149,32 @@ def _differently(layer: QATLayer, spec: LayerSpec) -> str | None:
     )
 
 
-def _why_skipped(module: nn.Module) -> str | None:
+def _why_skipped(module: nn.Module, recipe: Recipe) -> str | None:
     if isinstance(module, QATLayer):
         return "already quantized"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript (torch.jit.script or trace), which runs as it was compiled"
-    if parametrize.is_parametrized(module):
-        return "its parameters are parametrized (torch.nn.utils.parametrize)"
-    kind = LAYERS.get(type(module))
+    if isinstance(module, LazyModuleMixin):
+        return "its parameters have no shape yet; run the model once before prepare"
+    kind = layer_for(module)
     if kind is None:
-        for base in LAYERS:
-            if isinstance(module, base):
-                return f"a subclass of {base.__name__}; only exact types are swapped"
-        return f"{type(module).__name__} has no QAT form"
-    for weight in kind.weight_names(module):
-        if not isinstance(module._parameters.get(weight), nn.Parameter):
-            return f"its {weight} is computed by a hook (weight_norm or spectral_norm)"
+        return f"{own_class(type(module)).__name__} has no QAT form"
+    if kind.opaque or not kind.weight_names(module):
+        # What is computed is read by their own names.
+        for weight in kind.weight_names(module):
+            if not isinstance(module._parameters.get(weight), nn.Parameter):
+                return f"its {weight} is computed by a hook (weight_norm or spectral_norm)"
+    own = own_class(type(module))
+    if own not in LAYERS:
+        wrong = [str(p.dtype) for p in module.parameters() if p.dtype != torch.float32]
+        if wrong or own.__module__.startswith("torch.ao."):
+            return f"{own.__name__} quantizes by itself, or holds {wrong[:1] or 'float32'}"
+        if runs_own_forward(own, kind) and not (recipe.joins or recipe.outputs):
+            return (
+                f"{own.__name__}.forward is its own, and what that multiplies is found by the plan "
+                "of joins; the recipe has joins=False and outputs=False"
+            )
     return kind.why_unsupported(module)
-
-
-def _shared_parameters(paths: ModelPaths) -> dict[nn.Module, str]:
-    """Reason per module that shares a parameter with another module."""
-    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in paths.names:
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            owners[parameter].append((module, f"{paths.name(module)}.{parameter_name}"))
-    reasons = {}
-    for users in owners.values():
-        for module, own in users if len(users) > 1 else ():
-            others = ", ".join(name for _, name in users if name != own)
-            reasons[module] = f"its {own.rpartition('.')[2]} is shared with {others}"
-    return reasons
 
 
 def _refuse_other_dtypes(paths: ModelPaths, swapped: list[SwappedLayer]) -> None:

@@ -110,6 +110,13 @@ class FinalWeight(nn.Module):
         zero_point = torch.zeros((), dtype=torch.int32)
         return cls(quantize(weight, scale, zero_point, qparams.grid), qparams, key)
 
+    def named(self, key: str) -> FinalWeight:
+        """The same tensors under another key, for a weight that several layers share."""
+        zeros = torch.zeros_like(self.scale, dtype=torch.int32)
+        twin = FinalWeight(self.integers, QParams(self.scale, zeros, self.grid, self.axis), key)
+        twin.scale = self.scale
+        return twin
+
     def forward(self, weight: Tensor | None) -> Tensor:
         """The real value of the integers; the float weight is gone and ignored."""
         result: Tensor = dequantize_node(

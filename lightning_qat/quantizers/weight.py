@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import hide_from_hooks
@@ -44,6 +44,7 @@ class WeightQuantizer(Quantizer):
         compact: Backward keeps integers, which takes less memory; see ``int_repr``.
         cache: Keeps quantized weights for further forwards; ``None``: nothing is kept.
         group: Quantizes the weights of a model together; ``None``: this one is quantized alone.
+        shared: Several layers share the weight, and this quantizer.
     """
 
     SWITCHES = Quantizer.SWITCHES | {"quantizing", "compact", "cache", "group"}
@@ -56,6 +57,7 @@ class WeightQuantizer(Quantizer):
         self.axis = axis
         self.groups = groups if spec.granularity == "per_channel" else 1
         self.quantizing = True
+        self.shared = False
         self.compact = False
         arq = spec.quantizer == "arq"
         self.grid = IntegerGrid.signed(spec.bits) if arq else IntegerGrid.weight(spec.bits)
@@ -67,7 +69,7 @@ class WeightQuantizer(Quantizer):
         if is_exporting_onnx():
             return self._exported(weight)
         with hide_from_hooks():
-            if self.cache is None or is_compiling():
+            if self.cache is None or is_compiling() or not _lasts(weight):
                 return self._fake_quantize(weight, None)
             state = self.compact, tensor_state(weight, *self.parameters())
             known = self.cache.get(self, state)
@@ -141,3 +143,8 @@ class WeightQuantizer(Quantizer):
     def extra_repr(self) -> str:
         """Bits and granularity, for ``print(model)``."""
         return f"{self.spec.bits} bits, {self.spec.granularity}, {self.spec.quantizer}"
+
+
+def _lasts(weight: Tensor) -> bool:
+    """Whether a weight is a parameter, or rows of one: others are computed in every forward."""
+    return isinstance(weight if weight._base is None else weight._base, nn.Parameter)

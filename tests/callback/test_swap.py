@@ -122,7 +122,7 @@ def test_every_parameter_is_in_the_optimizer_before_training(
     assert {type(net.conv), type(net.second), type(net.late)} == {Conv2dQAT, LinearQAT}
 
 
-def test_tied_weights_stay_tied_and_float_with_the_reason(
+def test_tied_weights_stay_tied_and_share_a_quantizer(
     trainer: Callable[..., L.Trainer],
 ) -> None:
     class Tied(Net):
@@ -138,15 +138,13 @@ def test_tied_weights_stay_tied_and_float_with_the_reason(
     net, callback = Tied(), qat()
     trainer(callback).fit(net, loader())
     assert net.one.weight is net.two.weight
-    assert type(net.one) is nn.Linear
+    assert type(net.one) is type(net.two) is LinearQAT
+    assert net.one.weight_quantizer is net.two.weight_quantizer
     assert callback.report is not None
-    assert [(s.name, s.reason) for s in callback.report.skipped] == [
-        ("one", "its weight is shared with two.weight"),
-        ("two", "its weight is shared with one.weight"),
-    ]
+    assert callback.report.skipped == ()
 
 
-def test_parametrized_layers_stay_as_they_are_with_the_reason(
+def test_parametrized_layers_are_quantized_and_train_their_own_parameters(
     trainer: Callable[..., L.Trainer],
 ) -> None:
     class Parametrized(Net):
@@ -155,10 +153,12 @@ def test_parametrized_layers_stay_as_they_are_with_the_reason(
             nn.utils.parametrizations.weight_norm(self.head)
 
     net, callback = Parametrized(), qat()
+    length = net.head.parametrizations.weight.original0.detach().clone()
     trainer(callback).fit(net, loader())
+    assert isinstance(net.head, LinearQAT)
     assert callback.report is not None
-    (skipped,) = callback.report.skipped
-    assert (skipped.name, "parametrized" in skipped.reason) == ("head", True)
+    assert "head" in {layer.name for layer in callback.report.swapped}
+    assert not torch.equal(net.head.parametrizations.weight.original0, length)
 
 
 def test_hooks_and_plain_lists_of_layers_go_on_working(

@@ -135,13 +135,11 @@ def test_what_would_change_the_table_or_its_gradient_is_refused(
     assert type(model.table) is nn.Embedding
 
 
-def test_a_table_that_is_the_head_s_weight_stays_float_and_both_are_told() -> None:
-    model = nn.Sequential(Tied(), nn.Linear(10, 2))
+def test_a_table_that_is_the_head_s_weight_has_the_head_s_quantizer() -> None:
+    model: Any = nn.Sequential(Tied(), nn.Linear(10, 2))
     report = prepare(model, "int8", LOOKED_UP)
-    assert [(s.name, s.reason) for s in report.skipped] == [
-        ("0.table", "its weight is shared with 0.head.weight"),
-        ("0.head", "its weight is shared with 0.table.weight"),
-    ]
+    assert [s.name for s in report.swapped] == ["0.table", "0.head", "1"]
+    assert model[0].table.weight_quantizer is model[0].head.weight_quantizer
 
 
 def test_checkpoints_load_both_ways() -> None:
