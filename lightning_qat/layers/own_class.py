@@ -27,7 +27,7 @@ def quantized_class(module: nn.Module, layer: Kind) -> Kind:
         module: The float layer.
         layer: The QAT layer of its float class.
     """
-    kind = type(module)
+    kind: Kind = type(module)
     if parametrize.is_parametrized(module):
         # torch has put a class of the module's own in front; its only base is the layer's class.
         return _with_base(kind, _quantized(kind.__bases__[0], layer))
@@ -36,7 +36,7 @@ def quantized_class(module: nn.Module, layer: Kind) -> Kind:
 
 def unquantized_class(module: nn.Module) -> Kind:
     """The class that a layer had before."""
-    kind = type(module)
+    kind: Kind = type(module)
     if parametrize.is_parametrized(module):
         return _with_base(kind, _unquantized(kind.__bases__[0]))
     return _unquantized(kind)
@@ -75,7 +75,8 @@ def runs_own_forward(kind: Kind, layer: Kind) -> bool:
 
 def is_parametrized_class(kind: Kind) -> bool:
     """Whether ``torch.nn.utils.parametrize`` has made a class, for one module."""
-    return kind.__module__ == parametrize.__name__ and kind.__name__.startswith("Parametrized")
+    name: str = kind.__name__
+    return kind.__module__ == parametrize.__name__ and name.startswith("Parametrized")
 
 
 @cache
