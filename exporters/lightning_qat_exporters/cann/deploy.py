@@ -23,12 +23,15 @@ from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter
 _DTYPES = {ir.DataType.FLOAT: 0, ir.DataType.FLOAT16: 1}
 
 
-def to_deploy(found: QuantizedGraph, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
+def to_deploy(
+    found: QuantizedGraph, opset: int | None = None, *, float_bias: bool = False
+) -> ir.Model:
     """Write a QDQ model with Ascend's operators; the matched model stays as it is.
 
     Args:
         found: The QDQ model, matched.
-        opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+        opset: Version of the default domain, 11 to 18; ``None``: the lowest that expresses the
+            model. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
 
     Returns:

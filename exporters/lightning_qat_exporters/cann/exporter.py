@@ -18,6 +18,7 @@ from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.cann.device_nodes import device_note
+from lightning_qat_exporters.cann.downgrade_opset import OPSETS
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from lightning_qat_exporters.cann.lint.lint import lint_deploy
 from lightning_qat_exporters.cann.normalize.normalize import normalize, with_plain_constants
@@ -30,7 +31,7 @@ from lightning_qat_exporters.cann.qdq_graph.types import (
     QuantizedGraph,
 )
 from lightning_qat_exporters.cann.read_back import deploy_differences
-from lightning_qat_exporters.cann.write_files import file_paths, write_files
+from lightning_qat_exporters.cann.write_files import WrittenFiles, file_paths, write_files
 from lightning_qat_exporters.onnx_files.read import read_onnx, require_quantized
 from lightning_qat_exporters.onnx_files.run import run_onnx
 from lightning_qat_exporters.onnx_files.write import require_writable
@@ -55,7 +56,9 @@ class CannExporter:
     so the last bit of a device cannot be promised; ``device_fp16`` shows what that may cost.
 
     Args:
-        opset: 11 to 18. All CANN versions parse 11; use more only where an operator needs it.
+        opset: 11 to 18. All CANN versions parse 11 to 13. By default the lowest that expresses the
+            model; a note says which operator needs more than 11. One that is given is kept, and
+            what it cannot express is refused.
         int4_weights: Pack weights of 4 bits two to a byte, as AMCT does, for the products that
             compute with them (Atlas inference products). Otherwise they are bytes, which every
             product takes. Layers with groups or an odd number of input channels stay bytes.
@@ -76,14 +79,15 @@ class CannExporter:
 
     def __init__(
         self,
-        opset: int = 11,
+        opset: int | None = None,
         int4_weights: bool = False,
         device_fp16: bool = False,
         rnn: Literal["unrolled", "device"] = "unrolled",
     ) -> None:
-        if not 11 <= opset <= 18:
+        if opset is not None and opset not in OPSETS:
             raise ValueError(
-                f"opset must be from 11 to 18, which is what CANN's parsers take; got {opset!r}."
+                f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, which is what CANN's parsers "
+                f"take; got {opset!r}. Leave it out for the lowest that expresses the model."
             )
         if rnn not in ("unrolled", "device"):
             raise ValueError(f"rnn must be 'unrolled' or 'device'; got {rnn!r}.")
@@ -121,8 +125,8 @@ class CannExporter:
         files = file_paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
         written = write_files(deploy, found, files, self.opset)
-        notes = [*map(str, found.left_float), *notes]
-        return Artifact(self.name, written, tuple(notes), _integer_weights(model, deploy))
+        notes = [*written.notes, *map(str, found.left_float), *notes]
+        return Artifact(self.name, written.files, tuple(notes), _integer_weights(model, deploy))
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
         wide = any(t.qparams.grid.dtype is torch.int16 for t in model.tensors.values())
@@ -232,7 +236,7 @@ def _require_something_quantized(found: QuantizedGraph, model_file: Path) -> Non
         )
 
 
-def _conversion(found: QuantizedGraph, written: Mapping[str, Path]) -> Conversion:
+def _conversion(found: QuantizedGraph, written: WrittenFiles) -> Conversion:
     names = [layer.name for layer in found.layers] + [layer.name for layer in found.recurrent]
     shifts = {f"{name}{SHIFT}": name for name in names if f"{name}{SHIFT}" in names}
     shift_notes = (
@@ -241,12 +245,12 @@ def _conversion(found: QuantizedGraph, written: Mapping[str, Path]) -> Conversio
         for shift, name in shifts.items()
     )
     return Conversion(
-        files=dict(written),
+        files=written.files,
         layers=tuple(name for name in names if name not in shifts),
         joins=tuple(name for name in joins(found) if name not in names),
         outputs=integer_outputs(found),
         left_float=tuple(map(str, found.left_float)),
-        notes=(*shift_notes, *_device_notes(found.recurrent)),
+        notes=(*written.notes, *shift_notes, *_device_notes(found.recurrent)),
     )
 
 

@@ -16,7 +16,9 @@ from lightning_qat_exporters.cann.rewrite import CONV_OPS, QuantizedForm, rewrit
 from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter
 
 
-def to_fake_quant(found: QuantizedGraph, opset: int = 11, *, float_bias: bool = False) -> ir.Model:
+def to_fake_quant(
+    found: QuantizedGraph, opset: int | None = None, *, float_bias: bool = False
+) -> ir.Model:
     """Write a QDQ model as float operators on integer values, in AMCT's form.
 
     ``Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> layer on integer-valued float
@@ -24,7 +26,8 @@ def to_fake_quant(found: QuantizedGraph, opset: int = 11, *, float_bias: bool = 
 
     Args:
         found: The QDQ model, matched; it stays as it is.
-        opset: Version of the default domain, 11 to 18. A model below it stays where it is.
+        opset: Version of the default domain, 11 to 18; ``None``: the lowest that expresses the
+            model. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
 
     Returns:

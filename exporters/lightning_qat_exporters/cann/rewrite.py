@@ -67,27 +67,39 @@ def integer_bias(layer: IntegerLayer) -> NDArray[np.int32] | None:
     return steps.astype(np.int32)
 
 
-def rewritten(found: QuantizedGraph, form: QuantizedForm, opset: int) -> ir.Model:
+NEEDED_BY = "lightning_qat.opset_needed_by"
+"""Where a rewritten model's ``meta`` has what kept it from the first of ``OPSETS``."""
+
+
+def rewritten(found: QuantizedGraph, form: QuantizedForm, opset: int | None) -> ir.Model:
     """A rewritten copy of the model that was matched.
+
+    Args:
+        found: The model and what is quantized in it.
+        form: What stands for pairs and layers.
+        opset: Version of the default domain; ``None``: the lowest that expresses the model. What
+            needs more than the first of ``OPSETS`` is in ``meta[NEEDED_BY]`` of the result.
 
     Raises:
         UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    if opset not in OPSETS:
+    if opset is not None and opset not in OPSETS:
         raise ValueError(
             f"The opset must be from {OPSETS[0]} to {OPSETS[-1]}, which is what CANN's parsers "
-            f"take; got {opset!r}. Use 11 unless an operator needs more."
+            f"take; got {opset!r}. Leave it out for the lowest that expresses the model."
         )
     copy = found.copied()
     form.rewrite(copy)
+    downgrade = Downgrade(opset)
     for step in (
-        Downgrade(opset),
+        downgrade,
         common.RemoveUnusedNodesPass(),
         common.ClearMetadataAndDocStringPass(),
         common.NameFixPass(),
     ):
         step(copy.model)
+    copy.model.meta[NEEDED_BY] = downgrade.needed_by
     return copy.model
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_qat.amct.record import BINARY_SUFFIX, encode_record, format_record
 from lightning_qat.atomic_write import replacing
 from lightning_qat_exporters.cann.deploy import to_deploy
+from lightning_qat_exporters.cann.downgrade_opset import opset_note
 from lightning_qat_exporters.cann.fake_quant import to_fake_quant
 from lightning_qat_exporters.cann.layer_records import layer_records
 from lightning_qat_exporters.cann.qdq_graph.types import QuantizedGraph
+from lightning_qat_exporters.cann.rewrite import NEEDED_BY
 from lightning_qat_exporters.onnx_files.write import write_onnx
 
 
@@ -24,32 +27,41 @@ def file_paths(prefix: Path, record: Path | None) -> dict[str, Path]:
     return files if record is None else {**files, "record": record}
 
 
+class WrittenFiles(NamedTuple):
+    """Files by role, and what a reader of the deploy model should know."""
+
+    files: dict[str, Path]
+    notes: tuple[str, ...]
+
+
 def write_files(
     deploy: QuantizedGraph,
     simulated: QuantizedGraph,
     files: Mapping[str, Path],
-    opset: int,
+    opset: int | None,
     *,
     float_bias: bool = False,
-) -> dict[str, Path]:
+) -> WrittenFiles:
     """Write all files or none.
 
     Args:
         deploy: The QDQ model of the deploy model and the record.
         simulated: The QDQ model of the fake-quant model.
         files: The files by role, as ``file_paths`` returns them.
-        opset: Version of the default domain, 11 to 18.
+        opset: Version of the default domain, 11 to 18; ``None``: for each model the lowest that
+            expresses it.
         float_bias: Keep biases in float and add them after the layers.
 
     Returns:
-        ``files``, and the weights of a model where they are in a file of their own.
+        ``files``, with the weights of a model where they are in a file of their own, and what to
+        say of them.
 
     Raises:
         UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
         OSError: A file cannot be written.
     """
     forms = {"model": (to_deploy, deploy), "fake_quant": (to_fake_quant, simulated)}
-    written = dict(files)
+    written, notes = dict(files), []
     with ExitStack() as stack:
         # One after the other: only one of the models is in memory, and no file takes its place
         # before all are written.
@@ -58,11 +70,13 @@ def write_files(
             model = form(found, opset, float_bias=float_bias)
             _, *weights = write_onnx(model, temporary, files[role])
             written.update({f"{role}_weights": path for path in weights})
+            if role == "model" and model.meta[NEEDED_BY]:
+                notes.append(opset_note(model.graph.opset_imports[""], model.meta[NEEDED_BY]))
             del model
         if "record" in files:
             temporary = stack.enter_context(replacing(files["record"]))
             temporary.write_bytes(_record(deploy, binary=files["record"].suffix == BINARY_SUFFIX))
-    return written
+    return WrittenFiles(written, tuple(notes))
 
 
 def _record(found: QuantizedGraph, *, binary: bool) -> bytes:

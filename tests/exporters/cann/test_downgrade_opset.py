@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from lightning_qat import convert_qat_model
 from lightning_qat.export.protocol import UnsupportedByTarget
+from lightning_qat_exporters import CannExporter
 from tests.exporters.cann.qdq_graphs import (
     Qdq,
     deploy_of,
@@ -94,6 +98,53 @@ def test_what_an_opset_cannot_express_names_the_node_and_the_lowest_opset_that_c
     assert fake_quant_of(qdq, 18).graph.opset_imports == {"": 18}
 
 
+def test_the_lowest_opset_that_expresses_the_model_is_taken_and_said(tmp_path: Path) -> None:
+    net = gemm_net()
+    masked = net.node("Trilu", "x", name="block.mask/Trilu", upper=0)
+    source = tmp_path / "net.onnx"
+    onnx.save(proto(net.model("v3", masked)), source)
+    done = convert_qat_model(source, tmp_path / "net")
+    assert {
+        role: onnx.load(done.files[role]).opset_import[0].version
+        for role in ("model", "fake_quant")
+    } == {"model": 14, "fake_quant": 14}
+    assert done.notes == (
+        "the deploy model is at opset 14, the lowest that expresses 'block.mask/Trilu' (Trilu does "
+        "not exist yet at opset 13); CANN parses it from version 8.0 on",
+    )
+    with pytest.raises(UnsupportedByTarget, match=r"block\.mask/Trilu: .*Ask for opset 14"):
+        convert_qat_model(source, tmp_path / "net", target=CannExporter(opset=11))
+
+
+def test_integer_operators_of_newer_opsets_are_rewritten() -> None:
+    net = Qdq([4], opset=18)
+    whole = net.node("Cast", "x", to=TensorProto.INT64)
+    two, minus = net.constant([2], np.int64), net.constant([-1, 0, 1, 3], np.int64)
+    most = net.node("Max", whole, two, minus)
+    least = net.node("Min", whole, two)
+    never = net.node("CastLike", net.node("IsNaN", whole), "x")
+    real = [net.node("CastLike", value, "x") for value in (most, least)]
+    older = fake_quant_of(net.model(*real, never))
+    assert older.graph.opset_imports == {"": 11}
+    onnx.checker.check_model(proto(older), full_check=True)
+    largest, smallest, nan = run_float(older, f32([-5, 1, 2, 9]))
+    np.testing.assert_array_equal(largest, [2, 2, 2, 9])
+    np.testing.assert_array_equal(smallest, [-5, 1, 2, 2])
+    np.testing.assert_array_equal(nan, [0, 0, 0, 0])
+
+
+def test_an_error_names_the_module_that_torch_s_exporter_noted() -> None:
+    net = Qdq([4, 4])
+    qdq = net.model(net.node("Trilu", "x", name="n2_3", upper=0))
+    (node,) = (n for n in qdq.graph if n.op_type == "Trilu")
+    scopes = "['', 'encoder', 'encoder.layers.0', 'tril']"
+    node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
+    with pytest.raises(
+        UnsupportedByTarget, match=r"encoder\.layers\.0/Trilu \(n2_3\): Trilu does not exist yet"
+    ):
+        deploy_of(qdq, 11)
+
+
 def test_an_opset_that_the_parser_does_not_take_is_no_remedy() -> None:
     net = Qdq([4], opset=20)
     qdq = net.model(net.node("Cast", net.node("IsInf", "x"), to=TensorProto.FLOAT))
@@ -111,7 +162,7 @@ def test_a_default_that_changed_is_not_taken_for_the_old_one(
 ) -> None:
     net = Qdq([2, 3, 4])
     qdq = net.model(net.node("Softmax", "x", name="soft"))
-    monkeypatch.setattr("lightning_qat_exporters.cann.downgrade_opset._ADAPTERS", ())
+    monkeypatch.setattr("lightning_qat_exporters.cann.downgrade_opset.ADAPTERS", ())
     with pytest.raises(UnsupportedByTarget, match="soft: Softmax has another default for 'axis'"):
         deploy_of(qdq)
 
@@ -138,7 +189,7 @@ def test_a_new_attribute_away_from_its_default_is_refused() -> None:
 
 
 def test_an_opset_outside_what_the_parser_takes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"opset must be from 11 to 18, .* got 19\. Use 11"):
+    with pytest.raises(ValueError, match=r"opset must be from 11 to 18, .* got 19\. Leave it"):
         deploy_of(gemm_net().model("v3"), 19)
 
 

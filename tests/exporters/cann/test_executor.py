@@ -316,6 +316,19 @@ def test_blocks_of_images_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(run_layer("Conv", x, weight, group=2), whole)
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_elements_are_gathered_from_more_than_32(dim: int) -> None:
+    x = torch.randn(40, 50)
+    index = torch.randint(-40, 40, (33, 35))
+    model = model_of(
+        [helper.make_node("GatherElements", ["x", "index"], ["y"], axis=dim)],
+        {"index": np.asarray(index)},
+    )
+    (y,) = AscendExecutor(model).run({"x": np.asarray(x)})
+    expected = x.gather(dim, index % x.shape[dim])
+    np.testing.assert_array_equal(y, np.asarray(expected))
+
+
 def test_what_is_not_defined_is_refused() -> None:
     x, weight = f32([[1.0]]), i8([[1]])
     with pytest.raises(ValueError, match=r"round_mode of 'node' must be one of .* got 'Up'"):

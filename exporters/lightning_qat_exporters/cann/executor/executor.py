@@ -2,8 +2,8 @@
 
 The integer layers are computed exactly and the scalings in float32, by the definitions of Ascend's
 operators. Every other operator is left to ``onnx.reference``, except the pools, which are slow
-there, and batch norm. No claim about the last bit on a device: many of its kernels quantize in
-float16, which ``device_fp16`` simulates.
+there, GatherElements, which has a limit there, and batch norm. No claim about the last bit on a
+device: many of its kernels quantize in float16, which ``device_fp16`` simulates.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from onnx.reference.op_run import OpRun
 from lightning_qat.ir.operators import LAYER_TYPES
 from lightning_qat_exporters.cann.executor import recurrent as cells
 from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array
+from lightning_qat_exporters.cann.executor.gather import GatherElements
 from lightning_qat_exporters.cann.executor.layers import (
     BatchNormalization,
     Conv,
@@ -159,6 +160,6 @@ class BasicGRUInplaceFillWindowCache(OpRun):
 _OPS = (
     *(AscendQuant, AscendDequant, AscendAntiQuant),
     *(Conv, ConvTranspose, Gemm, MatMul),
-    *(BatchNormalization, MaxPool, AveragePool),
+    *(BatchNormalization, MaxPool, AveragePool, GatherElements),
     *(BasicLSTMInplaceFillWindowCache, BasicGRUInplaceFillWindowCache),
 )
