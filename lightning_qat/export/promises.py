@@ -125,7 +125,7 @@ def _aten(node: fx.Node) -> str:
 
 def _operands(node: fx.Node, operator: Operator) -> Iterator[fx.Node]:
     """The operands that are tensors of their own; a number is none."""
-    args: Any = node.args[: operator.operands]
+    args: Any = node.args[operator.first : operator.first + operator.operands]
     for arg in args[0] if operator.trait == "concat" else args:
         if isinstance(arg, fx.Node):
             yield arg

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_qat.ir.operators import CLAMPS, FIXED_OUTPUT_RANGES, OPERATORS, Clamp, Trait
 from lightning_qat.model.torch_private import function_namespaces
+from lightning_qat.numerics.einsum import is_product
 
 
 class FunctionTraits(NamedTuple):
@@ -21,14 +22,16 @@ class FunctionTraits(NamedTuple):
     Args:
         name: One name for all spellings: ``add`` for ``+``, ``+=``, ``torch.add``, ``Tensor.add_``.
         trait: See ``lightning_qat.ir.operators``.
-        operands: How many leading arguments are quantized.
+        operands: How many arguments are quantized.
         in_place: It changes its first argument.
+        first: Position of the first argument that is quantized.
     """
 
     name: str
     trait: Trait
     operands: int
     in_place: bool
+    first: int = 0
 
 
 def torch_functions(name: str) -> Iterator[Callable[..., Any]]:
@@ -49,7 +52,9 @@ def _functions() -> Mapping[Callable[..., Any], FunctionTraits]:
             continue
         for spelling in operator.torch:
             traits = FunctionTraits(
-                operator.name, operator.trait, operator.operands, is_in_place(spelling)
+                *(operator.name, operator.trait, operator.operands),
+                in_place=is_in_place(spelling),
+                first=operator.first,
             )
             found |= dict.fromkeys(torch_functions(spelling), traits)
     return found
@@ -81,9 +86,10 @@ def operands_of(
     arithmetic, not nested tensors, not powers below 1, and not the batches that a batch norm counts
     in training only.
     """
-    values = [*args, *kwargs.values()][: function.operands]
-    if function.name == "pow" and not _grows([*args, *kwargs.values()][1:]):
+    given = [*args, *kwargs.values()]
+    if not _has_trait(function, given):
         return ()
+    values = given[function.first : function.first + function.operands]
     if function.trait == "concat":
         values = list(values[0]) if values and isinstance(values[0], list | tuple) else []
     tensors = tuple(v for v in values if _is_real(v))
@@ -94,9 +100,17 @@ def operands_of(
     return tensors if all(t.dim() for t in tensors) else ()
 
 
-def _grows(exponent: list[Any]) -> bool:
-    """Whether a power is finite at 0: of a number of 1 or more, or a square."""
-    return not exponent or (isinstance(exponent[0], int | float) and exponent[0] >= 1)
+def _has_trait(function: FunctionTraits, given: list[Any]) -> bool:
+    """Whether a call with these arguments is one that the table means."""
+    second = given[1] if len(given) > 1 else None
+    if function.name == "pow":
+        # Finite at 0.
+        return len(given) < 2 or (isinstance(second, int | float) and second >= 1)
+    if function.name == "max":
+        return not isinstance(second, Tensor)
+    if function.name == "masked_fill":
+        return len(given) == 3 and isinstance(given[2], int | float) and given[2] == 0
+    return function.name != "einsum" or is_product(given[0], tuple(given[1:]))
 
 
 def _is_real(value: Any) -> bool:

@@ -40,6 +40,7 @@ from lightning_qat.function_hooks.running import (
     running,
 )
 from lightning_qat.model.torch_compile import constant_while_tracing
+from lightning_qat.numerics.einsum import EINSUM, product
 
 _TRACEABLE: Mapping[str, Callable[..., Any]] = {"unflatten": torch.unflatten}
 """torch 2.13 cannot trace a method that calls ``super()`` when a function mode hands it on."""
@@ -156,6 +157,8 @@ class QuantizeCallsMode(TorchFunctionMode):
             changed = quantize_operands(known, operands, args, kwargs)
             if known.name == FUSED_ATTENTION.__name__:
                 func = attention_function(operands, func)
+            elif known.name == EINSUM.__name__:
+                func = product
         except AnotherPath as reason:
             _warn_once(plan, key, str(reason))
             return func(*args, **kwargs)
@@ -186,7 +189,7 @@ def _read_in_float(
     if known is not None and frame is not None and frame.watched:
         assert frame.plan is not None
         planned = frame.plan.sites.get(frame.call_key(known.name), {})
-        operands = {index: q for index, q in planned.items() if index < known.operands}
+        operands = {known.first + i: q for i, q in planned.items() if i < known.operands}
     changes = known is not None and (known.in_place or bool(kwargs.get("inplace")))
     if known is None or known.trait == "concat" or changes:
         # Values that are tied are observed together, and the user's own tensor must change.

@@ -10,7 +10,11 @@ from torch import Tensor
 from lightning_qat.function_hooks.function_table import FunctionTraits
 from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
 
-_KEYWORDS = (("input", "self", "query", "tensors"), ("other", "mat2", "key"), ("value",))
+_KEYWORDS = (
+    ("batch1", "input", "self", "query", "tensors"),
+    ("batch2", "other", "mat2", "key"),
+    ("value",),
+)
 
 
 class AnotherPath(Exception):
@@ -32,8 +36,8 @@ def quantize_operands(
         if index >= known.operands:
             continue
         holder: Any = new_args
-        slot: Any = index
-        if index >= len(new_args):
+        slot: Any = known.first + index
+        if slot >= len(new_args):
             holder = new_kwargs
             slot = next((name for name in _KEYWORDS[index] if name in kwargs), None)
         value = holder[slot] if slot is not None else None

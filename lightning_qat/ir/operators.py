@@ -43,7 +43,8 @@ class Operator(NamedTuple):
             (``add@forward[+#0]:0``), so it never changes.
         trait: How quantization treats its inputs and output. ``None``: it is no operand's consumer;
             its result is quantized where it is read.
-        operands: How many leading arguments are quantized; a list of tensors counts as one.
+        operands: How many arguments are quantized; a list of tensors counts as one.
+        first: Position of the first of them.
         torch: Names in ``torch``, ``torch.Tensor``, ``torch.nn.functional`` and ``torch._C._nn``.
         aten: Names of overload packets in ``torch.ops.aten``.
         onnx: ONNX operator types.
@@ -61,6 +62,7 @@ class Operator(NamedTuple):
     output_range: Range | None = None
     clamp: Clamp | None = None
     depends_on_arguments: bool = False
+    first: int = 0
 
 
 def _operator(
@@ -74,10 +76,11 @@ def _operator(
     output_range: Range | None = None,
     clamp: Clamp | None = None,
     depends_on_arguments: bool = False,
+    first: int = 0,
 ) -> Operator:
     """A row, its names as one string with spaces between them."""
     names = tuple(torch.split()), tuple(aten.split()), tuple(onnx.split())
-    return Operator(name, trait, operands, *names, output_range, clamp, depends_on_arguments)
+    return Operator(name, trait, operands, *names, output_range, clamp, depends_on_arguments, first)
 
 
 _INPUTS: Trait = "inputs_quantizable"
@@ -108,6 +111,17 @@ OPERATORS: tuple[Operator, ...] = (
         torch="matmul __matmul__ __rmatmul__ bmm mm",
         aten="matmul bmm mm",
         onnx="MatMul",
+    ),
+    # What is added to the product stays as it is.
+    _operator("baddbmm", _INPUTS, 2, torch="baddbmm", aten="baddbmm", first=1),
+    # Of two tensors that it multiplies as matrices: ``numerics/einsum.py``.
+    _operator(
+        *("einsum", _INPUTS, 2),
+        torch="einsum",
+        aten="einsum",
+        onnx="Einsum",
+        depends_on_arguments=True,
+        first=1,
     ),
     _operator(
         *("scaled_dot_product_attention", _INPUTS, 3),
@@ -179,11 +193,35 @@ OPERATORS: tuple[Operator, ...] = (
         aten="instance_norm",
         onnx="InstanceNormalization",
     ),
+    _operator("normalize", _INPUTS, torch="normalize", onnx="LpNormalization"),
     _operator("gelu", _INPUTS, torch="gelu", aten="gelu", onnx="Gelu"),
     _operator("silu", _INPUTS, torch="silu", aten="silu", onnx="Swish"),
     _operator("mish", _INPUTS, torch="mish", aten="mish", onnx="Mish"),
     _operator("elu", _INPUTS, torch="elu", aten="elu", onnx="Elu"),
+    _operator("selu", _INPUTS, torch="selu", aten="selu", onnx="Selu"),
+    _operator("celu", _INPUTS, torch="celu", aten="celu", onnx="Celu"),
+    _operator("softplus", _INPUTS, torch="softplus", aten="softplus", onnx="Softplus"),
+    _operator("glu", _INPUTS, torch="glu", aten="glu"),
     _operator("leaky_relu", _INPUTS, torch="leaky_relu", aten="leaky_relu", onnx="LeakyRelu"),
+    _operator("prelu", _INPUTS, torch="prelu", aten="prelu", onnx="PRelu"),
+    # The grid of an affine quantizer holds no negatives of its values.
+    _operator(
+        *("neg", _INPUTS),
+        torch="neg neg_ __neg__ negative",
+        aten="neg negative",
+        onnx="Neg",
+    ),
+    _operator(
+        *("abs", _INPUTS), torch="abs abs_ __abs__ absolute", aten="abs absolute", onnx="Abs"
+    ),
+    _operator(
+        *("maximum", _INPUTS, 2),
+        torch="maximum minimum",
+        aten="maximum minimum",
+    ),
+    _operator("cumsum", _INPUTS, torch="cumsum", aten="cumsum", onnx="CumSum"),
+    # Where it reads is computed exactly.
+    _operator("grid_sample", _INPUTS, torch="grid_sample", aten="grid_sampler", onnx="GridSample"),
     # Its mode "nearest" keeps values; ATen has operators of their own for that, the next row.
     _operator(
         *("interpolate", _INPUTS),
@@ -235,6 +273,37 @@ OPERATORS: tuple[Operator, ...] = (
         aten="adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
         onnx="GlobalMaxPool",
     ),
+    _operator(
+        *("amax", _AGNOSTIC), torch="amax amin", aten="amax amin", onnx="ReduceMax ReduceMin"
+    ),
+    # Of one tensor; the larger ones of two are no values of the first.
+    _operator(
+        *("max", _AGNOSTIC),
+        torch="max min",
+        aten="max min",
+        onnx="Max Min",
+        depends_on_arguments=True,
+    ),
+    _operator(
+        *("topk", _AGNOSTIC),
+        torch="topk sort",
+        aten="topk sort",
+        onnx="TopK",
+    ),
+    _operator(
+        *("gather", _AGNOSTIC),
+        torch="gather take_along_dim",
+        aten="gather take_along_dim",
+        onnx="GatherElements",
+    ),
+    _operator("triangle", _AGNOSTIC, torch="tril triu", aten="tril triu", onnx="Trilu"),
+    # Filled with zero; another number lies on no grid in general.
+    _operator(
+        *("masked_fill", _AGNOSTIC),
+        torch="masked_fill masked_fill_",
+        aten="masked_fill",
+        depends_on_arguments=True,
+    ),
     # Padding with zero keeps values, padding with any other number does not.
     _operator(
         *("pad", _AGNOSTIC),
@@ -251,8 +320,8 @@ OPERATORS: tuple[Operator, ...] = (
     ),
     _operator(
         *("reshape", _AGNOSTIC),
-        torch="reshape view flatten unflatten squeeze unsqueeze",
-        aten="reshape view flatten unflatten squeeze unsqueeze",
+        torch="reshape view flatten unflatten squeeze unsqueeze reshape_as view_as ravel",
+        aten="reshape view flatten unflatten squeeze unsqueeze reshape_as view_as ravel",
         onnx="Reshape Flatten Squeeze Unsqueeze",
     ),
     _operator(
@@ -263,8 +332,8 @@ OPERATORS: tuple[Operator, ...] = (
     ),
     _operator(
         *("expand", _AGNOSTIC),
-        torch="expand repeat tile broadcast_to expand_as",
-        aten="expand repeat tile broadcast_to expand_as",
+        torch="expand repeat tile broadcast_to expand_as repeat_interleave",
+        aten="expand repeat tile broadcast_to expand_as repeat_interleave",
         onnx="Expand Tile",
     ),
     _operator(

@@ -67,6 +67,8 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
 
 EMPTY = "empty tensors"
+PRODUCTS = ("matmul", "baddbmm", "einsum")
+"""Operators that multiply by a weight, if one of their operands depends on parameters alone."""
 
 
 class Discovery:
@@ -318,7 +320,7 @@ class Discovery:
             self._seen.events.append(Event(where, keys, call.outs))
         else:
             self._seen.events += [Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
-            if known.name == "matmul":
+            if known.name in PRODUCTS:
                 operands = zip(where, keys, strict=True)
                 self._weight_operands |= {w for w, key in operands if key in self._weights}
 

@@ -87,7 +87,9 @@ _COMPUTED_IN_FLOAT = (
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool3d"),
     *("upsample_nearest1d", "upsample_nearest3d", "index_select", "channel_shuffle"),
     *("movedim", "moveaxis", "swapaxes", "swapdims", "narrow", "tensor_split"),
-    *("broadcast_to", "expand_as", "feature_dropout", "detach"),
+    *("broadcast_to", "expand_as", "feature_dropout", "detach", "reshape_as", "view_as", "ravel"),
+    *("repeat_interleave", "amax", "amin", "topk", "sort", "gather", "take_along_dim"),
+    *("tril", "triu"),
     # Replaced before: by concatenations, and by their input.
     *("tile", "clone"),
 )
