@@ -48,7 +48,7 @@ from lightning_qat.joins.solver import (
     solve,
     told_apart,
 )
-from lightning_qat.joins.values import WeightTensors, computes_values
+from lightning_qat.joins.values import PRODUCTS, WeightTensors, computes_values
 from lightning_qat.joins.written_norms import WrittenNorms
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.own_class import has_own_forward
@@ -67,8 +67,6 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec
 
 EMPTY = "empty tensors"
-PRODUCTS = ("matmul", "baddbmm", "einsum")
-"""Operators that multiply by a weight, if one of their operands depends on parameters alone."""
 
 
 class Discovery:
