@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_qat.convert.capture import capture_program, export_program
+from lightning_qat.convert.constant_biases import constant_biases
 from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.finalize import finalized_copy, refuse_unknown_ranges
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
 from lightning_qat.convert.merge_quantizations import merge_quantizations
 from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
+from lightning_qat.convert.products import products_as_layers
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.slice_constants import slice_constants
 from lightning_qat.convert.untrained import untrained_copy
@@ -26,7 +28,14 @@ from lightning_qat.model.inputs import Inputs, as_call
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
 from lightning_qat.recipe.recipe import Recipe
 
-PASSES = (drop_dropout, drop_single_cat, merge_quantizations, slice_constants)
+PASSES = (
+    drop_dropout,
+    drop_single_cat,
+    merge_quantizations,
+    slice_constants,
+    products_as_layers,
+    constant_biases,
+)
 """Rewrites of the captured graph, in place, in this order; batch norm is folded after them.
 
 Dropout and single ``cat`` go first: without them in between, quantizations repeat each other, and a

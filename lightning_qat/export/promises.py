@@ -12,7 +12,7 @@ from torch import fx
 from lightning_qat.export.protocol import Artifact
 from lightning_qat.ir.exported_program import module_path
 from lightning_qat.ir.operators import OPERATORS, Operator, value_preserving
-from lightning_qat.ir.ops import as_fake_quantize
+from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
 
 _JOINS: Mapping[str, Operator] = {
@@ -133,8 +133,8 @@ def _operands(node: fx.Node, operator: Operator) -> Iterator[fx.Node]:
 
 def _key(node: fx.Node) -> str | None:
     """The key of the quantization that a tensor has passed, also before it was reshaped."""
-    while (call := as_fake_quantize(node)) is None:
+    while (key := key_of(node)) is None:
         if _aten(node) not in _VALUE_PRESERVING or not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]
-    return call.key
+    return key

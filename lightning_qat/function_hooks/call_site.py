@@ -84,6 +84,31 @@ def traced_call_line() -> str:
     return ""
 
 
+def is_called_by_layer() -> bool:
+    """Whether a layer of torch or of this package makes the present call, and no code of a user."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(_HANDS_ON):
+            return not _is_users(frame.f_globals)
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@constant_while_tracing
+def is_traced_in_layer() -> bool:
+    """``is_called_by_layer`` while ``torch.compile`` traces."""
+    return not any(_is_users(frame.namespace) for frame in islice(traced_frames(), 1))
+
+
+_HANDS_ON = (
+    "lightning_qat.function_hooks.",
+    "lightning_qat.joins.",
+    "torch.overrides",
+    "torch.functional",
+)
+"""What stands between a call and the function modes that see it."""
+
 _CALL = "_call_impl"
 """The function of torch that calls a module's forward."""
 RUNS_AGAIN = "_run_checkpointed_again"

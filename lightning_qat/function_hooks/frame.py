@@ -78,6 +78,7 @@ class CallPlan:
         outputs: Index of an output tensor to the place that makes it (empty: any) to run of the
             module to quantizer.
         places: Every place that makes an output, and the name of the function there.
+        multiplies: Names of the functions that have planned calls.
         compact: Backward keeps little of the calls instead of what is fast; see ``int_repr``.
         relu_sites: Key of each call of relu to what reads its result.
         warned: The user has been told that a call took another path.
@@ -93,6 +94,9 @@ class CallPlan:
                 self.outputs.setdefault(int(index), {})[place] = operands
         made = {place for places in self.outputs.values() for place in places if place}
         self.places: Mapping[str, str] = {place: place.partition("@")[0] for place in made}
+        self.multiplies = frozenset(
+            call.partition("@")[0].partition(":")[0] for call, found in self.sites.items() if found
+        )
         self._by_line = any(map(is_by_line, self.sites))
         self._by_caller = any(caller_of(call) is not None for call in self.sites)
         self.compact = False

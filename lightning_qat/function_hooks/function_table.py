@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_qat.ir.operators import CLAMPS, FIXED_OUTPUT_RANGES, OPERATORS, Clamp, Trait
+from lightning_qat.ir.operators import (
+    CLAMPS,
+    FIXED_OUTPUT_RANGES,
+    LAYER_FUNCTIONS,
+    OPERATORS,
+    PRODUCTS,
+    Clamp,
+    Trait,
+)
 from lightning_qat.model.torch_private import function_namespaces
 from lightning_qat.numerics.einsum import is_product
 
@@ -32,6 +40,16 @@ class FunctionTraits(NamedTuple):
     operands: int
     in_place: bool
     first: int = 0
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether layers call it, with operands that they have quantized themselves."""
+        return self.name in LAYER_FUNCTIONS
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two tensors and adds up."""
+        return self.name in PRODUCTS
 
 
 def torch_functions(name: str) -> Iterator[Callable[..., Any]]:
@@ -95,7 +113,7 @@ def operands_of(
     tensors = tuple(v for v in values if _is_real(v))
     if not tensors or len(tensors) != len(values):
         return ()
-    if function.trait != "concat" and len(tensors) < function.operands:
+    if function.trait != "concat" and len(tensors) < function.operands - function.first:
         return ()
     return tensors if all(t.dim() for t in tensors) else ()
 

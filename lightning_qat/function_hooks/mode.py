@@ -20,6 +20,7 @@ from lightning_qat.function_hooks.attention import (
     attention_arguments,
     attention_function,
 )
+from lightning_qat.function_hooks.call_site import is_called_by_layer, is_traced_in_layer
 from lightning_qat.function_hooks.compact import compactly
 from lightning_qat.function_hooks.forward_cache import ForwardCache
 from lightning_qat.function_hooks.frame import CallPlan, Frame
@@ -136,8 +137,13 @@ class QuantizeCallsMode(TorchFunctionMode):
             return _call_unlisted(func, args, kwargs)
         if frame is None or not frame.watched:
             return func(*args, **kwargs)
-        plan, key = frame.plan, frame.call_key(known.name)
+        plan = frame.plan
         assert plan is not None
+        if known.of_layers and known.name not in plan.multiplies:
+            return func(*args, **kwargs)
+        key = frame.call_key(known.name)
+        if known.of_layers and key not in plan.sites and _is_a_layers_own():
+            return func(*args, **kwargs)
         if not key:
             return func(*args, **kwargs)
         operands = plan.sites.get(key)
@@ -163,6 +169,11 @@ class QuantizeCallsMode(TorchFunctionMode):
             _warn_once(plan, key, str(reason))
             return func(*args, **kwargs)
         return _call_listed(known, func, *changed, original=args)
+
+
+def _is_a_layers_own() -> bool:
+    """Whether a layer calls, which has quantized what it multiplies."""
+    return is_traced_in_layer() if is_dynamo_compiling() else is_called_by_layer()
 
 
 _GETTERS = (

@@ -11,8 +11,8 @@ from lightning_qat.function_hooks.function_table import FunctionTraits
 from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
 
 _KEYWORDS = (
-    ("batch1", "input", "self", "query", "tensors"),
-    ("batch2", "other", "mat2", "key"),
+    ("mat1", "batch1", "input", "self", "query", "tensors"),
+    ("batch2", "other", "mat2", "key", "weight"),
     ("value",),
 )
 

@@ -114,6 +114,14 @@ OPERATORS: tuple[Operator, ...] = (
     ),
     # What is added to the product stays as it is.
     _operator("baddbmm", _INPUTS, 2, torch="baddbmm", aten="baddbmm", first=1),
+    _operator("addmm", _INPUTS, 2, torch="addmm", aten="addmm", onnx="Gemm", first=1),
+    *(
+        _operator(name, _INPUTS, 2, torch=name, aten=name)
+        for name in (
+            *("linear", "conv1d", "conv2d", "conv3d"),
+            *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        )
+    ),
     # Of two tensors that it multiplies as matrices: ``numerics/einsum.py``.
     _operator(
         *("einsum", _INPUTS, 2),
@@ -361,6 +369,14 @@ OPERATORS: tuple[Operator, ...] = (
         onnx="DepthToSpace SpaceToDepth",
     ),
 )
+
+LAYER_FUNCTIONS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+"""Names of the operators that layers call, beside the users who call them with weights."""
+
+PRODUCTS = LAYER_FUNCTIONS | {"matmul", "addmm", "baddbmm", "einsum"}
+"""Names of the operators that multiply two tensors and add up."""
 
 LAYER_TYPES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """ONNX operator types of layers with a weight, which run on integers."""

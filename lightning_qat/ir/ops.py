@@ -106,6 +106,18 @@ def key_of(node: object) -> str | None:
     return None if call is None else call.key
 
 
+def layer_of_weight_key(key: str) -> str:
+    """The layer that a weight belongs to, by its key; of a product written by hand its name.
+
+    Example:
+        >>> layer_of_weight_key("net.conv.weight"), layer_of_weight_key("net.matmul_0_weight")
+        ('net.conv', 'net.matmul_0')
+    """
+    path, _, name = key.rpartition(".")
+    product = name.partition("_weight")[0] if "_weight" in name else ""
+    return f"{path}.{product}".strip(".")
+
+
 def make_fake_quantize(graph: fx.Graph, x: fx.Node, qparams: QParams, key: str) -> fx.Node:
     """Add a whole ``fake_quantize`` node at the insertion point of a graph module's graph.
 

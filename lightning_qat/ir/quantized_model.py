@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic_write import replacing
-from lightning_qat.ir.exported_program import Constants, module_path, with_plain_outputs
-from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
+from lightning_qat.ir.exported_program import Constants, with_plain_outputs
+from lightning_qat.ir.ops import as_dequantize, as_fake_quantize, layer_of_weight_key
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
 from lightning_qat.numerics.arithmetic import channel_groups
@@ -70,7 +70,7 @@ class QuantizedLayer:
     """One call of a layer with quantized weight, in a converted model.
 
     Args:
-        name: Dotted module path.
+        name: Dotted path of the layer, or of the module that multiplies and the product's name.
         input_key: Key of its quantized input.
         weight_key: Key of its quantized weight.
         bias: Its float bias with batch norm folded; ``None`` without one.
@@ -148,7 +148,7 @@ class QuantizedModel:
             source, weight = as_fake_quantize(operands[0]), as_dequantize(operands[1])
             if source is not None and weight is not None:
                 bias = constants.value(operands[2]) if len(operands) > 2 else None
-                path = module_path(node)
+                path = layer_of_weight_key(weight.key)
                 found.append(QuantizedLayer(path, source.key, weight.key, bias, node.name))
         return tuple(found)
 

@@ -17,9 +17,11 @@ from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import trace_hooks
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.factory import activation_quantizer
 from lightning_qat.quantizers.stored_values import from_tensor, to_tensor
 from lightning_qat.quantizers.switches import switch_like
+from lightning_qat.quantizers.weight import WeightQuantizer
 
 
 def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None) -> None:
@@ -49,6 +51,7 @@ def apply_plan(model: nn.Module, plan: JoinPlan, paths: ModelPaths | None = None
         if isinstance(never_run, QATLayer):
             never_run.unswap()
     quantizers = {t.quantizer: _placed(modules, t, like) for t in plan.tensors}
+    quantizers |= _weights_of_layers(modules, plan, quantizers)
     for layer, path in plan.links.items():
         setattr(modules[layer], names.INPUT, quantizers[path])
     for path, calls in plan.sites.items():
@@ -90,10 +93,11 @@ def _quantizes(module: nn.Module) -> bool:
 
 def _placed(
     modules: Mapping[str, nn.Module], tensor: PlannedTensor, like: ActivationQuantizer | None
-) -> ActivationQuantizer:
+) -> Any:
     owner: Any = modules[names.owner_path(tensor.quantizer)]
     name = tensor.quantizer.rpartition(".")[2]
     joins: Any = None
+    wanted = tensor.spec if tensor.weight is None else tensor.weight.spec
     if name == names.INPUT:
         found: Any = getattr(owner, name)
     else:
@@ -101,11 +105,11 @@ def _placed(
             owner.add_module(names.JOINS, nn.ModuleDict())
         joins = owner._modules[names.JOINS]
         found = joins[name] if name in joins else None
-    if isinstance(found, ActivationQuantizer) and found.spec == tensor.spec:
+    if isinstance(found, Quantizer) and found.spec == wanted:
         return found
-    quantizer = activation_quantizer(tensor.spec).train(owner.training)
+    quantizer = _new(modules, tensor).train(owner.training)
     quantizer.place = names.place(tensor.quantizer)
-    if like is not None:
+    if like is not None and isinstance(quantizer, ActivationQuantizer):
         quantizer.to(like.min_val.device)
         switch_like(quantizer, like)
     if name == names.INPUT:
@@ -113,6 +117,28 @@ def _placed(
     else:
         joins[name] = quantizer
     return quantizer
+
+
+def _new(modules: Mapping[str, nn.Module], tensor: PlannedTensor) -> Quantizer:
+    if tensor.weight is None:
+        return activation_quantizer(tensor.spec)
+    quantizer = WeightQuantizer(tensor.weight.spec, tensor.weight.axis, tensor.weight.groups)
+    like = next((m for m in modules.values() if isinstance(m, WeightQuantizer)), None)
+    if like is not None:
+        switch_like(quantizer, like)
+    return quantizer
+
+
+def _weights_of_layers(
+    modules: Mapping[str, nn.Module], plan: JoinPlan, planned: Collection[str]
+) -> dict[str, Any]:
+    """The weight quantizers of layers whose weight a product reads, by their paths."""
+    called = {q for calls in plan.sites.values() for o in calls.values() for q in o.values()}
+    found = {path: modules[path] for path in called.difference(planned)}
+    for quantizer in found.values():
+        assert isinstance(quantizer, WeightQuantizer)
+        quantizer.shared = True
+    return found
 
 
 class _PlanKeeper:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,41 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.function_hooks.function_table import FunctionTraits, preserves_values
-from lightning_qat.joins.solver import Operand
+from lightning_qat.quantizers import names
+
+INPUT = "input"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A consumer of a tensor: an operand of a call, a layer's input, or an output of the model.
+
+    Args:
+        module: Dotted path of the module that makes the call.
+        function: Operator name; ``input`` for a layer's input, ``output`` for an output.
+        call: The n-th call of the function in the module; for names only.
+        operand: Number of the operand.
+        call_key: Tells calls apart: ``add@forward[+#0]:0``.
+    """
+
+    module: str
+    function: str
+    call: int = field(compare=False)
+    operand: int
+    call_key: str = ""
+
+    def __str__(self) -> str:
+        if self.function == INPUT:
+            return self.module or "input"
+        where = f"{self.module}.{self.function}" if self.module else self.function
+        return f"{where}:{self.call}[{self.operand}]"
+
+    @property
+    def quantizer_path(self) -> str:
+        """Dotted path of the quantizer that is named after this consumer."""
+        if self.function == INPUT:
+            return names.input_path(self.module)
+        return names.join_path(self.module, self.function, self.call, self.operand)
 
 
 @dataclass(frozen=True)

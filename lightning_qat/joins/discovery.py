@@ -21,7 +21,7 @@ from lightning_qat.function_hooks.attention import (
     attend,
     attention_arguments,
 )
-from lightning_qat.function_hooks.call_site import call_chain
+from lightning_qat.function_hooks.call_site import call_chain, is_called_by_layer
 from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.function_hooks.frame import OUTPUT, Frame, output_key
 from lightning_qat.function_hooks.function_table import (
@@ -32,30 +32,19 @@ from lightning_qat.function_hooks.function_table import (
     leads_with_real,
     operands_of,
 )
-from lightning_qat.function_hooks.running import evaluation
-from lightning_qat.joins.calls import Call
+from lightning_qat.joins.calls import INPUT, Call, Operand
 from lightning_qat.joins.code import code_of
 from lightning_qat.joins.constants import ConstantTensors
 from lightning_qat.joins.masks import MaskedScores
+from lightning_qat.joins.products import WeightUse, weight_owners, weights_read
 from lightning_qat.joins.seen_ranges import SeenRanges
-from lightning_qat.joins.solver import (
-    INPUT,
-    Event,
-    Operand,
-    Producer,
-    Recording,
-    Solution,
-    solve,
-    told_apart,
-)
-from lightning_qat.joins.values import PRODUCTS, WeightTensors, computes_values
+from lightning_qat.joins.solver import Event, Producer, Recording, Solution, solve, told_apart
+from lightning_qat.joins.values import WeightTensors, computes_values
 from lightning_qat.joins.written_norms import WrittenNorms
 from lightning_qat.layers import QATLayer
-from lightning_qat.layers.own_class import has_own_forward
+from lightning_qat.layers.own_class import has_own_forward, has_own_products
 from lightning_qat.model.containers import leaves_of
-from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.forward import is_real_forward
-from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import without_compiling
 from lightning_qat.model.torch_private import saved_tensors_are_hooked
@@ -64,7 +53,7 @@ from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.recipe import Recipe
-from lightning_qat.recipe.specs import ActivationSpec
+from lightning_qat.recipe.specs import ActivationSpec, LayerSpec
 
 EMPTY = "empty tensors"
 
@@ -107,7 +96,7 @@ class Discovery:
         self._weights = WeightTensors(self.paths.names)
         self._constants = ConstantTensors(self.paths.names)
         self._masked_scores, self._norms = MaskedScores(), WrittenNorms()
-        self._weight_operands: set[Operand] = set()
+        self._weight_owners = weight_owners(self.paths.by_path)
         self._rounding: set[str] = set()
         self.entered: set[str] = set()
         self._modules = self.paths.by_path
@@ -200,6 +189,8 @@ class Discovery:
         if func is FUSED_ATTENTION:
             args, kwargs = attention_arguments(args, kwargs)
         known, path = FUNCTION_TABLE.get(func), frame[0]
+        if known is not None and known.of_layers and not has_own_products(self._modules[path]):
+            known = None if is_called_by_layer() else known
         name = function_name(func)
         number, key = 0, ""
         tensors = () if known is None else operands_of(known, args, kwargs)
@@ -305,7 +296,12 @@ class Discovery:
                 event = Event((call.operand(0),), keys[:1], call.outs, quantizes=False)
                 self._seen.events.append(event)
             return
-        reason = self._why_float(known, call.module, call.tensors)
+        weights = self._weights_read(call) if known.is_product else {}
+        of_layer = any(use.layer is not None for use in weights.values())
+        empty = not all(x.numel() for x in call.tensors)
+        reason = EMPTY if empty else None
+        if not of_layer:
+            reason = self._why_float(known, call.module, call.tensors)
         if known.name == "softmax":
             for event in self._masked_scores.read_by_softmax(call.tensors[0]):
                 self._unplan(event)
@@ -316,11 +312,36 @@ class Discovery:
         where = tuple(call.operand(0 if tie else i) for i in range(len(keys)))
         if tie:
             self._seen.events.append(Event(where, keys, call.outs))
-        else:
-            self._seen.events += [Event((w,), (k,)) for w, k in zip(where, keys, strict=True)]
-            if known.name in PRODUCTS:
-                operands = zip(where, keys, strict=True)
-                self._weight_operands |= {w for w, key in operands if key in self._weights}
+            return
+        for use in weights.values():
+            if use.layer is not None:
+                self._reach(
+                    use.layer, [k for w, k in zip(where, keys, strict=True) if w not in weights]
+                )
+        self._seen.weights += weights.values()
+        self._seen.events += [
+            Event((w,), (k,)) for w, k in zip(where, keys, strict=True) if w not in weights
+        ]
+
+    def _weights_read(self, call: Call) -> Mapping[Operand, WeightUse]:
+        """The operands of a product that are weights."""
+        own = self._modules[call.module]
+        spec = self.recipe.for_layer(call.module, type(own).__name__)
+        spec = spec or LayerSpec(self.recipe.weight, self.recipe.activation)
+        numbers = [
+            number
+            for number, x in enumerate(call.tensors)
+            if key_of(x) in self._weights or self._constants.is_fixed(x)
+        ]
+        return weights_read(call, numbers, own, self._weight_owners, spec)
+
+    def _reach(self, path: str, inputs: Sequence[Key]) -> None:
+        """Note that a product reads the weight of a layer, which is as good as a call."""
+        layer = self._modules[path]
+        self.entered.add(path)
+        self._rounding.add(path)
+        if isinstance(layer, QATLayer) and layer.quantizes_input:
+            self._seen.events += [Event((Operand(path, INPUT, 0, 0),), (key,)) for key in inputs]
 
     def _record_inner(self, call: Call, inner: Mapping[int, Tensor]) -> None:
         """Record what attention reads and gives inside; see ``attend``."""
@@ -405,9 +426,6 @@ class Discovery:
         kind = type(self._modules[owner.module]).__name__
         least = self.recipe.first_last if owner.call_key.startswith(OUTPUT) else None
         layer = self.recipe.for_layer(owner.module, kind, at_least=least or 0)
-        if owner in self._weight_operands:
-            weight = layer.weight if layer is not None else self.recipe.weight
-            return ActivationSpec(bits=weight.bits, symmetric=True, quantizer="weight")
         return layer.activation if layer is not None else self.recipe.activation
 
 
@@ -428,22 +446,3 @@ class _Watch(TorchFunctionMode):
 
 def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, QATLayer) and module.opaque
-
-
-def discover(
-    model: nn.Module, recipe: Recipe, example_inputs: Inputs, paths: ModelPaths | None = None
-) -> Solution:
-    """Run a model once in eval mode, without gradient and without leaving a trace, and plan it.
-
-    Args:
-        model: A model with its QAT layers.
-        recipe: As for ``Discovery``.
-        example_inputs: What ``forward`` takes.
-        paths: The model's present paths, where the caller has them.
-    """
-    discovery = Discovery(model, recipe, paths)
-    args, kwargs = call_of(model, example_inputs)
-    with unchanged_afterwards(model), evaluation(), discovery.watching():
-        output = model(*args, **kwargs)
-    discovery.outputs(output)
-    return discovery.plan()

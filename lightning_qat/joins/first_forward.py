@@ -18,9 +18,9 @@ from lightning_qat.joins.discovery import EMPTY, Discovery
 from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.joins.solver import Solution
 from lightning_qat.model.attributes import FIRST_FORWARD
-from lightning_qat.model.dry_run import unchanged_afterwards
+from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.forward import is_real_forward
-from lightning_qat.model.inputs import first_samples
+from lightning_qat.model.inputs import Inputs, first_samples
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_private import without_function_modes
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
@@ -182,3 +182,22 @@ def finish_plan(model: nn.Module) -> None:
     waiting: FirstForward | None = vars(model).get(FIRST_FORWARD)
     if waiting is not None:
         waiting.finish(model)
+
+
+def discover(
+    model: nn.Module, recipe: Recipe, example_inputs: Inputs, paths: ModelPaths | None = None
+) -> Solution:
+    """Run a model once in eval mode, without gradient and without leaving a trace, and plan it.
+
+    Args:
+        model: A model with its QAT layers.
+        recipe: As for ``Discovery``.
+        example_inputs: What ``forward`` takes.
+        paths: The model's present paths, where the caller has them.
+    """
+    discovery = Discovery(model, recipe, paths)
+    args, kwargs = call_of(model, example_inputs)
+    with unchanged_afterwards(model), evaluation(), discovery.watching():
+        output = model(*args, **kwargs)
+    discovery.outputs(output)
+    return discovery.plan()

@@ -6,10 +6,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_qat.recipe.specs import ActivationSpec
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 
 _SHOWN = 10
 """How many of the calls that stay float a summary names."""
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """The quantizer of a weight that no layer has.
+
+    Args:
+        spec: Its spec.
+        axis: The output channels' axis.
+        groups: Of a transposed convolution.
+    """
+
+    spec: WeightSpec
+    axis: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -21,12 +36,14 @@ class PlannedTensor:
         spec: Its spec.
         producers: What makes the tensors: a module path and a function, or ``input``.
         consumers: Where they are quantized: layers, joins (``block.add:0[1]``) and outputs.
+        weight: The quantizer of a weight; ``spec`` says no more than its bits then.
     """
 
     quantizer: str
     spec: ActivationSpec
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    weight: PlannedWeight | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class JoinPlan:
     def to_dict(self) -> dict[str, Any]:
         """Primitives, for checkpoints."""
         return {
-            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "tensors": [_primitives(tensor) for tensor in self.tensors],
             "sites": {m: {c: dict(o) for c, o in s.items()} for m, s in self.sites.items()},
             "links": dict(self.links),
             "left_float": list(self.left_float),
@@ -82,6 +99,7 @@ class JoinPlan:
                 ActivationSpec(**t["spec"]),
                 tuple(t["producers"]),
                 tuple(t["consumers"]),
+                _weight(t.get("weight")),
             )
             for t in values["tensors"]
         )
@@ -129,6 +147,19 @@ class JoinPlan:
             lines += [f"  {_node(p)} --> q{number}" for p in tensor.producers or ("input",)]
             lines += [f"  q{number} --> {_node(c)}" for c in tensor.consumers]
         return "\n".join(lines) + "\n"
+
+
+def _primitives(tensor: PlannedTensor) -> dict[str, Any]:
+    values = asdict(tensor)
+    if tensor.weight is None:
+        del values["weight"]
+    return values
+
+
+def _weight(values: Mapping[str, Any] | None) -> PlannedWeight | None:
+    if values is None:
+        return None
+    return PlannedWeight(WeightSpec(**values["spec"]), values["axis"], values["groups"])
 
 
 def _spec(spec: ActivationSpec) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
-from lightning_qat.joins.solver import Event, Operand, group_consumers
+from lightning_qat.joins.calls import Operand
+from lightning_qat.joins.solver import Event, group_consumers
 from lightning_qat.model.torch_private import without_function_modes
 from lightning_qat.numerics.min_max import batch_range
 

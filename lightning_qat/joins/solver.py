@@ -33,44 +33,11 @@ from typing import NamedTuple
 
 from lightning_qat.function_hooks.forward_cache import Key
 from lightning_qat.function_hooks.frame import without_caller
+from lightning_qat.joins.calls import INPUT, Operand
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
-from lightning_qat.quantizers import names
+from lightning_qat.joins.products import WeightUse, weight_quantizers
 from lightning_qat.quantizers.factory import learns
 from lightning_qat.recipe.specs import ActivationSpec
-
-INPUT = "input"
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A consumer of a tensor: an operand of a call, a layer's input, or an output of the model.
-
-    Args:
-        module: Dotted path of the module that makes the call.
-        function: Operator name; ``input`` for a layer's input, ``output`` for an output.
-        call: The n-th call of the function in the module; for names only.
-        operand: Number of the operand.
-        call_key: Tells calls apart: ``add@forward[+#0]:0``.
-    """
-
-    module: str
-    function: str
-    call: int = field(compare=False)
-    operand: int
-    call_key: str = ""
-
-    def __str__(self) -> str:
-        if self.function == INPUT:
-            return self.module or "input"
-        where = f"{self.module}.{self.function}" if self.module else self.function
-        return f"{where}:{self.call}[{self.operand}]"
-
-    @property
-    def quantizer_path(self) -> str:
-        """Dotted path of the quantizer that is named after this consumer."""
-        if self.function == INPUT:
-            return names.input_path(self.module)
-        return names.join_path(self.module, self.function, self.call, self.operand)
 
 
 @dataclass
@@ -118,6 +85,7 @@ class Recording:
         chains: Module path to the functions of the user through which it makes them.
         owners: Modules that make calls which the plan must know, as an ordered set.
         left_float: Calls that stay float, and why, to their number.
+        weights: The weights that products read, which no layer calls.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -126,6 +94,7 @@ class Recording:
     chains: dict[str, dict[str, None]] = field(default_factory=dict)
     owners: dict[str, None] = field(default_factory=dict)
     left_float: dict[str, int] = field(default_factory=dict)
+    weights: list[WeightUse] = field(default_factory=list)
 
     @property
     def named_left_float(self) -> tuple[str, ...]:
@@ -179,6 +148,11 @@ def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) ->
             calls.setdefault(operand.call_key, {})[str(operand.operand)] = quantizers[group]
         elif operand.quantizer_path != quantizers[group]:
             links[operand.module] = quantizers[group]
+    weights = weight_quantizers(recording.weights)
+    for operand, (path, _) in weights.items():
+        calls = sites.setdefault(operand.module, {})
+        calls.setdefault(operand.call_key, {})[str(operand.operand)] = path
+    planned += dict.fromkeys(tensor for _, tensor in weights.values() if tensor is not None)
     plan = JoinPlan(tuple(planned), sites, links, recording.named_left_float)
     return Solution(plan, {name: consumers[group] for group, name in quantizers.items()})
 
@@ -272,7 +246,8 @@ def told_apart(recording: Recording, with_layers: Collection[str] = ()) -> Recor
         path: dict.fromkeys(map(without_caller, keys)) if path in once else keys
         for path, keys in recording.call_keys.items()
     }
-    return replace(recording, events=events, call_keys=call_keys)
+    weights = [replace(use, operand=named(use.operand)) for use in recording.weights]
+    return replace(recording, events=events, call_keys=call_keys, weights=weights)
 
 
 class _DisjointSets:

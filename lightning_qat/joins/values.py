@@ -12,8 +12,6 @@ from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import WITH_WEIGHTS
 
-PRODUCTS = ("matmul", "baddbmm", "einsum")
-"""Operators that multiply by a weight, if one of their operands depends on parameters alone."""
 _ACCOUNTED_ELSEWHERE = (*WITH_WEIGHTS, QATLayer, nn.modules.batchnorm._BatchNorm)
 """Layers whose arithmetic the report names, or that batch norm folding removes."""
 _NO_VALUES = frozenset(

@@ -57,6 +57,14 @@ def has_own_forward(module: nn.Module) -> bool:
     return runs_own_forward(kind, layer)
 
 
+def has_own_products(module: nn.Module) -> bool:
+    """Whether a user's class stands between a convolution's ``forward`` and torch's function."""
+    kind: Kind = type(module)
+    base = getattr(kind, "float_class", None)
+    own = getattr(kind, "_conv_forward", None)
+    return own is not None and base is not None and own is not base._conv_forward
+
+
 def runs_own_forward(kind: Kind, layer: Kind) -> bool:
     """Whether a class computes otherwise than the float class of a QAT layer.
 

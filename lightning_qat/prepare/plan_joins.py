@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_qat.joins.apply import apply_plan, keep_plan, plan_of, watch_layers
-from lightning_qat.joins.discovery import discover
-from lightning_qat.joins.first_forward import FirstForward
+from lightning_qat.joins.first_forward import FirstForward, discover
 from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.model.attributes import FIRST_FORWARD
 from lightning_qat.model.inputs import Inputs

@@ -101,6 +101,7 @@ class FinalWeight(nn.Module):
         self.register_buffer("integers", integers)
         self.register_buffer("scale", qparams.scale.clone())
         self.grid, self.axis, self.key = qparams.grid, qparams.axis, key
+        self.idle = False
 
     @classmethod
     def from_weight(cls, weight: Tensor, qparams: QParams, key: str) -> FinalWeight:

@@ -62,6 +62,16 @@ class WeightQuantizer(Quantizer):
         arq = spec.quantizer == "arq"
         self.grid = IntegerGrid.signed(spec.bits) if arq else IntegerGrid.weight(spec.bits)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it returns its input now."""
+        return not self.quantizing
+
+    @property
+    def identity(self) -> object:
+        """Itself; see ``InputQuantizer``."""
+        return self
+
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, same shape and dtype."""
         if not self.quantizing:

@@ -17,6 +17,7 @@ import torch
 
 from lightning_qat.export.protocol import Unsupported, UnsupportedByTarget
 from lightning_qat.ir.operators import LAYER_TYPES, RECURRENT_TYPES
+from lightning_qat.ir.ops import layer_of_weight_key
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
@@ -225,7 +226,7 @@ def layer_of(node: ir.Node) -> str | None:
         if producer is not None and producer.op_type == "DequantizeLinear":
             key = producer.metadata_props.get(KEY, "")
             if "weight" in key.rpartition(".")[2]:
-                return key.rpartition(".")[0] or "layer"
+                return layer_of_weight_key(key) or "layer"
     return None
 
 
