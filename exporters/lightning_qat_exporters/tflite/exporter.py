@@ -16,6 +16,7 @@ from lightning_qat.export.protocol import (
 )
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.flatbuffer.bias_types import widen_biases
+from lightning_qat_exporters.tflite.flatbuffer.exact_biases import store_biases
 from lightning_qat_exporters.tflite.flatbuffer.file import pack, read, view
 from lightning_qat_exporters.tflite.flatbuffer.int8_constants import store_integers
 from lightning_qat_exporters.tflite.flatbuffer.io_types import give_types
@@ -119,6 +120,7 @@ class TFLiteExporter:
         file = backend.convert(model, io=self.io, layout=self.layout)
         sign(file, model.input_names, model.output_names)
         layers = store_integers(file, model, match_layers(view(file), model))
+        store_biases(file, model, layers)
         self._refuse(give_types(file, self.io))
         widen_biases(file)
         describe(file, layers, backend=backend_name, layout=self.layout)

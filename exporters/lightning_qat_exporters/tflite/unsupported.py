@@ -85,6 +85,13 @@ def _linear_weights(model: QuantizedModel) -> dict[str, QuantizedTensor]:
 
 
 def _dynamic_shapes(model: QuantizedModel) -> Iterator[Unsupported]:
+    """Dynamic sizes that are not the batch: the first of every input, one size in the example.
+
+    torch.export has several names for it where a model does not need its inputs to agree, as with
+    a mask that is read by indices.
+    """
+    args, kwargs = model.example_inputs
+    given = model.flat_inputs(args, kwargs)
     batch = None
     for node in model.program.graph.nodes:
         if node.op != "placeholder" or node.name not in model.input_names:
@@ -92,13 +99,15 @@ def _dynamic_shapes(model: QuantizedModel) -> Iterator[Unsupported]:
         for axis, size in enumerate(node.meta["val"].shape):
             if not isinstance(size, torch.SymInt):
                 continue
+            count = given[node.name].shape[axis]
             if axis == 0 and batch is None:
-                batch = str(size)
-            if axis or str(size) != batch:
+                batch = count
+            if axis or count != batch:
                 yield Unsupported(
                     node.name,
                     f"only the batch may be dynamic; axis {axis} of this input is too",
-                    "Convert with dynamic_batch=False and inputs of the size that the device gets",
+                    "Fix all sizes, with example inputs of those that the device gets: "
+                    "QATCallback(dynamic_shapes={}), or convert(..., dynamic_batch=False)",
                 )
 
 
