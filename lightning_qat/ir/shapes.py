@@ -16,7 +16,9 @@ def input_shapes(program: ExportedProgram) -> Mapping[str, tuple[Size, ...]]:
     """The shape of every tensor input by the name of its node, in order.
 
     The dynamic size that stands first of an input is ``batch`` (or second, as a recurrent layer
-    may have it); another is called by the input and the axis where it stands first: ``x_2``.
+    may have it), and so is that of other inputs which is as large in the example: torch.export has
+    several names for one batch where the model does not need its inputs to agree. Another is called
+    by the input and the axis where it stands first: ``x_2``.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     values = {
@@ -26,9 +28,12 @@ def input_shapes(program: ExportedProgram) -> Mapping[str, tuple[Size, ...]]:
     }
     symbols: dict[str, str] = {}
     for axis in (0, 1):
-        for shape in values.values():
-            if not symbols and len(shape) > axis and not isinstance(shape[axis], int):
-                symbols.update({name: "batch" for name in _symbols_of(shape[axis])[:1]})
+        sizes = [shape[axis] for shape in values.values() if len(shape) > axis]
+        dynamic = [size for size in sizes if not isinstance(size, int)]
+        if dynamic and not symbols:
+            symbols.update({name: "batch" for name in _symbols_of(dynamic[0])[:1]})
+            like = [size for size in dynamic if size.node.hint == dynamic[0].node.hint]
+            symbols.update({str(size): "batch" for size in like if len(_symbols_of(size)) == 1})
     for name, shape in values.items():
         for axis, size in enumerate(shape):
             for symbol in _symbols_of(size):

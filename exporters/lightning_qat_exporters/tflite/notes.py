@@ -16,12 +16,13 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
     weights of -128.
     """
     notes, explained = [], set()
+    planned = _joins_are_planned(model)
     for layer, stored in layers:
         if stored is None or stored.operator not in file.float_operators:
             continue
         explained.add(stored.operator)
         why = "its output is not quantized" if stored.source else "its input is not quantized"
-        remedy = "A recipe with joins=True and outputs=True quantizes it."
+        remedy = "" if planned else "A recipe with joins=True and outputs=True quantizes it."
         if "3D" in stored.operator.kind:
             why, remedy = f"LiteRT has {stored.operator.kind} in float only", ""
         says = f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}"
@@ -59,6 +60,14 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
             f"x86 all kernels compute them. WeightSpec's own grid avoids it: {', '.join(lowest)}."
         )
     return tuple(notes)
+
+
+def _joins_are_planned(model: QuantizedModel) -> bool:
+    """Whether the recipe has both joins and outputs; without a recipe, whether any is quantized."""
+    if model.recipe:
+        return bool(model.recipe.get("joins") and model.recipe.get("outputs"))
+    read = {layer.input_key for layer in model.layers}
+    return any(t.kind == "activation" and key not in read for key, t in model.tensors.items())
 
 
 def _is_rounded_twice(file: TFLiteFile, operator: FileOperator) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from lightning_qat.convert.convert import convert
+from lightning_qat.export.other_batch import OtherBatch
 from lightning_qat_exporters.tflite.decompose.sample import sample_of
 from lightning_qat_exporters.tflite.unsupported import problems_of
 from tests.models import trained
@@ -32,8 +33,15 @@ def example() -> tuple[Tensor, Tensor]:
 
 def test_inputs_of_one_batch_size_are_given_one_sample_each() -> None:
     model = convert(trained(Masked(), example()), example())
-    sizes = {name: str(shape[0]) for name, shape in model.input_shapes.items()}
-    assert len(set(sizes.values())) == 2, "torch.export has a name for each of the two"
+    nodes = [n for n in model.program.graph.nodes if n.name in model.input_names]
+    assert len({str(n.meta["val"].shape[0]) for n in nodes}) == 2, "torch.export has two names"
+    assert {name: shape[0] for name, shape in model.input_shapes.items()} == {
+        "x": "batch",
+        "attention_mask": "batch",
+    }
+    other = OtherBatch.of(model, *model.example_inputs)
+    assert other is not None
+    assert {name: len(x) for name, x in other.inputs.items()} == {"x": 1, "attention_mask": 1}
     assert problems_of(model, linear_per_tensor=False) == ()
     assert {name: len(x) for name, x in sample_of(model).items()} == {"x": 1, "attention_mask": 1}
 

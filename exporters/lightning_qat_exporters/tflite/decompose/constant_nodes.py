@@ -14,9 +14,10 @@ from lightning_qat.ir.quantized_model import QuantizedModel
 _ATEN = torch.ops.aten
 _FILLS = (
     *(_ATEN.zeros, _ATEN.ones, _ATEN.full, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like),
-    *(_ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full),
+    *(_ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full, _ATEN.arange, _ATEN.eye),
+    _ATEN.sym_size,
 )
-"""Operators that read at most the size of their input."""
+"""Operators that read at most the size of their input, which a file fixes."""
 
 
 def fixed_nodes(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:

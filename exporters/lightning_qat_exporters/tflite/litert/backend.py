@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from lightning_qat.export.protocol import MissingDependency, Unsupported, UnsupportedByTarget
+from lightning_qat.ir.exported_program import module_path
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.quiet import last_lines, quietly
 from lightning_qat_exporters.tflite.flatbuffer.file import prune, unpack
@@ -87,7 +89,7 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
                 )
                 content = converted.model_content()
         except Exception as error:
-            raise _unsupported(error, last_lines(printed)) from error
+            raise _unsupported(error, last_lines(printed), model) from error
     file = unpack(content)
     remove_marks(file, lowered.mark)
     without_biases(file)
@@ -96,20 +98,33 @@ def convert(model: QuantizedModel, *, io: str, layout: str) -> Any:
     return file
 
 
-def _unsupported(error: Exception, printed: str) -> UnsupportedByTarget:
+def _unsupported(error: Exception, printed: str, model: QuantizedModel) -> UnsupportedByTarget:
     first = (str(error).strip().splitlines() or ["no message"])[0]
     said = f"; it printed: {printed}" if printed else ""
-    return UnsupportedByTarget(
-        "tflite",
-        (
-            Unsupported(
-                "the model",
-                f"litert-torch could not convert it: {type(error).__name__}: {first}{said}",
-                "Replace the operator that it names by one that LiteRT has, or try "
-                "backend='tinynn'",
-            ),
-        ),
+    problems = (
+        Unsupported(
+            place,
+            f"litert-torch could not convert it: {type(error).__name__}: {first}{said}",
+            "Replace the operator that it names by one that LiteRT has, or try backend='tinynn'",
+        )
+        for place in _places_of(first, model) or ["the model"]
     )
+    return UnsupportedByTarget("tflite", problems)
+
+
+def _places_of(message: str, model: QuantizedModel) -> list[str]:
+    """The modules that call the operator which a message names, or one that is decomposed to it."""
+    named = re.search(r"\baten\.(\w+)", message)
+    if named is None:
+        return []
+    wanted = f"{named[1].strip('_')}_"
+    found = []
+    for node in model.program.graph.nodes:
+        name = str(getattr(node.target, "overloadpacket", "")).removeprefix("aten.").strip("_")
+        if name and wanted.startswith(f"{name}_"):
+            path = module_path(node)
+            found.append(f"{path}, {name}" if path else name)
+    return list(dict.fromkeys(found))
 
 
 def _name_ends(file: Any, model: QuantizedModel) -> None:

@@ -5,6 +5,8 @@ torch                       in the file
 ==========================  ======================================================================
 average pools               DEPTHWISE_CONV_2D of equal weights, where input and output have scales
                             of their own; MUL at the border where padding is not counted
+prelu with one slope        LEAKY_RELU; with one per channel it stays float, for the slopes have no
+                            grid
 hardsigmoid                 ADD of 3 with relu6, MUL by a sixth
 repeat, tile                CONCATENATION: litert-torch repeats pictures along another axis
 transposed convolutions     TRANSPOSE_CONV, CONV_3D_TRANSPOSE, and a SLICE where torch cuts padding
@@ -14,6 +16,7 @@ transposed convolutions     TRANSPOSE_CONV, CONV_3D_TRANSPOSE, and a SLICE where
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -73,6 +76,8 @@ def _rewritten(
         return _conv_transpose(writer, node, tensors)
     if kind(node) in (_ATEN.repeat, _ATEN.tile):
         return _repeat(writer, node)
+    if kind(node) is _ATEN.prelu:
+        return _prelu(writer, node)
     source, output = writer.annotated.source(node), writer.annotated.output(node)
     if source is None or output is None or output.grid.dtype is not torch.int8:
         return None
@@ -99,6 +104,17 @@ def _pool_of(node: fx.Node) -> Pool | None:
         # litert-torch has float operators for it.
         return None
     return None
+
+
+def _prelu(writer: _Writer, node: fx.Node) -> fx.Node | None:
+    """A leaky relu where the slope is one number; litert-torch has four operators for prelu."""
+    x, weight = arguments_of(node)
+    if weight.op != "get_attr":
+        return None
+    slope = attrgetter(weight.target)(writer.annotated.graph.owning_module)
+    if slope.numel() != 1:
+        return None
+    return writer.call(_ATEN.leaky_relu.default, x, float(slope))
 
 
 def _repeat(writer: _Writer, node: fx.Node) -> fx.Node:
