@@ -1,4 +1,4 @@
-"""Private names of onnxscript that we change, one function each, with what breaks without them."""
+"""Private names of torch.onnx and onnxscript that we change, with what breaks without them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter.rules import common
+from torch.export import ExportedProgram
+
+from lightning_qat_exporters.qdq.decompose import decomposed
 
 _LOCK = threading.RLock()
 
@@ -39,3 +42,35 @@ def splits_sought_at_slices() -> Iterator[None]:
             yield
         finally:
             rule.try_rewrite = attempt
+
+
+@contextmanager
+def decomposing_in_place() -> Iterator[None]:
+    """Let torch.onnx replace the operators that ONNX does not know, and trace no others.
+
+    A torch without ``_fx_passes.decompose_with_registry`` is left as it is: exports then take two
+    to four times as long, and files are the same.
+    """
+    try:
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
+    except ImportError:
+        yield
+        return
+    passes: Any = _fx_passes
+    known: Any = getattr(_decomp, "get_onnx_implemented_overloads", None)
+    friendly: Any = getattr(_decomp, "create_onnx_friendly_decomposition_table", None)
+    whole = getattr(passes, "decompose_with_registry", None)
+    if None in (known, friendly, whole):
+        yield
+        return
+
+    def decompose(program: ExportedProgram, registry: Any) -> ExportedProgram:
+        has_translation = set(known(registry))
+        return decomposed(program, friendly(has_translation), has_translation)
+
+    with _LOCK:
+        passes.decompose_with_registry = decompose
+        try:
+            yield
+        finally:
+            passes.decompose_with_registry = whole

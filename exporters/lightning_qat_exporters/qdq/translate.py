@@ -21,7 +21,10 @@ from lightning_qat.ir.exported_program import Constants, clean_up, copied
 from lightning_qat.ir.ops import DEQUANTIZE, FAKE_QUANTIZE, as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
-from lightning_qat_exporters.qdq.private_onnxscript import splits_sought_at_slices
+from lightning_qat_exporters.qdq.private_onnxscript import (
+    decomposing_in_place,
+    splits_sought_at_slices,
+)
 from lightning_qat_exporters.quiet import without_remarks
 
 KEY = "lightning_qat.key"
@@ -47,7 +50,7 @@ def translated(model: QuantizedModel, opset: int) -> ir.Model:
     """
     by_opset = _TRANSLATED.setdefault(model, {})
     if opset not in by_opset:
-        with without_remarks("torch.onnx", _IGNORED):
+        with without_remarks("torch.onnx", _IGNORED), decomposing_in_place():
             program = torch.onnx.export(
                 _with_few_constants(model),
                 (),

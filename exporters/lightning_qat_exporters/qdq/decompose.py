@@ -1,0 +1,157 @@
+"""Decompose the few operators that ONNX does not know, and leave the rest of a graph untouched.
+
+``ExportedProgram.run_decompositions`` traces a whole program anew, about 20 ms per operator, to
+find the handful that it replaces; of deep models that was most of the time of an export. Here each
+of them is traced alone and put in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from lightning_qat.ir.exported_program import clean_up
+
+Table = Mapping[Any, Callable[..., Any]]
+
+
+def decomposed(program: ExportedProgram, table: Table, known: Collection[Any]) -> ExportedProgram:
+    """A program without the operators of a table, as ``run_decompositions`` makes it.
+
+    Args:
+        program: The program of an eval-mode forward; it is changed.
+        table: Overload to a function of the same arguments, in terms of other operators.
+        known: Overloads that ONNX knows. Of all others those that torch itself defines by other
+            operators are replaced by these.
+
+    Returns:
+        The program. Where it writes into tensors that have other names, or has graphs within its
+        graph, torch's own ``run_decompositions`` does the work.
+    """
+    if not _make_functional(program.graph):
+        whole: ExportedProgram = program.run_decompositions(dict(table))
+        return whole
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node.target in known:
+            continue
+        if node.target in table or _is_composite(node.target):
+            _replace(node, table)
+    clean_up(program)
+    return program
+
+
+def _is_composite(target: Any) -> bool:
+    """Whether torch defines an operator by other operators, such as ``to`` by ``_to_copy``."""
+    return isinstance(target, torch._ops.OpOverload) and target.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def _make_functional(graph: fx.Graph) -> bool:
+    """Turn ``relu_`` into ``relu``, and the like; false: there is more than that to do."""
+    for node in list(graph.nodes):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "get_attr":
+            return False
+        schema = _schema(node)
+        if schema is None or not schema.is_mutable:
+            continue
+        functional = _functional(node)
+        written = node.args[0] if node.args else None
+        if functional is None or not isinstance(written, fx.Node) or _has_other_names(written):
+            return False
+        if not _is_like(written, node):
+            return False
+        node.target = functional
+        later = {user for user in written.users if _comes_after(user, node)}
+        written.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+    return True
+
+
+def _functional(node: fx.Node) -> Any:
+    """The overload ``relu.default`` of ``relu_.default``; ``None`` where there is none."""
+    target: Any = node.target
+    namespace, _, name = target._schema.name.partition("::")
+    if not name.endswith("_") or any(a.is_out for a in target._schema.arguments):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _is_like(written: fx.Node, node: fx.Node) -> bool:
+    """Whether all that an in-place operator reads has the type of what it writes.
+
+    It keeps that type whatever it reads; its twin that returns a new tensor would not.
+    """
+    dtype = written.meta["val"].dtype
+    tensors = (n.meta.get("val") for n in node.all_input_nodes)
+    return all(v.dtype == dtype for v in tensors if isinstance(v, torch.Tensor))
+
+
+def _has_other_names(node: fx.Node) -> bool:
+    """Whether a tensor's memory may be reached in another way than by its node."""
+    return node.op == "placeholder" or any(_is_view(n) for n in (node, *node.users))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether what an operator returns may share memory with what it reads."""
+    if node.op == "output":
+        return False
+    schema = _schema(node)
+    if schema is None:
+        return True
+    return not schema.is_mutable and any(out.alias_info is not None for out in schema.returns)
+
+
+def _comes_after(node: fx.Node, other: fx.Node) -> bool:
+    return other < node
+
+
+def _replace(node: fx.Node, table: Table) -> None:
+    """Trace what an operator is made of, and put that in its place."""
+    values = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+    leaves, tree = pytree.tree_flatten((node.args, node.kwargs))
+    read = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+    fixed = pytree.tree_leaves(values)
+    target: Any = node.target
+    made_of = table.get(target, target)
+
+    def call(*tensors: Any) -> Any:
+        filled = list(fixed)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, tree)
+        return made_of(*args, **kwargs)
+
+    traced = make_fx(call, decomposition_table=dict(table))(*(n.meta["val"] for n in read))
+    with node.graph.inserting_before(node):
+        copies: dict[fx.Node, fx.Node] = dict(zip(_placeholders(traced), read, strict=True))
+        for inner in traced.graph.nodes:
+            if inner.op == "call_function":
+                copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
+                copies[inner].meta = {**node.meta, "val": inner.meta.get("val")}
+    result: Any = traced.graph.output_node().args[0]
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(copies[result])
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            number: Any = user.args[1]
+            user.replace_all_uses_with(copies[result[number]])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
