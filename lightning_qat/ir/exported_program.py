@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -92,7 +93,13 @@ def copied(program: ExportedProgram) -> ExportedProgram:
         # torch's own use of its own deprecated LeafSpec.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         # What a copier takes for copied already it takes as it is.
-        return copy.deepcopy(program, {id(value): value for value in values})
+        copied = copy.deepcopy(program, {id(value): value for value in values})
+    # fx gives another name to the copy of an input that is called as a builtin is, such as `input`.
+    inputs = (node for node in copied.graph.nodes if node.op == "placeholder")
+    for node, spec in zip(inputs, copied.graph_signature.input_specs, strict=True):
+        if spec.arg.name != node.name:
+            spec.arg = replace(spec.arg, name=node.name)
+    return copied
 
 
 def clean_up(program: ExportedProgram) -> None:
