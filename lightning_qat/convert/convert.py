@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_qat.convert.capture import capture_program, export_program
-from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.finalize import finalized_copy, refuse_unknown_ranges
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
-from lightning_qat.convert.merge_quantizations import merge_quantizations
 from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
-from lightning_qat.convert.products import products_as_layers
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
-from lightning_qat.convert.slice_constants import constant_biases, slice_constants
+from lightning_qat.convert.rewrites.drop_dropout import drop_dropout, drop_single_cat
+from lightning_qat.convert.rewrites.merge_quantizations import merge_quantizations
+from lightning_qat.convert.rewrites.products import products_as_layers
+from lightning_qat.convert.rewrites.slice_constants import constant_biases, slice_constants
 from lightning_qat.convert.untrained import untrained_copy
 from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.ops import key_of

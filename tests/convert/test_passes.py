@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_qat.convert.convert import PASSES
-from lightning_qat.convert.drop_dropout import drop_dropout, drop_single_cat
-from lightning_qat.convert.merge_quantizations import merge_quantizations
-from lightning_qat.convert.slice_constants import slice_constants
+from lightning_qat.convert.rewrites.drop_dropout import drop_dropout, drop_single_cat
+from lightning_qat.convert.rewrites.merge_quantizations import merge_quantizations
+from lightning_qat.convert.rewrites.slice_constants import slice_constants
 from lightning_qat.ir.exported_program import Constants, clean_up
 from lightning_qat.ir.ops import fake_quantize_node
 
