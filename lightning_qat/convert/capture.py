@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.convert.batch_check import has_dynamic_input, takes_other_batches
+from lightning_qat.convert.module_paths import use_module_paths
 from lightning_qat.function_hooks.running import forget_running
 
 
@@ -116,7 +117,7 @@ def export_program(
             "ignore", "The tensor attributes? .* (was|were) assigned during export"
         )
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             forget_running()
             where = running[-1] if running else "the model's forward"
@@ -128,6 +129,8 @@ def export_program(
                 "tensor values (torch.where, torch.cond), or wrap that part in an operator of "
                 "your own (torch.library.custom_op)."
             ) from error
+    use_module_paths(program, model)
+    return program
 
 
 @contextmanager

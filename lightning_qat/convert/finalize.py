@@ -15,13 +15,14 @@ from lightning_qat.convert.final_weights import finalize_weights
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
+from lightning_qat.joins.held import held_by
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.forward import is_compiled_forward
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.final import FinalActivation, UnknownRange
-from lightning_qat.quantizers.names import JOINS, tensor_key, weight_quantizer_name
+from lightning_qat.quantizers.names import tensor_key, weight_quantizer_name
 from lightning_qat.quantizers.weight import WeightQuantizer
 
 
@@ -202,10 +203,9 @@ def finalize_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             if isinstance(quantizer, ActivationQuantizer):
                 setattr(layer, child, finals[quantizer])
     for module in model.modules():
-        if JOINS in module._modules:
-            joins: Any = module._modules[JOINS]
-            for name, quantizer in joins.items():
-                joins[name] = finals[quantizer]
+        joins: Any = held_by(module) or {}
+        for name, quantizer in joins.items():
+            joins[name] = finals[quantizer]
         hooks = hooks_of(module)
         for operands in hooks.plan.sites.values() if hooks else ():
             operands.update({k: finals.get(q, q) for k, q in operands.items()})

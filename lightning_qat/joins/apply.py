@@ -10,6 +10,7 @@ from torch import nn
 from lightning_qat.function_hooks.frame import caller_of
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
 from lightning_qat.joins.code import code_problem
+from lightning_qat.joins.held import hold_joins, load_held_last
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.attributes import PLAN_HANDLES, PLAN_KEEPER
@@ -101,9 +102,7 @@ def _placed(
     if name == names.INPUT:
         found: Any = getattr(owner, name)
     else:
-        if names.JOINS not in owner._modules:
-            owner.add_module(names.JOINS, nn.ModuleDict())
-        joins = owner._modules[names.JOINS]
+        joins = hold_joins(owner)
         found = joins[name] if name in joins else None
     if isinstance(found, Quantizer) and found.spec == wanted:
         return found
@@ -215,6 +214,7 @@ def keep_plan(model: nn.Module, plan: JoinPlan | None) -> None:
             model.register_state_dict_post_hook(keeper),  # type: ignore[no-untyped-call]
             model.register_load_state_dict_pre_hook(keeper.load),  # type: ignore[no-untyped-call]
         )
+        load_held_last(model)
     keeper.plan = plan
 
 

@@ -1,7 +1,8 @@
 """The names of every attribute that this package sets on a user's modules and tensors.
 
-They are in the ``__dict__`` of the object, so they are copied with it, and they are neither
-submodules nor part of a state_dict. One more, ``_qat_int_repr`` on quantized tensors, belongs to
+They are in the ``__dict__`` of the object, so they are copied with it, and none is a child of the
+user's module. The quantizers of a module's calls are there too, as ``qat_joins``
+(``joins/held.py``). One more, ``_qat_int_repr`` on quantized tensors, belongs to
 ``numerics/int_repr.py``, which imports nothing from here.
 """
 
@@ -18,6 +19,9 @@ PLAN_HANDLES = "_qat_plan_handles"
 
 FIRST_FORWARD = "_qat_first_forward"
 """On a model: the ``FirstForward`` that waits to make its plan."""
+
+JOINS_LOADER = "_qat_joins_loader"
+"""On a module: the handle of the hook that loads the quantizers of its calls."""
 
 BATCHNORM_HOLD = "_lightning_qat_hold"
 """On a batch norm: the handle of the hook that holds it in eval mode while it is frozen, and the

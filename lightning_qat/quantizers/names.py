@@ -22,7 +22,7 @@ INPUT = "input_quantizer"
 """The submodule of a layer that quantizes its input."""
 
 JOINS = "qat_joins"
-"""The submodule that holds the quantizers of a module's functional calls and of its outputs."""
+"""What holds the quantizers of a module's functional calls and of its outputs; no child of it."""
 
 PLAN = "_qat_plan"
 """The state_dict key of a model's plan."""

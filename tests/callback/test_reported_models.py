@@ -81,7 +81,26 @@ def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
-@pytest.mark.parametrize("kind", [SharedActivation, LowRank, Named, Upsamples, Helper])
+class Iterates(Net):
+    """A Sequential with a forward of its own, as DeepLabV3's image pooling has it."""
+
+    class Pooling(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.shape[-2:]
+            for layer in self:
+                x = layer(x)
+            return F.interpolate(x, size=size, mode="nearest") * len(self)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = self.Pooling(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.bn(self.conv(x)))
+        return self.head((x + self.pool(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [SharedActivation, LowRank, Named, Upsamples, Helper, Iterates])
 def test_every_target_has_the_trained_numbers(
     trainer: Callable[..., L.Trainer], tmp_path: Path, kind: Any
 ) -> None:
