@@ -15,10 +15,13 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
 from lightning_qat.function_hooks.call_site import (
+    RUNS_AGAIN,
+    Within,
     call_line,
     call_site,
     is_by_line,
     is_users,
+    running_call,
     traced_call_line,
     traced_call_site,
 )
@@ -160,6 +163,7 @@ class Frame:
         self.handled: BaseException | None = None
         self.made: dict[int, str] = {}
         self._called_from = ""
+        self._within: Within = None if is_dynamo_compiling() else running_call()
         self._calls: Counter[str] = Counter()
         self._runs_inside: Counter[str] = Counter()
         # Of a plan that tells them apart, and while one is made.
@@ -183,6 +187,7 @@ class Frame:
         frame.mode = frame.forward_cache = frame.outer_forward_cache = None
         frame._calls, frame._runs_inside = Counter(self._calls), Counter(self._runs_inside)
         frame.made = {}
+        frame._within = RUNS_AGAIN
         return frame
 
     @property
@@ -194,6 +199,8 @@ class Frame:
         """The key of the next call of a function: ``add@forward[+#0]:0``.
 
         Empty when a graph that torch.compile made runs: what it calls was seen when it was made.
+        Empty, too, when a module inside this one makes the call and the plan knows no call of that:
+        code of training alone takes no other code's quantizers.
 
         Args:
             name: Name of the operator; see ``lightning_qat.ir.operators``.
@@ -213,8 +220,8 @@ class Frame:
         if is_dynamo_compiling():
             return traced_call_line() if by_line else traced_call_site()
         if by_line:
-            return call_line()
-        site = call_site()
+            return call_line(self._within)
+        site = call_site(self._within)
         # Backward runs a part of the forward again, without the part that called it.
         return self._called_from if site == "" else site
 

@@ -20,7 +20,12 @@ from lightning_qat.function_hooks.attention import (
     attention_arguments,
     attention_function,
 )
-from lightning_qat.function_hooks.call_site import is_called_by_layer, is_traced_in_layer
+from lightning_qat.function_hooks.call_site import (
+    depends_on_mode,
+    is_called_by_layer,
+    is_traced_in_layer,
+    traced_depends_on_mode,
+)
 from lightning_qat.function_hooks.compact import compactly
 from lightning_qat.function_hooks.forward_cache import ForwardCache
 from lightning_qat.function_hooks.frame import CallPlan, Frame
@@ -256,13 +261,18 @@ def _call_listed(
 
 
 def _warn_once(plan: CallPlan, key: str, reason: str, in_training: bool = False) -> None:
-    if not plan.warned:
+    if plan.warned:
+        return
+    where = plan.path or "the model's own forward"
+    if not in_training:
         plan.warned = True
-        where = plan.path or "the model's own forward"
-        if in_training:
-            _warn_of_training(where, key)
-        else:
-            _warn(where, key, reason)
+        _warn(where, key, reason)
+    elif traced_depends_on_mode() if is_dynamo_compiling() else depends_on_mode():
+        # Noise, dropout, stochastic depth: they belong to training and to no plan.
+        plan.sites[key] = {}
+    else:
+        plan.warned = True
+        _warn_of_training(where, key)
 
 
 @constant_while_tracing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -191,6 +191,9 @@ class Discovery:
         known, path = FUNCTION_TABLE.get(func), frame[0]
         if known is not None and known.of_layers and not has_own_products(self._modules[path]):
             known = None if is_called_by_layer() else known
+        if known is not None and not frame[1].place(known.name):
+            # Of a module that is none of the model's, or in a graph.
+            known = None
         name = function_name(func)
         number, key = 0, ""
         tensors = () if known is None else operands_of(known, args, kwargs)
@@ -400,10 +403,6 @@ class Discovery:
         layers = [path for path, module in self._modules.items() if isinstance(module, QATLayer)]
         owners = {path[:end] for path in layers for end, c in enumerate(f"{path}.") if c == "."}
         return told_apart(self._seen, {"", *owners})
-
-    def calls(self) -> Mapping[str, Iterable[str]]:
-        """The calls of every module that makes any: path to keys."""
-        return self._told_apart().call_keys
 
     def ranges_of(self, consumers: Mapping[str, Sequence[Operand]]) -> Mapping[str, Tensor]:
         """The ranges of the tensors that consumers read, by the path of their quantizer.

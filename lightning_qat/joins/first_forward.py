@@ -107,7 +107,7 @@ class FirstForward:
         modules = training.paths.by_path
         # The optimizer has been given what learns.
         unreached = tuple(p for p in plan.unreached if not quantizer_parameters(modules[p]))
-        plan = replace(plan, unreached=unreached).knowing(training.calls())
+        plan = replace(plan, unreached=unreached)
         ranges = training.ranges_of(consumers)
         training.release()
         self._made = partial(_apply, model, plan, ranges)

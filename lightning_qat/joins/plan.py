@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
@@ -66,18 +66,6 @@ class JoinPlan:
     left_float: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     code: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
-
-    def knowing(self, calls: Mapping[str, Iterable[str]]) -> JoinPlan:
-        """The plan with further calls that stay float: those that only training makes.
-
-        Args:
-            calls: Module path to call keys.
-        """
-        sites: dict[str, Mapping[str, Mapping[str, str]]] = dict(self.sites)
-        for path, keys in calls.items():
-            known = self.sites.get(path, {})
-            sites[path] = {**known, **{key: {} for key in keys if key not in known}}
-        return replace(self, sites=sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives, for checkpoints."""

@@ -8,6 +8,7 @@ else.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -284,12 +285,14 @@ class TracedFrame(NamedTuple):
         place: Opcode and position of the running instruction; of what follows a graph break, too,
             where offsets in the bytecode are others.
         namespace: Its globals.
+        forward_of: The module whose forward it is; ``None``: it is another function.
     """
 
     code: CodeType
     line: int
     place: tuple[str, Any]
     namespace: dict[str, Any]
+    forward_of: nn.Module | None
 
 
 def traced_frames() -> Iterator[TracedFrame]:
@@ -302,5 +305,17 @@ def traced_frames() -> Iterator[TracedFrame]:
         code = resumed_from(frame.f_code) or frame.f_code
         running = frame.current_instruction
         place = running.opname, tuple(running.positions or ())
-        yield TracedFrame(code, frame.lineno, place, frame.f_globals)
+        yield TracedFrame(code, frame.lineno, place, frame.f_globals, _forward_of(frame, code))
         frame = frame.parent
+
+
+def _forward_of(frame: Any, code: CodeType) -> nn.Module | None:
+    """The module whose forward a frame of dynamo traces, where dynamo knows it."""
+    variable = frame.symbolic_locals.get("self")
+    if hasattr(variable, "realize"):
+        variable = variable.realize()
+    module = getattr(variable, "value", None)
+    if not isinstance(module, nn.Module):
+        return None
+    forward = inspect.unwrap(type(module).forward)
+    return module if getattr(forward, "__code__", None) is code else None
