@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
-from lightning_qat.function_hooks.function_table import FunctionTraits, preserves_values
+from lightning_qat.function_hooks.function_table import (
+    FunctionTraits,
+    fixed_output_range,
+    preserves_values,
+)
 from lightning_qat.quantizers import names
 
 INPUT = "input"
@@ -47,6 +51,10 @@ class Operand:
         if self.function == INPUT:
             return names.input_path(self.module)
         return names.join_path(self.module, self.function, self.call, self.operand)
+
+
+CASTS = frozenset("to float half bfloat16 double type type_as".split())
+"""Functions whose result is their tensor in another dtype, or the very same one."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,18 @@ class Call:
             and bool(self.tensors)
             and preserves_values(known, self.args, self.kwargs)
         )
+
+    @property
+    def known_range(self) -> tuple[tuple[float, float] | None, bool]:
+        """The range that its results have by definition, and whether they have no negatives."""
+        fixed = fixed_output_range(self.func, self.args, self.kwargs)
+        return fixed, self.function == "relu" or bool(fixed and fixed[0] >= 0)
+
+    @property
+    def cast_of(self) -> Key | None:
+        """The float tensor that it gives another dtype and nothing more; ``None``: none."""
+        cast = self.function in CASTS and bool(self.float_operands)
+        return key_of(self.float_operands[0]) if cast else None
 
     @cached_property
     def float_operands(self) -> tuple[Tensor, ...]:

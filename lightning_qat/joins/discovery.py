@@ -27,7 +27,6 @@ from lightning_qat.function_hooks.frame import OUTPUT, Frame, output_key
 from lightning_qat.function_hooks.function_table import (
     FUNCTION_TABLE,
     FunctionTraits,
-    fixed_output_range,
     function_name,
     leads_with_real,
     operands_of,
@@ -236,10 +235,12 @@ class Discovery:
 
     def _note_producers(self, call: Call, frame: Frame) -> None:
         # Code of the user may make an output in several places; that of a library does not.
-        site = frame.place(function_name(call.func)) if frame.is_users else ""
+        site = frame.place(call.function) if frame.is_users else ""
         place = (call.module, site) if "@" in site else ("", "")
-        fixed_range = fixed_output_range(call.func, call.args, call.kwargs)
-        not_negative = call.function == "relu" or bool(fixed_range and fixed_range[0] >= 0)
+        fixed_range, not_negative = call.known_range
+        source = self._seen.producers.get(call.cast_of) if call.cast_of else None
+        if source is not None:
+            fixed_range, not_negative = source.fixed_range, source.not_negative
         for out in call.outs:
             if out not in call.keys:
                 self._seen.producers[out] = Producer(call.made, fixed_range, not_negative, place)
@@ -248,7 +249,7 @@ class Discovery:
         """Note what a call does to quantization."""
         given = call.float_operands
         data = [x for x in given if not (key_of(x) in self._weights or self._is_exact(x))]
-        name = function_name(call.func)
+        name = call.function
         if self._norms.continues(name, call.outs, data):
             return
         alone = len(data) == sum(1 for x in given if x.dim() or not self._is_exact(x))
@@ -277,7 +278,7 @@ class Discovery:
 
     def _leave_float(self, call: Call) -> None:
         """Note a function that has no row in the table."""
-        if fixed_output_range(call.func, call.args, call.kwargs) is not None:
+        if call.known_range[0] is not None:
             return
         if call.function in ("add", "sub") and sum(x.dim() > 0 for x in call.float_operands) < 2:
             return  # of a number, such as an epsilon

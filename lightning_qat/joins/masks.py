@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
+from lightning_qat.joins.calls import CASTS
 from lightning_qat.joins.solver import Event, Producer
 from lightning_qat.model.torch_private import without_function_modes
 from lightning_qat.numerics.min_max import batch_range
@@ -23,7 +24,7 @@ _SPAN = 1000.0
 """A softmax gives zeros where its input is that far below the maximum: a mask, no scores."""
 _MASKING = frozenset("where masked_fill".split())
 _ADDING = frozenset("add sub".split())
-_CASTS = frozenset("to float half bfloat16 double type type_as maximum max".split())
+_CARRYING = CASTS | _ADDING | {"maximum", "max"}
 
 
 class MaskedScores:
@@ -62,7 +63,7 @@ class MaskedScores:
         masks = name in _MASKING or (name in _ADDING and any(map(is_exact, tensors)))
         # A float mask that the model is given: ``(1.0 - mask) * -10000.0``.
         masks |= name == "mul" and any(isinstance(x, float | int) and x <= -_SPAN for x in given)
-        carries = masks or keeps_values or name in _ADDING | _CASTS
+        carries = masks or keeps_values or name in _CARRYING
         known = [self._events[key_of(x)] for x in tensors if x in self]
         if masks or (carries and known):
             planned = tuple(events) if name in _ADDING else ()

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
+from lightning_qat.joins.calls import CASTS
 
 _STARTS = frozenset("pow square mean sum var std var_mean norm vector_norm mul sub abs".split())
 """Functions by which a statistic of a tensor begins."""
 _ROOTS = frozenset("sqrt rsqrt std norm vector_norm".split())
-_CASTS = frozenset("to float half bfloat16 double type type_as contiguous".split())
+_CASTS = CASTS | {"contiguous"}
 _SHAPES = frozenset("reshape expand getitem permute".split())
 _INSIDE = frozenset("add div rdiv reciprocal clamp clamp_min neg".split()).union(
     _STARTS, _ROOTS, _CASTS, _SHAPES
