@@ -10,6 +10,8 @@ from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
+
 from lightning_qat.function_hooks.code_sites import code_sites
 from lightning_qat.model.attributes import HOOKS
 from lightning_qat.model.torch_compile import (
@@ -103,21 +105,33 @@ def _innermost_traced() -> TracedFrame | str | None:
     return found or ""
 
 
-def is_called_by_layer() -> bool:
-    """Whether a layer of torch or of this package makes the present call, and no code of a user."""
+def caller() -> str:
+    """Name of the Python module whose code makes the present call; empty where there is none."""
+    if is_dynamo_compiling():
+        return _traced_caller()
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
+        name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith(_HANDS_ON):
-            return not _is_users(frame.f_globals)
+            return name
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return ""
 
 
 @constant_while_tracing
-def is_traced_in_layer() -> bool:
-    """``is_called_by_layer`` while ``torch.compile`` traces."""
-    return not any(_is_users(frame.namespace) for frame in islice(traced_frames(), 1))
+def _traced_caller() -> str:
+    names = (str(frame.namespace.get("__name__", "")) for frame in traced_frames())
+    return next((name for name in names if not name.startswith(_HANDS_ON)), "")
+
+
+def is_called_by_layer() -> bool:
+    """Whether a layer of torch or of this package makes the present call, and no code of a user."""
+    return not is_users({"__name__": caller()})
+
+
+def is_called_for_weight() -> bool:
+    """Whether the present call computes a weight: weight_norm, spectral_norm, parametrizations."""
+    return caller().startswith("torch.nn.utils.")
 
 
 _HANDS_ON = (
@@ -125,6 +139,7 @@ _HANDS_ON = (
     "lightning_qat.joins.",
     "torch.overrides",
     "torch.functional",
+    "torch.nn.functional",
 )
 """What stands between a call and the function modes that see it."""
 

@@ -23,7 +23,7 @@ from lightning_qat.function_hooks.attention import (
 from lightning_qat.function_hooks.call_site import (
     depends_on_mode,
     is_called_by_layer,
-    is_traced_in_layer,
+    is_called_for_weight,
     traced_depends_on_mode,
 )
 from lightning_qat.function_hooks.compact import compactly
@@ -147,11 +147,13 @@ class QuantizeCallsMode(TorchFunctionMode):
         if known.of_layers and known.name not in plan.multiplies:
             return func(*args, **kwargs)
         key = frame.call_key(known.name)
-        if known.of_layers and key not in plan.sites and _is_a_layers_own():
+        if known.of_layers and key not in plan.sites and is_called_by_layer():
             return func(*args, **kwargs)
         if not key:
             return func(*args, **kwargs)
         operands = plan.sites.get(key)
+        if operands is None and is_called_for_weight():
+            return func(*args, **kwargs)
         if not operands_of(known, args, kwargs):
             # Not the integers that a batch norm counts in training only.
             if leads_with_real(args):
@@ -174,11 +176,6 @@ class QuantizeCallsMode(TorchFunctionMode):
             _warn_once(plan, key, str(reason))
             return func(*args, **kwargs)
         return _call_listed(known, func, *changed, original=args)
-
-
-def _is_a_layers_own() -> bool:
-    """Whether a layer calls, which has quantized what it multiplies."""
-    return is_traced_in_layer() if is_dynamo_compiling() else is_called_by_layer()
 
 
 _GETTERS = (

@@ -21,7 +21,7 @@ from lightning_qat.function_hooks.attention import (
     attend,
     attention_arguments,
 )
-from lightning_qat.function_hooks.call_site import call_chain, is_called_by_layer
+from lightning_qat.function_hooks.call_site import call_chain
 from lightning_qat.function_hooks.forward_cache import Key, key_of
 from lightning_qat.function_hooks.frame import OUTPUT, Frame, output_key
 from lightning_qat.function_hooks.function_table import (
@@ -35,13 +35,13 @@ from lightning_qat.joins.calls import INPUT, Call, Operand
 from lightning_qat.joins.code import code_of
 from lightning_qat.joins.constants import ConstantTensors
 from lightning_qat.joins.masks import MaskedScores
-from lightning_qat.joins.products import WeightUse, weight_owners, weights_read
+from lightning_qat.joins.products import WeightUse, is_a_layers_own, weight_owners, weights_read
 from lightning_qat.joins.seen_ranges import SeenRanges
 from lightning_qat.joins.solver import Event, Producer, Recording, Solution, solve, told_apart
 from lightning_qat.joins.values import WeightTensors, computes_values
 from lightning_qat.joins.written_norms import WrittenNorms
 from lightning_qat.layers import QATLayer
-from lightning_qat.layers.own_class import has_own_forward, has_own_products
+from lightning_qat.layers.own_class import has_own_forward
 from lightning_qat.model.containers import leaves_of
 from lightning_qat.model.forward import is_real_forward
 from lightning_qat.model.paths import ModelPaths
@@ -188,8 +188,8 @@ class Discovery:
         if func is FUSED_ATTENTION:
             args, kwargs = attention_arguments(args, kwargs)
         known, path = FUNCTION_TABLE.get(func), frame[0]
-        if known is not None and known.of_layers and not has_own_products(self._modules[path]):
-            known = None if is_called_by_layer() else known
+        if known is not None and known.of_layers and is_a_layers_own(self._modules[path]):
+            known = None
         if known is not None and not frame[1].place(known.name):
             # Of a module that is none of the model's, or in a graph.
             known = None

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qat.function_hooks.call_site import is_called_by_layer
 from lightning_qat.function_hooks.forward_cache import Key
 from lightning_qat.joins.calls import Call, Operand
 from lightning_qat.joins.plan import PlannedTensor, PlannedWeight
 from lightning_qat.layers import QATLayer
+from lightning_qat.layers.own_class import has_own_forward, has_own_products
 from lightning_qat.quantizers import names
 from lightning_qat.recipe.specs import ActivationSpec, LayerSpec
 
@@ -97,6 +99,17 @@ def weights_read(
         weight = planned_weight(spec, channels)
         found[operand] = WeightUse(operand, call.keys[number], layer, weight)
     return found
+
+
+def is_a_layers_own(module: nn.Module) -> bool:
+    """Whether a QAT layer or torch's own makes the present call, not a user's class before it.
+
+    Args:
+        module: Whose forward runs.
+    """
+    if isinstance(module, QATLayer) and not has_own_forward(module):
+        return True
+    return is_called_by_layer() and not has_own_products(module)
 
 
 def planned_weight(spec: LayerSpec, channels: Channels) -> PlannedWeight:
