@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -38,11 +39,13 @@ def decomposed(program: ExportedProgram, table: Table, known: Collection[Any]) -
     if not _make_functional(program.graph):
         whole: ExportedProgram = program.run_decompositions(dict(table))
         return whole
+    # Of the program's own tensors: its sizes are those that they have.
+    mode = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node.target in known:
             continue
         if node.target in table or _is_composite(node.target):
-            _replace(node, table)
+            _replace(node, table, mode)
     clean_up(program)
     return program
 
@@ -117,7 +120,7 @@ def _comes_after(node: fx.Node, other: fx.Node) -> bool:
     return other < node
 
 
-def _replace(node: fx.Node, table: Table) -> None:
+def _replace(node: fx.Node, table: Table, mode: Any) -> None:
     """Trace what an operator is made of, and put that in its place."""
     values = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     leaves, tree = pytree.tree_flatten((node.args, node.kwargs))
@@ -134,7 +137,8 @@ def _replace(node: fx.Node, table: Table) -> None:
         args, kwargs = pytree.tree_unflatten(filled, tree)
         return made_of(*args, **kwargs)
 
-    traced = make_fx(call, decomposition_table=dict(table))(*(n.meta["val"] for n in read))
+    with mode:
+        traced = make_fx(call, decomposition_table=dict(table))(*(n.meta["val"] for n in read))
     with node.graph.inserting_before(node):
         copies: dict[fx.Node, fx.Node] = dict(zip(_placeholders(traced), read, strict=True))
         for inner in traced.graph.nodes:
