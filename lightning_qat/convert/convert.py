@@ -15,9 +15,11 @@ from lightning_qat.convert.fold_batchnorm import fold_batchnorms
 from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.rewrites.drop_dropout import drop_dropout, drop_single_cat
+from lightning_qat.convert.rewrites.fit_biases import fit_biases
+from lightning_qat.convert.rewrites.fold_constants import fold_constants
+from lightning_qat.convert.rewrites.make_functional import make_functional
 from lightning_qat.convert.rewrites.merge_quantizations import merge_quantizations
 from lightning_qat.convert.rewrites.products import products_as_layers
-from lightning_qat.convert.rewrites.slice_constants import constant_biases, slice_constants
 from lightning_qat.convert.untrained import untrained_copy
 from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.ops import key_of
@@ -28,12 +30,12 @@ from lightning_qat.quantizers.final import FinalActivation, FinalWeight, Unknown
 from lightning_qat.recipe.recipe import Recipe
 
 PASSES = (
+    fold_constants,
+    make_functional,
     drop_dropout,
     drop_single_cat,
     merge_quantizations,
-    slice_constants,
     products_as_layers,
-    constant_biases,
 )
 """Rewrites of the captured graph, in place, in this order; batch norm is folded after them.
 
@@ -145,6 +147,7 @@ def _converted(
             "quantizer='minmax' folds exactly.",
             stacklevel=2,
         )
+    fit_biases(program)
     recurrences = take_recurrences(program, final)
     clean_up(program)
     return QuantizedModel(

@@ -159,6 +159,22 @@ def _without_named_tuples(value: Any) -> Any:
     return value
 
 
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether an operator writes into a tensor that it reads, as ``relu_`` and ``copy_`` do."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether what an operator returns may share memory with what it reads."""
+    if node.op == "output":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True
+    return not schema.is_mutable and any(out.alias_info is not None for out in schema.returns)
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose forward made a node; empty for the root."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -10,8 +10,7 @@ from torch.export import ExportedProgram
 from lightning_qat.convert.convert import PASSES
 from lightning_qat.convert.rewrites.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.rewrites.merge_quantizations import merge_quantizations
-from lightning_qat.convert.rewrites.slice_constants import slice_constants
-from lightning_qat.ir.exported_program import Constants, clean_up
+from lightning_qat.ir.exported_program import clean_up
 from lightning_qat.ir.ops import fake_quantize_node
 
 
@@ -75,16 +74,6 @@ def test_a_tensor_is_quantized_once_per_key(function: Any, left: int) -> None:
     merge_quantizations(program)
     assert operators(program).count("fake_quantize") == left
     torch.testing.assert_close(program.module()(torch.ones(2)), expected, rtol=0, atol=0)
-
-
-def test_a_slice_of_a_constant_is_a_constant_and_one_of_an_input_is_computed() -> None:
-    program = captured(lambda m, x: (m.table[2:4], x[:1]))
-    slice_constants(program)
-    assert operators(program) == ["slice"]
-    outputs: Any = program.graph.output_node().args[0]
-    value = Constants(program).value(outputs[0])
-    assert value is not None
-    assert value.tolist() == [2.0, 3.0]
 
 
 def test_dropout_goes_before_quantizations_are_merged() -> None:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from lightning_qat.ir.exported_program import clean_up
+from lightning_qat.ir.exported_program import clean_up, writes_in_place
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -36,7 +36,7 @@ def decomposed(program: ExportedProgram, table: Table, known: Collection[Any]) -
         The program. Where it writes into tensors that have other names, or has graphs within its
         graph, torch's own ``run_decompositions`` does the work.
     """
-    if not _make_functional(program.graph):
+    if not all(_stands_alone(node) for node in program.graph.nodes):
         whole: ExportedProgram = program.run_decompositions(dict(table))
         return whole
     # Of the program's own tensors: its sizes are those that they have.
@@ -50,74 +50,18 @@ def decomposed(program: ExportedProgram, table: Table, known: Collection[Any]) -
     return program
 
 
+def _stands_alone(node: fx.Node) -> bool:
+    """Whether a node writes into no tensor and holds no graph of its own."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "get_attr":
+        return False
+    return not writes_in_place(node)
+
+
 def _is_composite(target: Any) -> bool:
     """Whether torch defines an operator by other operators, such as ``to`` by ``_to_copy``."""
     return isinstance(target, torch._ops.OpOverload) and target.has_kernel_for_dispatch_key(
         torch._C.DispatchKey.CompositeImplicitAutograd
     )
-
-
-def _schema(node: fx.Node) -> Any:
-    return getattr(node.target, "_schema", None)
-
-
-def _make_functional(graph: fx.Graph) -> bool:
-    """Turn ``relu_`` into ``relu``, and the like; false: there is more than that to do."""
-    for node in list(graph.nodes):
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "get_attr":
-            return False
-        schema = _schema(node)
-        if schema is None or not schema.is_mutable:
-            continue
-        functional = _functional(node)
-        written = node.args[0] if node.args else None
-        if functional is None or not isinstance(written, fx.Node) or _has_other_names(written):
-            return False
-        if not _is_like(written, node):
-            return False
-        node.target = functional
-        later = {user for user in written.users if _comes_after(user, node)}
-        written.replace_all_uses_with(node, delete_user_cb=later.__contains__)
-    return True
-
-
-def _functional(node: fx.Node) -> Any:
-    """The overload ``relu.default`` of ``relu_.default``; ``None`` where there is none."""
-    target: Any = node.target
-    namespace, _, name = target._schema.name.partition("::")
-    if not name.endswith("_") or any(a.is_out for a in target._schema.arguments):
-        return None
-    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    return getattr(packet, target._overloadname, None)
-
-
-def _is_like(written: fx.Node, node: fx.Node) -> bool:
-    """Whether all that an in-place operator reads has the type of what it writes.
-
-    It keeps that type whatever it reads; its twin that returns a new tensor would not.
-    """
-    dtype = written.meta["val"].dtype
-    tensors = (n.meta.get("val") for n in node.all_input_nodes)
-    return all(v.dtype == dtype for v in tensors if isinstance(v, torch.Tensor))
-
-
-def _has_other_names(node: fx.Node) -> bool:
-    """Whether a tensor's memory may be reached in another way than by its node."""
-    return node.op == "placeholder" or any(_is_view(n) for n in (node, *node.users))
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether what an operator returns may share memory with what it reads."""
-    if node.op == "output":
-        return False
-    schema = _schema(node)
-    if schema is None:
-        return True
-    return not schema.is_mutable and any(out.alias_info is not None for out in schema.returns)
-
-
-def _comes_after(node: fx.Node, other: fx.Node) -> bool:
-    return other < node
 
 
 def _replace(node: fx.Node, table: Table, mode: Any) -> None:
@@ -142,7 +86,10 @@ def _replace(node: fx.Node, table: Table, mode: Any) -> None:
     with node.graph.inserting_before(node):
         copies: dict[fx.Node, fx.Node] = dict(zip(_placeholders(traced), read, strict=True))
         for inner in traced.graph.nodes:
-            if inner.op == "call_function":
+            if inner.target is torch.ops.aten.as_strided_.default:
+                # Of a pool that gives one number each: the strides of a picture in NHWC.
+                copies[inner] = copies[inner.args[0]]
+            elif inner.op == "call_function":
                 copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
                 copies[inner].meta = {**node.meta, "val": inner.meta.get("val")}
     result: Any = traced.graph.output_node().args[0]

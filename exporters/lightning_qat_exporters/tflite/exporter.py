@@ -15,6 +15,7 @@ from lightning_qat.export.protocol import (
     UnsupportedByTarget,
 )
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.tflite.decompose.sample import later_batch_axes
 from lightning_qat_exporters.tflite.flatbuffer.bias_types import widen_biases
 from lightning_qat_exporters.tflite.flatbuffer.exact_biases import store_biases
 from lightning_qat_exporters.tflite.flatbuffer.file import pack, read, view
@@ -123,7 +124,13 @@ class TFLiteExporter:
         store_biases(file, model, layers)
         self._refuse(give_types(file, self.io))
         widen_biases(file)
-        describe(file, layers, backend=backend_name, layout=self.layout)
+        describe(
+            file,
+            layers,
+            backend=backend_name,
+            layout=self.layout,
+            batch_axes=later_batch_axes(model),
+        )
         content = pack(file)
         failure = check_runs(content)
         if failure is not None:

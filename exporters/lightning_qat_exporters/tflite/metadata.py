@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -39,7 +39,14 @@ def sign(file: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     file.signatureDefs = [signature]
 
 
-def describe(file: Any, layers: MatchedLayers, *, backend: str, layout: str) -> None:
+def describe(
+    file: Any,
+    layers: MatchedLayers,
+    *,
+    backend: str,
+    layout: str,
+    batch_axes: Mapping[str, int],
+) -> None:
     """Name the tensors of an unpacked file, add a description and our metadata entry, in place.
 
     Inputs and outputs are called as in the signature. The output of a layer is called like the
@@ -51,11 +58,15 @@ def describe(file: Any, layers: MatchedLayers, *, backend: str, layout: str) -> 
         layers: The model's layers in the file.
         backend: Name of the backend that made it.
         layout: ``nhwc`` or ``nchw``, of 4-D inputs and outputs.
+        batch_axes: Where in torch's layout outputs have the batch, if not first.
     """
     _name_tensors(file, layers)
     own = version("lightning-qat")
     file.description = f"Quantized with lightning-qat {own}, written by its {backend} backend"
-    _add_entry(file, {"version": own, "backend": backend, "layout": layout})
+    facts: dict[str, Any] = {"version": own, "backend": backend, "layout": layout}
+    if batch_axes:
+        facts["batch_axes"] = dict(batch_axes)
+    _add_entry(file, facts)
 
 
 def _name_tensors(file: Any, layers: MatchedLayers) -> None:
@@ -79,7 +90,7 @@ def _name_tensors(file: Any, layers: MatchedLayers) -> None:
         tensors[index].name = text.encode()
 
 
-def _add_entry(file: Any, facts: dict[str, str]) -> None:
+def _add_entry(file: Any, facts: Mapping[str, Any]) -> None:
     s = schema()
     buffer, entry = s.BufferT(), s.MetadataT()
     buffer.data = np.frombuffer(json.dumps(facts).encode(), np.uint8)

@@ -79,12 +79,14 @@ def run(content: bytes, kernels: str, inputs: Mapping[str, Array]) -> dict[str, 
             for name, value in given.items()
         }
         parts.append(runner(**part))
+    axes = file.facts.get("batch_axes", {})
     return {
-        name: _from_file(
-            np.concatenate([part[name] for part in parts]) if batches > 1 else parts[0][name],
-            file.tensors[index],
-            channels_last,
+        name: np.concatenate(
+            [_from_file(part[name], file.tensors[index], channels_last) for part in parts],
+            axes.get(name, 0),
         )
+        if batches > 1
+        else _from_file(parts[0][name], file.tensors[index], channels_last)
         for name, index in file.outputs.items()
     }
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from lightning_qat import export, verify
 from lightning_qat.convert.convert import convert
 from lightning_qat.export.other_batch import OtherBatch
-from lightning_qat_exporters.tflite.decompose.sample import sample_of
+from lightning_qat_exporters.tflite.decompose.sample import later_batch_axes, sample_of
+from lightning_qat_exporters.tflite.exporter import TFLiteExporter
 from lightning_qat_exporters.tflite.unsupported import problems_of
 from tests.models import trained
 
@@ -56,3 +61,51 @@ def test_another_dynamic_size_is_refused_and_the_remedies_work() -> None:
     for fixed in (convert(qat, x, dynamic_batch=False), convert(qat, x, dynamic_shapes={})):
         assert fixed.input_shapes == {"input": (2, 6, 4)}
         assert problems_of(fixed, linear_per_tensor=False) == ()
+
+
+class TimeFirst(nn.Module):
+    """Returns (time, batch, classes), as a loss of CTC takes it, and (batch, classes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # A row for every sample, as models write that add the identity.
+        shift = torch.eye(3).flatten()[None].repeat(x.shape[0], 1).view(-1, 3, 3)
+        y = self.fc(x)
+        return y.permute(1, 0, 2), y[:, :3] + shift
+
+
+def test_samples_are_put_together_where_an_output_has_its_batch(tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch")
+    x = torch.randn(3, 5, 4)
+    model = convert(trained(TimeFirst(), x), x)
+    assert later_batch_axes(model) == {model.output_names[0]: 1}
+    artifact = export(model, TFLiteExporter(backend="litert"), tmp_path / "net")
+    (runtime, *_) = verify(model, artifact).runtimes
+    assert runtime.max_steps <= 1.0
+
+
+class Heads(nn.Module):
+    """Splits channels into heads, turns them, writes in place and joins them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time = x.shape[:2]
+        heads = self.fc(x).view(batch, time, 2, 4).transpose(1, 2)
+        turned = heads.softmax(-1)
+        turned[..., 0] += 1.0
+        return turned.transpose(1, 2).contiguous().view(batch, time, 8)
+
+
+def test_a_view_of_what_was_turned_is_a_reshape(tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch")
+    x = torch.randn(2, 3, 8)
+    model = convert(trained(Heads(), x), x)
+    artifact = export(model, TFLiteExporter(backend="litert"), tmp_path / "net")
+    (runtime, *_) = verify(model, artifact).runtimes
+    assert runtime.max_steps <= 1.0

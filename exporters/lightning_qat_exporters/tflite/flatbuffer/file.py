@@ -90,7 +90,7 @@ class TFLiteFile:
     operators: tuple[FileOperator, ...]
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
-    facts: Mapping[str, str]
+    facts: Mapping[str, Any]
 
     def maker(self, tensor: int) -> FileOperator | None:
         """The operator that computes a tensor; ``None`` for inputs and constants."""
@@ -119,7 +119,7 @@ def view(model: Any) -> TFLiteFile:
     """Show the main graph of an unpacked file as it is now; constants are not copied."""
     graph = model.subgraphs[0]
     inputs, outputs = _signature(model, graph)
-    facts: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     for entry in model.metadata or ():
         if entry.name == METADATA.encode():
             facts = json.loads(bytes(model.buffers[entry.buffer].data))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_qat.ir.exported_program import writes_in_place
 from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.arithmetic import along_channels, dequantize
@@ -67,10 +68,11 @@ class Lowered(nn.Module):
 
 def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
     program = model.program
-    if any(_writes_in_place(node) for node in program.graph.nodes):
+    if any(writes_in_place(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     module: Any = program.module(check_guards=False)
     _drop_copies(module.graph)
+    _views_as_reshapes(module.graph)
     calls = {node: as_fake_quantize(node) for node in module.graph.nodes}
     qparams = {
         node: PlainQParams.of(model.tensors[call.key].qparams)
@@ -116,11 +118,6 @@ def _drop_unread_buffers(module: fx.GraphModule) -> None:
         delattr(module.get_submodule(owner), field)
 
 
-def _writes_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def _drop_copies(graph: fx.Graph) -> None:
     """Remove what ``+=`` leaves of a functional graph: ``copy(target, source)`` is its source."""
     for node in list(graph.nodes):
@@ -134,6 +131,16 @@ def _drop_copies(graph: fx.Graph) -> None:
             graph.erase_node(node)
     # The old values of tensors that were written to have no readers now.
     graph.eliminate_dead_code()
+
+
+def _views_as_reshapes(graph: fx.Graph) -> None:
+    """Let tensors be laid out in memory as the converter likes; a file knows no strides.
+
+    It refused ``view`` of what a transposed product or a picture in NHWC gave.
+    """
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
 
 
 def _activation(module: Any, x: fx.Node, qparams: PlainQParams) -> fx.Node:

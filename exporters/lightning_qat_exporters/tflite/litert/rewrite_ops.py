@@ -117,8 +117,11 @@ def _prelu(writer: _Writer, node: fx.Node) -> fx.Node | None:
     return writer.call(_ATEN.leaky_relu.default, x, float(slope))
 
 
-def _repeat(writer: _Writer, node: fx.Node) -> fx.Node:
+def _repeat(writer: _Writer, node: fx.Node) -> fx.Node | None:
+    """Concatenations; ``None`` where it is as often as the batch is large, which is one sample."""
     x, times = arguments_of(node)
+    if not all(isinstance(count, int) for count in times):
+        return None
     rank = len(x.meta["val"].shape)
     times = [1] * (rank - len(times)) + list(times)
     for _ in range(len(times) - rank):

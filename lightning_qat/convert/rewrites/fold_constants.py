@@ -1,0 +1,145 @@
+"""Compute once what depends on no input: positions, masks of windows, packed biases, tables."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lightning_qat.ir.exported_program import Constants, is_view, module_path, writes_in_place
+from lightning_qat.ir.ops import key_of
+
+_CHECK = torch.ops.aten._assert_tensor_metadata.default
+_SMALL = 1 << 20
+"""So many elements are stored even if they are made of a single number."""
+
+
+def fold_constants(program: ExportedProgram) -> None:
+    """Replace every tensor that depends on no input by a constant, in place.
+
+    What is quantized stays, and so does what an exported output returns. Writes in place into
+    tensors that depend on no input (Swin's masks) are carried out in their order. A constant is
+    stored if it is small, or no larger than four times what it is made of.
+    """
+    constants = Constants(program)
+    folded = _foldable(program.graph, constants)
+    writes = any(writes_in_place(node) for node in folded)
+    values: dict[fx.Node, Any] = {}
+    stored: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in list(program.graph.nodes):
+        known = constants.value(node)
+        if known is not None:
+            values[node] = known.clone() if writes else known
+        elif node in folded:
+            args, kwargs = pytree.tree_map_only(
+                fx.Node, values.__getitem__, (node.args, node.kwargs)
+            )
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+        elif node.target is _CHECK and node.args[0] in folded:
+            program.graph.erase_node(node)
+        else:
+            for before in node.all_input_nodes:
+                if before in folded:
+                    node.replace_input_with(before, _stored(before, values, stored, constants))
+    for node in reversed(list(program.graph.nodes)):
+        if node in folded:
+            program.graph.erase_node(node)
+
+
+def _stored(
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    stored: dict[tuple[fx.Node, int], fx.Node],
+    constants: Constants,
+) -> fx.Node:
+    """The constant of what a node holds now; a later write in place makes another one."""
+    value: Tensor = values[node]
+    key = node, value._version
+    if key not in stored:
+        name = f"{module_path(node)}.{node.name}".lstrip(".")
+        stored[key] = constants.add(
+            name, value.detach().clone(memory_format=torch.contiguous_format)
+        )
+    return stored[key]
+
+
+def _foldable(graph: fx.Graph, constants: Constants) -> set[fx.Node]:
+    """The nodes that can be computed now, in a way that no other node notices."""
+    kept: set[fx.Node] = set()
+    while True:
+        folded = _computable(graph, constants, kept)
+        more: set[fx.Node] = set()
+        written = [node for node in folded if writes_in_place(node)]
+        for node in folded:
+            outside = [user for user in node.users if user not in folded]
+            shared = [user for user in outside if is_view(user) and any(user < w for w in written)]
+            if shared or any(map(writes_in_place, outside)):
+                # Memory is written that others read; it may be that of what the node is a view of.
+                more |= {node, *(n for n in _before(node) if n in folded)}
+            elif outside and _must_stay(node, outside):
+                more.add(node)
+        if not more:
+            return folded
+        kept |= more
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """Everything that a node is computed from."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _computable(graph: fx.Graph, constants: Constants, kept: set[fx.Node]) -> set[fx.Node]:
+    """The calls whose arguments are constants and numbers, and that are the same at every run."""
+    folded: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node in kept or key_of(node) is not None:
+            continue
+        if not (_is_repeatable(node.target) and _gives_tensors(node)):
+            continue
+        read = node.all_input_nodes
+        if all(
+            n in folded or (constants.value(n) is not None and not writes_in_place(node))
+            for n in read
+        ):
+            folded.add(node)
+    return folded
+
+
+def _must_stay(node: fx.Node, outside: list[fx.Node]) -> bool:
+    """Whether a node that could be computed is not stored: an output, several tensors, a large one.
+
+    Stored are tensors of few elements, or of up to four times those that they are made of.
+    """
+    value = node.meta["val"]
+    if not isinstance(value, Tensor) or any(user.op == "output" for user in outside):
+        return True
+    if value.numel() <= _SMALL:
+        return False
+    sources = (n.meta["val"] for n in _before(node) if n.op == "placeholder")
+    return bool(value.numel() > 4 * sum(source.numel() for source in sources))
+
+
+def _is_repeatable(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    seeded = torch.Tag.nondeterministic_seeded in target.tags
+    return bool(target.namespace == "aten") and not seeded
+
+
+def _gives_tensors(node: fx.Node) -> bool:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return bool(leaves) and all(
+        isinstance(leaf, Tensor) and all(isinstance(size, int) for size in leaf.shape)
+        for leaf in leaves
+    )
