@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.on_gpu import process as process_file
+from benchmarks import row_process as process_file
 from benchmarks.on_gpu import results as results_file
 from benchmarks.on_gpu.results import Results, facts
 from benchmarks.on_gpu.steps import Config, model_of, stepper
