@@ -17,11 +17,11 @@ from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.rewrites.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.rewrites.fit_biases import fit_biases
 from lightning_qat.convert.rewrites.fold_constants import fold_constants
-from lightning_qat.convert.rewrites.make_functional import make_functional
 from lightning_qat.convert.rewrites.merge_quantizations import merge_quantizations
 from lightning_qat.convert.rewrites.products import products_as_layers
 from lightning_qat.convert.untrained import untrained_copy
 from lightning_qat.ir.exported_program import clean_up
+from lightning_qat.ir.make_functional import make_functional
 from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.containers import without_dataclasses
@@ -31,7 +31,7 @@ from lightning_qat.recipe.recipe import Recipe
 
 PASSES = (
     fold_constants,
-    make_functional,
+    lambda program: make_functional(program.graph),
     drop_dropout,
     drop_single_cat,
     merge_quantizations,

@@ -19,6 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lightning_qat.ir.exported_program import clean_up, writes_in_place
+from lightning_qat.ir.make_functional import make_functional
+
+_STRIDES = torch.ops.aten.as_strided_.default
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -82,11 +85,18 @@ def _replace(node: fx.Node, table: Table, mode: Any) -> None:
         return made_of(*args, **kwargs)
 
     with mode:
-        traced = make_fx(call, decomposition_table=dict(table))(*(n.meta["val"] for n in read))
+        fakes = [n.meta["val"] for n in read]
+        traced = make_fx(call, decomposition_table=dict(table))(*fakes)
+        if any(_writes_values(inner) for inner in traced.graph.nodes):
+            # Some of torch's own decompositions write in place (RMSNorm adds its epsilon so).
+            pure = make_fx(call)(*fakes)
+            make_functional(pure.graph)
+            pure.recompile()
+            traced = make_fx(pure, decomposition_table=dict(table))(*fakes)
     with node.graph.inserting_before(node):
         copies: dict[fx.Node, fx.Node] = dict(zip(_placeholders(traced), read, strict=True))
         for inner in traced.graph.nodes:
-            if inner.target is torch.ops.aten.as_strided_.default:
+            if inner.target is _STRIDES:
                 # Of a pool that gives one number each: the strides of a picture in NHWC.
                 copies[inner] = copies[inner.args[0]]
             elif inner.op == "call_function":
@@ -102,6 +112,10 @@ def _replace(node: fx.Node, table: Table, mode: Any) -> None:
             user.replace_all_uses_with(copies[result[number]])
             node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _writes_values(node: fx.Node) -> bool:
+    return writes_in_place(node) and node.target is not _STRIDES
 
 
 def _placeholders(module: fx.GraphModule) -> list[fx.Node]:

@@ -14,6 +14,17 @@ from lightning_qat.ir.exported_program import Constants, is_view, module_path, w
 from lightning_qat.ir.ops import key_of
 
 _CHECK = torch.ops.aten._assert_tensor_metadata.default
+_ATEN = torch.ops.aten
+_FILLED: dict[Any, float | int] = {
+    _ATEN.new_zeros.default: 0,
+    _ATEN.zeros_like.default: 0,
+    _ATEN.new_ones.default: 1,
+    _ATEN.ones_like.default: 1,
+    _ATEN.new_full.default: 2,
+    _ATEN.full_like.default: 1,
+}
+"""Operators that read no more of a tensor than its size and type, and what they fill theirs with:
+a number, or of the last two the position of the argument that has it."""
 _SMALL = 1 << 20
 """So many elements are stored even if they are made of a single number."""
 
@@ -35,11 +46,7 @@ def fold_constants(program: ExportedProgram) -> None:
         if known is not None:
             values[node] = known.clone() if writes else known
         elif node in folded:
-            args, kwargs = pytree.tree_map_only(
-                fx.Node, values.__getitem__, (node.args, node.kwargs)
-            )
-            with torch.no_grad():
-                values[node] = node.target(*args, **kwargs)
+            values[node] = _value(node, values)
         elif node.target is _CHECK and node.args[0] in folded:
             program.graph.erase_node(node)
         else:
@@ -49,6 +56,22 @@ def fold_constants(program: ExportedProgram) -> None:
     for node in reversed(list(program.graph.nodes)):
         if node in folded:
             program.graph.erase_node(node)
+
+
+def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    if node.target in _FILLED:
+        like = node.meta["val"]
+        return torch.full(like.shape, _filling(node), dtype=like.dtype)
+    args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
+    target: Any = node.target
+    with torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _filling(node: fx.Node) -> Any:
+    """The number that an operator of ``_FILLED`` fills its tensor with."""
+    number: Any = _FILLED[node.target]
+    return node.args[number] if "full" in str(node.target) else number
 
 
 def _stored(
@@ -107,13 +130,18 @@ def _computable(graph: fx.Graph, constants: Constants, kept: set[fx.Node]) -> se
             continue
         if not (_is_repeatable(node.target) and _gives_tensors(node)):
             continue
-        read = node.all_input_nodes
+        read = [] if _is_filled_alone(node) else node.all_input_nodes
         if all(
             n in folded or (constants.value(n) is not None and not writes_in_place(node))
             for n in read
         ):
             folded.add(node)
     return folded
+
+
+def _is_filled_alone(node: fx.Node) -> bool:
+    """Whether a node fills a tensor with a number that is known now."""
+    return node.target in _FILLED and not isinstance(_filling(node), fx.Node)
 
 
 def _must_stay(node: fx.Node, outside: list[fx.Node]) -> bool:

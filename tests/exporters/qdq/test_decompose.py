@@ -83,6 +83,25 @@ def test_strides_of_a_picture_in_nhwc_are_left_out(
     torch.testing.assert_close(ours.module()(x), expected, rtol=0, atol=0)
 
 
+def test_what_torch_adds_in_place_is_added_to_a_new_tensor(
+    translations: tuple[dict[Any, Any], set[Any]],
+) -> None:
+    # torch decomposes RMSNorm to pow, mean, add_, rsqrt and mul.
+    table, known = translations
+    program, x = _captured(lambda y: F.rms_norm(y, (8,)))
+    expected = program.module()(x)
+    ours = decomposed(program, table, known)
+    assert _targets(ours) == [
+        "aten.add.Scalar",
+        "aten.conv2d.default",
+        "aten.mean.dim",
+        "aten.mul.Tensor",
+        "aten.pow.Tensor_Scalar",
+        "aten.rsqrt.default",
+    ]
+    torch.testing.assert_close(ours.module()(x), expected)
+
+
 def test_only_what_must_be_replaced_is_traced(
     translations: tuple[dict[Any, Any], set[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

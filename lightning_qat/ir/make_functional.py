@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
 from lightning_qat.ir.exported_program import is_view, writes_in_place
 
 
-def make_functional(program: ExportedProgram) -> None:
+def make_functional(graph: fx.Graph) -> None:
     """Turn ``relu_`` into ``relu``, and the like, in place.
 
     Exporters then need not trace the whole program anew to do so. Left as it is: a write into an
     input or a constant, and into a tensor that other nodes are views of.
     """
-    for node in list(program.graph.nodes):
+    for node in list(graph.nodes):
         if not writes_in_place(node) or not node.args:
             continue
         functional, written = _functional(node), node.args[0]
