@@ -55,26 +55,37 @@ class ForwardCache:
         self._traced_tensors: list[object] = []
 
     def quantize(
-        self, x: Tensor, quantizer: object, compute: Callable[[Tensor], Tensor], *, skip: bool
+        self,
+        x: Tensor,
+        quantizer: object,
+        compute: Callable[[Tensor, bool], Tensor],
+        *,
+        skip: bool,
     ) -> Tensor:
-        """Return ``compute(x)``, computed once per forward, tensor value and quantizer.
+        """Return ``compute(x, new)``, computed once per forward, tensor value and quantizer.
 
         Args:
             x: What to quantize.
             quantizer: Identity of the quantizer.
-            compute: The quantization.
+            compute: The quantization; ``new``: the quantizer has not read the tensor in this
+                forward, see ``is_observed``.
             skip: Return ``x`` itself if this quantizer has produced it already.
         """
         (number, version), owner = self._key(x), id(quantizer)
-        if skip and self._owner(x) == owner:
+        context = autograd_context()
+        grid = self._grid.get(number)
+        if skip and grid is not None and grid.get((version, context)) == owner:
             return x
-        known = self._quantized.setdefault(number, {})
-        key = version, autograd_context(), owner
+        known = self._quantized.get(number)
+        if known is None:
+            known = self._quantized[number] = {}
+            self._watch(x)
+        key = version, context, owner
         if key not in known:
-            found = compute(x)
+            seen = (known or grid) and self.is_observed(x, quantizer)
+            found = compute(x, not seen)
             # A quantizer may hand its input on, which must not be kept alive by itself.
             known[key] = None if found is x else found
-            self._watch(x)
             self._put(found, owner)
             return found
         again = known[key]

@@ -40,8 +40,7 @@ def affine_qparams(low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor
         (tensor(0.0100), tensor(-28.))
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = _divided(high - low, grid.qmax - grid.qmin)
-    scale = torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
+    scale = _usable(_divided(high - low, grid.qmax - grid.qmin))
     return scale, zero_point_of(low, scale, grid)
 
 
@@ -83,8 +82,12 @@ def symmetric_scale(largest: Tensor, grid: IntegerGrid) -> Tensor:
         >>> symmetric_scale(torch.tensor(12.7), IntegerGrid(-127, 127))
         tensor(0.1000)
     """
-    scale = _divided(largest, (grid.qmax - grid.qmin) / 2)
-    return torch.where(scale < MIN_SCALE, torch.ones_like(scale), scale)
+    return _usable(_divided(largest, (grid.qmax - grid.qmin) / 2))
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """A new scale, with 1 in the place of those below ``MIN_SCALE``."""
+    return scale.masked_fill_(scale < MIN_SCALE, 1.0)
 
 
 def range_qparams(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def fake_quantize(
     saves_input: bool = False,
     carries_int_repr: bool = False,
     observe: Observe | None = None,
-    limits: tuple[Tensor, Tensor] | None = None,
+    limits: tuple[Any, Any] | None = None,
 ) -> Tensor:
     """Round real values to the grid and stay in real numbers.
 

@@ -97,6 +97,13 @@ def run_call(call: FakeQuantizeCall, observe: Observe | None) -> Tensor:
     """Round in the fastest way: a compiled loop, else what needs no bits, else torch operations."""
     found, x = _by_loop(call, observe), call.x
     result: Tensor
+    if found is not None and x.dtype == torch.float32:
+        result = found.values
+        if x.requires_grad and torch.is_grad_enabled():
+            result = _OfLoop.apply(x, found)  # type: ignore[no-untyped-call]
+        if found.int_repr is not None:
+            attach_int_repr(result, found.int_repr)
+        return result
     if found is None:
         if observe is not None:
             observe(batch_range(x, ends=call.ends))
@@ -117,8 +124,9 @@ def _by_loop(call: FakeQuantizeCall, observe: Observe | None) -> _Rounded | None
         return None
     counted = _counted_from_zero(zero_point, grid) if call.carries_int_repr else None
     offset = zero_point if counted is None else 0.0
+    x = call.x if call.x.dtype == torch.float32 else call.x.detach().to(torch.float32)
     found = kernels.fake_quantize(
-        *(call.x.detach().to(torch.float32), call.scale, call.step_min, call.step_max),
+        *(x, call.scale, call.step_min, call.step_max),
         dtype=(counted or grid.dtype) if call.carries_int_repr else None,
         zero_point=offset,
         edges=call.edges if call.keeps_bits else None,
@@ -234,13 +242,15 @@ def _counted_from_zero(zero_point: Any, grid: IntegerGrid) -> torch.dtype | None
     return grid.dtype if limits.min <= step_min and step_max <= limits.max else None
 
 
-def as_number(value: Tensor) -> Any:
+def as_number(value: Tensor | float) -> Any:
     """A scalar tensor as a number, where that costs nothing; else the tensor.
 
     ATen's clamp with tensors is several times slower on CPUs than with numbers. Elsewhere a number
     would wait for the device.
     """
-    return value if value.numel() > 1 or value.device.type != "cpu" else value.item()
+    if isinstance(value, float):
+        return value
+    return value.item() if value.is_cpu and value.numel() == 1 else value
 
 
 class TracedFakeQuantize(torch.autograd.Function):
@@ -312,6 +322,21 @@ def gradient_edges(step_min: float, step_max: float, scale: float) -> tuple[floa
     if step_max % 2 == 0:
         above = float(np.nextafter(np.float32(above), np.float32(np.inf)))
     return below, above
+
+
+class _OfLoop(torch.autograd.Function):
+    """``StraightThrough`` of what a loop for CPUs has computed, with as little around it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: _Rounded) -> Tensor:
+        ctx.save_for_backward(found.bits)
+        ctx.layout = found.values.shape, found.values.stride()
+        return found.values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (bits,) = ctx.saved_tensors
+        return (grads[0] if bits is None else masked(grads[0], bits, *ctx.layout)), None
 
 
 class StraightThrough(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,9 +75,9 @@ class ActivationQuantizer(RangeObserver):
                 return self._quantize(x, saves_input)
             x = forward_cache.relu_fusion.read_by_quantizer(x, self)
             # A tensor counts once, also where it must be quantized twice.
-            new = not forward_cache.is_observed(x, self.identity)
-            quantize = partial(self._quantize, saves_input=saves_input, observes=new)
-            result = forward_cache.quantize(x, self.identity, quantize, skip=True)
+            result = forward_cache.quantize(
+                x, self.identity, lambda x, new: self._quantize(x, saves_input, new), skip=True
+            )
             if result is x:
                 forward_cache.relu_fusion.pass_on(x)
             return result

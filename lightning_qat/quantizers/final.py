@@ -39,7 +39,9 @@ class FinalActivation(nn.Module):
         if forward_cache is None:
             return self._quantize(x)
         with hide_from_hooks():
-            return forward_cache.quantize(x, self.identity, self._quantize, skip=False)
+            return forward_cache.quantize(
+                x, self.identity, lambda x, _: self._quantize(x), skip=False
+            )
 
     def quantize_tied(self, values: list[Tensor]) -> list[Tensor]:
         """Fake-quantize the inputs of a concatenation."""

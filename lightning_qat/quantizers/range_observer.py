@@ -25,9 +25,13 @@ from lightning_qat.numerics.calibration.search import SAMPLES
 from lightning_qat.numerics.gpu.launch import runs_kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat.numerics.rounding import as_number
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.weight_cache import tensor_state
 from lightning_qat.recipe.specs import ActivationSpec
+
+GridNumbers = tuple[Tensor, Tensor, Any, Any]
+"""Scale, zero point, and its distances to the ends of the grid, on CPUs as numbers."""
 
 
 class RangeObserver(Quantizer):
@@ -81,7 +85,7 @@ class RangeObserver(Quantizer):
         self.calibrated = spec.clip is not None
         # Not a buffer: DistributedDataParallel would overwrite it with the first process's.
         self.pending: Tensor | None = None
-        self._cached_qparams: tuple[Any, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+        self._cached_qparams: tuple[Any, GridNumbers] | None = None
 
     @property
     def is_observing(self) -> bool:
@@ -112,7 +116,8 @@ class RangeObserver(Quantizer):
             return
         forward = ForwardObservations.of_this_forward()
         if forward is not None and self.calibrated:
-            self.pending = None
+            if self.pending is not None:
+                self.pending = None
             forward.note(self, seen)
             return
         self.commit(seen)
@@ -170,13 +175,14 @@ class RangeObserver(Quantizer):
 
     def range_changed(self) -> None:
         """React to a new range; whoever changes ``min_val`` and ``max_val`` calls this."""
-        self.calibrated = True
+        if not self.calibrated:
+            self.calibrated = True
 
     def _current_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point; see ``_current_numbers``."""
         return self._current_numbers()[:2]
 
-    def _current_numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _current_numbers(self) -> GridNumbers:
         """Scale, zero point and the limits of the grid, computed once while the range stays.
 
         It is compared by its values: an average may exchange them in ways that torch cannot see. On
@@ -185,30 +191,32 @@ class RangeObserver(Quantizer):
         """
         if is_compiling():
             return self._qparams_and_limits()
-        state: Any
-        if self.min_val.is_cpu:
-            state = self.min_val.item(), self.max_val.item()
-        else:
-            state = tensor_state(self.min_val, self.max_val)
+        state = self._range_state()
         if self._cached_qparams is None or self._cached_qparams[0] != state:
             with torch.inference_mode(False):
                 self._cached_qparams = state, self._qparams_and_limits()
         return self._cached_qparams[1]
 
-    def _qparams_and_limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _range_state(self) -> Any:
+        # Not by attribute: torch looks for these in three places first.
+        low, high = self._buffers["min_val"], self._buffers["max_val"]
+        assert low is not None
+        assert high is not None
+        return (low.item(), high.item()) if low.is_cpu else tensor_state(low, high)
+
+    def _qparams_and_limits(self) -> GridNumbers:
         scale, zero_point = self.scale_and_zero_point()
-        return scale, zero_point, self.grid.qmin - zero_point, self.grid.qmax - zero_point
+        number = zero_point if is_compiling() else as_number(zero_point)
+        return scale, zero_point, self.grid.qmin - number, self.grid.qmax - number
 
     def forget_qparams(self) -> None:
         """Compute scale and zero point anew: torch may not have seen that the range changed."""
         self._cached_qparams = None
 
-    def keep_numbers(
-        self, scale: Tensor, zero_point: Tensor, step_min: Tensor, step_max: Tensor
-    ) -> None:
+    def keep_numbers(self, numbers: GridNumbers) -> None:
         """Keep the numbers of the present range, which were computed for many at once."""
-        state = tensor_state(self.min_val, self.max_val)
-        self._cached_qparams = state, (scale, zero_point, step_min, step_max)
+        # Not by attribute: torch looks through all its parameters and buffers at every assignment.
+        self.__dict__["_cached_qparams"] = self._range_state(), numbers
 
     @property
     def follows_range(self) -> bool:
@@ -349,8 +357,7 @@ def commit_together(
 def keep_qparams(quantizers: Iterable[RangeObserver]) -> None:
     """Compute the numbers of many ranges in a few operations, for devices that run no kernels.
 
-    On CPUs a range is compared by its values and is cheap to look at; kernels compute the numbers
-    themselves. Learned numbers follow their parameters.
+    Kernels compute the numbers themselves. Learned numbers follow their parameters.
 
     Args:
         quantizers: Those whose range has changed.
@@ -360,17 +367,20 @@ def keep_qparams(quantizers: Iterable[RangeObserver]) -> None:
     alike: dict[Any, list[RangeObserver]] = defaultdict(list)
     for quantizer in quantizers:
         device = quantizer.min_val.device
-        if quantizer.follows_range and device.type != "cpu" and not runs_kernels(device):
+        if quantizer.follows_range and not runs_kernels(device):
             spec = quantizer.spec
             alike[device, quantizer.grid, spec.symmetric, bool(spec.fixed_min)].append(quantizer)
     for members in alike.values():
         low = torch.stack([quantizer.min_val for quantizer in members])
         high = torch.stack([quantizer.max_val for quantizer in members])
         scale, zero_point = _qparams(low, high, members[0])
+        # Limits as numbers where looking at them costs nothing.
         grid = members[0].grid
-        numbers = scale, zero_point, grid.qmin - zero_point, grid.qmax - zero_point
-        for quantizer, *of_one in zip(members, *(n.unbind() for n in numbers), strict=True):
-            quantizer.keep_numbers(of_one[0], of_one[1], of_one[2], of_one[3])
+        limits: list[Any] = [end - zero_point for end in (grid.qmin, grid.qmax)]
+        limits = [end.tolist() if end.is_cpu else end.unbind() for end in limits]
+        numbers = zip(scale.unbind(), zero_point.unbind(), *limits, strict=True)
+        for quantizer, of_one in zip(members, numbers, strict=True):
+            quantizer.keep_numbers(of_one)
 
 
 def _qparams(low: Tensor, high: Tensor, like: RangeObserver) -> tuple[Tensor, Tensor]:

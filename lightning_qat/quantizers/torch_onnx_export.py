@@ -18,7 +18,9 @@ _TYPE_GRIDS = {torch.int8: (-128, 127), torch.int16: (-32768, 32767)}
 
 def is_exporting_onnx() -> bool:
     """Whether ``torch.onnx.export`` is running, in either form."""
-    return torch.onnx.is_in_onnx_export()
+    # In either form something records the calls, which is cheaper to ask.
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return recorded and torch.onnx.is_in_onnx_export()
 
 
 def quantize_dequantize(

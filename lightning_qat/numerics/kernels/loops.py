@@ -11,7 +11,9 @@ its caller takes torch's operations, whose numbers are the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -238,17 +240,25 @@ def _rows(
 def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether the loops know such a tensor: on a CPU, plain, filled, without gaps in memory."""
     return (
-        not is_compiling()
-        and x.is_cpu
+        x.is_cpu
         and x.dtype in dtypes
-        and type(x) in (Tensor, nn.Parameter)
-        and fills_its_memory(x)
+        and type(x) in _PLAIN
+        and not is_compiling()
+        and (x.is_contiguous() or fills_its_memory(x))
         and x.data_ptr() != 0  # Nothing, or what torch knows to be zeros.
         and compiled_loops() is not None
     )
 
 
+_PLAIN = Tensor, nn.Parameter
+
+
 def _call(name: str, x: Tensor, rows: int, *arguments: Any) -> None:
-    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    loop = getattr(compiled_loops(), name)
-    loop(rows, x.numel() // rows, *given, torch.get_num_threads())
+    given = [a.data_ptr() if type(a) in _PLAIN else a for a in arguments]
+    _loop(name)(rows, x.numel() // rows, *given, torch.get_num_threads())
+
+
+@cache
+def _loop(name: str) -> Callable[..., None]:
+    loop: Callable[..., None] = getattr(compiled_loops(), name)
+    return loop
