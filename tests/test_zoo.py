@@ -19,6 +19,7 @@ from benchmarks.zoo_models import all_architectures
 from benchmarks.zoo_models.coverage import Products, qdq_products
 from benchmarks.zoo_models.row import stages
 from benchmarks.zoo_models.table import table
+from benchmarks.zoo_models.unsaid import unsaid
 
 WRITTEN = ("crnn", "tcn", "dlrm", "superres", "yolo")
 LANGUAGE = ("bert", "gpt2", "t5")
@@ -174,3 +175,21 @@ def test_a_row_that_dies_keeps_what_it_found_and_says_in_which_stage(
     assert (build["stage"], end["stage"]) == ("build", "end")
     assert (failed["stage"], failed["error"]) == ("float step", "not ready in time")
     assert zoo.failures([build, failed, end]) == ["float step: not ready in time"]
+
+
+@pytest.mark.parametrize(
+    ("floats", "said", "left"),
+    [
+        (["a.b/MatMul"], "a.b: its input is float.", []),
+        (["a.b/MatMul"], "a.bc and c.a.b stay float.", ["a.b/MatMul"]),
+        (["FULLY_CONNECTED fc_1"], "fc: computed in float on its integer weight.", []),
+        (["/MatMul"], "'/MatMul': its weight is no constant.", []),
+        (["/MatMul"], "something else.", ["/MatMul"]),
+        (["BATCH_MATMUL x;1", "BATCH_MATMUL x;2"], "matmul: 2 planned on integers, ...", []),
+        (["BATCH_MATMUL x;1", "BATCH_MATMUL x;2"], "3 ADD, 1 BATCH_MATMUL.", ["BATCH_MATMUL x;2"]),
+    ],
+)
+def test_a_float_product_is_said_by_its_module_or_by_a_count(
+    floats: list[str], said: str, left: list[str]
+) -> None:
+    assert unsaid(floats, said) == left

@@ -22,6 +22,7 @@ from benchmarks.zoo_models.coverage import (
     tflite_products,
 )
 from benchmarks.zoo_models.entry import Architecture, Inputs
+from benchmarks.zoo_models.unsaid import unsaid
 from lightning_qat import QuantizedModel, calibrate_unseen, convert, export, prepare, verify
 from lightning_qat.export.protocol import Artifact
 from lightning_qat.prepare.report import PrepareReport
@@ -188,15 +189,9 @@ def _exported(
         products = count(path)
         found["integer_products"] = products.integer
         found["float_products"] = list(products.floats)
-        text = "\n".join([said, *found["notes"]])
-        found["unsaid"] = [name for name in products.floats if not _is_said(name, text)]
+        found["unsaid"] = unsaid(products.floats, "\n".join([said, *found["notes"]]))
     if target == "fake_quant_onnx":
         optimized = optimized_products(path)
         found["optimized"] = optimized
         found["optimized_float"] = sum(n for op, n in optimized.items() if is_float_product(op))
     return found
-
-
-def _is_said(name: str, text: str) -> bool:
-    """Whether a report names the module of a node called ``module/Operator``."""
-    return name.partition("/")[0] in text

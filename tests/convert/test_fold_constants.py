@@ -51,6 +51,7 @@ def _written_mask(m: Any, x: Tensor) -> Tensor:
 
 FOLDED: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
     "a slice of a buffer": (lambda m, x: x + m.table[0], ["add"]),
+    "one called like a method of modules": (lambda m, x: x + m.integers[0].to(x.dtype), ["add"]),
     "an identity matrix": (lambda m, x: x @ torch.eye(4), ["matmul"]),
     "positions": (lambda m, x: x + torch.outer(torch.arange(1), m.table[0].cos()), ["add"]),
     "several results": (lambda m, x: x + m.table.split(1)[2], ["add"]),
@@ -137,7 +138,7 @@ def test_a_constant_is_stored_once_and_under_the_module_that_made_it() -> None:
     clean_up(program)
     constants = Constants(program)
     stored = [node for node in program.graph.nodes if constants.name(node) is not None]
-    assert [constants.name(node) for node in stored] == ["head.mul"]
+    assert [constants.name(node) for node in stored] == ["head.mul_folded"]
     value = constants.value(stored[0])
     assert value is not None
     assert value.tolist() == [0.0, 2.0, 4.0, 6.0]

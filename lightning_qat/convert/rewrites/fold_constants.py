@@ -84,7 +84,8 @@ def _stored(
     value: Tensor = values[node]
     key = node, value._version
     if key not in stored:
-        name = f"{module_path(node)}.{node.name}".lstrip(".")
+        # A module may have methods of the operator's name: ``to``, ``float``.
+        name = f"{module_path(node)}.{node.name}_folded".lstrip(".")
         stored[key] = constants.add(
             name, value.detach().clone(memory_format=torch.contiguous_format)
         )
