@@ -86,6 +86,8 @@ class FakeQuantOnnxExporter:
             opset=self.opset,
             activation_type=self.activation_type,
             int4_weights=self.int4_weights,
+            # An integer bias needs a Gemm.
+            split_gemms=not self.quantize_bias,
         )
         if self.quantize_bias:
             quantize_biases(onnx_model.graph)

@@ -21,6 +21,7 @@ from lightning_qat.ir.ops import layer_of_weight_key
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.onnx_files.graph_writer import array_of, initializer
+from lightning_qat_exporters.qdq.gemm_as_matmul import gemm_as_matmul
 from lightning_qat_exporters.qdq.global_average_pool import global_average_pools
 from lightning_qat_exporters.qdq.grouped_weights import restore_order, stored_form
 from lightning_qat_exporters.qdq.translate import KEY, keys_of, translated
@@ -43,6 +44,7 @@ def build_qdq(
     opset: int,
     activation_type: ActivationType,
     int4_weights: bool = False,
+    split_gemms: bool = False,
 ) -> ir.Model:
     """Translate a converted model to ONNX with explicit quantization.
 
@@ -53,6 +55,7 @@ def build_qdq(
         activation_type: ``uint8`` moves integers and zero points of 8 and fewer bits up by 128:
             the same real numbers.
         int4_weights: Store weights of 4 bits as INT4 instead of INT8.
+        split_gemms: See ``gemm_as_matmul``.
 
     Returns:
         A model in which every quantized activation is ``QuantizeLinear -> [Clip] ->
@@ -66,6 +69,8 @@ def build_qdq(
     _refuse_wide_activations(model, target, opset)
     onnx_model = translated(model, opset).clone()
     _give_constants(onnx_model, model, activation_type, int4_weights)
+    if split_gemms:
+        gemm_as_matmul(onnx_model.graph)
     _transpose_integers(onnx_model.graph)
     global_average_pools(onnx_model.graph)
     _name_nodes(onnx_model.graph)
