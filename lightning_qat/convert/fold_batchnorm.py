@@ -1,4 +1,4 @@
-"""Fold batch norms of a captured graph into the layers before them."""
+"""Fold batch norms, and factors, of a captured graph into the layers before them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ _ATEN = torch.ops.aten
 def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
     """Fold every evaluating batch norm whose input is a layer's output and nothing else reads it.
 
+    A multiplication with a number (``conv(x) * 0.1``), which is a batch norm of this ``gamma`` and
+    nothing else, is folded into a layer with a scale per channel.
+
     The folded program computes the same function: integers are negated where a factor is negative,
     scales multiplied by its size (see ``batchnorm``). Float layers are folded too.
 
@@ -36,7 +39,7 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
     calls = [as_dequantize(node) for node in program.graph.nodes]
     uses = Counter(call.key for call in calls if call is not None)
     for node in list(program.graph.nodes):
-        if node.target is not _ATEN.batch_norm.default:
+        if node.target is not _ATEN.batch_norm.default and node.target not in _FACTORS:
             continue
         layer = node.args[0]
         if not isinstance(layer, fx.Node) or layer.target not in CHANNEL_AXES:
@@ -44,9 +47,13 @@ def fold_batchnorms(program: ExportedProgram) -> dict[str, int]:
         if len(layer.users) != 1:
             continue
         # A batch norm normalises axis 1, which is a linear layer's feature axis in 2-D only.
-        if layer.target is _ATEN.linear.default and layer.meta["val"].dim() != 2:
+        is_linear = layer.target is _ATEN.linear.default
+        if node.target in _FACTORS:
+            statistics = _factor(constants, node, -1 if is_linear else 1)
+        elif is_linear and layer.meta["val"].dim() != 2:
             continue
-        statistics = _statistics(constants, node)
+        else:
+            statistics = _statistics(constants, node)
         weight = layer.args[1]
         if statistics is None or not isinstance(weight, fx.Node):
             continue
@@ -104,6 +111,29 @@ def _fold_weight(
         node: fx.Node = layer.graph.call_function(DEQUANTIZE, new.args)
     node.meta.update(weight.meta)
     return node
+
+
+_FACTORS = (_ATEN.mul.Tensor, _ATEN.div.Tensor)
+
+
+def _factor(constants: Constants, node: fx.Node, axis: int) -> BatchNormStatistics | None:
+    """A batch norm that multiplies with one number; ``None``: the node does something else."""
+    layer, number = node.args
+    assert isinstance(layer, fx.Node)
+    weight = as_dequantize(layer.args[1])
+    known = constants.value(number)
+    shape = layer.meta["val"].shape
+    if isinstance(number, fx.Node) and (known is None or known.numel() != 1):
+        return None
+    if node.meta["val"].shape != shape:
+        return None
+    value = float(number) if known is None else float(known)  # type: ignore[arg-type]
+    if node.target is _ATEN.div.Tensor:
+        value = 1.0 / value if value else 0.0
+    if weight is None or weight.axis is None or not value:
+        return None
+    ones = torch.ones(shape[axis])
+    return BatchNormStatistics(ones * value, None, ones * 0.0, ones, 0.0)
 
 
 def _statistics(constants: Constants, node: fx.Node) -> BatchNormStatistics | None:

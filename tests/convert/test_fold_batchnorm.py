@@ -1,5 +1,6 @@
 """Batch norm is folded exactly; dropout goes; nothing else changes."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,74 @@ def test_amct_s_grid_saturates_with_a_warning_that_names_the_weight() -> None:
     integers = quantized.tensors["0.weight"].integers
     assert integers is not None
     assert integers.flatten().tolist() == [127, -64, -128, 64]
+
+
+class Scaled(nn.Module):
+    """A layer and what its result is multiplied with."""
+
+    def __init__(self, layer: nn.Module, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+        self.register_buffer("gain", torch.tensor([0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function(self.layer(x), self.gain)
+        return result
+
+
+FACTORS: dict[str, tuple[Any, float]] = {
+    "a number": (lambda y, gain: y * 0.1, 0.1),
+    "a negative number": (lambda y, gain: -2.0 * y, -2.0),
+    "a divisor": (lambda y, gain: y / 4.0, 0.25),
+    "a buffer of one number, in place": (lambda y, gain: y.mul_(gain), 0.3),
+}
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 4, 3), nn.Linear(6, 5), nn.Conv2d(3, 4, 1, bias=False)]
+)
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_factor_is_folded_into_scales_and_bias(name: str, layer: nn.Module) -> None:
+    function, factor = FACTORS[name]
+    x = torch.randn(4, 3, 6, 6)
+    qat = trained(Scaled(copy.deepcopy(layer), function), x, INPUTS_ONLY)
+    plain = copy.deepcopy(qat)
+    plain.function = lambda y, gain: y
+    model, without = convert(qat, x), convert(plain, x)
+    (folded,), (unfolded,) = model.layers, without.layers
+    assert not [n for n in model.program.graph.nodes if "mul" in n.name or "div" in n.name]
+    weight, expected = (m.tensors["layer.weight"] for m in (model, without))
+    torch.testing.assert_close(weight.qparams.scale, expected.qparams.scale * abs(factor))
+    assert weight.integers is not None
+    assert expected.integers is not None
+    assert torch.equal(weight.integers, expected.integers * (1 if factor > 0 else -1))
+    if unfolded.bias is not None:
+        torch.testing.assert_close(folded.bias, unfolded.bias * factor)
+    torch.testing.assert_close(model(x), qat(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, gain: y * 0.0,
+        lambda y, gain: y * y.mean(),
+        lambda y, gain: y * gain.view(1, 1, 1, 1, 1),
+        lambda y, gain: 4.0 / y,
+        lambda y, gain: y * 0.1 + y,
+    ],
+)
+def test_other_products_are_not_folded(function: Any) -> None:
+    x = torch.randn(4, 3, 6, 6)
+    qat = trained(Scaled(nn.Conv2d(3, 4, 3), function), x, INPUTS_ONLY)
+    model = convert(qat, x)
+    names = [n.name.partition("_")[0] for n in model.program.graph.nodes]
+    assert {"mul", "div", "reciprocal"} & set(names)
+    torch.testing.assert_close(model(x), qat(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_scale_for_all_channels_stays_one() -> None:
+    recipe = {"weight": {"granularity": "per_tensor"}, "joins": False, "outputs": False}
+    x = torch.randn(4, 3, 6, 6)
+    net = Scaled(nn.Conv2d(3, 4, 3), lambda y, gain: y * 0.1)
+    model = convert(trained(net, x, recipe), x)  # type: ignore[arg-type]
+    assert model.tensors["layer.weight"].qparams.axis is None
