@@ -1,5 +1,7 @@
 """Segmenters of segmentation_models_pytorch."""
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
 from __future__ import annotations
 
 from torch import nn

@@ -1,5 +1,7 @@
 """Image classifiers of timm, at small image sizes."""
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
 from __future__ import annotations
 
 from typing import Any

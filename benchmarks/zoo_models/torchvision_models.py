@@ -1,5 +1,7 @@
 """Models of torchvision; detectors up to non-maximum suppression."""
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -5,6 +5,8 @@ torchvision's wheels hold operators compiled for one build of torch. Where they 
 declared. Declared, they may be named and not called: detectors run up to non-maximum suppression.
 """
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
 from __future__ import annotations
 
 import torch

@@ -169,14 +169,14 @@ REGISTRY.add(
         **{"vocab_size": _WORDS, "d_model": 32, "d_kv": 8, "d_ff": 64},
         **{"num_layers": 2, "num_heads": 4, "use_cache": False},
     ),
-    _text(**_DECODER_INPUT),
+    _text(True, **_DECODER_INPUT),
 )
 REGISTRY.add(
     "bart",
     _model(
         "BartForConditionalGeneration", "BartConfig", _LOGITS, **_ENCODER_DECODER, use_cache=False
     ),
-    _text(**_DECODER_INPUT),
+    _text(True, **_DECODER_INPUT),
 )
 REGISTRY.add(
     "whisper",

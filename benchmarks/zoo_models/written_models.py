@@ -304,6 +304,8 @@ class _C2f(nn.Module):
 class YOLO(nn.Module):
     """A detector whose boxes are decoded from grid cells in eval mode."""
 
+    project: Tensor
+
     def __init__(self, classes: int = 3, bins: int = 4) -> None:
         super().__init__()
         self.classes, self.bins = classes, bins

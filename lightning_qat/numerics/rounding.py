@@ -248,7 +248,7 @@ def as_number(value: Tensor | float) -> Any:
     ATen's clamp with tensors is several times slower on CPUs than with numbers. Elsewhere a number
     would wait for the device.
     """
-    if isinstance(value, float):
+    if not isinstance(value, Tensor):
         return value
     return value.item() if value.is_cpu and value.numel() == 1 else value
 

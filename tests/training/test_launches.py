@@ -143,7 +143,7 @@ def test_a_frozen_range_computes_no_scale() -> None:
     with Calls() as calls:
         model(on_meta)
     # Of the weights, whose ranges follow them: once for both together.
-    assert calls.names["where"] == 1
+    assert calls.names["masked_fill_"] == 1
     assert calls.names["div"] == 3 + 2 + 1
 
 

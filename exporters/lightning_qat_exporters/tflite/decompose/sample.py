@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -28,7 +30,7 @@ def later_batch_axes(model: QuantizedModel) -> dict[str, int]:
 
     Example: ``{"log_probs": 1}`` for (time, batch, classes), as a loss of CTC takes it.
     """
-    outputs = model.program.graph.output_node().args[0]
+    outputs: Any = model.program.graph.output_node().args[0]
     found = {}
     for name, node in zip(model.output_names, outputs, strict=True):
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
