@@ -17,16 +17,17 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat_exporters import TFLiteExporter
 from lightning_qat_exporters.tflite.flatbuffer.file import read
 from tests.exporters.tflite.litert_operators import assert_as_defined
-from tests.join_networks import CNNS, NETWORKS, inputs_for, train_steps
+from tests.join_networks import CNNS, FULL, NETWORKS, inputs_for, train_steps
 
 pytest.importorskip("litert_torch")
 # One worker pays for the import and shares the files.
 pytestmark = pytest.mark.xdist_group("tflite")
 
 EXPECTED = {
+    "resnet8": {"CONV_2D": 8, "ADD": 3, "PAD": 1, "MEAN": 1, "FULLY_CONNECTED": 1},
     "resnet20": {"CONV_2D": 21, "ADD": 9, "PAD": 2, "MEAN": 1, "FULLY_CONNECTED": 1},
     "mobilenet_v2": {
-        **{"CONV_2D": 10, "DEPTHWISE_CONV_2D": 4, "ADD": 3, "PAD": 2, "MEAN": 1},
+        **{"CONV_2D": 8, "DEPTHWISE_CONV_2D": 3, "ADD": 2, "PAD": 2, "MEAN": 1},
         "FULLY_CONNECTED": 1,
     },
     "mobilenet_v3_block": {
@@ -36,7 +37,7 @@ EXPECTED = {
     },
     # An average on a grid of its own is a depthwise convolution, rounded once.
     "dense_block": {
-        **{"CONV_2D": 5, "CONCATENATION": 3, "DEPTHWISE_CONV_2D": 1, "TRANSPOSE": 1, "MEAN": 1},
+        **{"CONV_2D": 4, "CONCATENATION": 2, "DEPTHWISE_CONV_2D": 1, "TRANSPOSE": 1, "MEAN": 1},
         "FULLY_CONNECTED": 1,
     },
     "unet": {**{"CONV_2D": 6, "CONCATENATION": 2, "MAX_POOL_2D": 2, "RESIZE_NEAREST_NEIGHBOR": 2}},
@@ -56,7 +57,7 @@ PARTIAL = ("mobilenet_v3_block", "dense_block", "encoder_block", "inception")
 """Networks for the second recipe: branches, concatenations and attention between float and int."""
 
 FILES = [
-    *((network, "every tensor") for network in NETWORKS),
+    *((network, "every tensor") for network in (*NETWORKS, *FULL)),
     *((network, "inputs of layers only") for network in PARTIAL),
 ]
 
@@ -71,7 +72,7 @@ def converted(network: str, recipe: str) -> QuantizedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         x = inputs_for(network)
-        model = NETWORKS[network][0]()
+        model = (NETWORKS | FULL)[network][0]()
         prepare(model, RECIPES[recipe], x)
         return convert(train_steps(model, x), x)
 
@@ -89,7 +90,7 @@ def test_integers_scales_and_biases_are_the_model_s_to_the_bit(
     assert TFLiteExporter().differences(model, artifact) == ()
 
 
-@pytest.mark.parametrize("network", CNNS)
+@pytest.mark.parametrize("network", (*CNNS, *FULL))
 def test_every_operator_that_computes_is_an_integer_one(network: str, folder: Path) -> None:
     artifact = exported(network, "every tensor", folder)
     file = read(artifact.files["model"].read_bytes())
