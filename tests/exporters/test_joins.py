@@ -63,7 +63,7 @@ def test_onnx_runtime_computes_what_torch_does(network: str, tmp_path: Path) -> 
 
 
 @pytest.mark.xdist_group("files of joins")
-@pytest.mark.parametrize("network", (*CNNS, *FULL))
+@pytest.mark.parametrize("network", [*CNNS, *FULL])
 def test_cann_s_deploy_file_computes_what_torch_does(network: str, tmp_path: Path) -> None:
     x = inputs_for(network, 16)
     unfusable = steps_apart(converted(network), "cann", "reference executor", x, tmp_path)

@@ -116,7 +116,7 @@ def test_gates_and_joins_of_a_squeeze_excite_block_are_integer(level: str, folde
     assert found["Conv"] + found["FusedConv"] + found["Add"] == 0
 
 
-@pytest.mark.parametrize("network", (*INTEGER, *FULL))
+@pytest.mark.parametrize("network", [*INTEGER, *FULL])
 def test_the_default_session_computes_what_torch_does(network: str, tmp_path: Path) -> None:
     model, x = converted(network), inputs_for(network, 16)
     # Added exactly on every CPU: saturating sums were 3 and 7 steps away in two of these networks.

@@ -90,7 +90,7 @@ def test_integers_scales_and_biases_are_the_model_s_to_the_bit(
     assert TFLiteExporter().differences(model, artifact) == ()
 
 
-@pytest.mark.parametrize("network", (*CNNS, *FULL))
+@pytest.mark.parametrize("network", [*CNNS, *FULL])
 def test_every_operator_that_computes_is_an_integer_one(network: str, folder: Path) -> None:
     artifact = exported(network, "every tensor", folder)
     file = read(artifact.files["model"].read_bytes())
