@@ -258,7 +258,7 @@ PIECES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "encoder_block": NETWORKS["encoder_block"],
     "branches": (Branches, (6, 8, 8)),
 }
-"""What ``NETWORKS`` are made of, besides residual blocks: a layer takes torch's compiler a second."""
+"""What ``NETWORKS`` are made of, besides residual blocks; torch's compiler is slow per layer."""
 
 CNNS = tuple(name for name in NETWORKS if name != "encoder_block")
 

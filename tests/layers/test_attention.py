@@ -401,8 +401,8 @@ RECIPES: dict[str, Any] = {
     "inputs of layers only": Recipe(joins=False, outputs=False),
 }
 
-# Every network at int8. Weights of 4 bits are those of projections, which are Linears like any, and
-# those of bias_kv; what stays float without joins is the attention, with a mask or without.
+# Every network at int8. Weights of 4 bits are those of projections, which are Linears like any;
+# what stays float without joins is the attention, with a mask or without.
 FILES = [
     *((network, "int8") for network in NETWORKS),
     ("self-attention, bias_kv", "w4a8"),

@@ -64,7 +64,7 @@ ALL_FORMS = ("resnet8", "encoder_block")
 OTHERS = [network for network in NETWORKS if network not in ALL_FORMS]
 CASES = [
     *((network, form) for network in ALL_FORMS for form in FORMS),
-    *zip(OTHERS, itertools.cycle(FORMS)),  # noqa: B905
+    *zip(OTHERS, itertools.cycle(FORMS)),
 ]
 
 
