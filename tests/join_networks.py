@@ -248,7 +248,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 FULL: dict[str, tuple[Any, tuple[int, ...]]] = {
     "resnet20": (lambda: ResNet((3, 3, 3)), (3, 16, 16)),
 }
-"""What goes through each exporter once, from end to end; it has no other parts than the above."""
+"""Has no other parts than the above, but is as deep as networks are; for one test per target."""
 
 PIECES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "inverted residual": (lambda: InvertedResidual(8, 8, 1), (8, 8, 8)),

@@ -68,8 +68,10 @@ class Several(nn.Module):
         return tuple(part(x) for part in self.parts)
 
 
-FILES = (("bilinear",), tuple(name for name in FUNCTIONS if name != "bilinear"))
-"""What is in one file: the note is of one of them alone."""
+ALONE = ("bilinear", "average without padding")
+"""Those that are rounded twice: only one has the note, and the bounds are of a draw of weights."""
+FILES = (*((name,) for name in ALONE), tuple(name for name in FUNCTIONS if name not in ALONE))
+"""The functions of each file."""
 
 
 @functools.cache
