@@ -1,5 +1,6 @@
 """Small networks of the kinds whose joins matter: residual, gated, concatenating, attending."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,17 +36,21 @@ class BasicBlock(nn.Module):
         return self.relu(y)
 
 
-class ResNet20(nn.Module):
-    """Nine blocks in three stages; takes (batch, 3, 16, 16)."""
+class ResNet(nn.Module):
+    """Blocks in stages, each of twice the width of the one before; takes (batch, 3, 16, 16).
 
-    def __init__(self, width: int = 8) -> None:
+    Two stages have every kind: a block that adds the stem's output, one that adds a block's, and
+    one that widens.
+    """
+
+    def __init__(self, stages: Sequence[int] = (2, 1), width: int = 8) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         blocks, inputs = [], width
-        for stage in range(3):
-            for number in range(3):
+        for stage, count in enumerate(stages):
+            for number in range(count):
                 outputs = width * 2**stage
                 blocks.append(BasicBlock(inputs, outputs, 2 if stage and not number else 1))
                 inputs = outputs
@@ -83,10 +88,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(conv_bn(3, 8, 3, 2), nn.ReLU6(inplace=True))
         self.blocks = nn.Sequential(
-            InvertedResidual(8, 8, 1),
-            InvertedResidual(8, 12, 2),
-            InvertedResidual(12, 12, 1),
-            InvertedResidual(12, 12, 1),
+            InvertedResidual(8, 8, 1), InvertedResidual(8, 8, 1), InvertedResidual(8, 12, 2)
         )
         self.head = nn.Sequential(conv_bn(12, 24, 1), nn.ReLU6(inplace=True))
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(24, 10))
@@ -126,13 +128,13 @@ class MobileNetV3Block(nn.Module):
 class DenseBlock(nn.Module):
     """Every layer reads all earlier ones, then a transition; takes (batch, 6, 8, 8)."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.stem = nn.Sequential(conv_bn(6, 6), nn.ReLU())
         self.layers = nn.ModuleList(
-            nn.Sequential(conv_bn(6 + 4 * i, 4), nn.ReLU()) for i in range(3)
+            nn.Sequential(conv_bn(6 + 4 * i, 4), nn.ReLU()) for i in range(layers)
         )
-        self.transition = nn.Sequential(conv_bn(18, 8, 1), nn.ReLU(), nn.AvgPool2d(2))
+        self.transition = nn.Sequential(conv_bn(6 + 4 * layers, 8, 1), nn.ReLU(), nn.AvgPool2d(2))
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,6 +163,21 @@ class UNet(nn.Module):
         y = self.up2(torch.cat((F.interpolate(y, scale_factor=2, mode="nearest"), two), 1))
         y = self.up1(torch.cat((F.interpolate(y, scale_factor=2, mode="nearest"), one), 1))
         return self.out(y)
+
+
+class Skip(nn.Module):
+    """One level of ``UNet``; takes (batch, 3, 16, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(conv_bn(3, 6), nn.ReLU())
+        self.bottom = nn.Sequential(conv_bn(6, 8), nn.ReLU())
+        self.out = nn.Conv2d(14, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        y = self.bottom(F.max_pool2d(x, 2))
+        return self.out(torch.cat((F.interpolate(y, scale_factor=2, mode="nearest"), x), 1))
 
 
 class EncoderBlock(nn.Module):
@@ -202,8 +219,23 @@ class Inception(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(torch.cat(branches, 1), 1).flatten(1))
 
 
+class Branches(nn.Module):
+    """One branch of ``Inception`` of each kind; takes (batch, 6, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(conv_bn(6, 4, 1), nn.ReLU())
+        self.pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
+        self.pooled = nn.Sequential(conv_bn(6, 4, 1), nn.ReLU())
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = (self.one(x), self.pooled(self.pool(x)))
+        return self.fc(F.adaptive_avg_pool2d(torch.cat(branches, 1), 1).flatten(1))
+
+
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "resnet20": (ResNet20, (3, 16, 16)),
+    "resnet8": (ResNet, (3, 16, 16)),
     "mobilenet_v2": (MobileNetV2, (3, 16, 16)),
     "mobilenet_v3_block": (MobileNetV3Block, (8, 8, 8)),
     "dense_block": (DenseBlock, (6, 8, 8)),
@@ -213,12 +245,27 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 """Name to the network's maker and the shape of one sample."""
 
+FULL: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "resnet20": (lambda: ResNet((3, 3, 3)), (3, 16, 16)),
+}
+"""Has no other parts than the above, but is as deep as networks are; for one test per target."""
+
+PIECES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "inverted residual": (lambda: InvertedResidual(8, 8, 1), (8, 8, 8)),
+    "mobilenet_v3_block": NETWORKS["mobilenet_v3_block"],
+    "dense": (lambda: DenseBlock(layers=1), (6, 8, 8)),
+    "skip": (Skip, (3, 16, 16)),
+    "encoder_block": NETWORKS["encoder_block"],
+    "branches": (Branches, (6, 8, 8)),
+}
+"""What ``NETWORKS`` are made of, besides residual blocks; torch's compiler is slow per layer."""
+
 CNNS = tuple(name for name in NETWORKS if name != "encoder_block")
 
 
 def inputs_for(name: str, samples: int = 4) -> Tensor:
-    """Random inputs of one of ``NETWORKS``."""
-    return torch.randn(samples, *NETWORKS[name][1])
+    """Random inputs of one of the networks or pieces."""
+    return torch.randn(samples, *(NETWORKS | FULL | PIECES)[name][1])
 
 
 def train_steps(model: nn.Module, x: Tensor, steps: int = 3) -> nn.Module:

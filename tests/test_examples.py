@@ -10,7 +10,7 @@ from torch import nn
 
 from examples import digits, fine_tune
 from lightning_qat import ActivationSpec, Recipe, Schedule, WeightSpec
-from tests.models import TinyModule, random_loader
+from tests.tiny_module import TinyModule, random_loader
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -1,8 +1,7 @@
 """What importing the package loads, and what the command line's help does: counted, not timed."""
 
 import ast
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,31 +10,72 @@ import torch
 import lightning_qat
 from lightning_qat import cli
 from lightning_qat.model.torch_compile import constant_while_tracing, missing_parts
+from tests.interpreters import answers, printed
+
+# One worker imports torch anew, once for all.
+pytestmark = pytest.mark.xdist_group("importing")
 
 HEAVY = ("lightning", "onnx", "onnxruntime", "sympy", "torch._dynamo", "torch._inductor")
 """Each takes as long to import as a good part of torch."""
 
 
+def telling(statement: str, *names: str) -> str:
+    """A statement, and which of some modules are loaded after it."""
+    return f"{statement}\nimport sys\nprint('LOADED', *set({names}) & set(sys.modules))"
+
+
+def loaded(text: str) -> set[str]:
+    return set(text.split("LOADED")[1].split())
+
+
 def loaded_by(statement: str, *names: str) -> set[str]:
     """Which of some modules a fresh interpreter has loaded after a statement."""
-    code = f"{statement}\nimport sys\nprint('LOADED', *set({names}) & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split("LOADED")[1].split())
+    return loaded(printed(telling(statement, *names)))
+
+
+NAMES = ", ".join(name for name in lightning_qat.__all__ if name != "QATCallback")
+FUNCTIONS = ("convert", "export", "prepare")
+AFTER_TORCH = {
+    "all names": telling(
+        f"from lightning_qat import {NAMES}\nfrom lightning_qat.layers import Conv2dQAT", *HEAVY
+    ),
+    "an attribute": telling(
+        "import lightning_qat\nlightning_qat.layers.Conv2dQAT", "lightning_qat.layers"
+    ),
+    **{
+        name: telling(
+            f"import lightning_qat.{name}\n"
+            f"from lightning_qat.{name}.{name} import {name} as function\n"
+            f"import lightning_qat\nassert lightning_qat.{name} is function",
+            "lightning_qat",
+        )
+        for name in FUNCTIONS
+    },
+}
+"""Statements that import torch, each for a process in which nothing of ours is loaded."""
+
+
+@functools.cache
+def after_torch() -> dict[str, set[str]]:
+    """Which modules each of the statements loads."""
+    found = answers("import torch", [*AFTER_TORCH.values()])
+    return dict(zip(AFTER_TORCH, map(loaded, found), strict=True))
 
 
 def test_importing_the_package_loads_not_even_torch() -> None:
     assert loaded_by("import lightning_qat", "torch", "numpy", *HEAVY) == set()
 
 
-def test_all_names_but_the_callback_load_torch_and_none_of_the_heavy_modules() -> None:
-    names = ", ".join(name for name in lightning_qat.__all__ if name != "QATCallback")
-    statement = f"from lightning_qat import {names}\nfrom lightning_qat.layers import Conv2dQAT"
-    assert loaded_by(statement, "torch", *HEAVY) == {"torch"}
+def test_all_names_but_the_callback_load_none_of_the_heavy_modules() -> None:
+    assert after_torch()["all names"] == set()
 
 
 def test_the_callback_loads_nothing_heavy_but_lightning() -> None:
-    own = loaded_by("import lightning.pytorch", *HEAVY)
-    assert loaded_by("from lightning_qat import QATCallback", *HEAVY) == own
+    statements = ("import lightning.pytorch", "from lightning_qat import QATCallback")
+    told = printed("\n".join(telling(statement, *HEAVY) for statement in statements))
+    before, after = map(loaded, told.splitlines())
+    assert "lightning" in before
+    assert after == before
 
 
 COMMANDS = [(), *((name,) for name in ("convert", "lint"))]
@@ -57,18 +97,14 @@ def test_every_command_is_asked_for_its_help(capsys: pytest.CaptureFixture[str])
     assert {(name,) for name in listed.split(", ")} == {*COMMANDS} - {()}
 
 
-@pytest.mark.parametrize("name", ["convert", "export", "prepare"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_stands_before_the_package_of_its_name(name: str) -> None:
-    statement = (
-        f"import lightning_qat.{name}\nfrom lightning_qat.{name}.{name} import {name} as function\n"
-        f"import lightning_qat\nassert lightning_qat.{name} is function"
-    )
-    assert loaded_by(statement, "torch") == {"torch"}
+    # The assertion is the statement's.
+    assert after_torch()[name] == {"lightning_qat"}
 
 
 def test_packages_and_unknown_names_are_found_as_in_any_package() -> None:
-    statement = "import lightning_qat\nlightning_qat.layers.Conv2dQAT"
-    assert loaded_by(statement, "lightning_qat.layers") == {"lightning_qat.layers"}
+    assert after_torch()["an attribute"] == {"lightning_qat.layers"}
     assert {*lightning_qat.__all__, "__doc__"} <= set(dir(lightning_qat))
     with pytest.raises(AttributeError, match="module 'lightning_qat' has no attribute 'nothing'"):
         _ = lightning_qat.nothing

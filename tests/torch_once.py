@@ -21,19 +21,23 @@ def remember() -> None:
 
 
 def _remember_composites() -> None:
-    """torch looks up its 800 composite operators again for each of its 30 namespaces."""
+    """torch looks up its 800 composite operators again for each of its 30 namespaces.
+
+    Others come with a module that is imported, or from Python's registry; even counting them takes
+    a twentieth of a conversion.
+    """
     utils: Any = torch._export.utils
     look_up = getattr(utils, "_materialize_cpp_cia_ops", None)
-    if look_up is None:
+    registered = getattr(torch.library, "_impls", None)
+    if look_up is None or registered is None:
         return
-    known: set[int] = set()
+    known: set[tuple[int, int]] = set()
 
     def look_up_new_ones() -> None:
-        key = "CompositeImplicitAutograd"
-        count = len(torch._C._dispatch_get_registrations_for_dispatch_key(key))
-        if count not in known:
+        state = (len(sys.modules), len(registered))
+        if state not in known:
             look_up()
-            known.add(count)
+            known.add(state)
 
     utils._materialize_cpp_cia_ops = look_up_new_ones
 

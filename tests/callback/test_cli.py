@@ -12,7 +12,7 @@ from lightning_qat import ActivationSpec, QATCallback, Recipe, Schedule, WeightS
 from lightning_qat.recipe.recipe import PRESETS
 from lightning_qat.recipe.typed_dicts import ActivationKeys, RecipeKeys, WeightKeys
 from lightning_qat_exporters import CannExporter, FakeQuantOnnxExporter
-from tests.models import TinyModule, random_loader
+from tests.tiny_module import TinyModule, random_loader
 
 # Lightning calls jsonargparse in a way that newer versions of it deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -160,14 +160,13 @@ def test_a_compiled_module_is_planned_trained_and_exported_as_it_is_uncompiled(
     def fit(compiled: bool) -> Joined:
         torch._dynamo.reset()
         L.seed_everything(1, verbose=False)
-        net = Joined()
-        callback = qat(
-            exporters=["fake_quant_onnx"], export_dir=tmp_path, example_inputs=example_inputs
-        )
+        net, exporters = Joined(), ["fake_quant_onnx"] if compiled else []
+        callback = qat(exporters=exporters, export_dir=tmp_path, example_inputs=example_inputs)
         module: Any = torch.compile(net, backend="eager") if compiled else net
         trainer(callback).fit(module, loader())
-        assert callback.delivered[0].error is None
-        assert callback.delivered[0].agreement.parameters_equal  # type: ignore[union-attr]
+        if compiled:
+            assert callback.delivered[0].error is None
+            assert callback.delivered[0].agreement.parameters_equal  # type: ignore[union-attr]
         return net
 
     compiled, plain = fit(True), fit(False)

@@ -12,7 +12,8 @@ from lightning_qat.checkpoint.load import load_qat_checkpoint
 from lightning_qat.convert.convert import convert
 from lightning_qat.layers import LinearQAT
 from lightning_qat.recipe.recipe import Recipe
-from tests.models import TinyModule, trained
+from tests.models import trained
+from tests.tiny_module import TinyModule
 
 RECIPE = Recipe(overrides={"head": {"weight": {"bits": 4}}, "features.0": None})
 

@@ -17,7 +17,7 @@ from lightning_qat.ir.exported_program import Constants
 from lightning_qat.ir.ops import as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.prepare.prepare import prepare
-from tests.join_networks import CNNS, NETWORKS, inputs_for, train_steps
+from tests.join_networks import CNNS, FULL, NETWORKS, inputs_for, train_steps
 from tests.joins.cases import converted
 
 
@@ -63,7 +63,7 @@ def test_onnx_runtime_computes_what_torch_does(network: str, tmp_path: Path) -> 
 
 
 @pytest.mark.xdist_group("files of joins")
-@pytest.mark.parametrize("network", CNNS)
+@pytest.mark.parametrize("network", [*CNNS, *FULL])
 def test_cann_s_deploy_file_computes_what_torch_does(network: str, tmp_path: Path) -> None:
     x = inputs_for(network, 16)
     unfusable = steps_apart(converted(network), "cann", "reference executor", x, tmp_path)

@@ -17,7 +17,7 @@ from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import Artifact, Exporter
 from tests.callback.tiny import SHORT, Net
 from tests.exporters.contract import ExporterContract, converted
-from tests.models import random_loader
+from tests.tiny_module import random_loader
 
 PACKAGE = '''
 """Writes the integers and scales of a converted model as JSON."""

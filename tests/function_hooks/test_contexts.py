@@ -30,7 +30,7 @@ def called_quantizers(model: nn.Module, run: Callable[[], Any]) -> set[str]:
     return called
 
 
-@pytest.mark.parametrize("network", ["resnet20", "encoder_block", "dense_block"])
+@pytest.mark.parametrize("network", ["resnet8", "encoder_block", "dense_block"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_the_model_computes_the_same_without_gradients(network: str, context: Any) -> None:
     x = inputs_for(network)
@@ -41,7 +41,7 @@ def test_the_model_computes_the_same_without_gradients(network: str, context: An
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("network", ["resnet20", "encoder_block", "mobilenet_v3_block"])
+@pytest.mark.parametrize("network", ["resnet8", "encoder_block", "mobilenet_v3_block"])
 def test_bf16_autocast_quantizes_the_same_tensors(network: str) -> None:
     x = inputs_for(network)
     model = calibrated(NETWORKS[network][0](), x)

@@ -14,7 +14,7 @@ from lightning_qat.joins.apply import plan_of
 from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.recipe.recipe import Recipe
-from tests.join_networks import NETWORKS, inputs_for, train_steps
+from tests.join_networks import FULL, NETWORKS, inputs_for, train_steps
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def converted(network: str) -> QuantizedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         x = inputs_for(network, 8)
-        model = NETWORKS[network][0]()
+        model = (NETWORKS | FULL)[network][0]()
         prepare(model, "int8", x)
         return convert(train_steps(model, x), x)
 

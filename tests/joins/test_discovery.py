@@ -11,7 +11,7 @@ from lightning_qat.ir.ops import as_fake_quantize
 from lightning_qat.joins.apply import plan_of
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.recipe.recipe import Recipe
-from tests.join_networks import NETWORKS, BasicBlock, ResNet20, inputs_for, train_steps
+from tests.join_networks import NETWORKS, BasicBlock, ResNet, inputs_for, train_steps
 from tests.joins.cases import calibrated, converted, serving, the_plan
 
 # The networks of the issue
@@ -60,12 +60,12 @@ def test_no_quantizer_stands_right_behind_another(network: str) -> None:
 
 
 def test_the_skip_connection_shares_the_quantizer_of_the_block_s_first_convolution() -> None:
-    model = ResNet20()
-    prepare(model, "int8", inputs_for("resnet20"))
+    model = ResNet()
+    prepare(model, "int8", inputs_for("resnet8"))
     plain = model.blocks[1]
     assert serving(model, "blocks.1", "add", 1) is plain.conv1.input_quantizer
     assert serving(model, "blocks.1", "add", 0) is not plain.conv1.input_quantizer
-    widening = model.blocks[3]
+    widening = model.blocks[2]
     assert widening.downsample[0].input_quantizer is widening.conv1.input_quantizer
 
 
@@ -92,8 +92,8 @@ def test_queries_keys_and_values_share_one_quantizer() -> None:
 
 
 def test_outputs_stay_float_where_the_recipe_says_so() -> None:
-    x = inputs_for("resnet20")
-    model = ResNet20()
+    x = inputs_for("resnet8")
+    model = ResNet()
     report = prepare(model, Recipe(outputs=False), x)
     assert report.joins is not None
     assert not [c for t in report.joins.tensors for c in t.consumers if "output:" in c]
@@ -105,8 +105,8 @@ def test_outputs_stay_float_where_the_recipe_says_so() -> None:
 
 
 def test_without_joins_only_layers_and_outputs_are_quantized() -> None:
-    x = inputs_for("resnet20")
-    model = ResNet20()
+    x = inputs_for("resnet8")
+    model = ResNet()
     report = prepare(model, Recipe(joins=False), x)
     assert report.joins is not None
     for tensor in report.joins.tensors:
@@ -121,8 +121,8 @@ def test_without_joins_only_layers_and_outputs_are_quantized() -> None:
 
 
 def test_amct_s_placement_has_neither() -> None:
-    x = inputs_for("resnet20")
-    model = ResNet20()
+    x = inputs_for("resnet8")
+    model = ResNet()
     assert prepare(model, "amct", x).joins is None
     train_steps(model, x)
     assert plan_of(model) is None

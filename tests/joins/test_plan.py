@@ -13,7 +13,7 @@ from lightning_qat.joins.apply import plan_of
 from lightning_qat.joins.plan import JoinPlan
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.recipe.recipe import Recipe
-from tests.join_networks import NETWORKS, BasicBlock, ResNet20, inputs_for, train_steps
+from tests.join_networks import NETWORKS, BasicBlock, ResNet, inputs_for, train_steps
 from tests.joins.cases import AddsInPlace, PlainBlock, calibrated, serving, the_plan
 
 
@@ -35,7 +35,7 @@ def test_a_state_dict_brings_the_plan_to_a_fresh_model(network: str, tmp_path: P
 
 
 def test_a_plan_of_another_model_is_refused_by_name() -> None:
-    model = calibrated(ResNet20(), inputs_for("resnet20"))
+    model = calibrated(ResNet(), inputs_for("resnet8"))
     state = model.state_dict()
     other = AddsInPlace()
     prepare(other, "int8")
@@ -115,8 +115,8 @@ def test_the_plan_of_a_block_in_words() -> None:
 
 
 def test_calls_that_stay_float_are_named_with_the_reason() -> None:
-    x = inputs_for("resnet20")
-    report = prepare(ResNet20(), Recipe(exclude=("blocks.1.*", "blocks.1")), x)
+    x = inputs_for("resnet8")
+    report = prepare(ResNet(), Recipe(exclude=("blocks.1.*", "blocks.1")), x)
     assert report.joins is not None
     left = [line for line in report.joins.left_float if "blocks.1" in line]
     assert left

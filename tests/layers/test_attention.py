@@ -359,7 +359,8 @@ def test_a_whole_transformer_trains_and_converts() -> None:
     )
 
 
-@pytest.mark.parametrize("recipe", ["int8", "w4a8", Recipe(joins=False, outputs=False)], ids=str)
+# Weights of 4 bits take the same path as those of 8.
+@pytest.mark.parametrize("recipe", ["int8", Recipe(joins=False, outputs=False)], ids=str)
 def test_compiled_it_computes_the_same(recipe: Any) -> None:
     torch._dynamo.reset()
     model, x = Block(), torch.randn(4, 5, 8)
@@ -404,11 +405,8 @@ RECIPES: dict[str, Any] = {
 # what stays float without joins is the attention, with a mask or without.
 FILES = [
     *((network, "int8") for network in NETWORKS),
-    *((network, "w4a8") for network in ("self-attention, bias_kv", "encoder")),
-    *(
-        (network, "inputs of layers only")
-        for network in ("self-attention, zero_attn", "cross-attention, padding", "encoder")
-    ),
+    ("self-attention, bias_kv", "w4a8"),
+    *((network, "inputs of layers only") for network in ("cross-attention, padding", "encoder")),
 ]
 
 

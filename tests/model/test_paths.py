@@ -34,7 +34,7 @@ def test_wrappers_of_torch_compile_are_left_out() -> None:
     assert dict(modules_by_path(model)) == dict(paths.by_path)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "unet"])
+@pytest.mark.parametrize("name", ["resnet8", "unet"])
 def test_prepare_walks_a_models_modules_nine_times_at_most(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

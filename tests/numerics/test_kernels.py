@@ -286,7 +286,7 @@ def test_a_clamped_learned_grid_is_that_of_two_passes(
 
 @pytest.mark.parametrize("recipe", ["int8", "w4a4", "learned"])
 @pytest.mark.parametrize("memory", ["fast", "compact"])
-@pytest.mark.parametrize("network", ["resnet20", "mobilenet_v2", "encoder_block", "inception"])
+@pytest.mark.parametrize("network", ["resnet8", "mobilenet_v2", "encoder_block", "inception"])
 def test_a_step_of_training_is_the_same(
     network: str, recipe: Any, memory: Any, separately: Any
 ) -> None:

@@ -110,8 +110,8 @@ def of_the_state_dict_alone(ema: nn.Module, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("update", [ultralytics, timm, timm_v3, of_the_state_dict_alone])
 def test_an_average_of_state_dicts_averages_weights_and_ranges_alone(update: Any) -> None:
-    x = inputs_for("resnet20")
-    model = calibrated(NETWORKS["resnet20"][0](), x)
+    x = inputs_for("resnet8")
+    model = calibrated(NETWORKS["resnet8"][0](), x)
     ema = copy.deepcopy(model)
     train_steps(model, 2 * x, steps=1)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_an_average_of_state_dicts_averages_weights_and_ranges_alone(update: Any
         elif value.dtype == torch.uint8:
             assert torch.equal(value, before[key])
     assert plan_of(ema) == plan
-    fresh = NETWORKS["resnet20"][0]()
+    fresh = NETWORKS["resnet8"][0]()
     prepare_like(fresh, ema.state_dict())
     fresh.load_state_dict(ema.state_dict())
     assert torch.equal(fresh.eval()(x), ema.eval()(x))
@@ -141,8 +141,8 @@ def first_range(model: nn.Module) -> float:
 
 
 def test_torchs_averaged_model_takes_buffers_too() -> None:
-    x = inputs_for("resnet20")
-    model = calibrated(NETWORKS["resnet20"][0](), x)
+    x = inputs_for("resnet8")
+    model = calibrated(NETWORKS["resnet8"][0](), x)
     ema = AveragedModel(model, use_buffers=True)
     seen = []
     for scale in (1.0, 2.0):
@@ -156,8 +156,8 @@ def test_torchs_averaged_model_takes_buffers_too() -> None:
 
 def test_a_plan_of_another_length_loads() -> None:
     """As of the same network whose last call was planned otherwise."""
-    x = inputs_for("resnet20")
-    model = calibrated(NETWORKS["resnet20"][0](), x)
+    x = inputs_for("resnet8")
+    model = calibrated(NETWORKS["resnet8"][0](), x)
     state = model.state_dict()
     values = from_tensor(state["_qat_plan"], "_qat_plan")
     values["left_float"] = ["head:linear (a reason)"]
@@ -170,8 +170,8 @@ def test_a_plan_of_another_length_loads() -> None:
 
 
 def test_dicts_of_earlier_versions_load(tmp_path: Any) -> None:
-    x = inputs_for("resnet20")
-    model = calibrated(NETWORKS["resnet20"][0](), x)
+    x = inputs_for("resnet8")
+    model = calibrated(NETWORKS["resnet8"][0](), x)
     earlier: dict[str, Any] = {
         key: from_tensor(value, key) if value.dtype == torch.uint8 else value
         for key, value in model.state_dict().items()
@@ -181,7 +181,7 @@ def test_dicts_of_earlier_versions_load(tmp_path: Any) -> None:
     earlier["_qat_plan"] = plan.to_dict()
     torch.save(earlier, tmp_path / "earlier.pt")
     loaded = torch.load(tmp_path / "earlier.pt", weights_only=True)
-    fresh = NETWORKS["resnet20"][0]()
+    fresh = NETWORKS["resnet8"][0]()
     prepare_like(fresh, loaded)
     fresh.load_state_dict(loaded)
     assert torch.equal(fresh.eval()(x), model(x))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_qat import prepare
 from lightning_qat.training.phases import set_observing
 from lightning_qat.training.range_sync import activation_quantizers, commit_pending
-from tests.join_networks import NETWORKS, inputs_for
+from tests.join_networks import NETWORKS, PIECES, inputs_for
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
@@ -32,7 +32,7 @@ def _fresh_compiler() -> Any:
 
 def ready(name: str, recipe: Any, memory: Any, device: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A prepared network with a range everywhere, its input and a target."""
-    model, x = NETWORKS[name][0]().to(device), inputs_for(name, 8).to(device)
+    model, x = (NETWORKS | PIECES)[name][0]().to(device), inputs_for(name, 8).to(device)
     prepare(model, recipe, x, memory)
     with torch.no_grad():
         target = torch.randn_like(model.train()(x))
@@ -93,7 +93,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "memory"), [("int8", "fast"), ("int8", "compact"), (LEARNED, "fast")]
 )
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v3_block", "encoder_block"])
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v3_block", "encoder_block"])
 def test_a_captured_step_trains_as_an_eager_one(
     name: str, recipe: Any, memory: Any, device: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_captured_step_trains_as_an_eager_one(
 @pytest.mark.parametrize("observing", [False, True])
 @pytest.mark.parametrize("recipe", ["int8", LEARNED], ids=["int8", "learned"])
 def test_reduce_overhead_trains_as_eager(recipe: Any, observing: bool, device: str) -> None:
-    model, x, target = ready("mobilenet_v3_block", recipe, "fast", device)
+    model, x, target = ready("inverted residual", recipe, "fast", device)
     twin = copy.deepcopy(model)
     options = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "aot_eager"}
     call: Any = torch.compile(model, fullgraph=True, **options)  # type: ignore[call-overload]

@@ -71,14 +71,15 @@ def run(content: bytes, kernels: str, inputs: Mapping[str, Array]) -> dict[str, 
     }
     batches = _batches(file, given)
     once = {name for name, i in file.inputs.items() if given[name].shape == file.tensors[i].shape}
-    parts: list[dict[str, Array]] = []
+    samples = {
+        name: [value] * batches if name in once else np.split(value, batches)
+        for name, value in given.items()
+    }
     runner = interpreter(content, kernels).get_signature_runner()
-    for number in range(batches):
-        part = {
-            name: value if name in once else np.split(value, batches)[number]
-            for name, value in given.items()
-        }
-        parts.append(runner(**part))
+    parts: list[dict[str, Array]] = [
+        runner(**{name: values[number] for name, values in samples.items()})
+        for number in range(batches)
+    ]
     axes = file.facts.get("batch_axes", {})
     return {
         name: np.concatenate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import warnings
 from collections.abc import Collection, Iterator
@@ -57,16 +59,30 @@ class Batches(CalibrationDataReader):  # type: ignore[misc]
         return next(self._batches, None)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def float_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("float") / f"{request.param}.onnx"
+ALL_FORMS = ("resnet8", "encoder_block")
+"""Convolutions, a Gemm and sums; matrix products. Other networks take one of the forms in turn."""
+OTHERS = [network for network in NETWORKS if network not in ALL_FORMS]
+CASES = [
+    *((network, form) for network in ALL_FORMS for form in FORMS),
+    *zip(OTHERS, itertools.cycle(FORMS)),
+]
+
+
+@functools.cache
+def float_file(network: str, folder: Path) -> Path:
+    path = folder / f"{network}.onnx"
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        x = inputs_for(request.param)
-        model = train_steps(NETWORKS[request.param][0](), x)
+        x = inputs_for(network)
+        model = train_steps(NETWORKS[network][0](), x)
         torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def float_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("float")
 
 
 @dataclass(frozen=True)
@@ -80,18 +96,19 @@ class Case:
     tensors: dict[str, Array]
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(
-    request: pytest.FixtureRequest, float_file: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, float_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Case:
-    network, folder = float_file.stem, tmp_path_factory.mktemp("qdq")
-    name = onnx.load(float_file).graph.input[0].name
-    activation, weight, per_channel, symmetric = FORMS[request.param]
+    (network, form), folder = request.param, tmp_path_factory.mktemp("qdq")
+    given = float_file(network, float_files)
+    name = onnx.load(given).graph.input[0].name
+    activation, weight, per_channel, symmetric = FORMS[form]
     source = folder / "qdq.onnx"
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises to prepare the model first
     quantize_static(
-        float_file,
+        given,
         source,
         Batches(name, network),
         quant_format=QuantFormat.QDQ,

@@ -1,6 +1,9 @@
 """The TFLite file: integers and scales as they are, run by LiteRT."""
 
+import dataclasses
+import functools
 import logging
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +51,23 @@ class TestContract(ExporterContract):
         return {file.tensors[op.outputs[0]].name for op in file.operators}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@functools.cache
+def kept(
+    folder: Path, network: str, recipe: str = "int8", **options: Any
+) -> tuple[QuantizedModel, Artifact, TFLiteFile]:
+    """A converted network, and its files for all tests that only read them."""
+    model, place = (
+        converted(network, recipe),
+        folder / "_".join([network, recipe, *options.values()]),
+    )
+    return (model, *written(model, place, **options))
+
+
 def written(model: QuantizedModel, folder: Path, **options: Any) -> tuple[Artifact, TFLiteFile]:
     artifact = export(model, TFLiteExporter(**options), folder / "net")
     return artifact, read(artifact.files["model"].read_bytes())
@@ -68,8 +88,8 @@ def test_inputs_and_outputs_keep_the_model_s_names_in_a_signature(tmp_path: Path
     assert agreement.max_steps <= 1.0 + 1e-5
 
 
-def test_the_file_says_who_wrote_it_and_nothing_of_the_machine(tmp_path: Path) -> None:
-    artifact, file = written(converted("linear"), tmp_path)
+def test_the_file_says_who_wrote_it_and_nothing_of_the_machine(folder: Path) -> None:
+    _, artifact, file = kept(folder, "conv_bn_relu")
     own = version("lightning-qat")
     assert file.facts == {"version": own, "backend": "litert", "layout": "nhwc"}
     content = artifact.files["model"].read_bytes()
@@ -77,9 +97,9 @@ def test_the_file_says_who_wrote_it_and_nothing_of_the_machine(tmp_path: Path) -
     assert str(Path(__file__).parents[3]).encode() not in content
 
 
-def test_constants_are_aligned_to_16_bytes(tmp_path: Path) -> None:
+def test_constants_are_aligned_to_16_bytes(folder: Path) -> None:
     # Kernels on devices load them with vector instructions.
-    artifact, file = written(converted("conv_bn_relu"), tmp_path)
+    _, artifact, file = kept(folder, "conv_bn_relu")
     content = artifact.files["model"].read_bytes()
     constants = [t.data.tobytes() for t in file.tensors if t.data is not None and t.data.size > 9]
     assert constants
@@ -90,10 +110,11 @@ def test_constants_are_aligned_to_16_bytes(tmp_path: Path) -> None:
     ("io", "kind", "shift"), [("float", "FLOAT32", 0), ("int8", "INT8", 0), ("uint8", "UINT8", 128)]
 )
 def test_inputs_and_outputs_have_the_type_that_was_asked_for(
-    io: str, kind: str, shift: int, tmp_path: Path
+    io: str, kind: str, shift: int, folder: Path
 ) -> None:
-    model = converted("conv_bn_relu")
-    artifact, file = written(model, tmp_path, io=io)
+    options = {} if io == "float" else {"io": io}  # the default
+    options = {} if io == "float" else {"io": io}
+    model, artifact, file = kept(folder, "conv_bn_relu", **options)
     ends = [file.tensors[i] for i in (*file.inputs.values(), *file.outputs.values())]
     assert {tensor.type for tensor in ends} == {kind}
     if io != "float":
@@ -107,10 +128,10 @@ def test_inputs_and_outputs_have_the_type_that_was_asked_for(
 
 @pytest.mark.parametrize(("layout", "shape"), [("nhwc", (1, 6, 6, 4)), ("nchw", (1, 4, 6, 6))])
 def test_images_have_the_layout_that_was_asked_for(
-    layout: str, shape: tuple[int, ...], tmp_path: Path
+    layout: str, shape: tuple[int, ...], folder: Path
 ) -> None:
-    model = converted("residual_add")
-    artifact, file = written(model, tmp_path, layout=layout)
+    options = {} if layout == "nhwc" else {"layout": layout}
+    model, artifact, file = kept(folder, "residual_add", **options)
     assert [file.tensors[i].shape for i in file.inputs.values()] == [shape]
     # The file itself says which layout it has.
     assert verify(model, artifact, inputs_for("residual_add", 16)).max_steps <= 1.0 + 1e-5
@@ -119,10 +140,9 @@ def test_images_have_the_layout_that_was_asked_for(
 @pytest.mark.parametrize("recipe", ["w4a4", "a16w8"])
 @pytest.mark.parametrize("network", ["linear", "depthwise"])
 def test_other_grids_than_8_bits_keep_their_integers(
-    network: str, recipe: str, tmp_path: Path
+    network: str, recipe: str, folder: Path
 ) -> None:
-    model = converted(network, recipe)
-    artifact, file = written(model, tmp_path)
+    model, artifact, file = kept(folder, network, recipe)
     agreement = verify(model, artifact, inputs_for(network, 16), TFLiteExporter())
     assert agreement.parameters_equal
     assert file.float_operators == ()
@@ -130,8 +150,8 @@ def test_other_grids_than_8_bits_keep_their_integers(
     assert agreement.max_steps <= (17.001 if recipe == "w4a4" else 2.001)
 
 
-def test_a_bias_of_a_layer_with_16_bit_input_is_int64(tmp_path: Path) -> None:
-    _, file = written(converted("depthwise", "a16w8"), tmp_path)
+def test_a_bias_of_a_layer_with_16_bit_input_is_int64(folder: Path) -> None:
+    _, _, file = kept(folder, "depthwise", "a16w8")
     layers = [op for op in file.operators if "CONV" in op.kind]
     assert [file.tensors[op.inputs[2]].type for op in layers] == ["INT64", "INT64"]
 
@@ -139,10 +159,15 @@ def test_a_bias_of_a_layer_with_16_bit_input_is_int64(tmp_path: Path) -> None:
 # Read back
 
 
-def test_every_number_that_is_not_the_model_s_is_told(tmp_path: Path) -> None:
-    model, exporter = converted("residual_add"), TFLiteExporter()
-    artifact = export(model, exporter, tmp_path / "net")
-    path = artifact.files["model"]
+def copied(artifact: Artifact, folder: Path) -> tuple[Artifact, Path]:
+    """A file to change."""
+    path = Path(shutil.copy(artifact.files["model"], folder))
+    return dataclasses.replace(artifact, files={"model": path}), path
+
+
+def test_every_number_that_is_not_the_model_s_is_told(folder: Path, tmp_path: Path) -> None:
+    model, original, _ = kept(folder, "residual_add")
+    (artifact, path), exporter = copied(original, tmp_path), TFLiteExporter()
     file = unpack(path.read_bytes())
     tensors = {tensor.name.decode(): tensor for tensor in file.subgraphs[0].tensors}
     weight, bias = (file.buffers[tensors[f"conv1.{n}"].buffer] for n in ("weight", "bias"))
@@ -173,10 +198,9 @@ def test_a_bias_of_zeros_that_the_converter_leaves_out_is_no_difference(tmp_path
     )
 
 
-def test_a_grid_that_is_not_the_model_s_is_told(tmp_path: Path) -> None:
-    model, exporter = converted("linear"), TFLiteExporter(io="int8")
-    artifact = export(model, exporter, tmp_path / "net")
-    path = artifact.files["model"]
+def test_a_grid_that_is_not_the_model_s_is_told(folder: Path, tmp_path: Path) -> None:
+    model, original, _ = kept(folder, "conv_bn_relu", io="int8")
+    (artifact, path), exporter = copied(original, tmp_path), TFLiteExporter(io="int8")
     file = unpack(path.read_bytes())
     (entry,) = file.signatureDefs[0].inputs
     grid = file.subgraphs[0].tensors[entry.tensorIndex].quantization
