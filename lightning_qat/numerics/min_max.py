@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -89,7 +88,14 @@ def _in_memory_order(x: Tensor) -> Tensor:
     """
     if x.is_contiguous():
         return x
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    # Not by ``sorted``: torch.compile cannot trace that where strides are symbols.
+    order: list[int] = []
+    for axis in range(x.dim()):
+        place = 0
+        while place < len(order) and x.stride(order[place]) >= x.stride(axis):
+            place += 1
+        order.insert(place, axis)
+    return x.permute(order)
 
 
 def _runs(flat: Tensor, samples: int) -> Tensor:
@@ -104,9 +110,16 @@ def spacing(values: int, samples: int) -> int:
     again and again.
     """
     step = -(-values // samples)
-    while math.gcd(step, values) > 1:
+    while _shared_factor(step, values) > 1:
         step += 1
     return step
+
+
+def _shared_factor(a: int, b: int) -> int:
+    """``math.gcd``, which torch.compile cannot trace where sizes are symbols."""
+    while b:
+        a, b = b, a % b
+    return a
 
 
 Observe = Callable[[Tensor], None]
