@@ -105,9 +105,24 @@ def _details(rows: Rows) -> str:
             found += prepare["skipped"] + prepare["left_float"]
         for target in TARGETS:
             file = _stage(row, target)
-            found += [f"{target}: {note}" for note in (file["notes"] if file else ())]
-            for product in file["unsaid"] if file else ():
-                found.append(f"{target}: {product} is float and nothing says so")
+            found += [f"{target}: {text}" for text in (_float_of(file) if file else ())]
         if found:
             lines.append(f"- **{name}**: " + "; ".join(" ".join(f.split()) for f in found))
     return "\n".join(lines)
+
+
+_NO_GRID = "because its output is not quantized"
+
+
+def _float_of(file: Line) -> list[str]:
+    """What one file leaves float, counted by reason, and where its numbers are not the model's."""
+    without = sum(_NO_GRID in note for note in file["notes"])
+    others = len(file["float_products"]) - without
+    found = [f"{without} layers have no grid behind them"] if without else []
+    if others > 0:
+        found.append(f"{others} other products are float, as its notes say")
+    found += [f"{product} is float and nothing says so" for product in file["unsaid"]]
+    differences = file["differences"]
+    if differences:
+        found.append(f"{len(differences)} numbers differ: {differences[0]}")
+    return found
