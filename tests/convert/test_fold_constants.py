@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from lightning_qat.convert.rewrites.fold_constants import fold_constants
 from lightning_qat.ir.exported_program import Constants, clean_up
-from lightning_qat.ir.ops import dequantize_node
+from lightning_qat.ir.ops import dequantize_node, fake_quantize_node
 
 
 class Of(nn.Module):
@@ -21,6 +21,7 @@ class Of(nn.Module):
         self.register_buffer("table", torch.arange(12.0).reshape(3, 4))
         self.register_buffer("integers", torch.arange(12, dtype=torch.int8).reshape(3, 4))
         self.register_buffer("scale", torch.tensor(0.5))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.function = function
 
     def forward(self, x: Tensor) -> Any:
@@ -92,6 +93,9 @@ def _view_of_open_size(m: Any, x: Tensor) -> Tensor:
 KEPT: dict[str, Callable[[Any, Tensor], Any]] = {
     "a write of what an input decides": _write_from_outside,
     "a view that is read after a write": _view_of_open_size,
+    "a first state, which is quantized": lambda m, x: (
+        x + fake_quantize_node(x.new_zeros(1, 4), m.scale, m.zero_point, -128, 127, "k")
+    ),
     "zeros like an input of open size": lambda m, x: x + torch.zeros_like(x).cos(),
     "a size of the input": lambda m, x: x + torch.arange(x.shape[0])[:, None],
     "random numbers": lambda m, x: x + torch.rand(4),

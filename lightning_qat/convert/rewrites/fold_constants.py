@@ -141,8 +141,14 @@ def _computable(graph: fx.Graph, constants: Constants, kept: set[fx.Node]) -> se
 
 
 def _is_filled_alone(node: fx.Node) -> bool:
-    """Whether a node fills a tensor with a number that is known now."""
-    return node.target in _FILLED and not isinstance(_filling(node), fx.Node)
+    """Whether a node fills a tensor with a number that is known now.
+
+    Not the initial state of a recurrent layer, which targets with such layers take as an operand.
+    """
+    if node.target not in _FILLED or isinstance(_filling(node), fx.Node):
+        return False
+    readers = {reader for user in node.users for reader in (user, *user.users)}
+    return not any("lightning_qat" in str(reader.target) for reader in readers)
 
 
 def _must_stay(node: fx.Node, outside: list[fx.Node]) -> bool:
