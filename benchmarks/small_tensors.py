@@ -17,10 +17,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from benchmarks.zoo_models import all_architectures
+from benchmarks.zoo_models.row import loss_of
 from lightning_qat import prepare
 from lightning_qat.quantizers.base import Quantizer
 
@@ -71,10 +71,7 @@ def _row(name: str, rounds: int) -> str:
 def _step(model: nn.Module, inputs: Any, parameters: list[nn.Parameter]) -> float:
     """Seconds of processor time of one forward and backward."""
     began = time.process_time()
-    outputs = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    leaves = pytree.tree_leaves(outputs)
-    real = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
-    torch.autograd.backward(torch.stack([y.square().mean() for y in real]).sum())
+    torch.autograd.backward(loss_of(model, inputs))
     took = time.process_time() - began
     for parameter in parameters:
         parameter.grad = None

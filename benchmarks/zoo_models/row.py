@@ -103,6 +103,13 @@ def _call(net: nn.Module | QuantizedModel, inputs: Inputs) -> Any:
     return net(**inputs) if isinstance(inputs, dict) else net(*inputs)
 
 
+def loss_of(net: nn.Module, inputs: Inputs) -> Tensor:
+    """The sum of the mean squares of all outputs that have a gradient."""
+    outputs = pytree.tree_leaves(_call(net, inputs))
+    real = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+    return torch.stack([y.square().mean() for y in real]).sum()
+
+
 def _train(net: nn.Module, architecture: Architecture, phase: int | None) -> float:
     """Some steps of gradient descent on the outputs' squares; seconds of the last one."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
@@ -112,9 +119,7 @@ def _train(net: nn.Module, architecture: Architecture, phase: int | None) -> flo
         if phase is not None:
             apply_phase(net, Phase("quantize", number < STEPS - 1, True, False))
         began = time.perf_counter()
-        outputs = pytree.tree_leaves(_call(net, architecture.inputs()))
-        real = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
-        loss = torch.stack([y.square().mean() for y in real]).sum()
+        loss = loss_of(net, architecture.inputs())
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -97,13 +97,6 @@ def run_call(call: FakeQuantizeCall, observe: Observe | None) -> Tensor:
     """Round in the fastest way: a compiled loop, else what needs no bits, else torch operations."""
     found, x = _by_loop(call, observe), call.x
     result: Tensor
-    if found is not None and x.dtype == torch.float32:
-        result = found.values
-        if x.requires_grad and torch.is_grad_enabled():
-            result = _OfLoop.apply(x, found)  # type: ignore[no-untyped-call]
-        if found.int_repr is not None:
-            attach_int_repr(result, found.int_repr)
-        return result
     if found is None:
         if observe is not None:
             observe(batch_range(x, ends=call.ends))
@@ -112,7 +105,10 @@ def run_call(call: FakeQuantizeCall, observe: Observe | None) -> Tensor:
             result = _MaskFromInput.apply(x, call.scale, call.step_min, call.step_max, call.edges)  # type: ignore[no-untyped-call]
             return result
         found = _by_operations(call)
-    result = StraightThrough.apply(x, lambda: (found.values.to(x.dtype), found.bits))  # type: ignore[no-untyped-call]
+    result = found.values.to(x.dtype)
+    if x.requires_grad and torch.is_grad_enabled():
+        values, bits = result, found.bits
+        result = StraightThrough.apply(x, lambda: (values, bits))  # type: ignore[no-untyped-call]
     if found.int_repr is not None:
         attach_int_repr(result, found.int_repr)
     return result
@@ -322,21 +318,6 @@ def gradient_edges(step_min: float, step_max: float, scale: float) -> tuple[floa
     if step_max % 2 == 0:
         above = float(np.nextafter(np.float32(above), np.float32(np.inf)))
     return below, above
-
-
-class _OfLoop(torch.autograd.Function):
-    """``StraightThrough`` of what a loop for CPUs has computed, with as little around it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, found: _Rounded) -> Tensor:
-        ctx.save_for_backward(found.bits)
-        ctx.layout = found.values.shape, found.values.stride()
-        return found.values
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (bits,) = ctx.saved_tensors
-        return (grads[0] if bits is None else masked(grads[0], bits, *ctx.layout)), None
 
 
 class StraightThrough(torch.autograd.Function):

@@ -156,7 +156,7 @@ def _fuse(program: ExportedProgram, steps: _Steps, tensors: Mapping[str, Quantiz
         x = write(_aten.transpose.int, x, 0, 1)
 
     def as_state(value: fx.Node) -> fx.Node:
-        # Zeros of a fixed batch are a constant, which is made of nothing.
+        # A state that is a parameter of the model is made of nothing.
         whole = value.args[0] if value.args else None
         if batched and value.target is _aten.select.int and isinstance(whole, fx.Node):
             # The first of one layer's states.

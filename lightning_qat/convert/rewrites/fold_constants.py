@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +14,17 @@ from torch.utils import _pytree as pytree
 from lightning_qat.ir.exported_program import Constants, is_view, module_path, writes_in_place
 from lightning_qat.ir.ops import key_of
 
-_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _ATEN = torch.ops.aten
-_FILLED: dict[Any, float | int] = {
-    _ATEN.new_zeros.default: 0,
-    _ATEN.zeros_like.default: 0,
-    _ATEN.new_ones.default: 1,
-    _ATEN.ones_like.default: 1,
-    _ATEN.new_full.default: 2,
-    _ATEN.full_like.default: 1,
+_CHECK = _ATEN._assert_tensor_metadata.default
+_FILLED: dict[Any, Callable[[fx.Node], Any]] = {
+    _ATEN.new_zeros.default: lambda node: 0,
+    _ATEN.zeros_like.default: lambda node: 0,
+    _ATEN.new_ones.default: lambda node: 1,
+    _ATEN.ones_like.default: lambda node: 1,
+    _ATEN.new_full.default: lambda node: node.args[2],
+    _ATEN.full_like.default: lambda node: node.args[1],
 }
-"""Operators that read no more of a tensor than its size and type, and what they fill theirs with:
-a number, or of the last two the position of the argument that has it."""
+"""Operators that read of a tensor its size and type alone, and the number they fill theirs with."""
 _SMALL = 1 << 20
 """So many elements are stored even if they are made of a single number."""
 
@@ -61,17 +61,11 @@ def fold_constants(program: ExportedProgram) -> None:
 def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if node.target in _FILLED:
         like = node.meta["val"]
-        return torch.full(like.shape, _filling(node), dtype=like.dtype)
+        return torch.full(like.shape, _FILLED[node.target](node), dtype=like.dtype)
     args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
     target: Any = node.target
     with torch.no_grad():
         return target(*args, **kwargs)
-
-
-def _filling(node: fx.Node) -> Any:
-    """The number that an operator of ``_FILLED`` fills its tensor with."""
-    number: Any = _FILLED[node.target]
-    return node.args[number] if "full" in str(node.target) else number
 
 
 def _stored(
@@ -145,7 +139,7 @@ def _is_filled_alone(node: fx.Node) -> bool:
 
     Not the initial state of a recurrent layer, which targets with such layers take as an operand.
     """
-    if node.target not in _FILLED or isinstance(_filling(node), fx.Node):
+    if node.target not in _FILLED or isinstance(_FILLED[node.target](node), fx.Node):
         return False
     readers = {reader for user in node.users for reader in (user, *user.users)}
     return not any("lightning_qat" in str(reader.target) for reader in readers)

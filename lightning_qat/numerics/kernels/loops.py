@@ -242,19 +242,16 @@ def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> boo
     return (
         x.is_cpu
         and x.dtype in dtypes
-        and type(x) in _PLAIN
+        and type(x) in (Tensor, nn.Parameter)
         and not is_compiling()
-        and (x.is_contiguous() or fills_its_memory(x))
+        and fills_its_memory(x)
         and x.data_ptr() != 0  # Nothing, or what torch knows to be zeros.
         and compiled_loops() is not None
     )
 
 
-_PLAIN = Tensor, nn.Parameter
-
-
 def _call(name: str, x: Tensor, rows: int, *arguments: Any) -> None:
-    given = [a.data_ptr() if type(a) in _PLAIN else a for a in arguments]
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     _loop(name)(rows, x.numel() // rows, *given, torch.get_num_threads())
 
 
