@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -74,3 +75,26 @@ def _input_shapes(program: ExportedProgram) -> list[tuple[Any, ...]]:
     names = (getattr(spec.arg, "name", "") for spec in specs)
     found = (nodes[name].meta.get("val") if name in nodes else None for name in names)
     return [tuple(value.shape) if isinstance(value, Tensor) else () for value in found]
+
+
+def settle_sizes(program: ExportedProgram) -> None:
+    """Write the sizes that the forward fixed as plain integers, in place.
+
+    ``len(x)`` in a forward makes torch.export fix the batch, and leaves a symbol there whose
+    expression is a number.
+    """
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and any(map(_is_settled, value.shape)):
+            sizes, strides = (
+                [int(n) if _is_settled(n) else n for n in numbers]
+                for numbers in (value.shape, value.stride())
+            )
+            with value.fake_mode:
+                node.meta["val"] = torch.empty_strided(
+                    sizes, strides, dtype=value.dtype, device=value.device
+                )
+
+
+def _is_settled(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and not _is_dynamic(size)

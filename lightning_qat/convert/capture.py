@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lightning_qat.convert.batch_check import has_dynamic_input, takes_other_batches
+from lightning_qat.convert.batch_check import has_dynamic_input, settle_sizes, takes_other_batches
 from lightning_qat.convert.module_paths import use_module_paths
 from lightning_qat.function_hooks.running import forget_running
 
@@ -130,6 +130,7 @@ def export_program(
                 "your own (torch.library.custom_op)."
             ) from error
     use_module_paths(program, model)
+    settle_sizes(program)
     return program
 
 

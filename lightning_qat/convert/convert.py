@@ -16,7 +16,7 @@ from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
 from lightning_qat.convert.rewrites.drop_dropout import drop_dropout, drop_single_cat
 from lightning_qat.convert.rewrites.fit_biases import fit_biases
-from lightning_qat.convert.rewrites.fold_constants import fold_constants
+from lightning_qat.convert.rewrites.fold_constants import fold_constant_layers, fold_constants
 from lightning_qat.convert.rewrites.merge_quantizations import merge_quantizations
 from lightning_qat.convert.rewrites.products import products_as_layers
 from lightning_qat.convert.untrained import untrained_copy
@@ -149,6 +149,7 @@ def _converted(
         )
     fit_biases(program)
     recurrences = take_recurrences(program, final)
+    constant_layers = fold_constant_layers(program, {call.name for call in recurrences})
     clean_up(program)
     return QuantizedModel(
         program,
@@ -157,6 +158,7 @@ def _converted(
         {} if recipe is None else recipe.to_dict(),
         recurrences,
         unreached,
+        constant_layers,
     )
 
 

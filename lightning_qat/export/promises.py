@@ -80,12 +80,16 @@ def broken_promises(model: QuantizedModel, artifact: Artifact) -> tuple[str, ...
 
     Returns:
         One sentence per layer and one per operator of joins; what a note of the exporter's names is
-        left out, and so is what the forward that was captured never reaches, which has a sentence
-        of its own.
+        left out. What the captured forward never reaches, and what depends on no input, have
+        sentences of their own.
     """
     told = [
         f"{key}: planned, but the exported forward does not reach it, so no file holds it."
         for key in model.unreached
+    ]
+    told += [
+        f"{layer}: depends on no input, so files hold its result as a constant."
+        for layer in model.constant_layers
     ]
     if artifact.integers is None:
         return tuple(told)

@@ -99,6 +99,7 @@ class QuantizedModel:
         recipe: The recipe as primitives, for the record; may be empty.
         recurrences: Every LSTM and GRU whose steps are unrolled, in the order of the graph.
         unreached: Keys of planned tensors that the captured forward never reaches.
+        constant_layers: Layers that depend on no input; the program holds their results.
 
     Raises:
         ValueError: The program breaks a rule of ``QParams`` or ``QuantizedTensor``.
@@ -110,6 +111,7 @@ class QuantizedModel:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recurrences: tuple[Recurrence, ...] = ()
     unreached: tuple[str, ...] = ()
+    constant_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _ = self.tensors
@@ -245,6 +247,7 @@ class QuantizedModel:
             "recipe": self.recipe,
             "recurrences": [asdict(recurrence) for recurrence in self.recurrences],
             "unreached": self.unreached,
+            "constant_layers": self.constant_layers,
         }
         with replacing(Path(path)) as temporary, with_plain_outputs(self.program) as program:
             torch.export.save(program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
@@ -289,6 +292,7 @@ class QuantizedModel:
             facts["recipe"],
             recurrences,
             tuple(facts.get("unreached", ())),
+            tuple(facts.get("constant_layers", ())),
         )
 
 

@@ -38,6 +38,23 @@ def test_a_view_that_fixes_the_batch_gives_a_fixed_batch(
     assert model.input_shapes == {"x": (batch, 1, 4, 4)}
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_batch_that_the_forward_takes_as_a_number_is_a_fixed_one(batch: int) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.query = nn.Linear(8, 8), nn.Parameter(torch.ones(1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            # torch.export fixes the size at what it was, in the middle of the capture.
+            result: Tensor = self.layer(x) + self.query.repeat(len(x), 1)
+            return result
+
+    x = torch.randn(batch, 8)
+    model = convert(trained(Counts(), x), x)
+    assert model.input_shapes == {"x": (batch, 8)}
+
+
 def test_rows_of_several_per_sample_are_a_dynamic_batch() -> None:
     x = torch.randn(4, 1, 4, 4)
     model = convert(trained(Flattens(1, True), x), x)

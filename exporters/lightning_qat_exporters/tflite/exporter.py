@@ -21,6 +21,7 @@ from lightning_qat_exporters.tflite.flatbuffer.exact_biases import store_biases
 from lightning_qat_exporters.tflite.flatbuffer.file import pack, read, view
 from lightning_qat_exporters.tflite.flatbuffer.int8_constants import store_integers
 from lightning_qat_exporters.tflite.flatbuffer.io_types import give_types
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import operators_that_abort
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import match_layers
 from lightning_qat_exporters.tflite.integer_keys import integer_keys
 from lightning_qat_exporters.tflite.litert import backend as litert_backend
@@ -131,6 +132,7 @@ class TFLiteExporter:
             layout=self.layout,
             batch_axes=later_batch_axes(model),
         )
+        self._refuse(tuple(operators_that_abort(view(file))))
         content = pack(file)
         failure = check_runs(content)
         if failure is not None:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import LIMITED, limit_of
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 
@@ -27,6 +28,15 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
             why, remedy = f"LiteRT has {stored.operator.kind} in float only", ""
         says = f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}"
         notes.append(says.rstrip())
+    for op in file.float_operators:
+        limit = _limit_kept_in_float(file, op)
+        if limit is not None:
+            explained.add(op)
+            name = file.tensors[op.outputs[0]].name
+            notes.append(
+                f"{op.kind} that writes {name}: computed in float on integers, because LiteRT's "
+                f"integer kernel would end the process: {limit}."
+            )
     others = Counter(op.kind for op in file.float_operators if op not in explained)
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
@@ -60,6 +70,19 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
             f"x86 all kernels compute them. WeightSpec's own grid avoids it: {', '.join(lowest)}."
         )
     return tuple(notes)
+
+
+def _limit_kept_in_float(file: TFLiteFile, operator: FileOperator) -> str | None:
+    """The limit of LiteRT's kernel that an operator between integers would break in integers."""
+    if operator.kind not in LIMITED:
+        return None
+    outside = {op.inputs[0]: op for op in file.operators if op.kind == "QUANTIZE"}
+    written = outside.get(operator.outputs[0])
+    makers = [file.maker(index) for index in operator.inputs]
+    if written is None or any(op is None or op.kind != "DEQUANTIZE" for op in makers):
+        return None
+    inputs = tuple(op.inputs[0] for op in makers if op is not None)
+    return limit_of(file, FileOperator(operator.kind, inputs, written.outputs))
 
 
 def _joins_are_planned(model: QuantizedModel) -> bool:

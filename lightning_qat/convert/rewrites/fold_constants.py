@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.ir.exported_program import Constants, is_view, module_path, writes_in_place
-from lightning_qat.ir.ops import key_of
+from lightning_qat.ir.operators import value_preserving
+from lightning_qat.ir.ops import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    as_dequantize,
+    as_fake_quantize,
+    key_of,
+    layer_of_weight_key,
+)
 
 _ATEN = torch.ops.aten
 _CHECK = _ATEN._assert_tensor_metadata.default
@@ -25,6 +33,7 @@ _FILLED: dict[Any, Callable[[fx.Node], Any]] = {
     _ATEN.full_like.default: lambda node: node.args[1],
 }
 """Operators that read of a tensor its size and type alone, and the number they fill theirs with."""
+_KEEP_VALUES = {*value_preserving("aten"), "cat", "stack", "embedding", "where"}
 _SMALL = 1 << 20
 """So many elements are stored even if they are made of a single number."""
 
@@ -37,7 +46,44 @@ def fold_constants(program: ExportedProgram) -> None:
     stored if it is small, or no larger than four times what it is made of.
     """
     constants = Constants(program)
-    folded = _foldable(program.graph, constants)
+    _fold(program, constants, _foldable(program.graph, constants))
+
+
+def fold_constant_layers(program: ExportedProgram, recurrent: Collection[str]) -> tuple[str, ...]:
+    """Replace every layer that depends on no input by a constant, in place.
+
+    Swin V2 computes the biases of its attention with a small network from the positions alone. The
+    numbers are those of training; exporters and runtimes would compute them once themselves, and
+    the layers would then be missing in the file.
+
+    Args:
+        program: With final numbers: layers read ``fake_quantize`` and ``dequantize`` nodes.
+        recurrent: Paths of recurrent layers, which keep their first steps.
+
+    Returns:
+        The layers that are constants now, in the order of the graph. A layer that is also called
+        on what depends on an input is none of them.
+    """
+    constants = Constants(program)
+    before = _layers(program.graph)
+    _fold(program, constants, _foldable(program.graph, constants, recurrent, layers=True))
+    after = _layers(program.graph)
+    return tuple(name for name in before if name not in after)
+
+
+def _layers(graph: fx.Graph) -> list[str]:
+    weights = [as_dequantize(node.args[1]) for node in graph.nodes if _is_layer(node)]
+    return list(dict.fromkeys(layer_of_weight_key(w.key) for w in weights if w is not None))
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a node is a product of a quantized tensor and a quantized weight."""
+    x, weight = node.args[:2] if len(node.args) > 1 else (None, None)
+    return as_fake_quantize(x) is not None and as_dequantize(weight) is not None
+
+
+def _fold(program: ExportedProgram, constants: Constants, folded: set[fx.Node]) -> None:
+    """Compute the nodes, and let all others read constants instead."""
     writes = any(writes_in_place(node) for node in folded)
     values: dict[fx.Node, Any] = {}
     stored: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -86,9 +132,18 @@ def _stored(
     return stored[key]
 
 
-def _foldable(graph: fx.Graph, constants: Constants) -> set[fx.Node]:
+def _foldable(
+    graph: fx.Graph,
+    constants: Constants,
+    recurrent: Collection[str] = (),
+    *,
+    layers: bool = False,
+) -> set[fx.Node]:
     """The nodes that can be computed now, in a way that no other node notices."""
-    kept: set[fx.Node] = set()
+    kept = {n for n in graph.nodes if module_path(n) in recurrent} if recurrent else set()
+    integers = _integers(graph)
+    if not layers:
+        kept |= {node for node in graph.nodes if key_of(node) is not None}
     while True:
         folded = _computable(graph, constants, kept)
         more: set[fx.Node] = set()
@@ -99,11 +154,26 @@ def _foldable(graph: fx.Graph, constants: Constants) -> set[fx.Node]:
             if shared or any(map(writes_in_place, outside)):
                 # Memory is written that others read; it may be that of what the node is a view of.
                 more |= {node, *(n for n in _before(node) if n in folded)}
-            elif outside and _must_stay(node, outside):
+            elif outside and (node in integers or _must_stay(node, outside)):
                 more.add(node)
         if not more:
             return folded
         kept |= more
+
+
+def _integers(graph: fx.Graph) -> set[fx.Node]:
+    """Quantized tensors, and those that hold values of them: views, selections, tables."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        read = any(before in found for before in node.all_input_nodes)
+        if key_of(node) is not None or (read and _keeps_values(node.target)):
+            found.add(node)
+    return found
+
+
+def _keeps_values(target: Any) -> bool:
+    packet = getattr(target, "overloadpacket", None)
+    return target is operator.getitem or getattr(packet, "__name__", "") in _KEEP_VALUES
 
 
 def _before(node: fx.Node) -> set[fx.Node]:
@@ -121,7 +191,7 @@ def _computable(graph: fx.Graph, constants: Constants, kept: set[fx.Node]) -> se
     """The calls whose arguments are constants and numbers, and that are the same at every run."""
     folded: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or node in kept or key_of(node) is not None:
+        if node.op != "call_function" or node in kept:
             continue
         if not (_is_repeatable(node.target) and _gives_tensors(node)):
             continue
@@ -160,6 +230,8 @@ def _must_stay(node: fx.Node, outside: list[fx.Node]) -> bool:
 
 
 def _is_repeatable(target: Any) -> bool:
+    if target in (FAKE_QUANTIZE, DEQUANTIZE):
+        return True
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
     seeded = torch.Tag.nondeterministic_seeded in target.tags

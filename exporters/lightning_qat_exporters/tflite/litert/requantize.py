@@ -13,6 +13,8 @@ selection, was 38 steps off, a bilinear resize 13. These rules are applied first
    later into its weight.
 5. An operator that is not listed here, or reads a float tensor, is computed in float; else a float
    reader of its output may get values that were never rounded.
+6. An operator whose scales LiteRT's integer kernel cannot compute with (``kernel_limits``) is
+   computed in float.
 
 To keep apart means to put a mark between two operators: one that the converter has in float only.
 ``remove_marks`` removes the marks from the finished file.
@@ -21,6 +23,7 @@ To keep apart means to put a mark between two operators: one that the converter 
 from __future__ import annotations
 
 import operator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +34,7 @@ from lightning_qat.ir.ops import as_dequantize, make_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat_exporters.tflite.decompose.constant_nodes import fixed_nodes
 from lightning_qat_exporters.tflite.flatbuffer.file import kind_of
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit
 from lightning_qat_exporters.tflite.litert import (
     conv_transpose_op as conv_transpose_op,  # its operator
 )
@@ -80,6 +84,9 @@ _FIXED = {
 
 hardsigmoid, whose range is fixed too, is rewritten to ADD and MUL before.
 """
+
+_LIMITED = {_ATEN.add: "ADD", _ATEN.softmax: "SOFTMAX"}
+"""Operators whose integer kernels have limits, with LiteRT's names."""
 
 _COMPUTED_IN_FLOAT = (
     # litert-torch decomposes these, or has them in float: only those that were tried are listed
@@ -141,7 +148,9 @@ class Annotated:
     def _settle(self, node: fx.Node) -> None:
         """Rules 2 to 5 for one operator."""
         source, output = self.source(node), self.output(node)
-        if kind(node) in _LAYERS:
+        if self._breaks_a_limit(node, output):
+            self.compute_in_float(node)
+        elif kind(node) in _LAYERS:
             end = node
             while len(end.users) == 1 and activates(following := next(iter(end.users))):
                 end = following
@@ -164,6 +173,31 @@ class Annotated:
             kind(node) not in (*_COMPUTES, *_FIXED) and not is_mean(node)
         ):
             self.compute_in_float(node)
+
+    def _breaks_a_limit(self, node: fx.Node, output: PlainQParams | None) -> bool:
+        """Rule 6: whether LiteRT's kernel would abort."""
+        if kind(node) not in _LIMITED or output is None:
+            return False
+        scales = []
+        for x in node.all_input_nodes:
+            if (qparams := self._qparams_of(x)) is not None:
+                scales.append(qparams.scale)
+            elif x.op == "get_attr":
+                scales.append(self._scale_of(x))
+            else:
+                return False
+        if kind(node) is _ATEN.softmax and output.grid.dtype is torch.int8:
+            output = _FIXED[_ATEN.softmax]
+        bits = torch.iinfo(output.grid.dtype).bits
+        return broken_limit(_LIMITED[kind(node)], scales, output.scale, bits) is not None
+
+    def _scale_of(self, constant: fx.Node) -> float:
+        """The scale that the converter gives a constant: its range over 255 steps, 1 to zeros.
+
+        At most: half the range may be unused.
+        """
+        value: Tensor = attrgetter(constant.target)(self.graph.owning_module)  # type: ignore[arg-type]
+        return float(value.abs().max()) / 127 or 1.0
 
     def read(self, node: fx.Node) -> set[PlainQParams | None]:
         """The qparams of an operator's real inputs; None: float."""

@@ -1,0 +1,82 @@
+"""Scales with which LiteRT's integer kernels end the process instead of reporting an error.
+
+===========  =====================================================================================
+ADD          ``2 * max(s_1, s_2) < 2**20 * s_output``, with 2**15 for 16 bits: both inputs are
+             shifted left by so many bits before they are added; SUB has no such limit
+SOFTMAX      ``s_input * 2**26 > 1`` at 8 bits: differences are counted in 1 / 2**26
+===========  =====================================================================================
+
+The kernels check their fixed-point multipliers with ``TFLITE_CHECK``, which calls ``abort``.
+Source: ``kernels/internal/quantization_util.cc`` (``QuantizeMultiplierSmallerThanOneExp``,
+``PreprocessSoftmaxScaling``), and ``Prepare`` in ``kernels/add.cc`` and ``kernels/sub.cc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_qat.export.protocol import Unsupported
+from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
+
+LIMITED = ("ADD", "SOFTMAX")
+
+_SOFTMAX_SMALLEST = 2.0**-26
+_SUM_SHIFT = {8: 20, 16: 15}
+
+
+def broken_limit(kind: str, inputs: Sequence[float], output: float, bits: int) -> str | None:
+    """Say which limit an integer operator breaks; ``None``: it runs.
+
+    Args:
+        kind: LiteRT's name of the operator.
+        inputs: The scales of its inputs.
+        output: The scale of its output.
+        bits: 8 or 16.
+
+    >>> broken_limit("SOFTMAX", [1e-9], 1 / 256, 8)
+    'the scale of its input is 1e-09, and the kernel needs more than 2**-26 = 1.49e-08'
+    >>> broken_limit("ADD", [0.5, 0.5], 2.0**-19, 8) is None
+    True
+    >>> broken_limit("ADD", [0.5, 0.5], 2.0**-20, 8)
+    'the scale of its output is 9.54e-07, and the kernel needs more than 9.54e-07, the largest \
+scale of its inputs (0.5) / 2**19'
+    """
+    if kind == "SOFTMAX" and bits == 8 and inputs[0] <= _SOFTMAX_SMALLEST:
+        return (
+            f"the scale of its input is {inputs[0]:.3g}, and the kernel needs more than "
+            f"2**-26 = {_SOFTMAX_SMALLEST:.3g}"
+        )
+    if kind == "ADD":
+        shift = _SUM_SHIFT[bits] - 1
+        smallest = max(inputs) / 2**shift
+        if output <= smallest:
+            return (
+                f"the scale of its output is {output:.3g}, and the kernel needs more than "
+                f"{smallest:.3g}, the largest scale of its inputs ({max(inputs):.3g}) / 2**{shift}"
+            )
+    return None
+
+
+def limit_of(file: TFLiteFile, operator: FileOperator) -> str | None:
+    """Say which limit an integer operator of a file breaks; ``None``: it runs."""
+    *inputs, output = (file.tensors[i] for i in (*operator.inputs, operator.outputs[0]))
+    if operator.kind not in LIMITED or not all(t.quantized for t in (*inputs, output)):
+        return None
+    bits = {"INT8": 8, "UINT8": 8, "INT16": 16}.get(output.type)
+    if bits is None:
+        return None
+    scales = [float(tensor.scale[0]) for tensor in inputs]
+    return broken_limit(operator.kind, scales, float(output.scale[0]), bits)
+
+
+def operators_that_abort(file: TFLiteFile) -> Iterator[Unsupported]:
+    """List every integer operator of a file that would end the process of its runtime."""
+    for operator in file.operators:
+        reason = limit_of(file, operator)
+        if reason is not None:
+            yield Unsupported(
+                file.tensors[operator.outputs[0]].name,
+                f"LiteRT ends the process that prepares this {operator.kind}: {reason}",
+                "Leave its inputs or its output unquantized (exclude), or look why values differ "
+                "that much in size: an untrained or a dead part of the network often does",
+            )

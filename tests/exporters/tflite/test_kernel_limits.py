@@ -1,0 +1,133 @@
+"""Scales with which LiteRT's integer kernels would end the whole process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
+from lightning_qat.export.protocol import UnsupportedByTarget
+from lightning_qat.export.verify import verify
+from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.prepare.prepare import prepare
+from lightning_qat_exporters import TFLiteExporter
+from lightning_qat_exporters.tflite import exporter as exporter_module
+from lightning_qat_exporters.tflite.flatbuffer.file import read
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit
+from lightning_qat_exporters.tflite.litert import requantize
+
+pytest.importorskip("litert_torch")
+pytestmark = pytest.mark.xdist_group("tflite")
+
+
+class TinyScores(nn.Module):
+    """Softmax of numbers around 1e-9, as of the scores of attention that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.before.weight.mul_(1e-9)
+            self.before.bias.mul_(1e-9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(self.before(x).softmax(-1))
+        return result
+
+
+class ZerosAdded(nn.Module):
+    """DETR's first target: zeros for every sample, which the converter gives the scale 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.queries = nn.Parameter(torch.ones(1, 8))
+        with torch.no_grad():
+            self.layer.weight.mul_(1e-6)
+            self.layer.bias.mul_(1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        target = torch.zeros_like(self.queries.repeat(x.shape[0], 1))
+        result: Tensor = self.layer(x) + target
+        return result
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], str]] = {
+    "scores near zero": (TinyScores, "SOFTMAX"),
+    "zeros for every sample": (ZerosAdded, "ADD"),
+}
+
+
+def _ends(content: bytes, folder: Path) -> bool:
+    """Whether a process that prepares a file with LiteRT's reference kernels is aborted."""
+    (folder / "net.tflite").write_bytes(content)
+    code = (
+        "from ai_edge_litert.interpreter import Interpreter, OpResolverType\n"
+        f"Interpreter({str(folder / 'net.tflite')!r}, "
+        "experimental_op_resolver_type=OpResolverType.BUILTIN_REF).allocate_tensors()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return run.returncode != 0
+
+
+def _converted(network: type[nn.Module], x: Tensor) -> QuantizedModel:
+    torch.manual_seed(0)
+    model = network()
+    prepare(model)
+    # Ranges are observed and nothing is learned, so the numbers stay as small as they are.
+    model.train()(x)
+    return convert(model.eval(), x)
+
+
+@pytest.mark.parametrize(("network", "kind"), NETWORKS.values(), ids=NETWORKS)
+def test_an_operator_whose_kernel_would_abort_is_not_integer_and_says_why(
+    network: type[nn.Module], kind: str, tmp_path: Path
+) -> None:
+    x = torch.randn(4, 8)
+    quantized = _converted(network, x)
+    exporter = TFLiteExporter(backend="litert")
+    artifact = export(quantized, exporter, tmp_path / "net")
+    file = read(artifact.files["model"].read_bytes())
+    in_float = [operator.kind for operator in file.float_operators]
+    assert [op.kind for op in file.operators].count(kind) == in_float.count(kind)
+    notes = [note for note in artifact.notes if note.startswith(f"{kind} that writes ")]
+    # The converter leaves a sum with zeros out once it is in float.
+    assert len(notes) == (kind == "SOFTMAX")
+    assert all("integer kernel would end the process" in note for note in notes)
+    agreement = verify(quantized, artifact, (x,), exporter)
+    assert agreement.parameters_equal
+    assert all(runtime.max_steps <= 1 for runtime in agreement.runtimes)
+
+
+@pytest.mark.parametrize(("network", "kind"), NETWORKS.values(), ids=NETWORKS)
+def test_a_file_that_would_abort_is_refused_before_a_runtime_sees_it(
+    network: type[nn.Module], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = _converted(network, torch.randn(4, 8))
+    monkeypatch.setattr(requantize, "_LIMITED", {})
+    with pytest.raises(UnsupportedByTarget, match=f"ends the process that prepares this {kind}"):
+        export(quantized, TFLiteExporter(backend="litert"), tmp_path / "net")
+    # And it does end it.
+    written = []
+    monkeypatch.setattr(exporter_module, "operators_that_abort", lambda file: ())
+    monkeypatch.setattr(exporter_module, "check_runs", written.append)
+    export(quantized, TFLiteExporter(backend="litert"), tmp_path / "net")
+    assert _ends(written[0], tmp_path)
+
+
+def test_the_limits_by_hand() -> None:
+    # Twice the larger scale over 2**20 times that of the output must stay below 1.
+    assert broken_limit("ADD", [0.25, 1.0], 2.0**-18, 8) is None
+    assert broken_limit("ADD", [0.25, 1.0], 2.0**-19, 8) is not None
+    assert broken_limit("ADD", [1.0, 0.25], 2.0**-13, 16) is None
+    assert broken_limit("ADD", [1.0, 0.25], 2.0**-14, 16) is not None
+    assert broken_limit("SUB", [1.0, 0.25], 2.0**-30, 8) is None
+    # 2**26 times the scale must stay above 1; 16 bits are read from a table.
+    assert broken_limit("SOFTMAX", [2.0**-25], 1 / 256, 8) is None
+    assert broken_limit("SOFTMAX", [2.0**-26], 1 / 256, 8) is not None
+    assert broken_limit("SOFTMAX", [2.0**-26], 1 / 32768, 16) is None
+    assert broken_limit("MUL", [1.0, 1.0], 1e-30, 8) is None
