@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qat.convert.convert import convert
 from lightning_qat.export.export import export
+from lightning_qat.export.verify import verify
 from lightning_qat.numerics.arithmetic import quantize_bias
 from lightning_qat_exporters import TFLiteExporter
 from lightning_qat_exporters.tflite.flatbuffer.file import read
@@ -43,3 +44,44 @@ def test_biases_between_two_integers_are_rounded_as_the_model_rounds_them(tmp_pa
     values = torch.tensor(file.tensors[stored.bias].data).long()
     assert int((values != expected).sum()) == 0
     assert TFLiteExporter().differences(model, artifact) == ()
+
+
+class Prior(nn.Module):
+    """A layer whose bias is one number, as of a detector's classes, before a second one."""
+
+    def __init__(self, layer: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.last = layer, last
+        assert isinstance(layer.bias, nn.Parameter)
+        nn.init.constant_(layer.bias, -4.595)
+        layer.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.layer(x))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("layer", "last", "shape"),
+    [
+        (nn.Linear(4, 9), nn.Linear(9, 2), (8, 4)),
+        (nn.Conv2d(3, 9, 3), nn.Conv2d(9, 2, 1), (2, 3, 5, 5)),
+        (nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1), (2, 6, 5, 5)),
+        (nn.ConvTranspose2d(3, 5, 2), nn.Conv2d(5, 2, 1), (2, 3, 5, 5)),
+    ],
+    ids=["linear", "convolution", "depthwise", "transposed"],
+)
+def test_a_bias_of_one_number_has_each_channel_s_own_integer(
+    layer: nn.Module, last: nn.Module, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = convert(trained(Prior(layer, last), x), x)
+    first = model.layers[0]
+    assert first.bias is not None
+    assert len(first.bias.unique()) == 1
+    exporter = TFLiteExporter(backend="litert")
+    artifact = export(model, exporter, tmp_path / "net")
+    assert exporter.differences(model, artifact) == ()
+    agreement = verify(model, artifact, (x,), exporter)
+    assert all(runtime.max_steps <= 1 for runtime in agreement.runtimes), str(agreement)

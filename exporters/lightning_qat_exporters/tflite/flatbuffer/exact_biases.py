@@ -19,8 +19,10 @@ def store_biases(file: Any, model: QuantizedModel, layers: MatchedLayers) -> Non
     """Write ``round(bias / (s_input * s_weight))`` as the model rounds it, in place.
 
     Converters take the product of the scales in double precision, the model in float32: a bias near
-    the middle of two steps is one off, a bias of many steps more. What is further off than that is
-    left for ``read_back`` to report, for then the file has another bias.
+    the middle of two steps is one off, a bias of many steps more. A bias that is one number for all
+    channels (a detector's prior, a forget gate's 1) litert-torch divides by the scale of the first
+    channel alone. What is further off than that is left for ``read_back`` to report, for then the
+    file has another bias.
 
     Args:
         file: An unpacked file; changed in place.
@@ -43,10 +45,17 @@ def store_biases(file: Any, model: QuantizedModel, layers: MatchedLayers) -> Non
         values = found.data.reshape(-1).astype(np.int64)
         if exact.shape != values.shape or np.array_equal(exact, values):
             continue
-        if np.any(np.abs(exact - values) > 1 + np.abs(exact) * _FLOAT32):
+        # What the converter makes of a bias that is one number.
+        expected = np.full_like(exact, exact[0]) if len(layer.bias.unique()) == 1 else exact
+        if not any(_is_near(values, wanted) for wanted in (exact, expected)):
             continue
         # A buffer of its own: tensors of equal content share theirs.
         buffer = s.BufferT()
         buffer.data = exact.astype(np.int32).view(np.uint8)
         file.buffers.append(buffer)
         file.subgraphs[0].tensors[stored.bias].buffer = len(file.buffers) - 1
+
+
+def _is_near(values: Any, wanted: Any) -> bool:
+    """Whether stored integers are those wanted but for the converter's rounding."""
+    return bool(np.all(np.abs(wanted - values) <= 1 + np.abs(wanted) * _FLOAT32))
