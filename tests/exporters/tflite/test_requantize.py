@@ -141,3 +141,21 @@ def test_readers_of_one_tensor_each_get_it_in_their_layout(tmp_path: Path) -> No
     artifact = export(quantized, exporter, tmp_path / "net")
     agreement = verify(quantized, artifact, torch.randn(16, 4, 8, 8), exporter)
     assert agreement.max_steps <= 1.001
+
+
+@pytest.mark.parametrize("layer", [nn.Conv3d, nn.ConvTranspose3d])
+def test_a_grid_between_two_layers_that_litert_has_in_float_only_is_kept(
+    layer: type[nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    make: Callable[..., nn.Module] = layer
+    net, x = (
+        nn.Sequential(make(2, 4, 3), nn.ReLU(), make(4, 3, 1), make(3, 2, 1)),
+        torch.randn(2, 2, 5, 5, 5),
+    )
+    prepare(net)
+    model = convert(train_steps(net, x), x)
+    exporter = TFLiteExporter(backend="litert")
+    agreement = verify(model, export(model, exporter, tmp_path / "net"), (x,), exporter)
+    assert agreement.parameters_equal, str(agreement)
+    assert agreement.max_steps < 0.01

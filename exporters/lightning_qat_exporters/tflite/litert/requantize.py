@@ -12,7 +12,8 @@ selection, was 38 steps off, a bilinear resize 13. These rules are applied first
 4. A layer that is read in float is kept apart, else the converter multiplies constants that come
    later into its weight.
 5. An operator that is not listed here, or reads a float tensor, is computed in float; else a float
-   reader of its output may get values that were never rounded.
+   reader of its output may get values that were never rounded. A 3-D convolution is: LiteRT has
+   it in float only.
 6. An operator whose scales LiteRT's integer kernel cannot compute with (``kernel_limits``) is
    computed in float.
 
@@ -148,7 +149,7 @@ class Annotated:
     def _settle(self, node: fx.Node) -> None:
         """Rules 2 to 5 for one operator."""
         source, output = self.source(node), self.output(node)
-        if self._breaks_a_limit(node, output):
+        if _is_layer_3d(node) or self._breaks_a_limit(node, output):
             self.compute_in_float(node)
         elif kind(node) in _LAYERS:
             end = node
@@ -252,7 +253,7 @@ class Annotated:
     def compute_in_float(self, node: fx.Node) -> None:
         """Keep an operator apart from the quantizations before and after it."""
         for source in node.all_input_nodes:
-            if source in self.qparams:
+            if self._qparams_of(source) is not None:
                 self.part(source, [node])
         if self.reached(node) - {None}:
             self.part(node, list(node.users))
@@ -338,6 +339,11 @@ def preserves_values(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return preserves_values(arguments[0])
     return kind(node) in _VALUE_PRESERVING
+
+
+def _is_layer_3d(node: fx.Node) -> bool:
+    """Whether a node is a convolution over three dimensions, transposed or not."""
+    return kind(node) in _LAYERS and node.all_input_nodes[0].meta["val"].dim() == 5
 
 
 def activates(node: fx.Node) -> bool:
