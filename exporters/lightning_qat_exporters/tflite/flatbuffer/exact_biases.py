@@ -46,7 +46,9 @@ def store_biases(file: Any, model: QuantizedModel, layers: MatchedLayers) -> Non
         if exact.shape != values.shape or np.array_equal(exact, values):
             continue
         # What the converter makes of a bias that is one number.
-        expected = np.full_like(exact, exact[0]) if len(layer.bias.unique()) == 1 else exact
+        expected = (
+            np.full_like(exact, exact[0]) if bool((layer.bias == layer.bias[0]).all()) else exact
+        )
         if not any(_is_near(values, wanted) for wanted in (exact, expected)):
             continue
         # A buffer of its own: tensors of equal content share theirs.
