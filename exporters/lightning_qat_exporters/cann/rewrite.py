@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lightning_qat.export.protocol import Array, Unsupported, UnsupportedByTarget
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS, Downgrade
 from lightning_qat_exporters.cann.qdq_graph.constants import constant
+from lightning_qat_exporters.cann.qdq_graph.qparams import qparams_of
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import real_constant
 from lightning_qat_exporters.cann.qdq_graph.types import (
     TARGET,
@@ -168,6 +169,7 @@ class QuantizedForm(ABC):
             last = next((n for n in node.outputs[0].consumers() if n.op_type == "Clip"), node)
             if last.outputs[0].is_graph_output():
                 integers = self.integers(graph, activation, read, last)
+                integers = _in_the_type_of(graph, node, integers, last)
                 graph.replace(last.outputs[0], integers, last)
 
     def _layer(
@@ -238,6 +240,24 @@ class QuantizedForm(ABC):
     @abstractmethod
     def operand(self, integers: Array) -> Array:
         """The type in which a layer's integers are stored."""
+
+
+def _in_the_type_of(
+    graph: GraphWriter, quantize: ir.Node, integers: ir.Value, anchor: ir.Node
+) -> ir.Value:
+    """Integers of a device, which are signed, in the type of the model's own output.
+
+    They are cast by way of float32, which holds all of them: CANN has no Add of uint8.
+    """
+    dtype = qparams_of(quantize).dtype
+    if np.issubdtype(dtype, np.signedinteger):
+        return integers
+    name = f"{quantize.outputs[0].name or quantize.name}.unsigned"
+    half = np.float32(1 << (8 * dtype.itemsize - 1))
+    real = graph.cast(anchor, integers, ir.DataType.FLOAT, f"{name}.real")
+    constants = [graph.constant(f"{name}.half", half)]
+    shifted = graph.insert(anchor, "Add", [real, *constants], {}, f"{name}.add")
+    return graph.cast(anchor, shifted, ir.DataType.from_numpy(dtype), name)
 
 
 def _require_no_pairs(model: ir.Model) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
-from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import LIMITED, limit_of
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import LIMITED, limit_of, place_of
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 
@@ -32,10 +32,9 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
         limit = _limit_kept_in_float(file, op)
         if limit is not None:
             explained.add(op)
-            name = file.tensors[op.outputs[0]].name
             notes.append(
-                f"{op.kind} that writes {name}: computed in float on integers, because LiteRT's "
-                f"integer kernel would end the process: {limit}."
+                f"{place_of(file, op)}: computed in float on integers, because LiteRT's integer "
+                f"kernel would end the process: {limit}."
             )
     others = Counter(op.kind for op in file.float_operators if op not in explained)
     if others:

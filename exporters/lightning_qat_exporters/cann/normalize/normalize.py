@@ -7,10 +7,13 @@ from collections.abc import Iterable
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from lightning_qat_exporters.cann.normalize.dequantize_before_moves import DequantizeBeforeMoves
 from lightning_qat_exporters.cann.normalize.fold_batchnorm import FoldBatchNorm
 from lightning_qat_exporters.cann.normalize.fold_constants import FoldConstants
+from lightning_qat_exporters.cann.normalize.integer_sources import PairIntegerSources
 from lightning_qat_exporters.cann.normalize.propagate_pairs import PropagatePairs
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SplitAsymmetricWeights
+from lightning_qat_exporters.cann.normalize.split_channel_scales import SplitChannelScales
 
 
 def with_plain_constants(model: ir.Model) -> ir.Model:
@@ -29,6 +32,9 @@ def normalize(model: ir.Model) -> ir.Model:
         *_plain(),
         FoldConstants(),
         common.IdentityEliminationPass(),
+        DequantizeBeforeMoves(),
+        PairIntegerSources(),
+        SplitChannelScales(),
         PropagatePairs(),
         SplitAsymmetricWeights(),
         FoldBatchNorm(),

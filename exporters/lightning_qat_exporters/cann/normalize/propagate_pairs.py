@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from lightning_qat.export.protocol import CannotExpress
 from lightning_qat.ir.operators import LAYER_TYPES, value_preserving
 from lightning_qat_exporters.cann.qdq_graph.constants import constant, is_constant
+from lightning_qat_exporters.cann.qdq_graph.qparams import qparams_of, undoes
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import constant_dequantize
 
 # Identity is eliminated before. Of a Split only the first output would be followed.
@@ -35,11 +37,18 @@ class PropagatePairs(ir.passes.InPlacePass):
 
 
 def _pair_before(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear whose values reach ``value`` through at least one other operator."""
+    """The DequantizeLinear whose values reach ``value`` through at least one other operator.
+
+    Of a Concat all operands must have one scale and zero point; that of the first stands for all.
+    """
     node = None if value is None else value.producer()
     steps = 0
-    while node is not None and value is not None and _keeps_values(node):
-        if node.domain or value is not node.outputs[0]:
+    while node is not None and value is not None and not node.domain:
+        if node.op_type == "Concat":
+            return _pair_of_all(node)
+        if not _keeps_values(node):
+            break
+        if value is not node.outputs[0]:
             return None
         value = node.inputs[0]
         node = None if value is None else value.producer()
@@ -47,6 +56,25 @@ def _pair_before(value: ir.Value | None) -> ir.Node | None:
     if not steps or node is None or node.op_type != "DequantizeLinear":
         return None
     return None if is_constant(node.inputs[0]) else node
+
+
+def _pair_of_all(concat: ir.Node) -> ir.Node | None:
+    """The pair of a Concat's first operand, where those of all others have its parameters."""
+    pairs = []
+    for value in concat.inputs:
+        node = None if value is None else value.producer()
+        direct = node is not None and node.op_type == "DequantizeLinear" and not node.domain
+        pair = node if direct else _pair_before(value)
+        if pair is None or is_constant(pair.inputs[0]):
+            return None
+        pairs.append(pair)
+    try:
+        same = all(undoes(pair, qparams_of(pairs[0])) for pair in pairs)
+    except CannotExpress:
+        return None
+    clipped = [pair.inputs[0].producer() for pair in pairs if pair.inputs[0] is not None]
+    narrowed = any(maker is not None and maker.op_type == "Clip" for maker in clipped)
+    return pairs[0] if same and not narrowed else None
 
 
 def _keeps_values(node: ir.Node) -> bool:

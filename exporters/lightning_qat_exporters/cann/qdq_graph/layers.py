@@ -23,6 +23,9 @@ from lightning_qat_exporters.cann.qdq_graph.types import REAL_TYPES, UnusableVal
 _INT4 = ir.DataType.INT4.numpy()
 _INT8 = np.iinfo(np.int8)
 
+WHY_REAL = "lightning_qat.why_real"
+"""Where a tensor's ``meta`` says why it became real although the file quantizes it."""
+
 
 class LayerWeight(NamedTuple):
     """A layer's weight in the layout that ``IntegerLayer`` promises.
@@ -125,6 +128,9 @@ def _layer_input(
         producer = data.producer() if data is not None else None
     quantized_weight = constant_dequantize(node.inputs[1]) is not None
     if producer is None or producer not in group_of:
+        why = None if data is None else data.meta.get(WHY_REAL)
+        if quantized_weight and why is not None:
+            raise CannotExpress(why, "Quantize activations per tensor")
         raise CannotExpress(
             "its weight is quantized and its input is not"
             if quantized_weight

@@ -75,8 +75,24 @@ def operators_that_abort(file: TFLiteFile) -> Iterator[Unsupported]:
         reason = limit_of(file, operator)
         if reason is not None:
             yield Unsupported(
-                file.tensors[operator.outputs[0]].name,
+                place_of(file, operator),
                 f"LiteRT ends the process that prepares this {operator.kind}: {reason}",
                 "Leave its inputs or its output unquantized (exclude), or look why values differ "
                 "that much in size: an untrained or a dead part of the network often does",
             )
+
+
+def place_of(file: TFLiteFile, operator: FileOperator) -> str:
+    """An operator by the nearest tensor before it that has a module's name, and its kind."""
+    makers = {output: op for op in file.operators for output in op.outputs}
+    waiting, seen = list(operator.outputs), set[int]()
+    while waiting:
+        index = waiting.pop(0)
+        name = file.tensors[index].name
+        if name and not name.startswith(("lightning_qat_exporters", "serving_default")):
+            return name if index in operator.outputs else f"{operator.kind} behind {name!r}"
+        maker = makers.get(index)
+        new = [] if maker is None else [i for i in maker.inputs if i >= 0 and i not in seen]
+        seen.update(new)
+        waiting += new
+    return file.tensors[operator.outputs[0]].name

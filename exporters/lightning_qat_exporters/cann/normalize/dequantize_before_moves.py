@@ -1,0 +1,208 @@
+"""Dequantize before operators that move integers, so that every pair stands together again.
+
+Tools that write integers between QuantizeLinear and DequantizeLinear (a Transpose, a Concat of one
+grid, a Cast to the type that they have) compute the same as if real values were moved.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lightning_qat.export.protocol import CannotExpress
+from lightning_qat_exporters.cann.qdq_graph.constants import constant, is_constant
+from lightning_qat_exporters.cann.qdq_graph.names import label
+from lightning_qat_exporters.cann.qdq_graph.qparams import NodeQParams, qparams_of, undoes
+from lightning_qat_exporters.onnx_files.graph_writer import initializer
+
+_FIRST = frozenset(
+    "Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Identity Slice Gather GatherElements "
+    "Split DepthToSpace SpaceToDepth MaxPool GlobalMaxPool ReduceMax ReduceMin Pad".split()
+)
+"""Operators that output values of their first input; all but Pad alone."""
+
+
+class DequantizeBeforeMoves(ir.passes.InPlacePass):
+    """Move a DequantizeLinear in front of what stands between it and its QuantizeLinear.
+
+    All integers that meet in an operator must have one scale and zero point. Integers that are a
+    graph output are quantized again behind the operator, which changes nothing.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite ``model`` in place."""
+        moved = _Moved(model.graph)
+        for node in tuple(model.graph):
+            if node.op_type == "DequantizeLinear" and not node.domain:
+                moved.take(node)
+        for node in model.graph:
+            # Sizes are those of the real tensor; nothing else may read the integers.
+            maker = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
+            if node.op_type in ("Shape", "Size") and maker and maker.op_type == "QuantizeLinear":
+                node.replace_input_with(0, maker.inputs[0])
+                moved.any = True
+        return ir.passes.PassResult(model, modified=moved.any)
+
+
+class _Moved:
+    """The real tensors that stand for moved integers, each written once."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.any = False
+        self._real: dict[tuple[ir.Value, int], ir.Value] = {}
+
+    def take(self, dequantize: ir.Node) -> None:
+        """Let the readers of a DequantizeLinear read the same values, moved in real form."""
+        value = dequantize.inputs[0]
+        if value is None or not _is_move(value.producer()) or is_constant(value):
+            return
+        try:
+            qparams = qparams_of(dequantize)
+        except CannotExpress:
+            return
+        if qparams.scale.size != 1 or not self._made_of_one_grid(value, dequantize, qparams):
+            return
+        real = self._real_of(value, dequantize, qparams)
+        old = dequantize.outputs[0]
+        if old.is_graph_output():
+            # The output keeps its name; what made it before is removed as unread.
+            real = self._written(real, "Identity", [real], f"{label(dequantize)}.moved")
+            real.name, old.name = old.name, f"{old.name}.before"
+            self.graph.outputs[list(self.graph.outputs).index(old)] = real
+        ir.convenience.replace_all_uses_with(old, real)
+        self.any = True
+        self._requantize_outputs(value, dequantize, qparams)
+
+    def _made_of_one_grid(self, value: ir.Value, dequantize: ir.Node, qparams: NodeQParams) -> bool:
+        """Whether integers come from QuantizeLinear nodes with these parameters, through moves."""
+        node = value.producer()
+        if node is None:
+            return False
+        if node.op_type == "QuantizeLinear":
+            return not is_constant(node.inputs[0]) and undoes(dequantize, qparams_of(node))
+        if node.op_type == "Clip" and not node.domain:
+            before = node.inputs[0]
+            maker = None if before is None else before.producer()
+            return (
+                before is not None
+                and maker is not None
+                and maker.op_type == "QuantizeLinear"
+                and self._made_of_one_grid(before, dequantize, qparams)
+            )
+        if not _is_move(node) or (node.op_type == "Cast" and not _keeps_type(node, qparams)):
+            return False
+        return all(self._made_of_one_grid(v, dequantize, qparams) for v in _data(node))
+
+    def _real_of(self, value: ir.Value, like: ir.Node, qparams: NodeQParams) -> ir.Value:
+        node = value.producer()
+        assert node is not None  # _made_of_one_grid walked through it
+        key = value, hash((qparams.scale.tobytes(), qparams.zero_point.tobytes()))
+        if key in self._real:
+            return self._real[key]
+        if not _is_move(node):
+            real = self._dequantized(value, node, like)
+        elif node.op_type == "Cast":
+            real = self._real_of(_data(node)[0], like, qparams)
+        else:
+            real = self._move(value, node, like, qparams)
+        self._real[key] = real
+        return real
+
+    def _dequantized(self, value: ir.Value, maker: ir.Node, like: ir.Node) -> ir.Value:
+        attributes = [a for a in like.attributes.values() if a.name != "axis"]
+        real = ir.Value(name=f"{value.name}.real", type=like.outputs[0].type, shape=value.shape)
+        node = ir.Node(
+            like.domain,
+            "DequantizeLinear",
+            [value, *like.inputs[1:]],
+            attributes,
+            outputs=[real],
+            name=f"{value.name}.dequantize",
+        )
+        self.graph.insert_after(maker, node)
+        return real
+
+    def _move(
+        self, value: ir.Value, node: ir.Node, like: ir.Node, qparams: NodeQParams
+    ) -> ir.Value:
+        """The same operator on real values; of several outputs all are made."""
+        reals = {v: self._real_of(v, like, qparams) for v in _data(node)}
+        inputs = [reals.get(v, v) if v is not None else None for v in node.inputs]
+        if node.op_type == "Pad":
+            inputs = self._real_fill(node, inputs, qparams)
+        type_ = like.outputs[0].type
+        outputs = [ir.Value(name=f"{v.name}.real", type=type_, shape=v.shape) for v in node.outputs]
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            list(node.attributes.values()),
+            outputs=outputs,
+            name=node.name,
+        )
+        node.name = f"{label(node)}.integers"
+        self.graph.insert_after(node, copy)
+        return outputs[node.outputs.index(value)]
+
+    def _real_fill(
+        self, node: ir.Node, inputs: list[ir.Value | None], qparams: NodeQParams
+    ) -> list[ir.Value | None]:
+        """The inputs of a Pad whose fill is an integer: 0 where it is left out."""
+        stored = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        integer = 0 if stored is None else int(stored.reshape(()))
+        fill = (integer - qparams.zero_point[0]) * qparams.scale[0]
+        array = np.asarray(fill, qparams.scale.dtype)
+        inputs = [*inputs, None][:4] if len(inputs) < 3 else inputs
+        inputs[2] = initializer(self.graph, f"{label(node)}.fill", array)
+        return inputs
+
+    def _requantize_outputs(self, value: ir.Value, like: ir.Node, qparams: NodeQParams) -> None:
+        """Quantize moved integers that are a graph output from their real values."""
+        node = value.producer()
+        if node is None or not _is_move(node):
+            return
+        if value.is_graph_output():
+            real = self._real_of(value, like, qparams)
+            inputs = [real, *like.inputs[1:]]
+            name = f"{label(node)}.requantized"
+            integers = self._written(real, "QuantizeLinear", inputs, name, value.type)
+            integers.name, value.name = value.name, f"{value.name}.before"
+            self.graph.outputs[list(self.graph.outputs).index(value)] = integers
+        for before in _data(node):
+            self._requantize_outputs(before, like, qparams)
+
+    def _written(
+        self,
+        after: ir.Value,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        name: str,
+        type_: ir.TypeProtocol | None = None,
+    ) -> ir.Value:
+        maker = after.producer()
+        assert maker is not None  # a DequantizeLinear or a move made it
+        output = ir.Value(name=f"{name}.output", type=type_ or after.type, shape=after.shape)
+        self.graph.insert_after(maker, ir.node(op_type, inputs, outputs=[output], name=name))
+        return output
+
+
+def _is_move(node: ir.Node | None) -> bool:
+    if node is None or node.domain:
+        return False
+    if node.op_type == "Pad":
+        fill = node.inputs[2] if len(node.inputs) > 2 else None
+        in_constant_mode = node.attributes.get_string("mode", "constant") == "constant"
+        return not in_constant_mode or fill is None or constant(fill) is not None
+    return node.op_type in _FIRST or node.op_type in ("Cast", "Concat")
+
+
+def _data(node: ir.Node) -> list[ir.Value]:
+    """The inputs that a move takes values of."""
+    inputs = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+    return [value for value in inputs if value is not None]
+
+
+def _keeps_type(cast: ir.Node, qparams: NodeQParams) -> bool:
+    to = cast.attributes.get_int("to", 0)
+    return ir.DataType(to) == ir.DataType.from_numpy(qparams.dtype)

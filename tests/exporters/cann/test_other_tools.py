@@ -1,0 +1,179 @@
+"""What other tools write between QuantizeLinear and DequantizeLinear, and around the pairs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from lightning_qat.amct.record import parse_record
+from lightning_qat.export.protocol import UnsupportedByTarget
+from tests.exporters.cann.qdq_files import net_file, saved
+from tests.exporters.cann.qdq_graphs import Qdq, proto
+from tests.exporters.cann.test_convert_qat_model import agreeing, ops, real, rng
+
+X = {"x": real(2, 4, 6, 6)}
+
+
+def conv(net: Qdq, data: str, name: str = "conv", groups: int = 1, scale: Any = None) -> str:
+    """A convolution of four channels to four on quantized data."""
+    integers = rng().integers(-90, 90, (4, 4 // groups, 3, 3))
+    weight = net.weight(integers, [0.01, 0.02, 0.005, 0.01] if scale is None else scale)
+    bias = net.constant([0.5, -0.25, 0.0, 1.0], np.float32)
+    pads = [1, 1, 1, 1]
+    return net.node("Conv", data, weight, bias, name=name, pads=pads, group=groups)
+
+
+def quantized(net: Qdq, x: str, scale: float = 0.05, zero: int = 3, dtype: Any = np.int8) -> str:
+    return net.node("QuantizeLinear", x, net.constant(scale, np.float32), net.constant(zero, dtype))
+
+
+def dequantized(net: Qdq, q: str, scale: float = 0.05, zero: int = 3, dtype: Any = np.int8) -> str:
+    return net.node(
+        "DequantizeLinear", q, net.constant(scale, np.float32), net.constant(zero, dtype)
+    )
+
+
+def moved(net: Qdq, q: str, how: str) -> str:
+    """Integers after an operator that outputs values of its input."""
+    if how == "transpose twice":
+        q = net.node("Transpose", q, perm=[0, 2, 3, 1])
+        return net.node("Transpose", q, perm=[0, 3, 1, 2])
+    if how == "reshape":
+        q = net.node("Reshape", q, net.constant([2, 4, 36], np.int64))
+        return net.node("Reshape", q, net.constant([2, 4, 6, 6], np.int64))
+    if how == "squeeze":
+        q = net.node("Unsqueeze", q, net.constant([1], np.int64))
+        return net.node("Squeeze", q, net.constant([1], np.int64))
+    if how == "slice":
+        starts, ends = net.constant([1], np.int64), net.constant([5], np.int64)
+        return net.node("Slice", q, starts, ends, net.constant([2], np.int64))
+    if how == "concat":
+        return net.node("Concat", q, q, axis=2)
+    if how == "max pool":
+        return net.node("MaxPool", q, kernel_shape=[2, 2], strides=[2, 2])
+    if how == "pad with zero point":
+        pads = net.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
+        return net.node("Pad", q, pads, net.constant(3, np.int8))
+    if how == "pad with zeros":
+        return net.node("Pad", q, net.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64))
+    assert how == "cast to its own type"
+    return net.node("Cast", q, to=TensorProto.INT8)
+
+
+MOVES = (
+    *("transpose twice", "reshape", "squeeze", "slice", "concat", "max pool"),
+    *("pad with zero point", "pad with zeros", "cast to its own type"),
+)
+
+
+@pytest.mark.parametrize("how", MOVES)
+def test_integers_may_be_moved_between_a_pair(how: str, tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    data = dequantized(net, moved(net, quantized(net, "x"), how))
+    done = agreeing(net_file(net, tmp_path, conv(net, data)), X, 1e-5)
+    # A fill of 0 is no real zero here, so the layer's own input would have to be rounded again.
+    assert done.layers == (() if how == "pad with zeros" else ("conv",))
+
+
+def test_moved_integers_that_are_an_output_are_written_as_integers(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    q = net.node("Transpose", quantized(net, "x"), perm=[0, 2, 3, 1], name="move")
+    net.node("Relu", dequantized(net, q), name="reader")
+    done = agreeing(output_of_type(net, TensorProto.INT8, q, tmp_path), X, 1e-5)
+    assert done.outputs == ("y",)
+
+
+def test_integers_of_two_grids_that_meet_are_refused_by_name(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    parts = quantized(net, "x"), quantized(net, "x", 0.1)
+    data = dequantized(net, net.node("Concat", *parts, axis=1, name="cat"))
+    with pytest.raises(UnsupportedByTarget, match=r"integers are read by 'cat' \(Concat\)"):
+        agreeing(net_file(net, tmp_path, net.node("Relu", data)), X, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [(np.uint8, 120), (np.int8, -7), (np.uint16, 9)])
+def test_a_graph_input_of_integers_is_taken(dtype: Any, zero: int, tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6], opset=21)
+    y = conv(net, dequantized(net, "x", zero=zero, dtype=dtype))
+    model = proto(net.model(y))
+    model.graph.input[0].type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(
+        np.dtype(dtype)
+    )
+    low, high = (100, 140) if dtype is np.uint16 else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    inputs = {"x": rng().integers(low, high, (2, 4, 6, 6)).astype(dtype)}
+    done = agreeing(saved(model, tmp_path), inputs, 1e-5)
+    assert done.layers == ("conv",)
+
+
+def test_integers_that_another_operator_makes_are_taken(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    whole = net.node("Cast", net.node("Clip", "x", *bounds(net)), to=TensorProto.INT8)
+    done = agreeing(net_file(net, tmp_path, conv(net, dequantized(net, whole))), X, 1e-5)
+    assert done.layers == ("conv",)
+
+
+def bounds(net: Qdq) -> tuple[str, str]:
+    return net.constant(-100.0, np.float32), net.constant(100.0, np.float32)
+
+
+def output_of_type(net: Qdq, type_: int, output: str, folder: Path) -> Path:
+    model = proto(net.model(output))
+    model.graph.output[0].type.tensor_type.elem_type = type_
+    return saved(model, folder)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_an_output_of_uint8_stays_one(clip: bool, tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    q = quantized(net, conv(net, net.fake("x", 0.05)), 0.03125, 7, np.uint8)
+    if clip:
+        q = net.node("Clip", q, *(net.constant(end, np.uint8) for end in (10, 200)))
+    source = output_of_type(net, TensorProto.UINT8, q, tmp_path)
+    done = agreeing(source, X, 1e-5)
+    assert done.outputs == ("y",)
+    for role in ("model", "fake_quant"):
+        (output,) = onnx.load(done.files[role]).graph.output
+        assert output.type.tensor_type.elem_type == TensorProto.UINT8
+
+
+def by_channel(zero: Any = 0, groups: int = 4) -> tuple[Qdq, str]:
+    """A pair with a scale per channel, and a convolution."""
+    net = Qdq([2, 4, 6, 6])
+    zeros = np.broadcast_to(np.asarray(zero, np.int8), 4)
+    factors = [net.constant([0.5, 0.25, 0.125, 2.0], np.float32), net.constant(zeros)]
+    q = net.node("QuantizeLinear", "x", *factors, axis=1)
+    return net, conv(net, net.node("DequantizeLinear", q, *factors, axis=1), groups=groups)
+
+
+def test_a_depthwise_layer_takes_its_input_s_scales_into_its_weight(tmp_path: Path) -> None:
+    net, y = by_channel(zero=5)
+    record = tmp_path / "record.txt"
+    done = agreeing(net_file(net, tmp_path, y), X, 1e-5, record_file=record)
+    assert done.layers == ("conv",)
+    assert "Mul" in ops(done)
+    (layer,) = parse_record(record.read_text())
+    assert (layer.scale_d, layer.offset_d) == (1.0, 5)
+    # The weight's scales 0.01, 0.02, 0.005, 0.01 times those of the channels.
+    assert layer.scale_w == pytest.approx((0.005, 0.005, 0.000625, 0.02))
+
+
+@pytest.mark.parametrize("zero", [0, [0, 1, -3, 7]])
+def test_any_other_layer_of_such_an_input_is_float_on_the_same_values(
+    zero: Any, tmp_path: Path
+) -> None:
+    net, y = by_channel(zero, groups=1)
+    done = agreeing(net_file(net, tmp_path, y), X, 1e-5)
+    assert done.layers == ()
+    assert any("conv" in r and "scale per channel" in r for r in done.left_float)
+
+
+def test_sizes_may_be_read_from_integers(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    q = quantized(net, "x")
+    shape = net.node("Shape", q)
+    flat = net.node("Reshape", q, net.constant([-1], np.int64))
+    data = dequantized(net, net.node("Reshape", flat, shape))
+    assert agreeing(net_file(net, tmp_path, conv(net, data)), X, 1e-5).layers == ("conv",)
