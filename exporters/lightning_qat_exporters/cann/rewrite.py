@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,10 @@ class QuantizedForm(ABC):
     def _activation(
         self, graph: GraphWriter, activation: QuantizedActivation, readers: Sequence[ir.Node]
     ) -> None:
+        # Behind another pair the tensor is another one by now: what stands for that pair.
+        source = activation.quantizes[0].inputs[0]
+        assert source is not None  # QuantizeLinear's first input is not optional
+        activation = replace(activation, source=source)
         read = self.quantize(graph, activation, activation.quantizes[0])
         for layer_node in readers:
             layer_node.replace_input_with(0, read)
@@ -268,7 +273,7 @@ def _require_no_pairs(model: ir.Model) -> None:
             [
                 Unsupported(
                     node.name or node.op_type,
-                    "a Q/DQ pair must not be inside a subgraph or read another pair",
+                    "a Q/DQ pair must not be inside a subgraph",
                     "Take it out of the branch or loop",
                 )
                 for node in inside

@@ -170,6 +170,16 @@ def test_any_other_layer_of_such_an_input_is_float_on_the_same_values(
     assert any("conv" in r and "scale per channel" in r for r in done.left_float)
 
 
+def test_a_pair_may_read_another_pair(tmp_path: Path) -> None:
+    # Brevitas quantizes an output, and again what reads it.
+    net = Qdq([2, 4, 6, 6])
+    finer = net.fake("x", 0.05, 3)
+    twice = net.fake(finer, 0.125, 1)
+    same = net.fake(twice, 0.125, 1)
+    done = agreeing(net_file(net, tmp_path, conv(net, same), net.node("Relu", finer)), X, 1e-5)
+    assert done.layers == ("conv",)
+
+
 def test_sizes_may_be_read_from_integers(tmp_path: Path) -> None:
     net = Qdq([2, 4, 6, 6])
     q = quantized(net, "x")
