@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,17 @@ are known to have, where no device is at hand. Errors are refused or computed wr
 concern some products or versions, advice may help.
 
   lightning-qat lint results/model_deploy_model.onnx
+
+or a QDQ model of any tool against the rules of TensorRT's parser and documents:
+
+  lightning-qat lint --for tensorrt results/model_qdq.onnx
 """
+_RULES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "cann": ("cann", {}),
+    "tensorrt": ("fake_quant_onnx", {"for_runtime": "tensorrt"}),
+}
+"""Whose rules ``lint`` checks: the exporter that knows them, and its arguments."""
+
 _EXIT = "Exit codes: 0 all is well, 1 lint found errors, 2 the command or its input is wrong."
 
 
@@ -90,8 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep biases in float, added after the layers, instead of rounding them to int32",
     )
-    lint = command("lint", "check a CANN deploy model", _LINT)
-    lint.add_argument("model", type=Path, help="the deploy model")
+    lint = command("lint", "check a CANN deploy model, or a QDQ model for TensorRT", _LINT)
+    lint.add_argument("model", type=Path, help="the deploy model, or the QDQ model")
+    lint.add_argument(
+        "--for", dest="rules", choices=_RULES, default="cann", help="whose rules (default: cann)"
+    )
     lint.add_argument("--json", action="store_true", help="findings as a JSON list")
     return parser
 
@@ -114,7 +127,8 @@ def _lint(options: argparse.Namespace) -> int:
     from lightning_qat.export.lint import Linting
     from lightning_qat.export.load import load_exporter
 
-    target = load_exporter("cann")
+    name, arguments = _RULES[options.rules]
+    target = type(load_exporter(name))(**arguments)
     assert isinstance(target, Linting)  # ours
     findings = target.lint(options.model)
     if options.json:

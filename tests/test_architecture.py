@@ -44,7 +44,7 @@ OPEN_TO_EXPORTERS = {"numerics", "ir", "export", "atomic_write", "amct"}
 """What of the core exporters may import: final numbers, the converted model, records."""
 LIGHTNING_DOOR = {"callback"}
 LIGHTNING = {"lightning", "pytorch_lightning"}
-FORMATS = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "tinynn", "litert_torch"}
+FORMATS = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tinynn", "litert_torch"}
 
 PACKAGES = {"lightning_qat": CORE, "lightning_qat_exporters": EXPORTERS}
 ROOT = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,22 @@ class UnsupportedByTarget(ValueError):
         super().__init__(f"The target {target!r} cannot express:{lines}")
 
 
+class CannotRun(RuntimeError):
+    """An optional runtime refuses a file; ``verify`` says so and goes on with the others.
+
+    Args:
+        runtime: Name of the runtime.
+        reason: What the runtime said, cut to one short line.
+    """
+
+    def __init__(self, runtime: str, reason: str) -> None:
+        self.runtime, self.reason = (
+            runtime,
+            textwrap.shorten(reason.strip(" \n."), 300, placeholder=" ..."),
+        )
+        super().__init__(f"{runtime} cannot run the file: {self.reason}")
+
+
 class MissingDependency(ImportError):
     """An exporter needs a package that is not installed."""
 
@@ -144,7 +161,11 @@ class Runnable(Protocol):
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Run the files on a batch: outputs by name."""
+        """Run the files on a batch: outputs by name.
+
+        Raises:
+            CannotRun: The runtime refuses the files; for runtimes that a user need not have.
+        """
         ...
 
 

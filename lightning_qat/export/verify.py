@@ -13,6 +13,7 @@ from lightning_qat.export.other_batch import OtherBatch
 from lightning_qat.export.protocol import (
     Array,
     Artifact,
+    CannotRun,
     Explaining,
     Exporter,
     Readable,
@@ -166,7 +167,11 @@ def verify(
     if isinstance(target, Runnable):
         other = OtherBatch.of(model, args, kwargs)
         for runtime in target.runtimes:
-            outputs = target.run(artifact, runtime, arrays)
+            try:
+                outputs = target.run(artifact, runtime, arrays)
+            except CannotRun as refusal:
+                warned.append(f"{refusal}")
+                continue
             compared = (
                 compare(name, reference[name], outputs[name], model.output_steps.get(name))
                 for name in reference

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_qat.convert.convert import convert
 from lightning_qat.export.export import export
-from lightning_qat.export.protocol import Array, Artifact
+from lightning_qat.export.protocol import Array, Artifact, CannotRun
 from lightning_qat.export.verify import (
     Agreement,
     OutputAgreement,
@@ -23,6 +23,7 @@ from lightning_qat.export.verify import (
 )
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters import FakeQuantOnnxExporter
+from lightning_qat_exporters.onnx_files.run_openvino import has_openvino
 from tests.models import EVERY_LAYER, Nested, inputs_for, linear, trained
 
 # Comparing one output
@@ -147,6 +148,7 @@ def test_an_untouched_file_agrees(converted: QuantizedModel, tmp_path: Path) -> 
     assert [r.runtime for r in agreement.runtimes] == [
         "onnxruntime, no optimizations",
         "onnxruntime",
+        *(["openvino"] if has_openvino() else []),
     ]
     assert agreement.samples == 4
     # A last layer's float sums, in another order than torch's.
@@ -290,6 +292,31 @@ def test_disagreement_is_reported_not_raised(converted: QuantizedModel) -> None:
     agreement = verify(converted, Artifact("wrong", {}), exporter=Wrong())
     assert agreement.parameter_differences is None
     assert agreement.max_steps > 10
+
+
+def test_a_runtime_that_refuses_the_file_is_a_caution(
+    converted: QuantizedModel, tmp_path: Path
+) -> None:
+    class Picky(FakeQuantOnnxExporter):
+        @property
+        def runtimes(self) -> tuple[str, ...]:
+            return ("abacus", "onnxruntime")
+
+        def run(
+            self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
+        ) -> dict[str, Array]:
+            if runtime == "abacus":
+                raise CannotRun("abacus", "too few beads.\n")
+            return super().run(artifact, runtime, inputs)
+
+        def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
+            return (f"it ran in {', '.join(max_steps)}",)
+
+    exporter = Picky()
+    agreement = verify(converted, export(converted, exporter, tmp_path / "net"), None, exporter)
+    assert [r.runtime for r in agreement.runtimes] == ["onnxruntime"]
+    assert agreement.cautions == ("abacus cannot run the file: too few beads",)
+    assert agreement.remarks == ("it ran in onnxruntime",)
 
 
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, "model.pt2"])

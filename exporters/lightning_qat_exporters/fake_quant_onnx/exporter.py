@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
 
-from lightning_qat.export.protocol import Array, Artifact
+from lightning_qat.export.lint import Finding
+from lightning_qat.export.protocol import Array, Artifact, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat_exporters.fake_quant_onnx.flat_concats import flatten_concats
 from lightning_qat_exporters.fake_quant_onnx.int32_bias import quantize_biases
 from lightning_qat_exporters.fake_quant_onnx.read_back import (
     activation_differences,
     bias_differences,
     weight_differences,
 )
-from lightning_qat_exporters.onnx_files.run import has_vnni, run_onnx
+from lightning_qat_exporters.fake_quant_onnx.refusals import (
+    refused_by_openvino,
+    refused_by_tensorrt,
+)
+from lightning_qat_exporters.fake_quant_onnx.runtimes import (
+    explanations,
+    installed_runtimes,
+    run_in,
+)
+from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.lint import lint_tensorrt
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
 from lightning_qat_exporters.qdq.translate import keys_of
 
-_RUNTIMES = {"onnxruntime, no optimizations": False, "onnxruntime": True}
+ForRuntime = Literal["onnxruntime", "openvino", "tensorrt"]
 
 
 class FakeQuantOnnxExporter:
@@ -35,12 +47,15 @@ class FakeQuantOnnxExporter:
 
     Args:
         activation_type: Type of 8-bit activations. ``uint8`` is what ONNX Runtime's integer
-            kernels want on x86; TensorRT wants ``int8`` (and symmetric activations).
+            kernels want on x86, and the default but for TensorRT, which takes ``int8`` alone.
         quantize_bias: Store biases as int32 on the grid ``scale_input * scale_weight`` that integer
             kernels add them on, instead of float.
         opset: 18 or newer. ONNX Runtime 1.31 mis-propagates ``output_dtype`` at 21, so 20 is the
             default; 16-bit activations need 21.
         int4_weights: Store weights of 4 bits as INT4, two to a byte; needs opset 21.
+        for_runtime: What must read the file. ``openvino`` writes concatenations in a form that
+            OpenVINO computes right, and refuses activations of 16 bits, which OpenVINO leaves out.
+            ``tensorrt`` writes ``int8`` and refuses what TensorRT does: above all zero points.
 
     Raises:
         ValueError: An option is outside what is listed.
@@ -50,26 +65,41 @@ class FakeQuantOnnxExporter:
 
     def __init__(
         self,
-        activation_type: ActivationType = "uint8",
+        activation_type: ActivationType | None = None,
         quantize_bias: bool = False,
         opset: int = OPSET,
         int4_weights: bool = False,
+        for_runtime: ForRuntime = "onnxruntime",
     ) -> None:
+        if for_runtime not in get_args(ForRuntime):
+            raise ValueError(
+                f"for_runtime must be one of {', '.join(map(repr, get_args(ForRuntime)))}; got "
+                f"{for_runtime!r}."
+            )
+        if activation_type is None:
+            activation_type = "int8" if for_runtime == "tensorrt" else "uint8"
         if activation_type not in ("int8", "uint8"):
             raise ValueError(f"activation_type must be 'int8' or 'uint8'; got {activation_type!r}.")
         if opset < 18:
             raise ValueError(f"opset must be 18 or newer; got {opset!r}.")
         if int4_weights and opset < 21:
             raise ValueError(f"int4_weights needs opset 21, the first with INT4; got {opset!r}.")
+        if for_runtime == "tensorrt" and (activation_type != "int8" or quantize_bias):
+            raise ValueError(
+                "for_runtime='tensorrt' needs activation_type='int8' and quantize_bias=False, for "
+                f"TensorRT has no UINT8 and no INT32 DequantizeLinear; got {activation_type!r} and "
+                f"{quantize_bias}."
+            )
         self.activation_type: ActivationType = activation_type
         self.quantize_bias = quantize_bias
         self.opset = opset
         self.int4_weights = int4_weights
+        self.for_runtime: ForRuntime = for_runtime
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """ONNX Runtime as the file is written, and with its default optimizations."""
-        return tuple(_RUNTIMES)
+        """ONNX Runtime as the file is written, with its default optimizations, and OpenVINO."""
+        return installed_runtimes()
 
     def check_available(self) -> None:
         """Everything this exporter needs is a dependency of the package."""
@@ -78,8 +108,12 @@ class FakeQuantOnnxExporter:
         """Write ``<prefix>_qdq.onnx``, atomically.
 
         Raises:
-            UnsupportedByTarget: 16-bit activations below opset 21; all are named.
+            UnsupportedByTarget: 16-bit activations below opset 21, or what the runtime of
+                ``for_runtime`` refuses; all are named.
         """
+        refused = {"openvino": refused_by_openvino, "tensorrt": refused_by_tensorrt}
+        if self.for_runtime in refused and (problems := [*refused[self.for_runtime](model)]):
+            raise UnsupportedByTarget(self.name, problems)
         onnx_model = build_qdq(
             model,
             target=self.name,
@@ -91,6 +125,8 @@ class FakeQuantOnnxExporter:
         )
         if self.quantize_bias:
             quantize_biases(onnx_model.graph)
+        if self.for_runtime == "openvino":
+            flatten_concats(onnx_model.graph)
         path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
         files = save_onnx(onnx_model, path)
         notes = _int4_notes(model) if self.int4_weights else ()
@@ -101,21 +137,32 @@ class FakeQuantOnnxExporter:
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
-        return run_onnx(artifact.files["model"], inputs, optimize=_RUNTIMES[runtime])
+        return run_in(runtime, artifact.files["model"], inputs)
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
-        """Explain large differences: 8-bit products saturate on CPUs without VNNI."""
-        literal, optimized = (max_steps[runtime] for runtime in _RUNTIMES)
-        if self.activation_type != "uint8" or optimized <= 2 or optimized <= 2 * literal:
-            return ()
-        if has_vnni():
-            return ()
-        return (
-            f"{optimized:.3g} steps in the optimized session: this CPU has no VNNI instructions, "
-            "so ONNX Runtime adds pairs of uint8 x int8 products in 16 bits, which may saturate. "
-            "A device with VNNI computes what the other session does; for those without, train "
-            "with WeightSpec(bits=7).",
+        """Explain large differences: what runtimes and CPUs are known to compute otherwise."""
+        return tuple(
+            explanations(
+                max_steps,
+                self.activation_type,
+                wide=self.opset >= 21,
+                flat_concats=self.for_runtime == "openvino",
+            )
         )
+
+    def lint(self, path: str | Path) -> tuple[Finding, ...]:
+        """Check a QDQ file of any tool against the rules that TensorRT is known to have.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no QDQ file, or this exporter does not write for TensorRT.
+        """
+        if self.for_runtime != "tensorrt":
+            raise ValueError(
+                "Rules for QDQ files are known of TensorRT alone: lint with "
+                f"FakeQuantOnnxExporter(for_runtime='tensorrt'); got {self.for_runtime!r}."
+            )
+        return lint_tensorrt(Path(path))
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: scales, zero points, integers."""

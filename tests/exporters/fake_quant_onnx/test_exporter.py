@@ -383,20 +383,6 @@ def test_external_data_is_one_of_the_artifact_s_files(
     assert len(artifact.files) == 2
 
 
-def test_saturating_products_are_explained_where_the_cpu_makes_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    literal, optimized = FakeQuantOnnxExporter().runtimes
-    monkeypatch.setattr("lightning_qat_exporters.fake_quant_onnx.exporter.has_vnni", lambda: False)
-    (remark,) = FakeQuantOnnxExporter().explain({literal: 0.5, optimized: 5.0})
-    assert remark.startswith("5 steps in the optimized session: this CPU has no VNNI")
-    assert remark.endswith("train with WeightSpec(bits=7).")
-    assert FakeQuantOnnxExporter().explain({literal: 0.5, optimized: 1.0}) == ()
-    assert FakeQuantOnnxExporter("int8").explain({literal: 0.5, optimized: 5.0}) == ()
-    monkeypatch.setattr("lightning_qat_exporters.fake_quant_onnx.exporter.has_vnni", lambda: True)
-    assert FakeQuantOnnxExporter().explain({literal: 0.5, optimized: 5.0}) == ()
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"), [("avx2 fma", False), ("avx2 avx512_vnni", True), ("asimd", True)]
 )

@@ -1,0 +1,1 @@
+"""Check a QDQ file against TensorRT's written rules, where no NVIDIA device is at hand."""
