@@ -27,7 +27,7 @@ def run_openvino(path: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
     Raises:
         CannotRun: OpenVINO refuses the file.
     """
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
     try:

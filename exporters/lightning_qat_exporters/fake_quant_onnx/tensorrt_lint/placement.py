@@ -139,7 +139,7 @@ def _concatenation(node: ir.Node) -> Iterator[Finding]:
         )
 
 
-def _scale(value: ir.Value) -> float | None:
-    producer = value.producer()
+def _scale(value: ir.Value | None) -> float | None:
+    producer = None if value is None else value.producer()
     scale = None if producer is None else array_of(producer.inputs[1])
     return float(scale.reshape(-1)[0]) if scale is not None and scale.size == 1 else None
