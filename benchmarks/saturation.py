@@ -116,10 +116,10 @@ def on_digits(seeds: int, folder: Path) -> Table:
     table = Table("file, run in", "accuracy %", "to float", "same %", "most steps")
     table.add_row("float, torch", with_error(floats), "", "", "")
     for name, rows in found.items():
-        right, more, same, most = (list(column) for column in zip(*rows, strict=True))
+        accuracies, gains, agreeing, most = (list(column) for column in zip(*rows, strict=True))
         table.add_row(
-            name, with_error(right), with_error(more, "+"), f"{statistics.mean(same):.2f}",
-            f"{max(most):.0f}",
+            name, with_error(accuracies), with_error(gains, "+"),
+            f"{statistics.mean(agreeing):.2f}", f"{max(most):.0f}",
         )  # fmt: skip
     return table
 
