@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from lightning_qat.export.protocol import Array
 from lightning_qat_exporters.cann.device_nodes import write_device_nodes
+from lightning_qat_exporters.cann.fake_quant import float_integers, scaled
 from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, pack
+from lightning_qat_exporters.cann.products import ANTI_QUANT, lacks
 from lightning_qat_exporters.cann.qdq_graph.types import (
     IntegerLayer,
     QuantizedActivation,
@@ -24,7 +26,11 @@ _DTYPES = {ir.DataType.FLOAT: 0, ir.DataType.FLOAT16: 1}
 
 
 def to_deploy(
-    found: QuantizedGraph, opset: int | None = None, *, float_bias: bool = False
+    found: QuantizedGraph,
+    opset: int | None = None,
+    *,
+    float_bias: bool = False,
+    product: str | None = None,
 ) -> ir.Model:
     """Write a QDQ model with Ascend's operators; the matched model stays as it is.
 
@@ -33,6 +39,7 @@ def to_deploy(
         opset: Version of the default domain, 11 to 18; ``None``: the lowest that expresses the
             model. A model below it stays where it is.
         float_bias: Add biases in float after the layers.
+        product: One of ``products.WITHOUT``; operators that it lacks are not written.
 
     Returns:
         A model with AscendQuant, AscendDequant and AscendAntiQuant in the default domain.
@@ -41,7 +48,7 @@ def to_deploy(
         UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
         ValueError: ``opset`` is outside 11 to 18.
     """
-    return rewritten(found, ToDeploy(float_bias=float_bias), opset)
+    return rewritten(found, ToDeploy(float_bias=float_bias, product=product), opset)
 
 
 def dequant_param(layer: IntegerLayer) -> NDArray[np.uint64]:
@@ -53,7 +60,17 @@ def dequant_param(layer: IntegerLayer) -> NDArray[np.uint64]:
 
 
 class ToDeploy(QuantizedForm):
-    """Ascend's operators: AscendQuant, layers on integers, AscendDequant, AscendAntiQuant."""
+    """Ascend's operators: AscendQuant, layers on integers, AscendDequant, AscendAntiQuant.
+
+    Args:
+        float_bias: Keep biases in float and add them after the layers.
+        product: The product; without AscendAntiQuant there, float operators round to the same
+            values.
+    """
+
+    def __init__(self, *, float_bias: bool, product: str | None = None) -> None:
+        super().__init__(float_bias=float_bias)
+        self.product = product
 
     def rewrite_recurrent(self, found: QuantizedGraph) -> QuantizedGraph:
         """Device nodes, which quantize their inputs themselves."""
@@ -92,6 +109,10 @@ class ToDeploy(QuantizedForm):
         self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """AscendAntiQuant; its ``scale`` is scale_d itself, CANN's parser negates the offset."""
+        if lacks(self.product, ANTI_QUANT):
+            name = f"{activation.name}.rounded"
+            integers = float_integers(graph, activation, anchor, name)
+            return scaled(graph, activation, integers, anchor, f"{name}.scaled")
         attributes: dict[str, Any] = {
             "scale": float(activation.scale_d),
             "offset": float(activation.offset_d),

@@ -23,6 +23,7 @@ from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from lightning_qat_exporters.cann.lint.lint import lint_deploy
 from lightning_qat_exporters.cann.normalize.normalize import normalize, with_plain_constants
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SHIFT
+from lightning_qat_exporters.cann.products import check_product
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized, integer_outputs, joins
 from lightning_qat_exporters.cann.qdq_graph.types import (
     DEVICE_REMEDY,
@@ -70,9 +71,14 @@ class CannExporter:
             current product supports them by Huawei's documents, and kernels require a sequence
             length of 1; notes and a warning say so for each layer. Layers with several directions,
             layers or a projection stay unrolled.
+        product: The product, as ATC's ``--soc_version`` begins: ``Ascend310P``, ``Ascend910B``.
+            Where it lacks AscendAntiQuant, tensors that joins read are rounded by float operators,
+            to the same values; ``lint`` then checks for this product. By default what AMCT
+            writes.
 
     Raises:
-        ValueError: ``opset`` is outside 11 to 18, or ``rnn`` is another word.
+        ValueError: ``opset`` is outside 11 to 18, ``rnn`` is another word, or ``product`` is
+            unknown.
     """
 
     name = TARGET
@@ -83,7 +89,9 @@ class CannExporter:
         int4_weights: bool = False,
         device_fp16: bool = False,
         rnn: Literal["unrolled", "device"] = "unrolled",
+        product: str | None = None,
     ) -> None:
+        check_product(product)
         if opset is not None and opset not in OPSETS:
             raise ValueError(
                 f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, which is what CANN's parsers "
@@ -95,6 +103,7 @@ class CannExporter:
         self.int4_weights = int4_weights
         self.device_fp16 = device_fp16
         self.rnn = rnn
+        self.product = product
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -124,7 +133,8 @@ class CannExporter:
             notes = [*map(str, left), *_device_notes(deploy.recurrent)]
         files = file_paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
-        written = write_files(deploy, found, files, self.opset)
+        written = write_files(deploy, found, files, self.opset, product=self.product)
+        notes += _wide_notes(deploy)
         notes = [*written.notes, *map(str, found.left_float), *notes]
         return Artifact(self.name, written.files, tuple(notes), _integer_weights(model, deploy))
 
@@ -174,7 +184,9 @@ class CannExporter:
             recurrent = self.rnn == "device" and not float_bias
             found = find_quantized(normalize(source), recurrent=recurrent)
             _require_something_quantized(found, model_file)
-            written = write_files(found, found, files, self.opset, float_bias=float_bias)
+            written = write_files(
+                found, found, files, self.opset, float_bias=float_bias, product=self.product
+            )
             return _conversion(found, written)
 
     def lint(self, path: Path) -> tuple[Finding, ...]:
@@ -184,7 +196,7 @@ class CannExporter:
             FileNotFoundError: There is no such file.
             ValueError: It is no ONNX model.
         """
-        return lint_deploy(path)
+        return lint_deploy(path, self.product)
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -227,6 +239,19 @@ def _device_notes(layers: Sequence[IntegerRecurrent]) -> list[str]:
     return notes
 
 
+def _wide_notes(found: QuantizedGraph) -> list[str]:
+    """A note where activations are of 16 bits."""
+    wide = [a.name for a in found.activations if a.dst_type == "INT16"]
+    if not wide:
+        return []
+    return [
+        f"{len(wide)} activations are of 16 bits ({', '.join(wide[:3])}"
+        f"{', ...' if len(wide) > 3 else ''}). AMCT writes them, and CANN's parser reads them, but "
+        "AscendQuant is registered for int8 and int4 alone in CANN's public sources, so ATC may "
+        "refuse the model. Use 8 bits unless your product is known to take INT16."
+    ]
+
+
 def _require_something_quantized(found: QuantizedGraph, model_file: Path) -> None:
     if not found.problems and not found.layers and not found.activations:
         reasons = "".join(f"\n  {remark}" for remark in found.left_float)
@@ -250,7 +275,12 @@ def _conversion(found: QuantizedGraph, written: WrittenFiles) -> Conversion:
         joins=tuple(name for name in joins(found) if name not in names),
         outputs=integer_outputs(found),
         left_float=tuple(map(str, found.left_float)),
-        notes=(*written.notes, *shift_notes, *_device_notes(found.recurrent)),
+        notes=(
+            *written.notes,
+            *shift_notes,
+            *_device_notes(found.recurrent),
+            *_wide_notes(found),
+        ),
     )
 
 

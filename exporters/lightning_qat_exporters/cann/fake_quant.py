@@ -40,6 +40,43 @@ def to_fake_quant(
     return rewritten(found, ToFakeQuant(float_bias=float_bias), opset)
 
 
+def float_integers(
+    graph: GraphWriter, activation: QuantizedActivation, anchor: ir.Node, name: str
+) -> ir.Value:
+    """Write ``Mul -> Round -> Add -> Clip -> Sub``: the integers around zero, as float32."""
+    numbers = {
+        "scale": np.float32(1) / activation.scale_d,
+        "offset": np.float32(activation.offset_d),
+        "min_val": np.float32(activation.low),
+        "max_val": np.float32(activation.high),
+    }
+    of = {key: graph.constant(f"{name}.{key}", value) for key, value in numbers.items()}
+    value = activation.source
+    if activation.real == ir.DataType.FLOAT16:
+        value = graph.cast(anchor, value, ir.DataType.FLOAT, f"{name}.cast")
+    value = graph.insert(anchor, "Mul", [value, of["scale"]], {}, f"{name}.mul")
+    value = graph.insert(anchor, "Round", [value], {}, f"{name}.round")
+    value = graph.insert(anchor, "Add", [value, of["offset"]], {}, f"{name}.add")
+    bounds = [of["min_val"], of["max_val"]]
+    value = graph.insert(anchor, "Clip", [value, *bounds], {}, f"{name}.clip")
+    return graph.insert(anchor, "Sub", [value, of["offset"]], {}, f"{name}.sub")
+
+
+def scaled(
+    graph: GraphWriter,
+    activation: QuantizedActivation,
+    integers: ir.Value,
+    anchor: ir.Node,
+    name: str,
+) -> ir.Value:
+    """Write ``Mul(scale_d)``: the real values of integers around zero."""
+    scale = graph.constant(f"{name}.scale", activation.scale_d)
+    value = graph.insert(anchor, "Mul", [integers, scale], {}, f"{name}.mul")
+    if activation.real == ir.DataType.FLOAT16:
+        value = graph.cast(anchor, value, activation.real, f"{name}.cast")
+    return value
+
+
 class ToFakeQuant(QuantizedForm):
     """AMCT's float operators for the same arithmetic."""
 
@@ -52,34 +89,13 @@ class ToFakeQuant(QuantizedForm):
         self, graph: GraphWriter, activation: QuantizedActivation, anchor: ir.Node
     ) -> ir.Value:
         """``Mul -> Round -> Add -> Clip -> Sub``: integers around zero, as float32."""
-        name = f"{activation.name}.quant.fakequant"
-        numbers = {
-            "scale": np.float32(1) / activation.scale_d,
-            "offset": np.float32(activation.offset_d),
-            "min_val": np.float32(activation.low),
-            "max_val": np.float32(activation.high),
-        }
-        of = {key: graph.constant(f"{name}.{key}", value) for key, value in numbers.items()}
-        value = activation.source
-        if activation.real == ir.DataType.FLOAT16:
-            value = graph.cast(anchor, value, ir.DataType.FLOAT, f"{name}.cast")
-        value = graph.insert(anchor, "Mul", [value, of["scale"]], {}, f"{name}.mul")
-        value = graph.insert(anchor, "Round", [value], {}, f"{name}.round")
-        value = graph.insert(anchor, "Add", [value, of["offset"]], {}, f"{name}.add")
-        bounds = [of["min_val"], of["max_val"]]
-        value = graph.insert(anchor, "Clip", [value, *bounds], {}, f"{name}.clip")
-        return graph.insert(anchor, "Sub", [value, of["offset"]], {}, f"{name}.sub")
+        return float_integers(graph, activation, anchor, f"{activation.name}.quant.fakequant")
 
     def dequantize(
         self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node
     ) -> ir.Value:
         """``Mul(scale_d)``."""
-        name = f"{activation.name}.fakeantiquant"
-        scale = graph.constant(f"{name}.scale", activation.scale_d)
-        value = graph.insert(anchor, "Mul", [read, scale], {}, f"{name}.mul")
-        if activation.real == ir.DataType.FLOAT16:
-            value = graph.cast(anchor, value, activation.real, f"{name}.cast")
-        return value
+        return scaled(graph, activation, read, anchor, f"{activation.name}.fakeantiquant")
 
     def integers(
         self, graph: GraphWriter, activation: QuantizedActivation, read: ir.Value, anchor: ir.Node

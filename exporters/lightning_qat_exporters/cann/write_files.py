@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import onnx_ir as ir
 
 from lightning_qat.amct.record import BINARY_SUFFIX, encode_record, format_record
 from lightning_qat.atomic_write import replacing
@@ -41,6 +44,7 @@ def write_files(
     opset: int | None,
     *,
     float_bias: bool = False,
+    product: str | None = None,
 ) -> WrittenFiles:
     """Write all files or none.
 
@@ -51,6 +55,7 @@ def write_files(
         opset: Version of the default domain, 11 to 18; ``None``: for each model the lowest that
             expresses it.
         float_bias: Keep biases in float and add them after the layers.
+        product: The product that the deploy model is for.
 
     Returns:
         ``files``, with the weights of a model where they are in a file of their own, and what to
@@ -60,7 +65,10 @@ def write_files(
         UnsupportedByTarget: A pair, bias or operator cannot be expressed; all are named.
         OSError: A file cannot be written.
     """
-    forms = {"model": (to_deploy, deploy), "fake_quant": (to_fake_quant, simulated)}
+    forms: dict[str, tuple[Callable[..., ir.Model], QuantizedGraph]] = {
+        "model": (partial(to_deploy, product=product), deploy),
+        "fake_quant": (to_fake_quant, simulated),
+    }
     written, notes = dict(files), []
     with ExitStack() as stack:
         # One after the other: only one of the models is in memory, and no file takes its place

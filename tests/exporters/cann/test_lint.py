@@ -189,7 +189,11 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
         "UINT8",
     ),
     "no dst_type": (change("conv.quant", dst_type=None), "error", "conv.quant", "dst_type", "none"),
-    "INT16": (change("fc.quant", dst_type="INT16"), "warning", "fc.quant", "16-bit", "INT16"),
+    "SAME in three dimensions": (
+        change("conv", kernel_shape=[3, 3, 3], auto_pad="SAME_UPPER"),
+        *("error", "conv", "must have pads or auto_pad VALID", "SAME_UPPER"),
+    ),
+    "INT16": (change("fc.quant", dst_type="INT16"), "error", "fc.quant", "int8 and int4", "INT16"),
     "offset too large": (
         change("fc.quant", offset=200.0),
         "error",
@@ -311,9 +315,12 @@ def test_few_input_channels_are_advised_against(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_amcts_own_files_have_no_errors(name: str) -> None:
+def test_amcts_own_files_have_no_errors_but_its_16_bits(name: str) -> None:
     found = CannExporter().lint(GOLDENS / name / "m_deploy_model.onnx")
-    assert [str(f) for f in found if f.severity == "error"] == []
+    errors = [f for f in found if f.severity == "error"]
+    # AMCT writes INT16, for which CANN's sources register no AscendQuant.
+    assert [str(f) for f in errors if "INT16" not in f.got] == []
+    assert bool(errors) == (name == "conv_a16w8")
 
 
 # ----------------------------------------------------------------------------------------------

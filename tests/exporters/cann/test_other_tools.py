@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from lightning_qat.amct.record import parse_record
 from lightning_qat.export.protocol import UnsupportedByTarget
+from lightning_qat_exporters import CannExporter
 from tests.exporters.cann.qdq_files import net_file, saved
 from tests.exporters.cann.qdq_graphs import Qdq, proto
 from tests.exporters.cann.test_convert_qat_model import agreeing, ops, real, rng
@@ -187,3 +188,21 @@ def test_sizes_may_be_read_from_integers(tmp_path: Path) -> None:
     flat = net.node("Reshape", q, net.constant([-1], np.int64))
     data = dequantized(net, net.node("Reshape", flat, shape))
     assert agreeing(net_file(net, tmp_path, conv(net, data)), X, 1e-5).layers == ("conv",)
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_auto_pad_in_three_dimensions_is_written_as_pads(
+    op: str, auto_pad: str, stride: int, tmp_path: Path
+) -> None:
+    net = Qdq([1, 2, 5, 6, 7])
+    weight = net.weight(rng().integers(-90, 90, (2, 2, 3, 2, 4)), 0.01)
+    options = {"auto_pad": auto_pad, "strides": [stride] * 3, "kernel_shape": [3, 2, 4]}
+    net.node(op, net.fake("x", 0.05), weight, name="conv", **options)
+    source = net_file(net, tmp_path, "v3")
+    done = agreeing(source, {"x": real(1, 2, 5, 6, 7)}, 1e-5)
+    assert done.layers == ("conv",)
+    assert not [f for f in CannExporter().lint(done.files["model"]) if f.severity == "error"]
+    (node,) = (n for n in onnx.load(done.files["model"]).graph.node if n.name == "conv")
+    assert "auto_pad" not in [a.name for a in node.attribute]

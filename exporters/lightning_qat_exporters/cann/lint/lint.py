@@ -14,6 +14,7 @@ from lightning_qat.export.lint import Finding, Severity
 from lightning_qat_exporters.cann.deploy_file import RNN_OPS, DeployFile, name_of
 from lightning_qat_exporters.cann.lint.layers import layer_findings
 from lightning_qat_exporters.cann.lint.quantize_nodes import quant_findings
+from lightning_qat_exporters.cann.products import lacks
 from lightning_qat_exporters.onnx_files.read import load_proto
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "advice")
@@ -22,11 +23,12 @@ _PARSED_BY_ALL = range(8, 14)
 _RNN_PARSED = range(8, 19)
 
 
-def lint_deploy(path: Path) -> tuple[Finding, ...]:
+def lint_deploy(path: Path, product: str | None = None) -> tuple[Finding, ...]:
     """Everything that a deploy model breaks, errors first.
 
     Args:
         path: The deploy model.
+        product: One of ``products.WITHOUT``, to check for that product.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -36,8 +38,26 @@ def lint_deploy(path: Path) -> tuple[Finding, ...]:
     if not proto.graph.node:
         raise ValueError(f"{str(path)!r} must be an ONNX model with nodes; it has none.")
     file = DeployFile(proto, path.parent)
-    found = (*_container(file), *quant_findings(file), *layer_findings(file))
+    found = (
+        *_container(file),
+        *quant_findings(file),
+        *layer_findings(file),
+        *_product_findings(file, product),
+    )
     return tuple(sorted(found, key=lambda finding: _SEVERITIES.index(finding.severity)))
+
+
+def _product_findings(file: DeployFile, product: str | None) -> Iterator[Finding]:
+    """Operators that a product lacks."""
+    for node in file.nodes:
+        if lacks(product, node.op_type):
+            yield Finding(
+                "error",
+                name_of(node),
+                f"{product} has no {node.op_type}, by CANN's public sources",
+                f"{node.op_type} in the file",
+                f"Export with CannExporter(product={product!r}), which writes float operators",
+            )
 
 
 def _container(file: DeployFile) -> Iterator[Finding]:

@@ -56,11 +56,11 @@ def _quant(file: DeployFile, node: onnx.NodeProto) -> Iterator[Finding]:
         yield from _offset(node, *_TYPES[dst_type])
     if dst_type == "INT16":
         yield Finding(
-            "warning",
+            "error",
             name,
-            "the product must support 16-bit activations; few do",
-            "dst_type 'INT16'",
-            "Look your product up in CANN's operator list, or use 8 bits",
+            "AscendQuant is registered for int8 and int4 (ops-nn, ascend_quant_proto.h)",
+            "dst_type 'INT16', which AMCT writes and the parser reads",
+            "Use 8 bits unless your product is known to take INT16",
         )
     if values.get("round_mode", "Round") not in _ROUND_MODES:
         yield Finding(

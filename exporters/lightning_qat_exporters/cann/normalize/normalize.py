@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from lightning_qat_exporters.cann.normalize.dequantize_before_moves import DequantizeBeforeMoves
+from lightning_qat_exporters.cann.normalize.explicit_pads import ExplicitPads
 from lightning_qat_exporters.cann.normalize.fold_batchnorm import FoldBatchNorm
 from lightning_qat_exporters.cann.normalize.fold_constants import FoldConstants
 from lightning_qat_exporters.cann.normalize.integer_sources import PairIntegerSources
@@ -38,6 +39,7 @@ def normalize(model: ir.Model) -> ir.Model:
         PropagatePairs(),
         SplitAsymmetricWeights(),
         FoldBatchNorm(),
+        ExplicitPads(),
         common.RemoveUnusedNodesPass(),
     )
     return _rewritten(model, passes)
