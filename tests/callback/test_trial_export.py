@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lightning_qat.export.protocol import Artifact, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.specs import ActivationSpec
+from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.callback import tiny
 from tests.callback.tiny import BATCHES, Net, loader, same
 
@@ -104,6 +107,23 @@ def test_a_trial_has_the_graph_of_the_export_with_made_up_ranges(
     assert before.tensors.keys() == after.tensors.keys()
     # -1 to 1 on 255 steps.
     assert float(before.tensors["conv.input"].qparams.scale) == pytest.approx(2 / 255)
+
+
+def test_tensorrt_s_need_is_told_before_training_and_its_remedy_trains(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """A range that is not known yet is -1 to 1: its zero point is -1, so that it shows."""
+    module, target = Known(), FakeQuantOnnxExporter(for_runtime="tensorrt")
+    remedy = Recipe(activation=ActivationSpec(bits=8, symmetric=True))
+    text = r"conv\.input: TensorRT needs zero point 0; got -1\. Train with Recipe\(activation="
+    with pytest.raises(RuntimeError, match=text + r"ActivationSpec\(bits=8, symmetric=True\)\)"):
+        trainer(qat(exporters=[target], export_dir=tmp_path)).fit(module, loader())
+    assert module.losses == []
+    callback = qat(remedy, exporters=[target], export_dir=tmp_path)
+    trainer(callback, max_epochs=1).fit(Known(), loader())
+    (result,) = callback.delivered
+    assert result.artifact is not None
+    assert not [f for f in target.lint(result.artifact.files["model"]) if f.severity == "error"]
 
 
 def test_a_real_target_says_what_it_lacks_before_training(

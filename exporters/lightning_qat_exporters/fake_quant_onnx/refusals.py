@@ -10,8 +10,8 @@ from lightning_qat.export.protocol import Unsupported
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.qdq.build import FULL_GRIDS
 
-_SYMMETRIC = "Train with Recipe(activation=ActivationSpec(symmetric=True))"
 _EIGHT_BITS = "Train with Recipe(activation=ActivationSpec(bits=8))"
+_SYMMETRIC = "Train with Recipe(activation=ActivationSpec(bits=8, symmetric=True))"
 
 
 def refused_by_openvino(model: QuantizedModel) -> Iterator[Unsupported]:
@@ -32,10 +32,10 @@ def refused_by_tensorrt(model: QuantizedModel) -> Iterator[Unsupported]:
             continue
         grid, zero_point = tensor.qparams.grid, tensor.qparams.zero_point
         if grid.dtype is torch.int16:
-            yield Unsupported(key, "TensorRT has no 16-bit quantization", _EIGHT_BITS)
+            yield Unsupported(key, "TensorRT has no 16-bit quantization", _SYMMETRIC)
         elif bool(zero_point.any()):
             reason = f"TensorRT needs zero point 0; got {int(zero_point.flatten()[0])}"
             yield Unsupported(key, reason, _SYMMETRIC)
         elif (grid.qmin, grid.qmax) not in FULL_GRIDS:
             reason = f"TensorRT has no Clip of integers, as {grid.qmin} .. {grid.qmax} needs one"
-            yield Unsupported(key, reason, _EIGHT_BITS)
+            yield Unsupported(key, reason, _SYMMETRIC)

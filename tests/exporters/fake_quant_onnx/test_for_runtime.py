@@ -193,12 +193,12 @@ def test_tensorrt_takes_zero_points_of_0_alone(tmp_path: Path) -> None:
     zero_point = int(model.tensors["mix.input"].qparams.zero_point)
     assert refusals(model, tmp_path, for_runtime="tensorrt")["mix.input"] == (
         f"TensorRT needs zero point 0; got {zero_point}. "
-        "Train with Recipe(activation=ActivationSpec(symmetric=True))"
+        "Train with Recipe(activation=ActivationSpec(bits=8, symmetric=True))"
     )
 
 
 def test_tensorrt_takes_8_bits_alone(tmp_path: Path) -> None:
-    eight = "Train with Recipe(activation=ActivationSpec(bits=8))"
+    eight = "Train with Recipe(activation=ActivationSpec(bits=8, symmetric=True))"
     model, _ = model_of("tokens", symmetric=True, bits=16)
     said = refusals(model, tmp_path, opset=21, for_runtime="tensorrt")
     assert set(said.values()) == {f"TensorRT has no 16-bit quantization. {eight}"}
