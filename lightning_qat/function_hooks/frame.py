@@ -229,10 +229,18 @@ class Frame:
         """Note that the call with this key is made."""
         self._calls[without_caller(key).rpartition(":")[0]] += 1
 
-    def note_result(self, function: str, result: Any) -> None:
-        """Note a tensor that a place of ``CallPlan.places`` makes, or that another one changes."""
+    def note_result(self, function: str, result: Any, source: Any = None) -> None:
+        """Note a tensor that a place of ``CallPlan.places`` makes, or that another one changes.
+
+        Args:
+            function: Name of the function.
+            result: What it returns.
+            source: The tensor that it hands on; ``None``: it makes one of its own.
+        """
         assert self.plan is not None
         place = self.place(function) if function in self.plan.places.values() else ""
+        if place not in self.plan.places and source is not None:
+            place = self.made.get(id(source), "")
         for leaf in result if isinstance(result, list | tuple) else (result,):
             if isinstance(leaf, Tensor):
                 if place in self.plan.places:

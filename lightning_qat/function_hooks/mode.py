@@ -82,7 +82,8 @@ class QuantizeCallsMode(TorchFunctionMode):
         if frames and frames[-1].watched:
             frame = frames[-1]
             if frame.plan is not None and frame.plan.places:
-                frame.note_result(function_name(func), result)
+                source = _handed_on(func, args, kwargs, result)
+                frame.note_result(function_name(func), result, source)
         return result
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,6 +212,20 @@ def _read_in_float(
         return args, kwargs
     given = tuple(x if i in operands else relu_fusion.read_all(x) for i, x in enumerate(args))
     return given, relu_fusion.read_all(kwargs)
+
+
+def _handed_on(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Any:
+    """The tensor that a call hands on; ``None``: it makes one of its own.
+
+    ``contiguous`` returns the very tensor where its values lie in order, and so does dropout in
+    eval mode, where outputs are planned; in training it returns another one.
+    """
+    known = FUNCTION_TABLE.get(func)
+    if not args or known is None or known.in_place or bool(kwargs.get("inplace")):
+        return None
+    return args[0] if result is args[0] or known.name == "dropout" else None
 
 
 def _call_unlisted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -150,6 +150,38 @@ def test_a_tensor_that_is_returned_twice_and_used_has_one_quantizer() -> None:
     assert len(outputs) == 1
 
 
+class MultipliesLast(nn.Module):
+    """The output is made by a function, and then handed on by another one."""
+
+    def __init__(self, hand_on: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.hand_on = nn.Linear(4, 4), hand_on
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hand_on(self, x * self.one(x))
+
+
+@pytest.mark.parametrize(
+    "hand_on",
+    [
+        lambda _, y: y.contiguous(),
+        lambda _, y: F.dropout(y, training=False),
+        lambda m, y: F.dropout(y, 0.1, m.training),
+    ],
+    ids=["contiguous", "no dropout", "dropout in training"],
+)
+def test_an_output_that_is_handed_on_as_it_is_is_quantized(
+    hand_on: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    model, x = MultipliesLast(hand_on), torch.randn(64, 4)
+    prepare(model, "int8", x)
+    model.train()(x)
+    output = model.eval()(x)
+    [step] = convert(model, x).output_steps.values()
+    on_grid = output.detach().double() / step
+    assert torch.allclose(on_grid, on_grid.round(), atol=1e-3)
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
