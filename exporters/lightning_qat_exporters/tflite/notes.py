@@ -17,7 +17,7 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
     weights of -128.
     """
     notes, explained = [], set()
-    planned = _joins_are_planned(model)
+    planned = joins_are_planned(model)
     for layer, stored in layers:
         if stored is None or stored.operator not in file.float_operators:
             continue
@@ -84,7 +84,7 @@ def _limit_kept_in_float(file: TFLiteFile, operator: FileOperator) -> str | None
     return limit_of(file, FileOperator(operator.kind, inputs, written.outputs))
 
 
-def _joins_are_planned(model: QuantizedModel) -> bool:
+def joins_are_planned(model: QuantizedModel) -> bool:
     """Whether the recipe has both joins and outputs; without a recipe, whether any is quantized."""
     if model.recipe:
         return bool(model.recipe.get("joins") and model.recipe.get("outputs"))

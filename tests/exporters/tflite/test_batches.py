@@ -109,3 +109,25 @@ def test_a_view_of_what_was_turned_is_a_reshape(tmp_path: Path) -> None:
     artifact = export(model, TFLiteExporter(backend="litert"), tmp_path / "net")
     (runtime, *_) = verify(model, artifact).runtimes
     assert runtime.max_steps <= 1.0
+
+
+class Squeezes(nn.Module):
+    """``squeeze()`` names no axes: of one sample it would take the batch away too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(self.conv(x).amax((2, 3), keepdim=True).squeeze())
+        return result
+
+
+def test_squeeze_without_axes_keeps_the_batch_of_one_sample(tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch")
+    x = torch.randn(4, 4, 8, 8)
+    model = convert(trained(Squeezes(), x), x)
+    exporter = TFLiteExporter(backend="litert")
+    # Output shapes are compared too.
+    agreement = verify(model, export(model, exporter, tmp_path / "net"), x, exporter)
+    assert agreement.max_steps <= 1.001

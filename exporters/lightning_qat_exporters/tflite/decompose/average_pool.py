@@ -62,6 +62,19 @@ def avg_pool2d(node: fx.Node) -> Pool:
     return Pool(kernel, per_axis(stride or kernel, 2), padding, counts)
 
 
+def avg_pool1d(node: fx.Node) -> Pool:
+    """Read an ``aten.avg_pool1d`` as a pool of a picture of height 1.
+
+    Raises:
+        CannotExpress: As ``avg_pool2d``.
+    """
+    _, kernel, stride, padding, ceil, counts = arguments_of(node)
+    if ceil:
+        raise CannotExpress("avg_pool1d with ceil_mode has no form")
+    size, step, edge = (per_axis(option, 1) for option in (kernel, stride or kernel, padding))
+    return Pool([1, *size], [1, *step], [0, *edge], bool(counts) or not any(edge))
+
+
 def adaptive_avg_pool2d(before: tuple[int, ...], after: tuple[int, ...]) -> Pool:
     """An ``aten.adaptive_avg_pool2d`` between two sizes, height and width each.
 

@@ -17,6 +17,7 @@ from lightning_qat.ir.ops import as_dequantize, as_fake_quantize
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.arithmetic import along_channels, dequantize
 from lightning_qat_exporters.tflite.decompose.sample import sample_of
+from lightning_qat_exporters.tflite.decompose.squeeze import name_squeezed_axes
 from lightning_qat_exporters.tflite.litert.private import quantized_decomposed
 from lightning_qat_exporters.tflite.litert.requantize import MARKS, Annotated, PlainQParams
 from lightning_qat_exporters.tflite.litert.rewrite_ops import rewrite_ops
@@ -73,6 +74,7 @@ def _rewritten(model: QuantizedModel) -> tuple[fx.GraphModule, str]:
     module: Any = program.module(check_guards=False)
     _drop_copies(module.graph)
     _views_as_reshapes(module.graph)
+    name_squeezed_axes(module.graph)
     calls = {node: as_fake_quantize(node) for node in module.graph.nodes}
     qparams = {
         node: PlainQParams.of(model.tensors[call.key].qparams)

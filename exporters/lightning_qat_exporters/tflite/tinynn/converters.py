@@ -71,6 +71,8 @@ _UNARY: Mapping[str, Callable[[Any, Any], Any]] = {
     "elu": tfl.EluOperator,
 }
 
+_EXTREMES = {"amax": tfl.ReduceMaxOperator, "amin": tfl.ReduceMinOperator}
+
 _LEFT_OUT = ("fuse_activation", "fuse_requantize", "fuse_dequant_quant_pass")
 """Passes of its optimizer that change numbers."""
 
@@ -209,20 +211,28 @@ def _softmax(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
 
 
 def _mean(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
+    return _reduce(call, graph, outputs, tfl.MeanOperator)
+
+
+def _extreme(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
+    return _reduce(call, graph, outputs, _EXTREMES[call.input_tensors[3]])
+
+
+def _reduce(call: _IntegerOperator, graph: Any, outputs: Any, make: Any) -> list[Any]:
     x, axes, keepdim = call.input_tensors[:3]
     if x.dim() == 4 and sorted(axes) == [2, 3]:
         # Where the converter keeps pictures, height and width are axes 1 and 2.
         if not keepdim:
-            return _mean_of_picture(call, graph, outputs)
+            return _reduce_picture(call, graph, outputs, make)
         dims = call.create_attr_tensor(np.array([1, 2], dtype=np.int32))
-        operator = tfl.MeanOperator([call.input(0, graph), dims], outputs, True)
+        operator = make([call.input(0, graph), dims], outputs, True)
         wrapped: list[Any] = call.wrap_ops_with_nhwc_nchw_transposes([operator])
         return wrapped
     dims = call.create_attr_tensor(np.array(axes, dtype=np.int32))
-    return [tfl.MeanOperator([call.input(0, graph), dims], outputs, keepdim)]
+    return [make([call.input(0, graph), dims], outputs, keepdim)]
 
 
-def _mean_of_picture(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
+def _reduce_picture(call: _IntegerOperator, graph: Any, outputs: Any, make: Any) -> list[Any]:
     """``(n, c, h, w)`` to ``(n, c)``: a transpose in front, none behind."""
     source = call.input(0, graph)
     order = np.array([0, 2, 3, 1], dtype=np.int32)
@@ -232,7 +242,7 @@ def _mean_of_picture(call: _IntegerOperator, graph: Any, outputs: Any) -> list[A
     transpose = tfl.TransposeOperator([source, call.create_attr_tensor(order)], [turned])
     transpose.extra_hints["direction"] = "up"
     dims = call.create_attr_tensor(np.array([1, 2], dtype=np.int32))
-    return [transpose, tfl.MeanOperator([turned, dims], outputs, False)]
+    return [transpose, make([turned, dims], outputs, False)]
 
 
 def _average_pool(call: _IntegerOperator, graph: Any, outputs: Any) -> list[Any]:
@@ -263,6 +273,7 @@ _EMITTERS: Mapping[str, Callable[[_IntegerOperator, Any, Any], list[Any]]] = {
     f"{NAMESPACE}::leaky_relu": _leaky_relu,
     f"{NAMESPACE}::softmax": _softmax,
     f"{NAMESPACE}::mean": _mean,
+    f"{NAMESPACE}::extreme": _extreme,
     f"{NAMESPACE}::average_pool": _average_pool,
 }
 

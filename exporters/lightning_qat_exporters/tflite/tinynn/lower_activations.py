@@ -9,6 +9,7 @@ from lightning_qat.ir.operators import fixed_scale_and_zero_point
 from lightning_qat.numerics.qparams import QParams
 from lightning_qat_exporters.tflite.decompose.arguments import arguments_of
 from lightning_qat_exporters.tflite.decompose.hardsigmoid import hardsigmoid as decomposed
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit
 from lightning_qat_exporters.tflite.tinynn.lowering import (
     INT8,
     LowerFunction,
@@ -60,10 +61,25 @@ def gelu(lowering: Lowering, node: fx.Node) -> Value:
 
 def leaky_relu(lowering: Lowering, node: fx.Node) -> Value:
     """Lower ``aten.leaky_relu``."""
+    return _with_slope(lowering, node, float(arguments_of(node)[1]))
+
+
+def prelu(lowering: Lowering, node: fx.Node) -> Value:
+    """Lower ``aten.prelu``: a leaky relu where its slope is one number, else in float.
+
+    Slopes per channel have no grid, which an int8 kernel would need.
+    """
+    slope = lowering.constant(arguments_of(node)[1])
+    if slope is None or slope.numel() != 1:
+        return lowering.as_float(node)
+    return _with_slope(lowering, node, float(slope))
+
+
+def _with_slope(lowering: Lowering, node: fx.Node, slope: float) -> Value:
     pairs, output = lowering.quantized(node.args[0]), lowering.output_qparams(node)
     if pairs is None or output is None:
-        return lowering.as_float(node)
-    slope = float(arguments_of(node)[1])
+        value = lowering.real(node.args[0])
+        return Value(lowering.call(torch.ops.aten.leaky_relu.default, value, slope), None)
     return lowering.emit(OPS.leaky_relu.default, pairs[0][0], slope, qparams=output)
 
 
@@ -89,6 +105,8 @@ def softmax(lowering: Lowering, node: fx.Node) -> Value:
     """Lower ``aten.softmax``."""
     pairs = lowering.quantized(node.args[0])
     if pairs is None or lowering.output_qparams(node) is None:
+        return lowering.as_float(node)
+    if broken_limit("SOFTMAX", [float(pairs[0][1].scale)], float(OF_SOFTMAX.scale), 8):
         return lowering.as_float(node)
     x, axis = arguments_of(node)[:2]
     axis %= len(lowering.shape(x))

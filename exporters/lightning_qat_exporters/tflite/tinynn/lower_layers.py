@@ -18,16 +18,12 @@ from lightning_qat.numerics.arithmetic import quantize_bias
 from lightning_qat.numerics.qparams import QParams
 from lightning_qat_exporters.tflite.decompose.arguments import arguments_of, per_axis
 from lightning_qat_exporters.tflite.decompose.conv_transpose import conv_transpose
-from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import fused_activation
-from lightning_qat_exporters.tflite.tinynn.lowering import LITERT, Lowering, Value
+from lightning_qat_exporters.tflite.tinynn.lower_clamps import fused_activation
+from lightning_qat_exporters.tflite.tinynn.lower_rows import as_picture, as_rows
+from lightning_qat_exporters.tflite.tinynn.lowering import Lowering, Value
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 
 _ATEN = torch.ops.aten
-
-_NO_OUTPUT = (
-    "an int8 kernel needs the scale of its output, which is not quantized",
-    f"Prepare with Recipe(joins=True, outputs=True). {LITERT}",
-)
 
 
 def conv2d(lowering: Lowering, node: fx.Node) -> Value:
@@ -76,17 +72,12 @@ def conv1d(lowering: Lowering, node: fx.Node) -> Value:
         [start, *per_axis(v, 1)] for start, v in zip((1, 0, 1), options, strict=True)
     )
     source, qparams = _input_of_layer(lowering, x)
-    picture = lowering.call(_ATEN.unsqueeze.default, source, 2), qparams
+    picture = as_picture(lowering, source), qparams
     assert weight.integers is not None
     wide = replace(weight, integers=weight.integers.unsqueeze(2))
     options = [stride, padding, dilation, groups]
     value = _layer(lowering, node, OPS.convolve.default, wide, bias, picture, *options)
-    return _without_height(lowering, value)
-
-
-def _without_height(lowering: Lowering, value: Value) -> Value:
-    """Rows of a picture of height 1."""
-    return Value(lowering.call(_ATEN.squeeze.dim, value.node, 2), value.qparams)
+    return as_rows(lowering, value)
 
 
 def transposed(lowering: Lowering, node: fx.Node) -> Value:
@@ -96,11 +87,11 @@ def transposed(lowering: Lowering, node: fx.Node) -> Value:
     if weight is None:
         return lowering.as_float(node)
     if output is None:
-        raise CannotExpress(*_NO_OUTPUT)
+        raise lowering.not_quantized(node)
     plan = conv_transpose(node, _stored_integers(weight), weight.qparams, lowering.shape(x)[2:])
     source, qparams = _input_of_layer(lowering, x)
     if plan.one_dimensional:
-        source = lowering.call(_ATEN.unsqueeze.default, source, 2)
+        source = as_picture(lowering, source)
     value = lowering.emit_layer(
         OPS.transpose_convolve.default,
         source,
@@ -115,7 +106,7 @@ def transposed(lowering: Lowering, node: fx.Node) -> Value:
     for axis, start, end in plan.cuts:
         cut = lowering.call(_ATEN.slice.Tensor, value.node, 2 + axis, start, end)
         value = Value(cut, value.qparams)
-    return _without_height(lowering, value) if plan.one_dimensional else value
+    return as_rows(lowering, value) if plan.one_dimensional else value
 
 
 def linear(lowering: Lowering, node: fx.Node) -> Value:
@@ -146,7 +137,7 @@ def _layer(
 ) -> Value:
     output = lowering.output_qparams(node)
     if output is None:
-        raise CannotExpress(*_NO_OUTPUT)
+        raise lowering.not_quantized(node)
     activation = fused_activation(lowering, node)
     x, qparams = source
     constants = (
@@ -174,7 +165,7 @@ def _stored_bias(
 ) -> fx.Node | None:
     if bias is None:
         return None
-    values = lowering.constants.value(bias)
+    values = lowering.constant(bias)
     if values is None:
         raise CannotExpress("its bias is computed at run time")
     integers = quantize_bias(values, scale_input, scale_weight)

@@ -13,13 +13,16 @@ import torch
 from torch import fx
 
 from lightning_qat.export.protocol import CannotExpress
+from lightning_qat.numerics.qparams import QParams
 from lightning_qat_exporters.tflite.decompose.arguments import arguments_of
 from lightning_qat_exporters.tflite.decompose.average_pool import (
     Pool,
     adaptive_avg_pool2d,
     average_pool,
+    avg_pool1d,
     avg_pool2d,
 )
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit
 from lightning_qat_exporters.tflite.tinynn.lower_activations import (
     OF_SIGMOID,
     OF_TANH,
@@ -27,10 +30,12 @@ from lightning_qat_exporters.tflite.tinynn.lower_activations import (
     gelu,
     hardsigmoid,
     leaky_relu,
+    prelu,
     silu,
     softmax,
     unary,
 )
+from lightning_qat_exporters.tflite.tinynn.lower_clamps import fused_activation
 from lightning_qat_exporters.tflite.tinynn.lower_layers import (
     conv1d,
     conv2d,
@@ -38,10 +43,8 @@ from lightning_qat_exporters.tflite.tinynn.lower_layers import (
     linear,
     transposed,
 )
-from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import (
-    VALUE_PRESERVING,
-    fused_activation,
-)
+from lightning_qat_exporters.tflite.tinynn.lower_rows import as_picture, as_rows, resized
+from lightning_qat_exporters.tflite.tinynn.lower_value_preserving import VALUE_PRESERVING, same
 from lightning_qat_exporters.tflite.tinynn.lowering import LowerFunction, Lowering, Value
 from lightning_qat_exporters.tflite.tinynn.lowering_builder import LoweringBuilder
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
@@ -56,6 +59,9 @@ def _binary(lowering: Lowering, node: fx.Node) -> Value:
         return lowering.as_float(node)
     name = str(node.target).removeprefix("aten.").split(".")[0]
     function = "matmul" if name in ("matmul", "bmm", "mm") else name
+    scales = [float(pair[1].scale) for pair in pairs]
+    if broken_limit(function.upper(), scales, float(output.scale), 8):
+        return lowering.as_float(node)
     activation = "none" if function == "matmul" else fused_activation(lowering, node)
     nodes = [pair[0] for pair in pairs]
     return lowering.emit(OPS.binary.default, *nodes, function, activation, qparams=output)
@@ -75,6 +81,15 @@ def _mean_over(lowering: Lowering, node: fx.Node, axes: list[int], keepdim: bool
     return lowering.emit(OPS.mean.default, pairs[0][0], axes, keepdim, qparams=output)
 
 
+def _adaptive_avg_pool1d(lowering: Lowering, node: fx.Node) -> Value:
+    x, (after,) = arguments_of(node)
+    rank = len(lowering.shape(x))
+    if after == 1:
+        return _mean_over(lowering, node, [rank - 1], True)
+    pool = adaptive_avg_pool2d((1, lowering.shape(x)[-1]), (1, after))
+    return _pool_of_rows(lowering, node, pool)
+
+
 def _adaptive_avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
     x, _ = arguments_of(node)
     before, after = lowering.shape(x), lowering.shape(node)[-2:]
@@ -83,16 +98,41 @@ def _adaptive_avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
     return _pool(lowering, node, adaptive_avg_pool2d(before[-2:], after))
 
 
+def _avg_pool1d(lowering: Lowering, node: fx.Node) -> Value:
+    return _pool_of_rows(lowering, node, avg_pool1d(node))
+
+
 def _avg_pool2d(lowering: Lowering, node: fx.Node) -> Value:
     return _pool(lowering, node, avg_pool2d(node))
 
 
 def _pool(lowering: Lowering, node: fx.Node, pool: Pool) -> Value:
-    x: Any = node.args[0]
-    pairs, output = lowering.quantized(x), lowering.output_qparams(node)
+    pairs, output = lowering.quantized(node.args[0]), lowering.output_qparams(node)
     if pairs is None or output is None:
         return lowering.as_float(node)
-    (source, qparams), shape = pairs[0], lowering.shape(x)
+    shape = lowering.shape(arguments_of(node)[0])
+    return _pool_of_picture(lowering, node, pool, pairs[0], shape, output)
+
+
+def _pool_of_rows(lowering: Lowering, node: fx.Node, pool: Pool) -> Value:
+    pairs, output = lowering.quantized(node.args[0]), lowering.output_qparams(node)
+    if pairs is None or output is None:
+        return lowering.as_float(node)
+    *outside, length = lowering.shape(arguments_of(node)[0])
+    picture = as_picture(lowering, pairs[0][0]), pairs[0][1]
+    shape = (*outside, 1, length)
+    return as_rows(lowering, _pool_of_picture(lowering, node, pool, picture, shape, output))
+
+
+def _pool_of_picture(
+    lowering: Lowering,
+    node: fx.Node,
+    pool: Pool,
+    picture: tuple[fx.Node, QParams],
+    shape: tuple[int, ...],
+    output: QParams,
+) -> Value:
+    source, qparams = picture
     if qparams.equal(output) and (pool.counts_padding or pool.is_same(shape[-2:])):
         options = (pool.kernel, pool.stride, pool.padding, pool.counts_padding)
         return lowering.emit(OPS.average_pool.default, source, *options, qparams=qparams)
@@ -102,7 +142,12 @@ def _pool(lowering: Lowering, node: fx.Node, pool: Pool) -> Value:
 
 def _bilinear(lowering: Lowering, node: fx.Node) -> Value:
     """Lower bilinear resizing: the kernel has the same qparams for input and output."""
-    return VALUE_PRESERVING[_ATEN.upsample_nearest2d.vec](lowering, node)
+    return same(lowering, node)
+
+
+def _linear_resizing(lowering: Lowering, node: fx.Node) -> Value:
+    aligned = bool(arguments_of(node)[2])
+    return resized(lowering, node, _ATEN.upsample_bilinear2d.vec, aligned)
 
 
 def _attention(lowering: Lowering, node: fx.Node) -> Value:
@@ -151,7 +196,9 @@ LOWER_FUNCTIONS: Mapping[Any, LowerFunction] = {
     _ATEN.bmm.default: _binary,
     _ATEN.mm.default: _binary,
     _ATEN.mean.dim: _mean,
+    _ATEN.adaptive_avg_pool1d.default: _adaptive_avg_pool1d,
     _ATEN.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+    _ATEN.avg_pool1d.default: _avg_pool1d,
     _ATEN.avg_pool2d.default: _avg_pool2d,
     _ATEN.softmax.int: softmax,
     _ATEN.scaled_dot_product_attention.default: _attention,
@@ -161,6 +208,7 @@ LOWER_FUNCTIONS: Mapping[Any, LowerFunction] = {
     _ATEN.gelu.default: gelu,
     _ATEN.elu.default: unary("elu"),
     _ATEN.leaky_relu.default: leaky_relu,
+    _ATEN.prelu.default: prelu,
     _ATEN.silu.default: silu,
     _ATEN.hardsigmoid.default: hardsigmoid,
     _ATEN.rsub.Scalar: Lowering.as_float,
@@ -176,6 +224,7 @@ LOWER_FUNCTIONS: Mapping[Any, LowerFunction] = {
     _ATEN.layer_norm.default: _layer_norm,
     _ATEN.batch_norm.default: Lowering.as_float,
     _ATEN._native_batch_norm_legit_no_training.default: _batch_norm,
+    _ATEN.upsample_linear1d.vec: _linear_resizing,
     _ATEN.upsample_bilinear2d.vec: _bilinear,
     **VALUE_PRESERVING,
 }

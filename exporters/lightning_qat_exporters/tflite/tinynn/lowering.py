@@ -24,6 +24,8 @@ from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
 from lightning_qat.numerics.fake_quantize import fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat_exporters.tflite.decompose.sample import sample_of
+from lightning_qat_exporters.tflite.decompose.squeeze import name_squeezed_axes
+from lightning_qat_exporters.tflite.notes import joins_are_planned
 from lightning_qat_exporters.tflite.tinynn.ops import OPS
 from lightning_qat_exporters.tflite.tinynn.program_values import (
     Recorder,
@@ -51,6 +53,7 @@ class Value:
 LowerFunction = Callable[["Lowering", fx.Node], Value]
 """Lowers one operator of the program."""
 
+_NEEDS_OUTPUT = "an int8 kernel needs the scale of its output, which is not quantized"
 _FLOAT_GATES = (
     "LSTM and GRU compute their gates in float; an int8 kernel needs the scale of every product"
 )
@@ -77,12 +80,13 @@ class Lowering:
         self.functions, self.value_preserving = functions, value_preserving
         # In-place operators become plain ones; nothing else is taken apart.
         self.program = model.program.run_decompositions({})
+        name_squeezed_axes(self.program.graph)
         self.inputs = sample_of(model)
         self.constants = Constants(self.program)
-        recorder = Recorder(self.program.graph_module)
+        recorder = Recorder(self.program.graph_module, self.inputs)
         with torch.no_grad():
             recorder.run(*placeholder_values(self.program, self.constants, self.inputs))
-        self.recorded = recorder.recorded
+        self.recorded, self.computed = recorder.recorded, recorder.constant
         self.root, self.graph = nn.Module(), fx.Graph()
         self.values: dict[fx.Node, Value] = {}
         self.fused: set[fx.Node] = set()
@@ -105,7 +109,7 @@ class Lowering:
             self.values[source] = Value(placeholder, qparams)
             samples.append(sample if qparams is None else _as_quint8(sample, qparams))
         for node in self.program.graph.nodes:
-            if node.op == "call_function" and self._is_tensor(node):
+            if node.op == "call_function" and self._is_tensor(node) and node not in self.computed:
                 # What cannot be lowered counts as float, so that the rest is checked too.
                 where = self.where(node)
                 value = None if node in inside else self._checked(where, self._lower, node)
@@ -146,11 +150,15 @@ class Lowering:
         if not isinstance(argument, fx.Node):
             return None
         if argument not in self.values:
-            constant = self.constants.value(argument)
+            constant = self.constant(argument)
             if constant is None:
                 return None
             self.values[argument] = Value(self.attribute(constant), None)
         return self.values[argument]
+
+    def constant(self, argument: fx.Node) -> Tensor | None:
+        """The values of an argument that depend on no input; ``None``: they depend on one."""
+        return self.computed.get(argument, self.constants.value(argument))
 
     def quantized(self, *arguments: Any) -> list[tuple[fx.Node, QParams]] | None:
         """The arguments as integers and qparams; ``None`` unless all are integers."""
@@ -178,10 +186,20 @@ class Lowering:
         An output that is quantized with several gets the largest scale, and is requantized from
         that.
         """
-        read = self._qparams_read(node)
+        read = [qparams for _, qparams in self._reads(node)]
         if not read or None in read:
             return None
         return max((q for q in read if q is not None), key=lambda q: float(q.scale))
+
+    def not_quantized(self, node: fx.Node) -> CannotExpress:
+        """Why an output has no qparams: what reads it in float, and what to do about that."""
+        readers = [reader for reader, qparams in self._reads(node) if qparams is None]
+        reasons = dict.fromkeys(self._why_float(reader) for reader in readers)
+        # Where the recipe has them, or where an operator has no form, no other recipe helps.
+        formless = any(r.op != "output" and r.target not in self.functions for r in readers)
+        helps = not formless and not joins_are_planned(self.model)
+        remedy = f"Prepare with Recipe(joins=True, outputs=True). {LITERT}" if helps else LITERT
+        return CannotExpress(f"{_NEEDS_OUTPUT}; {'; '.join(reasons)}", remedy)
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         """The one operator that reads a result."""
@@ -208,6 +226,23 @@ class Lowering:
         target: Any = node.target
         return Value(self.graph.call_function(target, args, kwargs), None)
 
+    def given(self, node: fx.Node) -> Value:
+        """The counterpart of an operator's first argument."""
+        value = self.value(node.args[0])
+        assert value is not None
+        return value
+
+    def moved(self, node: fx.Node, target: Any, *options: Any) -> Value:
+        """An operator on the first argument, with the node's own options or others.
+
+        The result has the qparams of the argument.
+        """
+        value = self.given(node)
+        args = options or tuple(self.concrete(argument) for argument in node.args[1:])
+        kwargs = {} if options else {k: self.concrete(v) for k, v in node.kwargs.items()}
+        call = self.graph.call_function(target, (value.node, *args), kwargs)
+        return Value(call, value.qparams)
+
     def attribute(self, tensor: Tensor) -> fx.Node:
         """A constant of the new graph."""
         name = f"constant_{len(self.root._buffers)}"
@@ -215,7 +250,7 @@ class Lowering:
         self.root.register_buffer(name, tensor.clone())
         return self.graph.get_attr(name)
 
-    def constant(self, values: Tensor, qparams: QParams) -> fx.Node:
+    def on_grid(self, values: Tensor, qparams: QParams) -> fx.Node:
         """Integers of the new graph that stand for some real values."""
         return self.attribute(_as_quint8(values, qparams))
 
@@ -223,7 +258,7 @@ class Lowering:
         """A quantized constant of the new graph."""
         qparams = tensor.qparams
         assert tensor.integers is not None
-        return self.constant(tensor.integers * qparams.scale, qparams)
+        return self.on_grid(tensor.integers * qparams.scale, qparams)
 
     def requantized(self, value: Value, qparams: QParams) -> Value:
         """A value with other qparams, or a float tensor quantized."""
@@ -264,26 +299,33 @@ class Lowering:
         assert source is not None
         return self.requantized(source, qparams)
 
-    def _qparams_read(self, node: fx.Node) -> list[QParams | None]:
-        """The qparams that each reader of a tensor quantizes it with; ``None``: read in float."""
-        found: list[QParams | None] = []
+    def _reads(self, node: fx.Node) -> list[tuple[fx.Node, QParams | None]]:
+        """Each reader of a tensor, with the qparams it quantizes it with; ``None``: in float."""
+        found: list[tuple[fx.Node, QParams | None]] = []
         for user in node.users:
             call = as_fake_quantize(user)
             if call is not None:
-                found.append(self.model.tensors[call.key].qparams)
+                found.append((user, self.model.tensors[call.key].qparams))
             elif user.target in self.value_preserving:
                 # `copy` overwrites its first argument: nothing of it is read.
                 if user.target is not torch.ops.aten.copy.default or user.args[0] is not node:
-                    found += self._qparams_read(user)
+                    found += self._reads(user)
             elif not isinstance(self.recorded.get(user), int):
                 # Asking for a size reads no value.
-                found.append(None)
+                found.append((user, None))
         return found
+
+    def _why_float(self, reader: fx.Node) -> str:
+        if reader.op == "output":
+            return "it is an output of the model"
+        if reader.target in self.functions:
+            return f"{self.where(reader)} reads it in float"
+        return f"{self.where(reader)}, which has no form here, reads it"
 
     def _input_qparams(self, node: fx.Node) -> QParams | None:
         if not self.integer_io:
             return None
-        read = self._qparams_read(node)
+        read = [qparams for _, qparams in self._reads(node)]
         first = read[0] if read else None
         if first is None or not all(q is not None and q.equal(first) for q in read):
             raise CannotExpress(

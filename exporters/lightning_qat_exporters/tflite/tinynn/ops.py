@@ -49,6 +49,12 @@ UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """Functions of one value; ``none`` requantizes."""
 
+EXTREMES: Mapping[str, Callable[[Tensor, list[int], bool], Tensor]] = {
+    "amax": torch.amax,
+    "amin": torch.amin,
+}
+"""Functions that choose among values; their output has the scale of their input."""
+
 
 def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.quantize_per_tensor(x.contiguous(), scale, zero_point, torch.quint8)
@@ -185,6 +191,14 @@ def softmax(x: Tensor, axis: int, scale: float, zero_point: int) -> Tensor:
 def mean(x: Tensor, axes: Sequence[int], keepdim: bool, scale: float, zero_point: int) -> Tensor:
     """The mean over some axes, counted from 0."""
     return _quantize(x.dequantize().mean(list(axes), keepdim), scale, zero_point)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::extreme", mutates_args=())
+def extreme(
+    x: Tensor, axes: Sequence[int], keepdim: bool, function: str, scale: float, zero_point: int
+) -> Tensor:
+    """The largest or smallest values over some axes, counted from 0; ``EXTREMES`` names which."""
+    return _quantize(EXTREMES[function](x.dequantize(), list(axes), keepdim), scale, zero_point)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::average_pool", mutates_args=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,24 +11,44 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from lightning_qat.ir.exported_program import Constants
+from lightning_qat.ir.ops import DEQUANTIZE, as_fake_quantize
+from lightning_qat_exporters.tflite.decompose.constant_nodes import fixed_nodes
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 class Recorder(fx.Interpreter):
-    """Runs a program and records the shape of every tensor and the value of every number."""
+    """Runs a program and records the shape of every tensor and the value of every number.
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    Args:
+        module: The program's graph module.
+        inputs: Names of the model's inputs; every other placeholder is a constant.
+
+    Attributes:
+        recorded: Node to shape, or to the number that it gives.
+        constant: Node to tensor, of those that depend on no values of an input.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: Collection[str]) -> None:
         super().__init__(module)
         self.recorded: dict[fx.Node, Any] = {}
+        self.constant: dict[fx.Node, Tensor] = {}
+        placeholders = {node for node in module.graph.nodes if node.op == "placeholder"}
+        fixed = fixed_nodes(module.graph, {n for n in placeholders if n.name not in inputs})
+        quantized = {n for n in fixed if n.target is DEQUANTIZE or as_fake_quantize(n) is not None}
+        self._fixed = fixed - placeholders - quantized
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and record its result."""
-        if n.target is torch.ops.aten.view.default:
+        if n.target in _VIEWS:
             # Without in-place operators, a view may meet strides that only reshape can read.
             args: Any = self.fetch_args_kwargs_from_env(n)[0]
             result = torch.reshape(*args)
         else:
             result = super().run_node(n)
         self.recorded[n] = result.shape if isinstance(result, Tensor) else result
+        if n in self._fixed and isinstance(result, Tensor):
+            self.constant[n] = result
         return result
 
 
