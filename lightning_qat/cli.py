@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 _CONVERT = """\
 Convert a quantized ONNX model of any tool (QuantizeLinear and DequantizeLinear, opset 10 or newer)
@@ -100,11 +101,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep biases in float, added after the layers, instead of rounding them to int32",
     )
+    convert.add_argument(
+        "--grid-weights",
+        action="store_true",
+        help="take float weights on a grid as integers; TensorFlow's converters write such",
+    )
     lint = command("lint", "check a CANN deploy model, or a QDQ model for TensorRT", _LINT)
     lint.add_argument("model", type=Path, help="the deploy model, or the QDQ model")
     lint.add_argument(
         "--for", dest="rules", choices=_RULES, default="cann", help="whose rules (default: cann)"
     )
+    for with_product in (convert, lint):
+        with_product.add_argument(
+            "--product",
+            metavar="SOC",
+            help="the Ascend product, as ATC's --soc_version begins: Ascend310P, Ascend910B, ...",
+        )
     lint.add_argument("--json", action="store_true", help="findings as a JSON list")
     return parser
 
@@ -116,19 +128,31 @@ def _convert(options: argparse.Namespace) -> int:
         options.model,
         options.out,
         options.record,
-        target=options.to,
+        target=_with_product(options.to, {}, options.product),
         float_bias=options.float_bias,
+        grid_weights=options.grid_weights,
     )
     print(done)
     return 0
 
 
-def _lint(options: argparse.Namespace) -> int:
-    from lightning_qat.export.lint import Linting
+def _with_product(name: str, arguments: Mapping[str, Any], product: str | None) -> Any:
+    """A target's exporter; ``--product`` is an option of cann's alone."""
     from lightning_qat.export.load import load_exporter
 
+    if product is not None and name != "cann":
+        raise ValueError(
+            f"--product names an Ascend product; the target is {name!r}. Leave it out."
+        )
+    options = {} if product is None else {"product": product}
+    return type(load_exporter(name))(**arguments, **options)
+
+
+def _lint(options: argparse.Namespace) -> int:
+    from lightning_qat.export.lint import Linting
+
     name, arguments = _RULES[options.rules]
-    target = type(load_exporter(name))(**arguments)
+    target = _with_product(name, arguments, options.product)
     assert isinstance(target, Linting)  # ours
     findings = target.lint(options.model)
     if options.json:

@@ -55,6 +55,7 @@ class ConvertsOnnx(Protocol):
         record_file: Path | None = None,
         *,
         float_bias: bool = False,
+        grid_weights: bool = False,
     ) -> Conversion:
         """Write the target's files; parameters as for ``convert_qat_model``."""
         ...
@@ -67,6 +68,7 @@ def convert_qat_model(
     *,
     target: str | ConvertsOnnx = "cann",
     float_bias: bool = False,
+    grid_weights: bool = False,
 ) -> Conversion:
     """Bring a quantized ONNX model of any tool to an integer target; AMCT's function of this name.
 
@@ -86,6 +88,9 @@ def convert_qat_model(
             binary form where the name ends in ``.pb``; not written by default.
         target: Name of the exporter, or one with options, such as ``CannExporter(opset=13)``.
         float_bias: Keep biases in float and add them after the layers.
+        grid_weights: Take float weights that are products of integers up to 127 and one scale per
+            output channel, to float32's precision, as those integers; each is said. TensorFlow's
+            converters write weights so.
 
     Returns:
         What was converted, what stayed real and why, and the files.
@@ -106,4 +111,5 @@ def convert_qat_model(
         Path(save_path),
         None if record_file is None else Path(record_file),
         float_bias=float_bias,
+        grid_weights=grid_weights,
     )

@@ -22,6 +22,7 @@ from lightning_qat_exporters.cann.downgrade_opset import OPSETS
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from lightning_qat_exporters.cann.lint.lint import lint_deploy
 from lightning_qat_exporters.cann.normalize.normalize import normalize, with_plain_constants
+from lightning_qat_exporters.cann.normalize.recognise_grid_weights import FOUND
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SHIFT
 from lightning_qat_exporters.cann.products import check_product
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized, integer_outputs, joins
@@ -156,6 +157,7 @@ class CannExporter:
         record_file: Path | None = None,
         *,
         float_bias: bool = False,
+        grid_weights: bool = False,
     ) -> Conversion:
         """Write the files for a quantized ONNX model of any tool; see ``convert_qat_model``.
 
@@ -164,6 +166,7 @@ class CannExporter:
             path_prefix: Folder and beginning of the files' names.
             record_file: Where to write the record, if at all.
             float_bias: Keep biases in float and add them after the layers.
+            grid_weights: Take float weights that lie on a grid as integers.
 
         Raises:
             FileNotFoundError: There is no such model, or its external data is missing.
@@ -182,7 +185,8 @@ class CannExporter:
             require_quantized(source, model_file)
             # A device node has its biases in integers.
             recurrent = self.rnn == "device" and not float_bias
-            found = find_quantized(normalize(source), recurrent=recurrent)
+            plain = normalize(source, grid_weights=grid_weights)
+            found = find_quantized(plain, recurrent=recurrent)
             _require_something_quantized(found, model_file)
             written = write_files(
                 found, found, files, self.opset, float_bias=float_bias, product=self.product
@@ -239,6 +243,13 @@ def _device_notes(layers: Sequence[IntegerRecurrent]) -> list[str]:
     return notes
 
 
+def _grid_notes(found: QuantizedGraph) -> list[str]:
+    layers = found.model.meta.get(FOUND, ())
+    return [
+        f"{name!r}: its float weight lies on a grid and was taken as integers." for name in layers
+    ]
+
+
 def _wide_notes(found: QuantizedGraph) -> list[str]:
     """A note where activations are of 16 bits."""
     wide = [a.name for a in found.activations if a.dst_type == "INT16"]
@@ -277,6 +288,7 @@ def _conversion(found: QuantizedGraph, written: WrittenFiles) -> Conversion:
         left_float=tuple(map(str, found.left_float)),
         notes=(
             *written.notes,
+            *_grid_notes(found),
             *shift_notes,
             *_device_notes(found.recurrent),
             *_wide_notes(found),

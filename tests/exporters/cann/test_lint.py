@@ -357,6 +357,22 @@ def test_convert_writes_what_the_function_does(
     assert record.read_bytes() == (tmp_path / "api.txt").read_bytes()
 
 
+def test_a_product_is_an_option_of_both_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    valid(tmp_path)
+    arguments = ["convert", str(tmp_path / "qat.onnx"), "--to", "cann", "--out"]
+    assert cli.main([*arguments, str(tmp_path / "all")]) == 0
+    assert cli.main([*arguments, str(tmp_path / "own"), "--product", "Ascend310P"]) == 0
+    capsys.readouterr()
+    lint = ["lint", "--product", "Ascend310P"]
+    assert cli.main([*lint, str(tmp_path / "own_deploy_model.onnx")]) == 0
+    assert cli.main([*lint, str(tmp_path / "all_deploy_model.onnx")]) == 1
+    assert "Ascend310P has no AscendAntiQuant" in capsys.readouterr().out
+    assert cli.main([*lint, "--for", "tensorrt", str(tmp_path / "qat.onnx")]) == 2
+    assert "--product names an Ascend product" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -206,3 +206,39 @@ def test_auto_pad_in_three_dimensions_is_written_as_pads(
     assert not [f for f in CannExporter().lint(done.files["model"]) if f.severity == "error"]
     (node,) = (n for n in onnx.load(done.files["model"]).graph.node if n.name == "conv")
     assert "auto_pad" not in [a.name for a in node.attribute]
+
+
+def tensorflow(noise: float = 0.0) -> tuple[Qdq, str]:
+    """Weights whose quantization is folded to float, before and behind a pool."""
+    net = Qdq([2, 4, 6, 6])
+    scale = np.float32([0.011, 0.023, 0.0057, 0.0131]).reshape(-1, 1, 1, 1)
+    integers = rng().integers(-127, 128, (4, 4, 3, 3)).astype(np.float32)
+    folded = integers * scale + np.float32(noise) * real(4, 4, 3, 3)
+    y = net.node("Conv", net.fake("x", 0.05), net.constant(folded), name="conv", pads=[1] * 4)
+    pooled = net.node("MaxPool", net.fake(y, 0.5), kernel_shape=[6, 6])
+    flat = net.node("Flatten", pooled)
+    dense = rng().integers(-90, 91, (3, 4)).astype(np.float32) * np.float32(0.037)
+    return net, net.node("Gemm", flat, net.constant(dense), name="dense", transB=1)
+
+
+def test_float_weights_on_a_grid_are_taken_as_integers_by_option(tmp_path: Path) -> None:
+    net, y = tensorflow()
+    source = net_file(net, tmp_path, y)
+    record = tmp_path / "record.txt"
+    done = agreeing(source, X, 1e-4, grid_weights=True, record_file=record)
+    assert done.layers == ("conv", "dense")
+    assert [note for note in done.notes if "lies on a grid" in note] == [
+        "'conv': its float weight lies on a grid and was taken as integers.",
+        "'dense': its float weight lies on a grid and was taken as integers.",
+    ]
+    conv_record, dense_record = parse_record(record.read_text())
+    assert conv_record.scale_w == pytest.approx((0.011, 0.023, 0.0057, 0.0131), rel=1e-6)
+    # Of multiples of a scale the grid is found of which they are, not a finer one.
+    assert all(s / 0.037 == pytest.approx(round(s / 0.037)) for s in dense_record.scale_w)
+    assert agreeing(source, X, 1e-4).layers == ()
+
+
+def test_float_weights_beside_a_grid_stay_float(tmp_path: Path) -> None:
+    net, y = tensorflow(noise=1e-5)
+    done = agreeing(net_file(net, tmp_path, y), X, 1e-4, grid_weights=True)
+    assert done.layers == ("dense",)

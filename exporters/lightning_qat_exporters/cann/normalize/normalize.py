@@ -13,6 +13,7 @@ from lightning_qat_exporters.cann.normalize.fold_batchnorm import FoldBatchNorm
 from lightning_qat_exporters.cann.normalize.fold_constants import FoldConstants
 from lightning_qat_exporters.cann.normalize.integer_sources import PairIntegerSources
 from lightning_qat_exporters.cann.normalize.propagate_pairs import PropagatePairs
+from lightning_qat_exporters.cann.normalize.recognise_grid_weights import RecogniseGridWeights
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SplitAsymmetricWeights
 from lightning_qat_exporters.cann.normalize.split_channel_scales import SplitChannelScales
 
@@ -22,12 +23,16 @@ def with_plain_constants(model: ir.Model) -> ir.Model:
     return _rewritten(model, (*_plain(), FoldConstants(qparams_only=True)))
 
 
-def normalize(model: ir.Model) -> ir.Model:
+def normalize(model: ir.Model, *, grid_weights: bool = False) -> ir.Model:
     """A copy that computes the same, with plain constants and a Q/DQ pair before every layer.
 
     What constants alone determine is computed, Identity removed, batch norms are folded into
     quantized layers, weights that leave int8 are split, and pairs repeated where only
     value-preserving operators stand between a pair and a layer.
+
+    Args:
+        model: A QDQ model of any tool.
+        grid_weights: Take float weights that lie on a grid as integers.
     """
     passes = (
         *_plain(),
@@ -36,6 +41,7 @@ def normalize(model: ir.Model) -> ir.Model:
         DequantizeBeforeMoves(),
         PairIntegerSources(),
         SplitChannelScales(),
+        *((RecogniseGridWeights(),) if grid_weights else ()),
         PropagatePairs(),
         SplitAsymmetricWeights(),
         FoldBatchNorm(),

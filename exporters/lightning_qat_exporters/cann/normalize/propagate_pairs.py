@@ -36,6 +36,14 @@ class PropagatePairs(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(repeated))
 
 
+def quantized_by(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear of an activation whose values a tensor has, directly or moved."""
+    node = None if value is None else value.producer()
+    direct = node is not None and node.op_type == "DequantizeLinear" and not node.domain
+    pair = node if direct else _pair_before(value)
+    return None if pair is None or is_constant(pair.inputs[0]) else pair
+
+
 def _pair_before(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear whose values reach ``value`` through at least one other operator.
 
@@ -62,10 +70,8 @@ def _pair_of_all(concat: ir.Node) -> ir.Node | None:
     """The pair of a Concat's first operand, where those of all others have its parameters."""
     pairs = []
     for value in concat.inputs:
-        node = None if value is None else value.producer()
-        direct = node is not None and node.op_type == "DequantizeLinear" and not node.domain
-        pair = node if direct else _pair_before(value)
-        if pair is None or is_constant(pair.inputs[0]):
+        pair = quantized_by(value)
+        if pair is None:
             return None
         pairs.append(pair)
     try:
