@@ -10,6 +10,8 @@ import onnx.version_converter
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from lightning_qat_exporters.onnx_files.foreign_quantizers import foreign_quantization
+
 OLDEST_OPSET = 10
 """The first opset with QuantizeLinear."""
 
@@ -68,10 +70,16 @@ def read_onnx(path: Path) -> ir.Model:
 
 
 def require_quantized(model: ir.Model, path: Path) -> None:
-    """Raise ``ValueError`` for a float model."""
-    found = {node.op_type for node in model.graph.all_nodes()}
-    found |= {n.op_type for function in model.functions.values() for n in function.all_nodes()}
-    if not found & {"QuantizeLinear", "DequantizeLinear"}:
+    """Raise ``ValueError`` for a float model, and for one that is quantized in another form."""
+    nodes = [*model.graph.all_nodes()]
+    nodes += [n for function in model.functions.values() for n in function.all_nodes()]
+    foreign = foreign_quantization(nodes)
+    if foreign is not None:
+        raise ValueError(
+            "Quantization must be QuantizeLinear and DequantizeLinear nodes of integers; "
+            f"{str(path)!r} has\n{foreign}"
+        )
+    if not {node.op_type for node in nodes} & {"QuantizeLinear", "DequantizeLinear"}:
         raise ValueError(
             f"The model must have QuantizeLinear and DequantizeLinear nodes; {str(path)!r} is a "
             "float model. Train it with quantization first, or quantize it with a tool that "

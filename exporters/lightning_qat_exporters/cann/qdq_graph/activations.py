@@ -109,7 +109,10 @@ def read_pair(quantize: ir.Node) -> PairGroup:
     if dtype not in _TYPES:
         raise CannotExpress(
             f"activations must be int8, uint8, int16 or uint16; got {dtype}",
-            "Quantize the activation with 8 or 16 bits",
+            "Quantize the activation with 8-bit integers"
+            + (
+                " instead of FP8 (ModelOpt: mtq.INT8_DEFAULT_CFG)" if "float8" in str(dtype) else ""
+            ),
         )
     step = np.float32(scale.reshape(()))
     if not usable_scale(step):

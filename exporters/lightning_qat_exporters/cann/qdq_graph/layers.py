@@ -106,7 +106,11 @@ def read_weight(node: ir.Node) -> LayerWeight:
         if axis != channel_axis and not by_row:
             raise CannotExpress(
                 f"its weight's scales must run along the output channels (axis {channel_axis}); "
-                f"they run along axis {axis}"
+                f"they run along axis {axis}",
+                "Quantize transposed convolutions along axis 1 (ModelOpt: 'axis': 1 of their "
+                "weight_quantizer), or per tensor"
+                if node.op_type == "ConvTranspose"
+                else "Quantize along the output channels, or per tensor",
             )
         # ConvTranspose stores Cout/g channels: scales along them are those of every group.
         scale = np.tile(scale, channels // scale.size)
