@@ -1,4 +1,4 @@
-"""The command line: convert quantized ONNX models and lint deploy models; needs no Lightning.
+"""The command line: convert, lint and run quantized ONNX models; needs no Lightning.
 
 What takes a second to import is imported by the command that needs it, so that help comes at once.
 """
@@ -42,6 +42,17 @@ _RULES: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 """Whose rules ``lint`` checks: the exporter that knows them, and its arguments."""
 
+_RUN = """\
+Run an ONNX model on arrays, on this machine, in ONNX Runtime. A deploy model (AscendQuant,
+AscendDequant, AscendAntiQuant, device nodes of LSTM and GRU) is rewritten as standard operators
+first: products of integers are exact, scalings are in float32. Any other model, with QDQ pairs or
+float, is computed as it is written, without ONNX Runtime's optimizations.
+
+  python -c "import numpy as np; np.savez('in.npz', x=np.zeros((1, 3, 224, 224), np.float32))"
+  lightning-qat run results/model_deploy_model.onnx --inputs in.npz --out out.npz
+
+writes an array per output of the model, by its name, to out.npz.
+"""
 _EXIT = "Exit codes: 0 all is well, 1 lint found errors, 2 the command or its input is wrong."
 
 
@@ -57,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from lightning_qat.export.protocol import MissingDependency
 
+    command = {"convert": _convert, "lint": _lint, "run": _run}[options.command]
     try:
-        return _lint(options) if options.command == "lint" else _convert(options)
+        return command(options)
     except (ValueError, OSError, MissingDependency) as error:
         print(f"lightning-qat {options.command}: {error}", file=sys.stderr)
         return 2
@@ -118,6 +130,18 @@ def _parser() -> argparse.ArgumentParser:
             help="the Ascend product, as ATC's --soc_version begins: Ascend310P, Ascend910B, ...",
         )
     lint.add_argument("--json", action="store_true", help="findings as a JSON list")
+    run = command("run", "run a deploy or QDQ model in ONNX Runtime", _RUN)
+    run.add_argument("model", type=Path, help="the ONNX model, with its external data beside it")
+    run.add_argument(
+        "--inputs",
+        required=True,
+        type=Path,
+        metavar="FILE.npz",
+        help="an array per input of the model, by its name, of its type and shape",
+    )
+    run.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.npz", help="where to write the outputs"
+    )
     return parser
 
 
@@ -162,6 +186,15 @@ def _lint(options: argparse.Namespace) -> int:
         lines = [*map(str, findings), f"{options.model}: " + _counted(counts)]
         print("\n".join(lines))
     return int(any(finding.severity == "error" for finding in findings))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lightning_qat.export.run_file import run_file
+
+    for name, array in run_file(options.model, options.inputs, options.out).items():
+        print(f"{name}: {array.dtype} {list(array.shape)}")
+    print(f"outputs: {options.out}")
+    return 0
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -78,7 +78,7 @@ def test_the_callback_loads_nothing_heavy_but_lightning() -> None:
     assert after == before
 
 
-COMMANDS = [(), *((name,) for name in ("convert", "lint"))]
+COMMANDS = [(), *((name,) for name in ("convert", "lint", "run"))]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

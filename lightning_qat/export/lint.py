@@ -38,7 +38,7 @@ class Finding:
 class Linting(Protocol):
     """An exporter that knows the rules its target has for files."""
 
-    def lint(self, path: Path) -> Sequence[Finding]:
+    def lint(self, path: str | Path) -> Sequence[Finding]:
         """Check a file against every known rule; an empty sequence where it keeps all.
 
         Raises:

@@ -33,14 +33,17 @@ from lightning_qat_exporters.cann.qdq_graph.types import (
     QuantizedGraph,
 )
 from lightning_qat_exporters.cann.read_back import deploy_differences
+from lightning_qat_exporters.cann.standard_operators.session import DeploySession, is_deploy
 from lightning_qat_exporters.cann.write_files import WrittenFiles, file_paths, write_files
-from lightning_qat_exporters.onnx_files.read import read_onnx, require_quantized
-from lightning_qat_exporters.onnx_files.run import run_onnx
+from lightning_qat_exporters.onnx_files.checked_run import checked_run
+from lightning_qat_exporters.onnx_files.read import load_proto, read_onnx, require_quantized
+from lightning_qat_exporters.onnx_files.run import OnnxSession, run_onnx
 from lightning_qat_exporters.onnx_files.write import require_writable
 from lightning_qat_exporters.qdq.build import OPSET, build_qdq
 from lightning_qat_exporters.qdq.recurrent import with_recurrent_nodes
 
 REFERENCE = "reference executor"
+STANDARD = "onnxruntime, deploy model"
 SIMULATION = "onnxruntime, fake-quant model"
 HALF = "reference executor, float16"
 
@@ -108,8 +111,9 @@ class CannExporter:
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """Our NumPy executor on the deploy model, ONNX Runtime on the fake-quant model."""
-        return (REFERENCE, SIMULATION, HALF) if self.device_fp16 else (REFERENCE, SIMULATION)
+        """Our NumPy executor and ONNX Runtime on the deploy model, and on the fake-quant model."""
+        half = (HALF,) if self.device_fp16 else ()
+        return (REFERENCE, STANDARD, SIMULATION, *half)
 
     def check_available(self) -> None:
         """Everything this exporter needs is a dependency of the package."""
@@ -193,14 +197,14 @@ class CannExporter:
             )
             return _conversion(found, written)
 
-    def lint(self, path: Path) -> tuple[Finding, ...]:
+    def lint(self, path: str | Path) -> tuple[Finding, ...]:
         """Check a deploy model against every rule that ATC is known to have.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is no ONNX model.
         """
-        return lint_deploy(path, self.product)
+        return lint_deploy(Path(path), self.product)
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -208,8 +212,34 @@ class CannExporter:
         """Run the files on a batch; ``runtime`` is one of ``runtimes``."""
         if runtime == SIMULATION:
             return run_onnx(artifact.files["fake_quant"], inputs, optimize=False)
+        if runtime == STANDARD:
+            return DeploySession(artifact.files["model"]).run(inputs)
         executor = AscendExecutor(artifact.files["model"], device_fp16=runtime == HALF)
         return dict(zip(executor.output_names, executor.run(inputs), strict=True))
+
+    def run_file(self, path: str | Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run an ONNX file of anyone in ONNX Runtime: outputs by name.
+
+        A deploy model is rewritten as standard operators, with exact products of integers; another
+        file is computed as it is written, without ONNX Runtime's graph optimizations.
+
+        Args:
+            path: A deploy, QDQ or float model.
+            inputs: Arrays by input name.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It cannot be run, or names, types or shapes of the inputs are not its own;
+                everything that is wrong is named. A tensor to quantize holds NaN, or an accumulator
+                leaves int32.
+        """
+        path = Path(path)
+        deploy = is_deploy(load_proto(path))
+        return checked_run(
+            path,
+            lambda: DeploySession(path) if deploy else OnnxSession(path, optimize=False),
+            inputs,
+        )
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the deploy model with the model's."""

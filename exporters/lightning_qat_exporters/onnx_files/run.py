@@ -19,23 +19,35 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return "avx2" not in flags or "vnni" in flags
 
 
-def run_onnx(path: Path, inputs: Mapping[str, Array], *, optimize: bool) -> dict[str, Array]:
-    """Run a file on a batch, on the CPU.
+class OnnxSession:
+    """An ONNX file in ONNX Runtime, on the CPU.
 
     Args:
         path: The ONNX file.
-        inputs: Arrays by input name.
         optimize: ONNX Runtime's default graph optimizations; without them every node is computed
             as it is written.
-
-    Returns:
-        Arrays by output name.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    outputs: Any = session.run(names, dict(inputs))
-    return dict(zip(names, outputs, strict=True))
+
+    def __init__(self, path: Path, *, optimize: bool) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        providers = ["CPUExecutionProvider"]
+        self._session = ort.InferenceSession(str(path), options, providers=providers)
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:
+        """Type in ONNX Runtime's words, and shape, of each input by name."""
+        return {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays by output name, from arrays by input name."""
+        names = [output.name for output in self._session.get_outputs()]
+        outputs: Any = self._session.run(names, dict(inputs))
+        return dict(zip(names, outputs, strict=True))
+
+
+def run_onnx(path: Path, inputs: Mapping[str, Array], *, optimize: bool) -> dict[str, Array]:
+    """Run a file on a batch; see ``OnnxSession``."""
+    return OnnxSession(path, optimize=optimize).run(inputs)

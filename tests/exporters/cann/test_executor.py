@@ -373,6 +373,8 @@ def test_accumulators_of_16_bit_data_may_leave_int32() -> None:
 def test_verify_shows_what_float16_kernels_may_cost(tmp_path: Path) -> None:
     model, exporter = converted("residual_add", samples=64), CannExporter(device_fp16=True)
     artifact = export(model, exporter, tmp_path / "net")
-    exact, simulated, half = verify(model, artifact, exporter=exporter).runtimes
+    exact, standard, simulated, half = verify(model, artifact, exporter=exporter).runtimes
     assert half.runtime == "reference executor, float16"
+    assert standard.runtime == "onnxruntime, deploy model"
+    assert standard.max_steps == exact.max_steps
     assert exact.max_steps == simulated.max_steps < half.max_steps <= 4

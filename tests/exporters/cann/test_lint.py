@@ -333,6 +333,7 @@ def test_lint_exits_with_1_on_errors_and_0_without(
     model = valid(tmp_path)
     path = tmp_path / "net_deploy_model.onnx"
     assert cli.main(["lint", str(path)]) == 0
+    assert CannExporter().lint(str(path)) == CannExporter().lint(path) == ()
     assert capsys.readouterr().out == f"{path}: 0 errors, 0 warnings, 0 pieces of advice\n"
     change("fc", transB=1)(model)
     onnx.save(model, path)
@@ -381,6 +382,7 @@ def test_a_product_is_an_option_of_both_commands(
             "must be an ONNX model at 'no.onnx'",
         ),
         (["convert", "no.onnx", "--to", "can", "--out", "o"], "No exporter named 'can'"),
+        (["run", "no.onnx", "--inputs", "i", "--out", "o"], "with the inputs at 'i'; no file"),
         (["lint", "no.onnx"], "must be an ONNX model at 'no.onnx'"),
     ],
 )
@@ -394,7 +396,9 @@ def test_errors_are_one_message_without_a_traceback(
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["convert", "a.onnx"], ["lint"], ["train"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["convert", "a.onnx"], ["lint"], ["run", "a"], ["train"]]
+)
 def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -406,6 +410,7 @@ def test_help_shows_a_command_to_copy(capsys: pytest.CaptureFixture[str]) -> Non
     for command, line in (
         ("convert", "lightning-qat convert model_qat.onnx --to cann --out results/model"),
         ("lint", "lightning-qat lint results/model_deploy_model.onnx"),
+        ("run", "lightning-qat run results/model_deploy_model.onnx --inputs in.npz --out out.npz"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
