@@ -1,8 +1,8 @@
-"""How fast the executor of deploy models is, beside the fake-quant model in ONNX Runtime.
+"""How fast deploy models run, in the executor and in ONNX Runtime, beside the fake-quant model.
 
     OMP_NUM_THREADS=1 python -m benchmarks.executor
 
-A ResNet-20 on batches of digits (8 by 8) and of larger images; the two take turns on one thread.
+A ResNet-20 on batches of digits (8 by 8) and of larger images; the three take turns on one thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from benchmarks.joins import ResNet20
 from lightning_qat import convert, export, prepare
 from lightning_qat.export.protocol import Array
 from lightning_qat_exporters.cann import AscendExecutor
+from lightning_qat_exporters.cann.standard_operators.translate import as_standard_operators
+from lightning_qat_exporters.onnx_files.read import read_onnx
+from lightning_qat_exporters.onnx_files.write import save_onnx
 
 
 def files(shape: tuple[int, ...], folder: Path) -> dict[str, Path]:
@@ -36,8 +39,15 @@ def files(shape: tuple[int, ...], folder: Path) -> dict[str, Path]:
     return dict(export(convert(net, torch.randn(shape)), "cann", folder / "net").files)
 
 
+def as_standard(path: Path) -> Path:
+    """The deploy model as standard operators, beside it."""
+    model = read_onnx(path)
+    as_standard_operators(model)
+    return save_onnx(model, path.with_name("standard.onnx"))[0]
+
+
 def in_onnx_runtime(path: Path) -> Callable[[dict[str, Array]], Any]:
-    """The fake-quant model on one thread, with ONNX Runtime's optimizations."""
+    """A model on one thread, with ONNX Runtime's optimizations."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
@@ -56,19 +66,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    print("batch              ONNX Runtime   executor   ratio")
+    print("batch               executor   ONNX Runtime   ratio   fake-quant model")
     for shape in ((64, 3, 8, 8), (256, 3, 8, 8), (8, 3, 32, 32)):
         with tempfile.TemporaryDirectory() as folder:
             made = files(shape, Path(folder))
             executor = AscendExecutor(made["model"])
-            simulation = in_onnx_runtime(made["fake_quant"])
+            runs = (
+                executor.run,
+                in_onnx_runtime(as_standard(made["model"])),
+                in_onnx_runtime(made["fake_quant"]),
+            )
             x = torch.randn(shape).numpy()
             feed: dict[str, Array] = {executor.input_names[0]: np.asarray(x)}
-            times = [
-                (seconds(simulation, feed), seconds(executor.run, feed)) for _ in range(rounds + 1)
-            ][1:]
-        runtime, own = (1000 * statistics.median(column) for column in zip(*times, strict=True))
-        print(f"{shape!s:18s} {runtime:9.1f} ms {own:7.1f} ms   {runtime / own:.2f}")
+            times = [[seconds(run, feed) for run in runs] for _ in range(rounds + 1)][1:]
+        own, deploy, fake = (1000 * statistics.median(c) for c in zip(*times, strict=True))
+        print(f"{shape!s:18s} {own:7.1f} ms {deploy:11.1f} ms {own / deploy:7.2f} {fake:15.1f} ms")
 
 
 if __name__ == "__main__":

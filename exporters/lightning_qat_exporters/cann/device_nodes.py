@@ -39,7 +39,7 @@ def device_note(layer: IntegerRecurrent) -> str:
     ]
     if layer.steps != 1:
         remarks.append(
-            "The reference executor, as AMCT's simulation, rounds the hidden state before the "
+            "Runtimes of the deploy model round the hidden state, as AMCT's simulation, before the "
             "first step only; the fake-quant model computes what was trained."
         )
     if layer.x.offset_d or layer.h.offset_d:
