@@ -115,6 +115,10 @@ def left_over(model: onnx.ModelProto) -> None:
     node(model, "flat").op_type = "QuantizeLinear"
 
 
+def training_operator(model: onnx.ModelProto) -> None:
+    node(model, "flat").op_type = "FakeQuantize"
+
+
 def no_quant(model: onnx.ModelProto) -> None:
     node(model, "conv").input[0] = "x"
 
@@ -150,6 +154,7 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
     "one name twice": (one_name, "error", "conv", "names must be unique", "2 nodes"),
     "no name": (no_name, "advice", "v5", "should have names", "Flatten"),
     "left over": (left_over, "error", "flat", "must be AscendQuant", "QuantizeLinear"),
+    "of training": (training_operator, "error", "flat", "every operator must be", "FakeQuantize"),
     "no scale": (change("conv.quant", scale=None), "error", "conv.quant", "takes 0.0", "none"),
     "INT scale": (change("conv.quant", scale=16), "error", "conv.quant", "a FLOAT", "INT"),
     "scale 0": (change("conv.quant", scale=0.0), "error", "conv.quant", "positive normal", "0.0"),

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
+
 from lightning_qat.export.lint import Finding, Severity
 from lightning_qat_exporters.cann.deploy_file import RNN_OPS, DeployFile, name_of
 from lightning_qat_exporters.cann.lint.layers import layer_findings
@@ -70,6 +72,15 @@ def _container(file: DeployFile) -> Iterator[Finding]:
                 "every node must be in the default domain, Ascend's as well",
                 f"{node.op_type} in the domain {node.domain!r}",
                 "Write the node without a domain, or use an operator of ONNX",
+            )
+        elif not onnx.defs.has(node.op_type) and not node.op_type.startswith(("Ascend", "Basic")):
+            yield Finding(
+                "error",
+                name_of(node),
+                "every operator must be ONNX's or one that CANN adds",
+                node.op_type,
+                "Remove what a training tool left over, or export QuantizeLinear and "
+                "DequantizeLinear there and convert them: lightning-qat convert",
             )
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "AscendWeightQuant"):
             yield Finding(
