@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from lightning_qat.amct.record import LayerRecord
 from lightning_qat.convert.convert import convert
+from lightning_qat.ir.recurrence import GATES
 from lightning_qat.layers import QATLayer
+from lightning_qat.layers._recurrent import RecurrentQAT
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.quantizers.learned_activation import LearnedStepActivation
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
+from lightning_qat.quantizers.names import activation_quantizer_name, weight_quantizer_name
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 from lightning_qat.recipe.suggest import closest_names
@@ -34,7 +37,8 @@ def apply_record(
     Layers that the record does not name stay float, and joins and outputs too: a record knows the
     inputs and weights of layers only. ``scale_w`` is that of the weight with batch norm folded; the
     scale before folding is found by converting and comparing. Factors are parameters and train on
-    from there.
+    from there. Of an LSTM or GRU of one layer and direction the entry has ``scale_h`` and
+    ``scale_r``; its rows are in ONNX's order of gates.
 
     Args:
         model: Float model whose layers have the record's names as module paths.
@@ -46,8 +50,9 @@ def apply_record(
         What was swapped, as ``prepare`` reports it.
 
     Raises:
-        ValueError: A layer of the record is not in the model, is recurrent, cannot be quantized,
-            or has another number of output channels; or a type is unknown.
+        ValueError: A layer of the record is not in the model, cannot be quantized, has another
+            number of output channels, or is recurrent with several layers or directions; or a type
+            is unknown.
     """
     layers = _named_layers(model, record)
     report = prepare(model, _recipe(record))
@@ -60,8 +65,11 @@ def apply_record(
                 f"Every layer of the record must be one that can be quantized; {entry.name!r} "
                 f"cannot be: {reasons}."
             )
-        _set_input(layer, entry)
-        wanted[entry.name] = _set_weight(layer, entry)
+        _set_activation(layer.input_quantizer, entry.scale_d, entry.offset_d)
+        if isinstance(layer, RecurrentQAT):
+            _set_recurrent(layer, entry)
+        else:
+            wanted[entry.name] = _set_weight(layer.weight_quantizer, entry.name, entry.scale_w)
     _undo_folding(model, layers, wanted, example_inputs)
     return report
 
@@ -79,17 +87,34 @@ def _named_layers(model: nn.Module, record: Sequence[LayerRecord]) -> dict[str, 
                 f"apply_record takes a float model and prepares it itself; {entry.name!r} is "
                 "quantized already. Build the model anew, load its weights, and apply the record."
             )
-        if entry.scale_h is not None:
-            raise ValueError(
-                f"A record of LSTM or GRU cannot be applied; {entry.name!r} has scale_h."
-            )
+        _check_recurrent(entry, modules[entry.name])
         for kind in (entry.act_type, entry.wts_type):
             if kind not in _BITS:
                 raise ValueError(f"Types must be among {list(_BITS)}; {entry.name!r} has {kind!r}.")
-        weight = getattr(modules[entry.name], "weight", None)
+        module = modules[entry.name]
+        weight = getattr(module, "weight_ih_l0" if entry.scale_h else "weight", None)
         if not isinstance(weight, Tensor):
             raise ValueError(f"A layer of the record must have a weight; {entry.name!r} has none.")
     return {entry.name: modules[entry.name] for entry in record}
+
+
+def _check_recurrent(entry: LayerRecord, module: nn.Module) -> None:
+    """Raise ``ValueError`` where a record of an LSTM or GRU and its module do not fit."""
+    recurrent = isinstance(module, nn.LSTM | nn.GRU)
+    if not recurrent and entry.scale_h is None:
+        return
+    if not recurrent or entry.scale_h is None or not entry.scale_r:
+        raise ValueError(
+            f"An entry of an LSTM or GRU, and no other, must have scale_h and scale_r; "
+            f"{entry.name!r} is a {type(module).__name__} and has "
+            f"scale_h {entry.scale_h} and {len(entry.scale_r)} numbers of scale_r."
+        )
+    if module.num_layers != 1 or module.bidirectional or module.proj_size:
+        raise ValueError(
+            f"A record has factors for one layer of one direction without a projection; "
+            f"{entry.name!r} has num_layers {module.num_layers}, bidirectional "
+            f"{module.bidirectional}, proj_size {module.proj_size}."
+        )
 
 
 def _recipe(record: Sequence[LayerRecord]) -> Recipe:
@@ -110,29 +135,48 @@ def _recipe(record: Sequence[LayerRecord]) -> Recipe:
     return replace(plain, include=tuple(overrides), overrides=overrides)
 
 
+def _set_recurrent(layer: RecurrentQAT, entry: LayerRecord) -> None:
+    assert entry.scale_h is not None  # _check_recurrent
+    hidden: Any = layer.get_submodule(activation_quantizer_name("hidden", "_l0"))
+    _set_activation(hidden, entry.scale_h, entry.offset_h or 0)
+    order = GATES["LSTM" if isinstance(layer, nn.LSTM) else "GRU"]
+    for name, scales in (("weight_ih_l0", entry.scale_w), ("weight_hh_l0", entry.scale_r)):
+        rows: int = getattr(layer, name).shape[0]
+        if len(scales) not in (1, len(order), rows):
+            raise ValueError(
+                f"scale_w and scale_r must have one number, one per gate ({len(order)}) or one per "
+                f"row ({rows}); {entry.name!r} has {len(scales)}."
+            )
+        if len(scales) > 1:
+            by_gate = torch.tensor(scales).reshape(len(order), -1).expand(-1, rows // len(order))
+            # Where ONNX has the gates that torch has in its own order.
+            scales = tuple(
+                by_gate[[order.index(gate) for gate in range(len(order))]].flatten().tolist()
+            )
+        _set_weight(layer.get_submodule(weight_quantizer_name(name)), entry.name, scales)
+
+
 @torch.no_grad()
-def _set_input(layer: QATLayer, entry: LayerRecord) -> None:
-    quantizer = layer.input_quantizer
+def _set_activation(quantizer: Any, scale: float, offset: int) -> None:
     assert isinstance(quantizer, LearnedStepActivation)  # the recipe asks for it
-    quantizer.scale.fill_(entry.scale_d)
-    low = (quantizer.grid.qmin - entry.offset_d) * quantizer.scale
+    quantizer.scale.fill_(scale)
+    low = (quantizer.grid.qmin - offset) * quantizer.scale
     if quantizer.low is not None:
         quantizer.low.copy_(low)
     quantizer.min_val.copy_(low)
-    quantizer.max_val.copy_((quantizer.grid.qmax - entry.offset_d) * quantizer.scale)
+    quantizer.max_val.copy_((quantizer.grid.qmax - offset) * quantizer.scale)
     quantizer.batches.fill_(1)
     quantizer.calibrated = True
 
 
 @torch.no_grad()
-def _set_weight(layer: QATLayer, entry: LayerRecord) -> Tensor:
-    quantizer = layer.weight_quantizer
+def _set_weight(quantizer: Any, name: str, scales: Sequence[float]) -> Tensor:
     assert isinstance(quantizer, LearnedWeightQuantizer)  # the recipe asks for it
-    scale = torch.tensor(entry.scale_w, dtype=torch.float32)
+    scale = torch.tensor(scales, dtype=torch.float32)
     if quantizer.scale.dim() and len(scale) % quantizer.scale.numel():
         raise ValueError(
             f"scale_w must have one number or one per output channel "
-            f"({quantizer.scale.numel()}); {entry.name!r} has {len(scale)}."
+            f"({quantizer.scale.numel()}); {name!r} has {len(scale)}."
         )
     scale = scale[: quantizer.scale.numel()].reshape(quantizer.scale.shape)
     quantizer.scale.copy_(scale)

@@ -6,6 +6,7 @@ operator for the whole layer must find the steps again: a ``Recurrence`` says wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from torch.export import ExportedProgram
 from lightning_qat.ir.exported_program import module_path
 
 Kind = Literal["LSTM", "GRU"]
+
+GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
+"""Where torch has the gates that ONNX has in this order."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from lightning_qat_exporters.cann.int4_packing import RNN_INPUT_AXIS, pack
 from lightning_qat_exporters.cann.qdq_graph.names import reader_label
 from lightning_qat_exporters.cann.qdq_graph.recurrent import by_row
 from lightning_qat_exporters.cann.qdq_graph.types import (
@@ -126,9 +127,10 @@ def _write_device_node(graph: ir.Graph, layer: IntegerRecurrent) -> None:
     ]
     name = layer.name
     param = layer.accumulator_scale.view(np.uint32).astype(np.uint64)
+    packed = layer.wts_type == "INT4"
     constants = {
-        "weight": layer.weight,
-        "recurrent": layer.recurrent,
+        "weight": pack(layer.weight, RNN_INPUT_AXIS) if packed else layer.weight,
+        "recurrent": pack(layer.recurrent, RNN_INPUT_AXIS) if packed else layer.recurrent,
         "bias": layer.bias,
         "dequant.param": param,
     }

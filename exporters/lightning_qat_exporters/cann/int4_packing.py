@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 INPUT_AXIS = {"Conv": 1, "ConvTranspose": 0, "Gemm": 0, "MatMul": 0}
 """The input channel's axis of a weight in a deploy file, by operator."""
 
+RNN_INPUT_AXIS = 2
+"""That of both weights of a recurrent node, ``[1, gates * hidden, inputs]``. AMCT packs both or
+none (``pack_int4_weight_pass.py``, ``check_int4_cin_pack_supported``)."""
+
 
 def can_pack(channels: int, groups: int) -> bool:
     """Whether a weight has a packed form: an even number of input channels, in one group."""

@@ -37,4 +37,5 @@ def _of_recurrent(layer: IntegerRecurrent) -> LayerRecord:
         scale_h=float(layer.h.scale_d),
         offset_h=layer.h.offset_d,
         scale_r=tuple(map(float, layer.scale_r)),
+        wts_type=layer.wts_type,
     )

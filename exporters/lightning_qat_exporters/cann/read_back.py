@@ -15,7 +15,7 @@ from lightning_qat.ir.quantized_model import QuantizedLayer, QuantizedModel
 from lightning_qat.ir.recurrence import Recurrence
 from lightning_qat.numerics.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat_exporters.cann.deploy_file import RNN_OPS
-from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, unpacked
+from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, RNN_INPUT_AXIS, unpacked
 from lightning_qat_exporters.qdq.recurrent import in_onnx_order
 
 
@@ -107,7 +107,9 @@ def _recurrent_differences(
         integers, scale = weight.integers, source.qparams.scale
         assert integers is not None
         rows = in_onnx_order(call.kind, integers)
-        pairs[f"weight_{part}"] = arrays[node.input[index]], rows[None].numpy()
+        expected = rows[None].numpy()
+        stored = unpacked(arrays[node.input[index]], RNN_INPUT_AXIS, expected.shape[-1])
+        pairs[f"weight_{part}"] = stored, expected
         step = np.float32(attributes[f"quant_scale_{letter}"])
         pairs[f"quant_scale_{letter}"] = step, np.float32(1) / scale.numpy()
         offset = attributes[f"quant_offset_{letter}"]

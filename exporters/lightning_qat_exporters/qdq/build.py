@@ -239,6 +239,8 @@ def module_of(node: ir.Node) -> str:
     """The dotted path of the module whose forward made a node; empty for the root."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
     names = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+    # What torch writes for nodes that its own passes made.
+    names = [name for name in names if not name.startswith("_empty_nn_module_stack")]
     return names[-2] if len(names) > 1 else ""
 
 

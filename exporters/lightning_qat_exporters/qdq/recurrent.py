@@ -26,10 +26,7 @@ from lightning_qat.ir.ops import (
     as_fake_quantize,
 )
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
-from lightning_qat.ir.recurrence import Recurrence
-
-GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
-"""Where torch has the gates that ONNX has in this order."""
+from lightning_qat.ir.recurrence import GATES, Recurrence
 
 _LIBRARY: Any = torch.library.Library(  # type: ignore[no-untyped-call]
     "lightning_qat_exporters", "DEF"

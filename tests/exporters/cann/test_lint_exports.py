@@ -58,5 +58,7 @@ def test_what_the_exporter_writes_has_no_lint_errors(
     net.train()(x)
     exporter = CannExporter(int4_weights=preset == "w4a8")
     artifact = exporter.export(convert(net, x), tmp_path / "net")
-    findings = exporter.lint(artifact.files["model"])
-    assert [str(finding) for finding in findings if finding.severity == "error"] == []
+    errors = [f for f in exporter.lint(artifact.files["model"]) if f.severity == "error"]
+    # For 16 bits CANN's sources register no AscendQuant; the export says so, too.
+    assert [str(finding) for finding in errors if "INT16" not in finding.got] == []
+    assert bool(errors) == (preset == "a16w8")

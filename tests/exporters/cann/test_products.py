@@ -92,3 +92,22 @@ def test_activations_of_16_bits_are_noted_and_an_error_of_lint(tmp_path: Path) -
     assert "AscendQuant is registered for int8 and int4" in note
     findings = CannExporter().lint(artifact.files["model"])
     assert any(f.severity == "error" and "INT16" in str(f) for f in findings)
+
+
+@pytest.mark.parametrize(("bias", "op_type"), [(True, "Gemm"), (False, "MatMul")])
+def test_a_linear_layer_is_the_operator_that_amct_writes(
+    bias: bool, op_type: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 4, bias=bias), nn.ReLU(), nn.Linear(4, 2)),
+        torch.randn(4, 8),
+    )
+    prepare(model, "amct")
+    quantized = convert(train_steps(model, x), x)
+    artifact = export(quantized, CannExporter(), tmp_path / "net")
+    (layer,) = (n for n in onnx.load(artifact.files["model"]).graph.node if n.name == "0")
+    assert layer.op_type == op_type
+    agreement = verify(quantized, artifact, (x,))
+    assert agreement.parameters_equal
+    assert agreement.max_steps <= 1

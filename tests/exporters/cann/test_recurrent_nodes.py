@@ -354,3 +354,30 @@ def test_the_executor_names_an_attribute_that_is_not_defined() -> None:
     case = load_case("gru")
     with pytest.raises(ValueError, match=r"clip of 'rnn' must be -1.0; got 2.0"):
         AscendExecutor(model).run(case.inputs)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("features", [6, 3])
+def test_weights_of_4_bits_are_packed_where_both_have_an_even_number_of_inputs(
+    kind: Any, features: int, tmp_path: Path
+) -> None:
+    recipe = {"preset": "int8", "weight": {"bits": 4}, "first_last": None}
+    inputs = torch.randn(1, 2, features), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    inputs = inputs if kind is nn.LSTM else inputs[:2]
+    model = converted(Streaming(kind(features, 4)), *inputs, recipe=recipe)
+    exporter = CannExporter(rnn="device", int4_weights=True)
+    with pytest.warns(UserWarning, match="best effort"):
+        artifact = exporter.export(model, tmp_path / "net")
+    (node,) = (
+        n for n in onnx.load(artifact.files["model"]).graph.node if n.op_type.startswith("Basic")
+    )
+    shapes = {i.name: list(i.dims) for i in onnx.load(artifact.files["model"]).graph.initializer}
+    rows = 16 if kind is nn.LSTM else 12
+    packed = features % 2 == 0
+    assert shapes[node.input[1]] == [1, rows, features // 2 if packed else features]
+    assert shapes[node.input[2]] == [1, rows, 2 if packed else 4]
+    (record,) = parse_record(artifact.files["record"].read_text())
+    assert record.wts_type == ("INT4" if packed else "INT8")
+    agreement = verify(model, artifact, exporter=exporter)
+    assert agreement.parameters_equal, agreement
+    assert all(runtime.max_steps <= 1.001 for runtime in agreement.runtimes), agreement

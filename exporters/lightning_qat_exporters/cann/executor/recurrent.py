@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_qat_exporters.cann.int4_packing import RNN_INPUT_AXIS, unpacked
+
 Array = NDArray[Any]
 
 # The attributes of both, with the one value that is defined here.
@@ -41,8 +43,9 @@ def lstm(
 
     Args:
         x: ``[time, batch, features]``, float32.
-        weight: int8 ``[1, 4 * hidden, features]``; gates in ONNX's order i, o, f, c.
-        recurrent: int8 ``[1, 4 * hidden, hidden]``.
+        weight: int8 ``[1, 4 * hidden, features]``; gates in ONNX's order i, o, f, c. Two values of
+            4 bits may share a byte along the last axis.
+        recurrent: int8 ``[1, 4 * hidden, hidden]``, alike.
         h: Initial hidden state ``[1, batch, hidden]``.
         c: Initial cell state, alike.
         bias: int32 ``[1, 8 * hidden]``, that of the input first; or None.
@@ -53,7 +56,8 @@ def lstm(
     Raises:
         ValueError: An attribute has a value that is not defined here.
     """
-    products = _Products(weight, recurrent, bias, param, attributes)
+    sizes = x.shape[-1], h.shape[-1]
+    products = _Products(weight, recurrent, bias, param, sizes, attributes)
     state, cell, outputs = products.initial(h[0]), c[0], []
     for number, step in enumerate(x):
         gates = products.of_input(step) + products.of_state(state, exact=number == 0)
@@ -77,7 +81,8 @@ def gru(
 
     Arguments and errors as ``lstm`` with 3 gates for 4, in ONNX's order z, r, h.
     """
-    products = _Products(weight, recurrent, bias, param, attributes)
+    sizes = x.shape[-1], h.shape[-1]
+    products = _Products(weight, recurrent, bias, param, sizes, attributes)
     state, outputs = products.initial(h[0]), []
     for number, step in enumerate(x):
         from_x = np.split(products.of_input(step), 3, -1)
@@ -98,19 +103,23 @@ class _Products:
         recurrent: Array,
         bias: Array | None,
         param: Array,
+        sizes: tuple[int, int],
         attributes: Mapping[str, Any],
     ) -> None:
         label = attributes["label"]
         for name, value in _FIXED.items():
             if attributes.get(name, value) != value:
                 raise ValueError(f"{name} of {label!r} must be {value}; got {attributes[name]}.")
-        rows = weight.shape[1]
+        rows, (inputs, hidden) = weight.shape[1], sizes
         scales = param.astype(np.uint64).astype(np.uint32).view(np.float32)
         parts = np.split(scales, 2)
         self._x_scale, self._h_scale = (np.repeat(s, rows // s.size) for s in parts)
         whole = np.zeros(2 * rows) if bias is None else bias.reshape(-1).astype(np.float64)
         self._x_bias, self._h_bias = np.split(whole, 2)
-        self._weight, self._recurrent = (w[0].astype(np.float64).T for w in (weight, recurrent))
+        self._weight, self._recurrent = (
+            unpacked(w, RNN_INPUT_AXIS, n)[0].astype(np.float64).T
+            for w, n in ((weight, inputs), (recurrent, hidden))
+        )
         self._x, self._h = (
             (
                 np.float32(attributes[f"quant_scale_{n}"]),

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lightning_qat.export.protocol import Array, CannotExpress
+from lightning_qat_exporters.cann.int4_packing import RNN_INPUT_AXIS, can_pack
 from lightning_qat_exporters.cann.qdq_graph.names import label
 from lightning_qat_exporters.cann.qdq_graph.qparams import usable_scale
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import (
@@ -55,8 +56,8 @@ def read_recurrent(
     if node.op_type == "LSTM" and inputs[6] is None:
         raise CannotExpress("its initial cell state must be given")
     gates = _GATES[node.op_type]
-    weight, scale_w = _weight(inputs[1], gates)
-    recurrent, scale_r = _weight(inputs[2], gates)
+    weight, scale_w, narrow_w = _weight(inputs[1], gates)
+    recurrent, scale_r, narrow_r = _weight(inputs[2], gates)
     rows = weight.shape[1]
     if (scale_w.size == gates) != (scale_r.size == gates):
         scale_w, scale_r = by_row(scale_w, rows), by_row(scale_r, rows)
@@ -76,6 +77,7 @@ def read_recurrent(
         scale_r=scale_r,
         bias=_bias(inputs[3], np.concatenate([by_row(p, rows) for p in products])),
         steps=steps if isinstance(steps, int) else None,
+        wts_type="INT4" if narrow_w and narrow_r else "INT8",
     )
 
 
@@ -105,9 +107,11 @@ def _activation(
     return activation
 
 
-def _weight(value: ir.Value | None, gates: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Integers, and a scale per row, or per gate where there is one for all."""
-    integers, scale, axis, _ = constant_integers(value)
+def _weight(
+    value: ir.Value | None, gates: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32], bool]:
+    """Integers, a scale per row, or per gate where there is one for all, and whether they pack."""
+    integers, scale, axis, dtype = constant_integers(value)
     if integers.ndim != 3 or integers.shape[0] != 1:
         raise CannotExpress(f"its weights must have one direction; got {list(integers.shape)}")
     if scale.size > 1 and axis != 1:
@@ -116,7 +120,8 @@ def _weight(value: ir.Value | None, gates: int) -> tuple[NDArray[np.int8], NDArr
         )
     if integers.min() < _INT8.min or integers.max() > _INT8.max:
         raise CannotExpress("its weights' integers must fit int8")
-    return integers.astype(np.int8), np.tile(scale, gates) if scale.size == 1 else scale
+    packs = dtype == ir.DataType.INT4.numpy() and can_pack(integers.shape[RNN_INPUT_AXIS], 1)
+    return integers.astype(np.int8), np.tile(scale, gates) if scale.size == 1 else scale, packs
 
 
 def _bias(value: ir.Value | None, scale: NDArray[np.float32]) -> NDArray[np.int32] | None:

@@ -112,6 +112,7 @@ class IntegerRecurrent:
         scale_r: Scale of ``recurrent``, per row or per gate.
         bias: Integers ``[1, 2 * gates * hidden]``, or None.
         steps: Length of the sequence, where the model fixes it.
+        wts_type: ``INT4`` where the model stores both weights as such and two fit into a byte.
     """
 
     name: str
@@ -124,6 +125,7 @@ class IntegerRecurrent:
     scale_r: NDArray[np.float32]
     bias: NDArray[np.int32] | None
     steps: int | None
+    wts_type: WtsType = "INT8"
 
     @property
     def accumulator_scale(self) -> NDArray[np.float32]:
