@@ -261,7 +261,7 @@ def test_layers_without_integers_stay_float_and_say_why() -> None:
         "'plain': neither its input nor its weight is quantized.",
         "'scaled': a quantized Gemm must have transA = 0 and alpha = beta = 1.",
         "'by_row': its weight's scales must run along the output channels (axis 1); they run "
-        "along axis 0.",
+        "along axis 0. Quantize along the output channels, or per tensor.",
     ]
     model = deploy_of(qdq)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in model.graph}
