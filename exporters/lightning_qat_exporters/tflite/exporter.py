@@ -10,6 +10,7 @@ from lightning_qat.atomic_write import replacing
 from lightning_qat.export.protocol import (
     Array,
     Artifact,
+    CannotRun,
     MissingDependency,
     Unsupported,
     UnsupportedByTarget,
@@ -152,13 +153,23 @@ class TFLiteExporter:
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
-        return run(artifact.files["model"].read_bytes(), RUNTIMES[runtime], inputs)
+        """Run the file on a batch; ``runtime`` is one of ``runtimes``.
+
+        Raises:
+            CannotRun: LiteRT's reference kernels lack an operator of the file, such as ELU.
+        """
+        content = artifact.files["model"].read_bytes()
+        try:
+            return run(content, RUNTIMES[runtime], inputs)
+        except ValueError as error:
+            if "Didn't find op" not in str(error):
+                raise
+            raise CannotRun(runtime, str(error)) from error
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
         """Explain a difference of LiteRT's own kernels that is larger than that of XNNPACK."""
-        xnnpack, *others = (max_steps[runtime] for runtime in RUNTIMES)
-        if max(others) <= 2 or max(others) <= 2 * xnnpack:
+        xnnpack, *others = (max_steps[runtime] for runtime in RUNTIMES if runtime in max_steps)
+        if not others or max(others) <= 2 or max(others) <= 2 * xnnpack:
             return ()
         return (
             f"{max(others):.3g} steps with LiteRT's own kernels: they round an accumulator twice "

@@ -233,3 +233,20 @@ def test_what_reads_a_result_in_float_is_named(cause: str) -> None:
         NEEDS + reason,
         remedy,
     )
+
+
+def test_an_operator_that_one_set_of_kernels_lacks_costs_their_comparison_alone(
+    tmp_path: Path,
+) -> None:
+    # LiteRT's reference kernels have no ELU.
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU()), torch.randn(2, 3, 6, 6)
+    model, exporter = convert(trained(net, x), x), TFLiteExporter(backend="tinynn")
+    agreement = verify(model, export(model, exporter, tmp_path / "net"), (x,), exporter)
+    assert [runtime.runtime for runtime in agreement.runtimes] == [
+        "LiteRT, XNNPACK",
+        "LiteRT, builtin kernels",
+    ]
+    (caution,) = (text for text in agreement.cautions if "ELU" in text)
+    assert "LiteRT, reference kernels" in caution
+    assert agreement.max_steps <= 1
