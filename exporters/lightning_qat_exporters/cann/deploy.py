@@ -116,10 +116,12 @@ class ToDeploy(QuantizedForm):
         attributes: dict[str, Any] = {
             "scale": float(activation.scale_d),
             "offset": float(activation.offset_d),
+            "dst_type": activation.dst_type,
         }
         if activation.real == ir.DataType.FLOAT16:
             attributes["dtype"] = _DTYPES[activation.real]
-        name = f"{activation.name}.antiquant"
+        # AMCT's tools find the node by this ending, and write the type of its input.
+        name = f"{activation.name}.anti_quant"
         return graph.insert(
             anchor, "AscendAntiQuant", [read], attributes, name, dtype=activation.real
         )

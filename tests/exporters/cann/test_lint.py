@@ -137,7 +137,7 @@ def dequant_of_real(model: onnx.ModelProto) -> None:
 
 
 def antiquant_of_real(model: onnx.ModelProto) -> None:
-    node(model, "conv.antiquant").input[0] = "x"
+    node(model, "conv.anti_quant").input[0] = "x"
 
 
 def computed_param(model: onnx.ModelProto) -> None:
@@ -175,14 +175,14 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
     "pair not reciprocal": (
         change("conv.quant", scale=0.0625),
         "error",
-        "conv.antiquant",
+        "conv.anti_quant",
         "1/scale_d",
         "0.0625",
     ),
     "offsets differ": (
-        change("conv.antiquant", offset=-5.0),
+        change("conv.anti_quant", offset=-5.0),
         "error",
-        "conv.antiquant",
+        "conv.anti_quant",
         "offset",
         "-5.0",
     ),
@@ -226,7 +226,10 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
     "no quant": (no_quant, "error", "conv", "must read an AscendQuant", "'x'"),
     "accumulator read": (early_reader, "error", "conv", "AscendDequant alone", "Add"),
     "dequant of real": (dequant_of_real, "error", "conv.dequant", "the accumulator", "'x'"),
-    "antiquant of real": (antiquant_of_real, "error", "conv.antiquant", "AscendQuant gives", "'x'"),
+    "antiquant of real": (
+        antiquant_of_real,
+        *("error", "conv.anti_quant", "AscendQuant gives", "'x'"),
+    ),
     "param computed": (computed_param, "error", "conv.dequant", "an initializer", "'nowhere'"),
     "param type": (
         store("conv.dequant.param", lambda a: a.astype(np.int64)),
@@ -317,6 +320,20 @@ def test_few_input_channels_are_advised_against(tmp_path: Path) -> None:
     done = convert_qat_model(tmp_path / "qat.onnx", tmp_path / "net")
     (finding,) = CannExporter().lint(done.files["model"])
     assert (finding.severity, finding.node, finding.got) == ("advice", "stem", "3 input channels")
+
+
+def test_matrices_with_a_scale_per_channel_are_one_piece_of_advice(tmp_path: Path) -> None:
+    net = Qdq([1, 2])
+    y = net.node(
+        "MatMul", net.fake("x", 0.5), net.weight(np.ones((2, 3)), [0.5, 1, 2], 1), name="a"
+    )
+    y = net.node("MatMul", net.fake(y, 0.5), net.weight(np.ones((3, 2)), [0.5, 1], 1), name="b")
+    onnx.save(proto(net.model(y)), tmp_path / "qat.onnx")
+    done = convert_qat_model(tmp_path / "qat.onnx", tmp_path / "net")
+    (finding,) = CannExporter().lint(done.files["model"])
+    assert (finding.severity, finding.node) == ("advice", "a")
+    assert finding.got == "one scale per channel in 2 layers"
+    assert "'granularity': 'per_tensor'" in finding.remedy
 
 
 @pytest.mark.parametrize("name", CASES)

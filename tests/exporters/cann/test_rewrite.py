@@ -114,13 +114,14 @@ def test_a_real_reader_of_a_quantized_tensor_gets_antiquant_from_the_shared_quan
     model = deploy_of(qdq)
     assert nodes_of(model) == [
         ("AscendQuant", "fc.quant"),
-        ("AscendAntiQuant", "fc.antiquant"),
+        ("AscendAntiQuant", "fc.anti_quant"),
         ("MatMul", "fc"),
         ("AscendDequant", "fc.dequant"),
         ("Add", "join"),
     ]
     # scale_d itself, not its reciprocal; the offset with its own sign.
-    assert attributes_of(model, "fc.antiquant") == {"scale": 0.5, "offset": 3.0}
+    expected = {"scale": 0.5, "offset": 3.0, "dst_type": "INT8"}
+    assert attributes_of(model, "fc.anti_quant") == expected
     # x = [0.6, 1.4] is 1 and 3 steps: [1 + 9, 2 + 12] * 0.5 + [0.5, 1.5]
     x = f32([[0.6, 1.4]])
     assert run_deploy(model, x)[0].tolist() == [[5.5, 8.5]]
@@ -133,8 +134,8 @@ def test_a_join_without_a_layer_is_named_after_its_reader() -> None:
     model = deploy_of(net.model(net.node("Add", left, right, name="join")))
     assert sorted(nodes_of(model)) == [
         ("Add", "join"),
-        ("AscendAntiQuant", "join.antiquant"),
-        ("AscendAntiQuant", "join_1.antiquant"),
+        ("AscendAntiQuant", "join.anti_quant"),
+        ("AscendAntiQuant", "join_1.anti_quant"),
         ("AscendQuant", "join.quant"),
         ("AscendQuant", "join_1.quant"),
         ("Relu", "relu"),

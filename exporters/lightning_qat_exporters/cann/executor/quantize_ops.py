@@ -65,7 +65,10 @@ class AscendQuant(OpRun):
 
 
 class AscendAntiQuant(OpRun):
-    """``(q - offset) * scale``; ``sqrt_mode`` multiplies by ``scale`` twice."""
+    """``(q - offset) * scale``; ``sqrt_mode`` multiplies by ``scale`` twice.
+
+    ``dst_type`` is the type of ``q``, which AMCT writes and nothing depends on.
+    """
 
     op_domain = DOMAIN
 
@@ -78,6 +81,7 @@ class AscendAntiQuant(OpRun):
         offset: float = 0.0,
         sqrt_mode: int = 0,
         dtype: int = 0,
+        dst_type: str = "INT8",
     ) -> tuple[Array]:
         require(label, "dtype", dtype, _REALS)
         real = (q.astype(np.float32) - np.float32(offset)) * np.float32(scale)

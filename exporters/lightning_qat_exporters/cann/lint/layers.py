@@ -19,11 +19,33 @@ _FEW_CHANNELS = 16
 
 def layer_findings(file: DeployFile) -> Iterator[Finding]:
     """What the integer layers of a file break."""
+    by_channel = []
     for node in file.nodes:
         if file.is_integer_layer(node):
             yield from _neighbours(file, node)
             yield from _form(node)
             yield from _weight(file, node)
+            if node.op_type in ("Gemm", "MatMul") and _scales(file, node) > 1:
+                by_channel.append(name_of(node))
+    if by_channel:
+        yield Finding(
+            "advice",
+            by_channel[0],
+            "Huawei's guide for converted models shows one scale for the weight of a Gemm or "
+            "MatMul; AscendDequant is registered with one per channel, too",
+            f"one scale per channel in {len(by_channel)} layers",
+            "If ATC refuses them, train with overrides={'type:Linear': {'weight': "
+            "{'granularity': 'per_tensor'}}}",
+        )
+
+
+def _scales(file: DeployFile, layer: onnx.NodeProto) -> int:
+    """How many numbers the dequant parameter of a layer has; 0 where it has none."""
+    for reader in file.readers.get(layer.output[0], []):
+        if reader.op_type == "AscendDequant" and len(reader.input) > 1:
+            param = file.array(reader.input[1])
+            return 0 if param is None else int(param.size)
+    return 0
 
 
 def _neighbours(file: DeployFile, node: onnx.NodeProto) -> Iterator[Finding]:
