@@ -54,7 +54,9 @@ def test_a_record_that_does_not_fit_the_model_is_refused() -> None:
         apply_record(network(), [entry("0", *[0.1] * 5)], x)
     with pytest.raises(ValueError, match=r"Types must be among .*; '0' has 'INT3'"):
         apply_record(network(), [entry("0", 0.1, wts_type="INT3")], x)
-    with pytest.raises(ValueError, match=r"'0' has scale_h"):
+    with pytest.raises(
+        ValueError, match=r"and no other, must have scale_h.*'0' is a Conv2d and has scale_h 0.1"
+    ):
         apply_record(network(), [entry("0", 0.1, scale_h=0.1)], x)
     with pytest.raises(ValueError, match=r"must have a weight; '2' has none"):
         apply_record(network(), [entry("2", 0.1)], x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,21 +63,24 @@ class Prior(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layer", "last", "shape"),
+    ("make", "last", "shape"),
     [
-        (nn.Linear(4, 9), nn.Linear(9, 2), (8, 4)),
-        (nn.Conv2d(3, 9, 3), nn.Conv2d(9, 2, 1), (2, 3, 5, 5)),
-        (nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1), (2, 6, 5, 5)),
-        (nn.ConvTranspose2d(3, 5, 2), nn.Conv2d(5, 2, 1), (2, 3, 5, 5)),
+        (lambda: nn.Linear(4, 9), lambda: nn.Linear(9, 2), (8, 4)),
+        (lambda: nn.Conv2d(3, 9, 3), lambda: nn.Conv2d(9, 2, 1), (2, 3, 5, 5)),
+        (lambda: nn.Conv2d(6, 6, 3, groups=6), lambda: nn.Conv2d(6, 2, 1), (2, 6, 5, 5)),
+        (lambda: nn.ConvTranspose2d(3, 5, 2), lambda: nn.Conv2d(5, 2, 1), (2, 3, 5, 5)),
     ],
     ids=["linear", "convolution", "depthwise", "transposed"],
 )
 def test_a_bias_of_one_number_has_each_channel_s_own_integer(
-    layer: nn.Module, last: nn.Module, shape: tuple[int, ...], tmp_path: Path
+    make: Callable[[], nn.Module],
+    last: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)
-    model = convert(trained(Prior(layer, last), x), x)
+    model = convert(trained(Prior(make(), last()), x), x)
     first = model.layers[0]
     assert first.bias is not None
     assert len(first.bias.unique()) == 1
@@ -84,4 +88,4 @@ def test_a_bias_of_one_number_has_each_channel_s_own_integer(
     artifact = export(model, exporter, tmp_path / "net")
     assert exporter.differences(model, artifact) == ()
     agreement = verify(model, artifact, (x,), exporter)
-    assert all(runtime.max_steps <= 1 for runtime in agreement.runtimes), str(agreement)
+    assert all(runtime.max_steps <= 1.001 for runtime in agreement.runtimes), str(agreement)
