@@ -182,7 +182,7 @@ class QuantizedForm(ABC):
     ) -> None:
         node = layer.node
         node.name = layer.name
-        if node.op_type == "Gemm" and (layer.bias is None or bias is None):
+        if node.op_type == "Gemm" and bias is None:
             # AMCT, and torch's exporter, write a Linear without a bias so.
             node.op_type = "MatMul"
         attributes = {a.name: a for a in typed(_layer_attributes(layer))}

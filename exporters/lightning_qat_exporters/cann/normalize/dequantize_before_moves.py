@@ -10,16 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lightning_qat.export.protocol import CannotExpress
+from lightning_qat.ir.operators import value_preserving
 from lightning_qat_exporters.cann.qdq_graph.constants import constant, is_constant
 from lightning_qat_exporters.cann.qdq_graph.names import label
 from lightning_qat_exporters.cann.qdq_graph.qparams import NodeQParams, qparams_of, undoes
 from lightning_qat_exporters.onnx_files.graph_writer import initializer
 
-_FIRST = frozenset(
-    "Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Identity Slice Gather GatherElements "
-    "Split DepthToSpace SpaceToDepth MaxPool GlobalMaxPool ReduceMax ReduceMin Pad".split()
-)
-"""Operators that output values of their first input; all but Pad alone."""
+# Relu and Trilu put an integer 0 where the real zero has another integer; TopK gives indices too.
+_FIRST = frozenset(value_preserving("onnx")) - {"Relu", "Trilu", "TopK", "Dropout"}
+"""Operators that output values of their first input, whatever the zero point."""
 
 
 class DequantizeBeforeMoves(ir.passes.InPlacePass):
@@ -50,7 +49,7 @@ class _Moved:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.any = False
-        self._real: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._real: dict[ir.Value, ir.Value] = {}
 
     def take(self, dequantize: ir.Node) -> None:
         """Let the readers of a DequantizeLinear read the same values, moved in real form."""
@@ -97,16 +96,16 @@ class _Moved:
     def _real_of(self, value: ir.Value, like: ir.Node, qparams: NodeQParams) -> ir.Value:
         node = value.producer()
         assert node is not None  # _made_of_one_grid walked through it
-        key = value, hash((qparams.scale.tobytes(), qparams.zero_point.tobytes()))
-        if key in self._real:
-            return self._real[key]
+        # All that dequantizes it has one scale and zero point, those of the QuantizeLinear.
+        if value in self._real:
+            return self._real[value]
         if not _is_move(node):
             real = self._dequantized(value, node, like)
         elif node.op_type == "Cast":
             real = self._real_of(_data(node)[0], like, qparams)
         else:
             real = self._move(value, node, like, qparams)
-        self._real[key] = real
+        self._real[value] = real
         return real
 
     def _dequantized(self, value: ir.Value, maker: ir.Node, like: ir.Node) -> ir.Value:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lightning_qat.export.protocol import CannotExpress
-from lightning_qat_exporters.cann.qdq_graph.constants import is_constant
+from lightning_qat_exporters.cann.qdq_graph.activations import quantize_before
 from lightning_qat_exporters.cann.qdq_graph.names import label
 from lightning_qat_exporters.cann.qdq_graph.qparams import qparams_of
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import constant_dequantize
@@ -31,14 +31,8 @@ class PairIntegerSources(ir.passes.InPlacePass):
 
 
 def _is_foreign(dequantize: ir.Node) -> bool:
-    value = dequantize.inputs[0]
-    if value is None or is_constant(value) or constant_dequantize(dequantize.outputs[0]):
-        return False
-    maker = value.producer()
-    if maker is not None and maker.op_type == "Clip":
-        before = maker.inputs[0]
-        maker = None if before is None else before.producer()
-    return maker is None or maker.op_type != "QuantizeLinear"
+    constant = constant_dequantize(dequantize.outputs[0]) is not None
+    return not constant and quantize_before(dequantize) is None
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> bool:

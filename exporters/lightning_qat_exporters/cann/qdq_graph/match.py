@@ -125,7 +125,7 @@ def _find_pairs(
                 group_of.update(dict.fromkeys(pair.dequantizes, group))
             elif constant_dequantize(node.outputs[0]) is node:
                 check_quantized_constant(node)
-            elif node.op_type == "DequantizeLinear" and _unpaired(node):
+            elif node.op_type == "DequantizeLinear" and quantize_before(node) is None:
                 raise CannotExpress("no QuantizeLinear makes the integers it reads")
         except CannotExpress as error:
             assert node.inputs[0] is not None  # that of these two operators is not optional
@@ -197,12 +197,3 @@ def _readers(value: ir.Value) -> Iterator[ir.Node]:
             yield from _readers(node.outputs[0])
         else:
             yield node
-
-
-def _unpaired(dequantize: ir.Node) -> bool:
-    """Whether integers come from elsewhere than a QuantizeLinear or a constant."""
-    value = dequantize.inputs[0]
-    node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "Clip":
-        value = node.inputs[0]
-    return not is_constant(value) and quantize_before(dequantize) is None
