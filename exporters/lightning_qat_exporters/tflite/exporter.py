@@ -133,7 +133,8 @@ class TFLiteExporter:
             layout=self.layout,
             batch_axes=later_batch_axes(model),
         )
-        self._refuse(tuple(operators_that_abort(view(file))))
+        written = view(file)
+        self._refuse(tuple(operators_that_abort(written)))
         content = pack(file)
         failure = check_runs(content)
         if failure is not None:
@@ -146,7 +147,6 @@ class TFLiteExporter:
         path = path_prefix.with_name(f"{path_prefix.name}.tflite")
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-        written = view(file)
         notes = notes_on(model, written, layers)
         return Artifact(self.name, {"model": path}, notes, integer_keys(model, written, layers))
 

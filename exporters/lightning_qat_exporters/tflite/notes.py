@@ -17,9 +17,10 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
     weights of -128.
     """
     notes, explained = [], set()
+    in_float = dict.fromkeys(file.float_operators)
     planned = joins_are_planned(model)
     for layer, stored in layers:
-        if stored is None or stored.operator not in file.float_operators:
+        if stored is None or stored.operator not in in_float:
             continue
         explained.add(stored.operator)
         why = "its output is not quantized" if stored.source else "its input is not quantized"
@@ -28,15 +29,13 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
             why, remedy = f"LiteRT has {stored.operator.kind} in float only", ""
         says = f"{layer.name}: computed in float on its integer weight, because {why}. {remedy}"
         notes.append(says.rstrip())
-    for op in file.float_operators:
-        limit = _limit_kept_in_float(file, op)
-        if limit is not None:
-            explained.add(op)
-            notes.append(
-                f"{place_of(file, op)}: computed in float on integers, because LiteRT's integer "
-                f"kernel would end the process: {limit}."
-            )
-    others = Counter(op.kind for op in file.float_operators if op not in explained)
+    for op, limit in _limits_kept_in_float(file).items():
+        explained.add(op)
+        notes.append(
+            f"{place_of(file, op)}: computed in float on integers, because LiteRT's integer "
+            f"kernel would end the process: {limit}."
+        )
+    others = Counter(op.kind for op in in_float if op not in explained)
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         notes.append(f"Computed in float, because what they read or write is not: {kinds}.")
@@ -71,17 +70,20 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
     return tuple(notes)
 
 
-def _limit_kept_in_float(file: TFLiteFile, operator: FileOperator) -> str | None:
-    """The limit of LiteRT's kernel that an operator between integers would break in integers."""
-    if operator.kind not in LIMITED:
-        return None
-    outside = {op.inputs[0]: op for op in file.operators if op.kind == "QUANTIZE"}
-    written = outside.get(operator.outputs[0])
-    makers = [file.maker(index) for index in operator.inputs]
-    if written is None or any(op is None or op.kind != "DEQUANTIZE" for op in makers):
-        return None
-    inputs = tuple(op.inputs[0] for op in makers if op is not None)
-    return limit_of(file, FileOperator(operator.kind, inputs, written.outputs))
+def _limits_kept_in_float(file: TFLiteFile) -> dict[FileOperator, str]:
+    """The operators between integers that are float for a limit of LiteRT's kernels, and which."""
+    makers = {output: op for op in file.operators for output in op.outputs}
+    written = {op.inputs[0]: op.outputs for op in file.operators if op.kind == "QUANTIZE"}
+    found = {}
+    for operator in file.float_operators:
+        sources = [makers.get(index) for index in operator.inputs]
+        inputs = tuple(op.inputs[0] for op in sources if op is not None and op.kind == "DEQUANTIZE")
+        outputs = written.get(operator.outputs[0])
+        if operator.kind in LIMITED and outputs is not None and len(inputs) == len(sources):
+            limit = limit_of(file, FileOperator(operator.kind, inputs, outputs))
+            if limit is not None:
+                found[operator] = limit
+    return found
 
 
 def joins_are_planned(model: QuantizedModel) -> bool:

@@ -8,7 +8,7 @@ SOFTMAX      ``s_input * 2**26 > 1`` at 8 bits: differences are counted in 1 / 2
 
 The kernels check their fixed-point multipliers with ``TFLITE_CHECK``, which calls ``abort``.
 Source: ``kernels/internal/quantization_util.cc`` (``QuantizeMultiplierSmallerThanOneExp``,
-``PreprocessSoftmaxScaling``), and ``Prepare`` in ``kernels/add.cc`` and ``kernels/sub.cc``.
+``PreprocessSoftmaxScaling``), and ``Prepare`` in ``kernels/add.cc``; ``kernels/sub.cc`` asks first.
 """
 
 from __future__ import annotations
