@@ -106,6 +106,15 @@ def key_of(node: object) -> str | None:
     return None if call is None else call.key
 
 
+def layer_operands(node: fx.Node) -> tuple[FakeQuantizeCall, DequantizeCall] | None:
+    """The quantized input and weight of a layer's call; ``None`` for any other node."""
+    operands = [arg for arg in node.args[:3] if isinstance(arg, fx.Node)]
+    if node.op != "call_function" or len(operands) < 2:
+        return None
+    source, weight = as_fake_quantize(operands[0]), as_dequantize(operands[1])
+    return None if source is None or weight is None else (source, weight)
+
+
 def layer_of_weight_key(key: str) -> str:
     """The layer that a weight belongs to, by its key; of a product written by hand its name.
 

@@ -17,7 +17,12 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic_write import replacing
 from lightning_qat.ir.exported_program import Constants, with_plain_outputs
-from lightning_qat.ir.ops import as_dequantize, as_fake_quantize, layer_of_weight_key
+from lightning_qat.ir.ops import (
+    as_dequantize,
+    as_fake_quantize,
+    layer_of_weight_key,
+    layer_operands,
+)
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
 from lightning_qat.numerics.arithmetic import channel_groups
@@ -144,12 +149,10 @@ class QuantizedModel:
         found = []
         constants = Constants(self.program)
         for node in self.program.graph.nodes:
-            operands = [arg for arg in node.args[:3] if isinstance(arg, fx.Node)]
-            if node.op != "call_function" or len(operands) < 2:
-                continue
-            source, weight = as_fake_quantize(operands[0]), as_dequantize(operands[1])
-            if source is not None and weight is not None:
-                bias = constants.value(operands[2]) if len(operands) > 2 else None
+            operands = layer_operands(node)
+            if operands is not None:
+                source, weight = operands
+                bias = constants.value(node.args[2]) if len(node.args) > 2 else None
                 path = layer_of_weight_key(weight.key)
                 found.append(QuantizedLayer(path, source.key, weight.key, bias, node.name))
         return tuple(found)

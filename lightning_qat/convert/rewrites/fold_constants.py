@@ -16,10 +16,9 @@ from lightning_qat.ir.operators import value_preserving
 from lightning_qat.ir.ops import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
-    as_dequantize,
-    as_fake_quantize,
     key_of,
     layer_of_weight_key,
+    layer_operands,
 )
 
 _ATEN = torch.ops.aten
@@ -45,8 +44,8 @@ def fold_constants(program: ExportedProgram) -> None:
     tensors that depend on no input (Swin's masks) are carried out in their order. A constant is
     stored if it is small, or no larger than four times what it is made of.
     """
-    constants = Constants(program)
-    _fold(program, constants, _foldable(program.graph, constants))
+    quantized = {node for node in program.graph.nodes if key_of(node) is not None}
+    _fold(program, quantized)
 
 
 def fold_constant_layers(program: ExportedProgram, recurrent: Collection[str]) -> tuple[str, ...]:
@@ -64,26 +63,21 @@ def fold_constant_layers(program: ExportedProgram, recurrent: Collection[str]) -
         The layers that are constants now, in the order of the graph. A layer that is also called
         on what depends on an input is none of them.
     """
-    constants = Constants(program)
     before = _layers(program.graph)
-    _fold(program, constants, _foldable(program.graph, constants, recurrent, layers=True))
+    _fold(program, {node for node in program.graph.nodes if module_path(node) in recurrent})
     after = _layers(program.graph)
     return tuple(name for name in before if name not in after)
 
 
 def _layers(graph: fx.Graph) -> list[str]:
-    weights = [as_dequantize(node.args[1]) for node in graph.nodes if _is_layer(node)]
-    return list(dict.fromkeys(layer_of_weight_key(w.key) for w in weights if w is not None))
+    calls = filter(None, map(layer_operands, graph.nodes))
+    return list(dict.fromkeys(layer_of_weight_key(weight.key) for _, weight in calls))
 
 
-def _is_layer(node: fx.Node) -> bool:
-    """Whether a node is a product of a quantized tensor and a quantized weight."""
-    x, weight = node.args[:2] if len(node.args) > 1 else (None, None)
-    return as_fake_quantize(x) is not None and as_dequantize(weight) is not None
-
-
-def _fold(program: ExportedProgram, constants: Constants, folded: set[fx.Node]) -> None:
-    """Compute the nodes, and let all others read constants instead."""
+def _fold(program: ExportedProgram, kept: set[fx.Node]) -> None:
+    """Compute what can be but the nodes to keep, and let all others read constants instead."""
+    constants = Constants(program)
+    folded = _foldable(program.graph, constants, kept)
     writes = any(writes_in_place(node) for node in folded)
     values: dict[fx.Node, Any] = {}
     stored: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -132,18 +126,9 @@ def _stored(
     return stored[key]
 
 
-def _foldable(
-    graph: fx.Graph,
-    constants: Constants,
-    recurrent: Collection[str] = (),
-    *,
-    layers: bool = False,
-) -> set[fx.Node]:
+def _foldable(graph: fx.Graph, constants: Constants, kept: set[fx.Node]) -> set[fx.Node]:
     """The nodes that can be computed now, in a way that no other node notices."""
-    kept = {n for n in graph.nodes if module_path(n) in recurrent} if recurrent else set()
     integers = _integers(graph)
-    if not layers:
-        kept |= {node for node in graph.nodes if key_of(node) is not None}
     while True:
         folded = _computable(graph, constants, kept)
         more: set[fx.Node] = set()
@@ -158,7 +143,7 @@ def _foldable(
                 more.add(node)
         if not more:
             return folded
-        kept |= more
+        kept = kept | more
 
 
 def _integers(graph: fx.Graph) -> set[fx.Node]:
