@@ -93,7 +93,7 @@ class UnsupportedByTarget(ValueError):
 
 
 class CannotRun(RuntimeError):
-    """An optional runtime refuses a file; ``verify`` says so and goes on with the others.
+    """A runtime cannot run a file; ``verify`` says so and goes on with the others.
 
     Args:
         runtime: Name of the runtime.
@@ -164,7 +164,7 @@ class Runnable(Protocol):
         """Run the files on a batch: outputs by name.
 
         Raises:
-            CannotRun: The runtime refuses the files; for runtimes that a user need not have.
+            CannotRun: The runtime refuses the files; ``verify`` goes on with the others.
         """
         ...
 

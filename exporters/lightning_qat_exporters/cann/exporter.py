@@ -15,7 +15,7 @@ import torch
 
 from lightning_qat.export.convert_onnx import Conversion
 from lightning_qat.export.lint import Finding
-from lightning_qat.export.protocol import Array, Artifact
+from lightning_qat.export.protocol import Array, Artifact, CannotRun
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.cann.device_nodes import device_note
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS
@@ -34,6 +34,7 @@ from lightning_qat_exporters.cann.qdq_graph.types import (
 )
 from lightning_qat_exporters.cann.read_back import deploy_differences
 from lightning_qat_exporters.cann.standard_operators.session import DeploySession, is_deploy
+from lightning_qat_exporters.cann.standard_operators.translate import NoStandardForm
 from lightning_qat_exporters.cann.write_files import WrittenFiles, file_paths, write_files
 from lightning_qat_exporters.onnx_files.checked_run import checked_run
 from lightning_qat_exporters.onnx_files.read import load_proto, read_onnx, require_quantized
@@ -209,11 +210,19 @@ class CannExporter:
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Run the files on a batch; ``runtime`` is one of ``runtimes``."""
+        """Run the files on a batch; ``runtime`` is one of ``runtimes``.
+
+        Raises:
+            CannotRun: The deploy model has no form in standard operators.
+        """
         if runtime == SIMULATION:
             return run_onnx(artifact.files["fake_quant"], inputs, optimize=False)
         if runtime == STANDARD:
-            return DeploySession(artifact.files["model"]).run(inputs)
+            try:
+                session = DeploySession(artifact.files["model"])
+            except NoStandardForm as error:
+                raise CannotRun(runtime, str(error)) from error
+            return session.run(inputs)
         executor = AscendExecutor(artifact.files["model"], device_fp16=runtime == HALF)
         return dict(zip(executor.output_names, executor.run(inputs), strict=True))
 

@@ -408,6 +408,24 @@ def test_names_that_collide_or_are_no_identifiers_are_made_unique(tmp_path: Path
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias_first", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 5)])
+def test_a_quantized_bias_of_a_linear_on_three_dimensions_is_the_layers(
+    bias_first: bool, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    net = Qdq([2, 3, 4])
+    weight = net.weight(rng().integers(-9, 9, (4, 5)), np.full(5, 0.5), axis=1)
+    bias = net.node(
+        "DequantizeLinear",
+        net.constant(np.arange(5).reshape(shape), np.int32),
+        net.constant(0.125, np.float32),
+    )
+    y = net.node("MatMul", net.fake("x", 0.25), weight, name="fc")
+    y = net.node("Add", *((bias, y) if bias_first else (y, bias)), name="/fc/Add")
+    done = agreeing(net_file(net, tmp_path, y), {"x": real(2, 3, 4)})
+    assert (done.layers, done.left_float) == (("fc",), ())
+
+
 def test_the_conversion_prints_what_stayed_real_and_why(tmp_path: Path) -> None:
     net = Qdq([1, 2])
     y = net.node("MatMul", net.fake("x", 0.5), net.weight([[1, 2], [3, 4]], 0.5), name="fc")

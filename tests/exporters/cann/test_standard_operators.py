@@ -12,10 +12,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
+from lightning_qat import convert, prepare, verify
 from lightning_qat.export.protocol import Array
-from lightning_qat_exporters.cann import AscendExecutor
-from lightning_qat_exporters.cann.standard_operators import translate
+from lightning_qat_exporters.cann import AscendExecutor, CannExporter
+from lightning_qat_exporters.cann.exporter import REFERENCE, SIMULATION, STANDARD
+from lightning_qat_exporters.cann.standard_operators import layers, translate
 from lightning_qat_exporters.cann.standard_operators.session import DeploySession
 from tests.exporters.cann.amct_goldens import CASES, GOLDENS, load_case
 
@@ -244,6 +247,24 @@ def test_sums_that_float32_cannot_hold_are_exact(run_layer: Run, op_type: str) -
     assert wide.item() == np.float32(258 * 16777335)
 
 
+@pytest.mark.parametrize(
+    ("features", "limit"),
+    [(70_000, 2**24), (30, 2**10), (100, 2**10), (300, 2**10)],  # digits of 4, 4, 2, 1 bits
+)
+def test_a_channel_of_many_large_weights_is_split_into_digits(
+    run_layer: Run, features: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A channel's weights alone sum to half of the limit or more; 2**24 is that of float32.
+    monkeypatch.setattr(layers, "_EXACT", limit)
+    weight = np.stack((np.full(features, 127), np.full(features, -128)), 1).astype(np.int8)
+    x = np.full((1, features), 127)
+    sums = np.array([127 * 127 * features, -128 * 127 * features])
+    wide = run_layer("MatMul", x, weight, quantize={"dst_type": "INT16"})
+    np.testing.assert_array_equal(wide, sums[None].astype(np.float32))
+    bias = (np.array([5, -7]) - sums).astype(np.int32)
+    assert run_layer("Gemm", x, weight, bias).tolist() == [[5.0, -7.0]]
+
+
 def test_a_bias_that_float32_cannot_hold_is_exact(run_layer: Run) -> None:
     y = run_layer("Gemm", [[-1]], np.array([[1]], np.int8), np.array([2**24 + 1], np.int32))
     assert y.item() == 2**24
@@ -353,6 +374,26 @@ def test_everything_without_a_form_is_named_in_one_message(tmp_path: Path) -> No
     for line, (name, reason) in zip(lines, wanted.items(), strict=True):
         assert line.startswith(f"  {name!r}")
         assert reason in line
+
+
+def test_verify_says_what_onnx_runtime_cannot_run_and_reports_the_executor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3)
+    prepare(net, "int8", x)
+    net(x)
+    model = convert(net, x)
+    artifact = CannExporter().export(model, tmp_path / "net")
+    monkeypatch.setattr(
+        layers, "_EXACT", 4
+    )  # as if float32 held 2 bits: no layer of real size fails
+    agreement = verify(model, artifact)
+    assert [r.runtime for r in agreement.runtimes] == [REFERENCE, SIMULATION]
+    assert agreement.max_steps == 0
+    (caution,) = (c for c in agreement.cautions if "cannot run the file" in c)
+    assert caution.startswith(f"{STANDARD} cannot run the file: These nodes have no form in")
+    assert "'0' (MatMul)" in caution or "'0' (Gemm)" in caution
+    assert "a channel must have fewer than 2 weights for exact sums in float32; got 3" in caution
 
 
 def test_a_device_node_with_an_unknown_attribute_is_refused(tmp_path: Path) -> None:

@@ -139,9 +139,12 @@ def _find_layers(
 ) -> tuple[dict[ir.Node, LayerParts], list[Unsupported], list[Unsupported]]:
     """Integer layers, compute nodes that are left float, and layers with unusable values."""
     parts: dict[ir.Node, LayerParts] = {}
+    biases: set[ir.Node | None] = set()  # the Adds that bring a bias to its layer
     left_float: list[Unsupported] = []
     problems: list[Unsupported] = []
     for node in graph:
+        if node in biases:
+            continue
         if node.op_type not in LAYER_TYPES or node.domain:
             hands_on = node.op_type in (*FOLLOWED, "Reshape", "DequantizeLinear")
             if not hands_on and any(constant_dequantize(v) is not None for v in node.inputs):
@@ -151,6 +154,7 @@ def _find_layers(
             continue
         try:
             parts[node] = read_layer(node, group_of)
+            biases.add(parts[node].bias.add)
         except UnusableValues as error:
             problems.append(error.at(label(node)))
         except CannotExpress as error:

@@ -3,6 +3,7 @@
 A sum of integers is exact in float32, in any order, while no partial sum can reach 2**24. Where
 one can, by a layer's weights and the range of its data, the data is split into digits with which
 none can, ``x = d0 + base * d1 + base**2 * d2``, and their products are put together in integers.
+Where a channel's weights alone sum to too much for that, they are split into digits as well.
 """
 
 from __future__ import annotations
@@ -84,21 +85,23 @@ def write_product(
         product: Writes the linear operator, from data and weight in float32.
 
     Raises:
-        CannotExpress: The magnitudes of a channel's weights sum to 2**23 or more.
+        CannotExpress: A channel has 2**23 weights or more.
     """
-    sums = _Sums(weight, output_axis)
+    parts = _weight_digits(weight, output_axis)
+    reach = sum(place * sums.reach(data.lowest, data.highest) for _, place, sums in parts)
     added = 0 if bias is None else int(np.abs(bias, dtype=np.int64).max(initial=0))
     # The digits' own products may be twice as large as their sum.
-    fits = 2 * sums.reach(data.lowest, data.highest) + added <= _INT32.max
+    fits = 2 * reach + added <= _INT32.max
     kind = ir.DataType.INT32 if fits else ir.DataType.INT64
     integer = kind.numpy().type
-    real_weight = write.cast(weight, ir.DataType.FLOAT)
     total: ir.Value | None = None
-    for digit, place in _digits(write, data, sums):
-        term = write.cast(product(digit, real_weight), kind)
-        if place > 1:
-            term = write("Mul", term, integer(place), dtype=kind)
-        total = term if total is None else write("Add", total, term, dtype=kind)
+    for part, weight_place, sums in parts:
+        real_weight = write.cast(part, ir.DataType.FLOAT)
+        for digit, place in _data_digits(write, data, sums):
+            term = write.cast(product(digit, real_weight), kind)
+            if place * weight_place > 1:
+                term = write("Mul", term, integer(place * weight_place), dtype=kind)
+            total = term if total is None else write("Add", total, term, dtype=kind)
     assert total is not None  # there is one digit at least
     if bias is not None:
         total = write("Add", total, bias.astype(integer), dtype=kind)
@@ -127,16 +130,27 @@ class _Sums:
         return int(max(above.max(initial=0), -below.min(initial=0)))
 
 
-def _digits(write: NodeWriter, data: Centered, sums: _Sums) -> list[tuple[ir.Value, int]]:
+def _weight_digits(weight: Array, output_axis: int) -> list[tuple[Array, int, _Sums]]:
+    """Digits of int8 weights that sum to less than 2**23 in a channel, and what each counts."""
+    for bits in (8, 4, 2, 1):
+        places = range(0, 8 - bits, bits)
+        digits = [(weight >> place & (1 << bits) - 1, 1 << place) for place in places]
+        digits.append((weight >> 8 - bits, 1 << 8 - bits))  # with the sign
+        parts = [(digit, place, _Sums(digit, output_axis)) for digit, place in digits]
+        if all(2 * sums.reach(0, 1) < _EXACT for *_, sums in parts):
+            return parts
+    count = weight.size // weight.shape[output_axis]
+    raise CannotExpress(
+        f"a channel must have fewer than {_EXACT // 2} weights for exact sums in float32; got "
+        f"{count}"
+    )
+
+
+def _data_digits(write: NodeWriter, data: Centered, sums: _Sums) -> list[tuple[ir.Value, int]]:
     """Values whose products with the weights are exact, and what each counts."""
     base = 1
     while base < _EXACT and sums.reach(0, 2 * base) < _EXACT:
         base *= 2
-    if base == 1:
-        raise CannotExpress(
-            f"the weights of a channel must sum to less than {_EXACT // 2} for exact sums in "
-            f"float32; got {sums.reach(0, 1)}"
-        )
     value, lowest, highest, place = data.value, data.lowest, data.highest, 1
     digits = []
     while sums.reach(lowest, highest) >= _EXACT:

@@ -29,8 +29,8 @@ class DeploySession(OnnxSession):
 
     Raises:
         FileNotFoundError: There is no such file, or its external data is missing.
-        ValueError: It is no ONNX model, or nodes of it have no form in standard operators; all are
-            named.
+        ValueError: It is no ONNX model.
+        NoStandardForm: Nodes of it have no form in standard operators; all are named.
     """
 
     def __init__(self, path: Path) -> None:

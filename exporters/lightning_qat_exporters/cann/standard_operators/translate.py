@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -23,6 +25,20 @@ from lightning_qat_exporters.onnx_files.graph_writer import GraphWriter
 ASCEND = ("AscendQuant", "AscendDequant", "AscendAntiQuant")
 
 
+class NoStandardForm(ValueError):
+    """Nodes of a deploy model have no form in standard operators.
+
+    Args:
+        problems: Each node with its reason.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        super().__init__(
+            "These nodes have no form in standard operators:"
+            + "".join(f"\n  {problem}" for problem in problems)
+        )
+
+
 def as_standard_operators(model: ir.Model) -> dict[str, str]:
     """Rewrite a deploy model in place.
 
@@ -36,7 +52,7 @@ def as_standard_operators(model: ir.Model) -> dict[str, str]:
         cannot be quantized, accumulators outside int32.
 
     Raises:
-        ValueError: Nodes have no form in standard operators; all are named, each with the reason.
+        NoStandardForm: Some nodes have none; all are named, each with the reason.
     """
     graph = GraphWriter(model.graph)
     walk = _Walk(graph, input_channels(model))
@@ -51,10 +67,7 @@ def as_standard_operators(model: ir.Model) -> dict[str, str]:
         ),
     ]
     if problems:
-        raise ValueError(
-            "These nodes have no form in standard operators:"
-            + "".join(f"\n  {p}" for p in problems)
-        )
+        raise NoStandardForm(problems)
     graph.register_constants()
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
