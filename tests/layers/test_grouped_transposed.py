@@ -173,6 +173,34 @@ def test_batch_norm_folds_and_files_for_onnx_and_ascend_are_exact(
         assert agreement.max_steps < 1.01
 
 
+def test_a_deploy_file_has_amcts_scales_integers_and_biases(tmp_path: Path) -> None:
+    """AMCT has out_channels / groups * groups scales, those of the first group first."""
+    torch.manual_seed(0)
+    groups, rows, columns = 2, 3, 4
+    layer = nn.ConvTranspose2d(groups * rows, groups * columns, 3, groups=groups)
+    net = nn.Sequential(spread(layer))
+    x = torch.randn(2, groups * rows, 5, 5)
+    assert layer.bias is not None
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    artifact = CannExporter().export(convert(trained(net, x), x), tmp_path / "net")
+    graph = onnx.load(artifact.files["model"]).graph
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    param = arrays["0.dequant.param"].astype(np.uint32).view(np.float32)
+    (quant,) = (node for node in graph.node if node.name == "0.quant")
+    scale_d = 1 / next(a.f for a in quant.attribute if a.name == "scale")
+    assert arrays["0.weight"].shape == tuple(weight.shape)
+    assert param.shape == arrays["0.bias"].shape == (groups * columns,)
+    for group in range(groups):
+        for column in range(columns):
+            channel = group * columns + column
+            of_channel = weight[group * rows : (group + 1) * rows, column].numpy()
+            scale_w = param[channel] / scale_d
+            np.testing.assert_allclose(scale_w, np.abs(of_channel).max() / 127, rtol=1e-5)
+            integers = arrays["0.weight"][group * rows : (group + 1) * rows, column]
+            np.testing.assert_array_equal(integers, np.rint(of_channel / scale_w))
+            assert arrays["0.bias"][channel] == np.rint(bias[channel].numpy() / param[channel])
+
+
 def one_step(quantized: Any) -> float:
     (step,) = quantized.output_steps.values()
     return float(step)

@@ -22,6 +22,9 @@ WITHOUT: Mapping[str, frozenset[str]] = {
 """The operators that a product lacks. Beginnings of ``--soc_version``, as ATC calls products:
 310B is Atlas 200I/500 A2, 310P Atlas inference, 910 Atlas training, 910B Atlas A2, 910_93 A3."""
 
+FLOAT_CONVOLUTIONS = frozenset({"Ascend950"})
+"""Products whose table of types for Conv2D lists no int8 (``op_nn_proto_extend.h``)."""
+
 
 def check_product(product: str | None) -> None:
     """Raise ``ValueError`` for a product that the table does not have."""

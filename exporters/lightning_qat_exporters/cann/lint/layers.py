@@ -84,16 +84,6 @@ def _form(node: onnx.NodeProto) -> Iterator[Finding]:
                 ", ".join(f"{k} = {v}" for k, v in got.items() if v != wanted[k]),
                 "Store the weight as [in, out]",
             )
-    auto_pad = values.get("auto_pad", "NOTSET")
-    if len(values.get("kernel_shape", ())) == 3 and auto_pad not in ("NOTSET", "VALID"):
-        yield Finding(
-            "error",
-            name_of(node),
-            "a convolution of three dimensions must have pads or auto_pad VALID "
-            "(ops-nn, conv_onnx_plugin.cpp)",
-            f"auto_pad {auto_pad}",
-            "Write the pads as numbers; lightning-qat convert does",
-        )
     if len(values.get("dilations", ())) == 3 and values["dilations"][0] != 1:
         yield Finding(
             "error",

@@ -15,8 +15,9 @@ import onnx
 from lightning_qat.export.lint import Finding, Severity
 from lightning_qat_exporters.cann.deploy_file import RNN_OPS, DeployFile, name_of
 from lightning_qat_exporters.cann.lint.layers import layer_findings
+from lightning_qat_exporters.cann.lint.plugins.findings import plugin_findings
 from lightning_qat_exporters.cann.lint.quantize_nodes import quant_findings
-from lightning_qat_exporters.cann.products import lacks
+from lightning_qat_exporters.cann.products import FLOAT_CONVOLUTIONS, lacks
 from lightning_qat_exporters.onnx_files.read import load_proto
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "advice")
@@ -44,13 +45,32 @@ def lint_deploy(path: Path, product: str | None = None) -> tuple[Finding, ...]:
         *_container(file),
         *quant_findings(file),
         *layer_findings(file),
+        *plugin_findings(file, _version(file)),
         *_product_findings(file, product),
     )
     return tuple(sorted(found, key=lambda finding: _SEVERITIES.index(finding.severity)))
 
 
+def _version(file: DeployFile) -> int:
+    """The opset of the default domain; 11 where the file does not say, which is an error anyway."""
+    versions = (i.version for i in file.proto.opset_import if i.domain in ("", "ai.onnx"))
+    return next(versions, 11)
+
+
 def _product_findings(file: DeployFile, product: str | None) -> Iterator[Finding]:
     """Operators that a product lacks."""
+    convolutions = [
+        node for node in file.nodes if node.op_type == "Conv" and file.is_integer_layer(node)
+    ]
+    if product in FLOAT_CONVOLUTIONS and convolutions:
+        yield Finding(
+            "warning",
+            name_of(convolutions[0]),
+            f"{product} should have convolutions of int8; Conv2D's table of types for it lists "
+            "none (ops-nn, op_nn_proto_extend.h)",
+            f"{len(convolutions)} integer convolutions",
+            "Make sure that your CANN version has them, or leave convolutions float",
+        )
     for node in file.nodes:
         if lacks(product, node.op_type):
             yield Finding(
@@ -101,6 +121,16 @@ def _container(file: DeployFile) -> Iterator[Finding]:
             )
     yield from _opset(file)
     yield from _names(file)
+    graph = file.proto.graph
+    for what, values in (("input", graph.input), ("output", graph.output)):
+        if not values:
+            yield Finding(
+                "error",
+                graph.name or "graph",
+                f"a graph must have an {what} (ge, onnx_parser.cc)",
+                f"no {what}",
+                "Export a model that reads a tensor and returns one",
+            )
     initializers = {tensor.name for tensor in file.proto.graph.initializer}
     for value in file.proto.graph.input:
         if value.name in initializers:
@@ -170,7 +200,17 @@ def _names(file: DeployFile) -> Iterator[Finding]:
                 f"{count} nodes of this name",
                 "Rename the nodes",
             )
+    inputs = {value.name for value in file.proto.graph.input}
     for node in file.nodes:
+        if node.name in inputs:
+            yield Finding(
+                "error",
+                node.name,
+                "a node must not have the name of a graph input: the parser makes a node of the "
+                "input's name, and names must be unique (ge, onnx_parser.cc, pre_checker.cc)",
+                f"{node.op_type} and an input, both {node.name!r}",
+                "Rename the argument of forward, or the layer",
+            )
         if not node.name:
             yield Finding(
                 "advice",

@@ -1,0 +1,39 @@
+"""Every rule of CANN's plugins on every node of a deploy file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+from lightning_qat.export.lint import Finding
+from lightning_qat_exporters.cann.deploy_file import DeployFile
+from lightning_qat_exporters.cann.lint.plugins.functions import FUNCTION_RULES
+from lightning_qat_exporters.cann.lint.plugins.layers import LAYER_RULES
+from lightning_qat_exporters.cann.lint.plugins.moves import MOVE_RULES
+from lightning_qat_exporters.cann.lint.plugins.pools import POOL_RULES
+from lightning_qat_exporters.cann.lint.plugins.registered import registration_findings
+from lightning_qat_exporters.cann.lint.plugins.rule import PluginNode, Rule
+
+_RULES: dict[str, list[Rule]] = {}
+for _rule in (*LAYER_RULES, *POOL_RULES, *MOVE_RULES, *FUNCTION_RULES):
+    for _operator in _rule.operators.split():
+        _RULES.setdefault(_operator, []).append(_rule)
+
+
+def plugin_findings(file: DeployFile, opset: int) -> Iterator[Finding]:
+    """What the nodes of a file break, those in branches of If too."""
+    nodes = tuple(_all_nodes(file.proto.graph))
+    yield from registration_findings(nodes, opset)
+    for proto in nodes:
+        node = PluginNode(proto, file, opset)
+        for rule in _RULES.get(proto.op_type, ()):
+            yield from rule.findings(node)
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g)
