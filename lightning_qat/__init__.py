@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lightning_qat.export.export import export
     from lightning_qat.export.protocol import Artifact, UnsupportedByTarget
     from lightning_qat.export.verify import Agreement, verify
+    from lightning_qat.insight.sensitivity.result import Sensitivity
+    from lightning_qat.insight.sensitivity.sensitivity import sensitivity
+    from lightning_qat.insight.sensitivity.suggest import BudgetNotMet, Suggestion, suggest
     from lightning_qat.ir.quantized_model import QuantizedModel
     from lightning_qat.prepare.prepare import prepare
     from lightning_qat.prepare.report import PrepareReport
@@ -60,6 +63,11 @@ __all__ = [
     "quantizer_parameters",
     "weights_quantized_once",
     "calibrate_unseen",
+    "sensitivity",
+    "Sensitivity",
+    "suggest",
+    "Suggestion",
+    "BudgetNotMet",
 ]
 
 _DEFINED_IN = {
@@ -87,6 +95,11 @@ _DEFINED_IN = {
     "quantizer_parameters": "quantizers.factory",
     "weights_quantized_once": "training.weights_once",
     "calibrate_unseen": "training.calibrate_unseen",
+    "sensitivity": "insight.sensitivity.sensitivity",
+    "Sensitivity": "insight.sensitivity.result",
+    "suggest": "insight.sensitivity.suggest",
+    "Suggestion": "insight.sensitivity.suggest",
+    "BudgetNotMet": "insight.sensitivity.suggest",
 }
 """Public name to the module that defines it."""
 

@@ -27,6 +27,7 @@ CORE: Mapping[str, str] = {
     "convert": "numerics recipe model function_hooks ir quantizers layers joins",
     "checkpoint": "recipe model quantizers layers prepare",
     "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
+    "insight": "recipe model function_hooks quantizers layers training joins prepare atomic_write",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert checkpoint"

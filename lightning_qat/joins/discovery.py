@@ -424,9 +424,11 @@ class Discovery:
             assert isinstance(quantizer, ActivationQuantizer)
             return quantizer.spec
         kind = type(self._modules[owner.module]).__name__
-        least = self.recipe.first_last if owner.call_key.startswith(OUTPUT) else None
-        layer = self.recipe.for_layer(owner.module, kind, at_least=least or 0)
-        return layer.activation if layer is not None else self.recipe.activation
+        least = self.recipe.first_last or 0 if owner.call_key.startswith(OUTPUT) else 0
+        layer = self.recipe.for_layer(owner.module, kind, at_least=least)
+        # An output has so many bits also where the layer that makes it stays float.
+        spec = self.recipe.activation
+        return layer.activation if layer else replace(spec, bits=max(spec.bits, least))
 
 
 class _Watch(TorchFunctionMode):

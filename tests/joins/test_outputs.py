@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat import QuantizedModel
+from lightning_qat import QuantizedModel, Recipe
 from lightning_qat.convert.convert import convert
 from lightning_qat.prepare.prepare import prepare
 from tests.joins.cases import Registered, calibrated, serving, the_plan
@@ -206,3 +206,14 @@ def test_integers_booleans_and_numbers_are_no_operands_to_quantize() -> None:
     with torch.no_grad():
         y = 2 * (model.one(inputs[0]) * inputs[1] + 1) + inputs[2]
         assert torch.equal(found, serving(model, "two", "output")(model.two(y)))
+
+
+def test_outputs_have_the_bits_of_the_last_layer_also_where_that_stays_float() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    recipe = Recipe.from_dict({"preset": "w4a4", "exclude": ["2"]})
+    plan = prepare(model, recipe, torch.ones(2, 4)).joins
+    assert plan is not None
+    assert {t.quantizer: t.spec.bits for t in plan.tensors} == {
+        "0.input_quantizer": 8,
+        "2.qat_joins.output_0_0": 8,
+    }

@@ -1,0 +1,1 @@
+"""Where quantization costs accuracy: compared layer by layer, by sensitivity, by calibration."""

@@ -1,0 +1,1 @@
+"""What each layer costs when it is quantized, and the recipe that follows from it."""
