@@ -37,7 +37,7 @@ class SharedInput(nn.Module):
         return self.head(F.relu(self.lstm(x)[0]))
 
 
-def chain(layers: int, *fragile: int) -> nn.Sequential:
+def chain(layers: int, *fragile: int, far: float = 40.0) -> nn.Sequential:
     """Linear layers of 8 features, each with a relu; their first feature is always zero.
 
     A fragile layer has one far weight, which reads that feature: its scale leaves the others few
@@ -50,7 +50,7 @@ def chain(layers: int, *fragile: int) -> nn.Sequential:
             layer.weight.copy_(torch.eye(8) * 0.8 + torch.rand(8, 8) * 0.1)
             layer.weight[0] = 0.0
             if number in fragile:
-                layer.weight[:, 0] = 40.0
+                layer.weight[:, 0] = far
         parts += [layer, nn.ReLU()]
     return nn.Sequential(*parts).eval()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,15 +65,15 @@ class Ladders:
         start = (0,) * len(layers)
         heap, seen = [(self.cost(self.lowest()), start)], {start}
         while heap and heap[0][0] < limit:
-            _, steps = heapq.heappop(heap)
+            cost, steps = heapq.heappop(heap)
             yield self.at(dict(zip(layers, steps, strict=True)))
             for n, layer in enumerate(layers):
-                if steps[n] + 1 < len(self.choices[layer]):
-                    above = (*steps[:n], steps[n] + 1, *steps[n + 1 :])
-                    if above not in seen:
-                        seen.add(above)
-                        cost = self.cost(dict(zip(layers, above, strict=True)))
-                        heapq.heappush(heap, (cost, above))
+                here, *above = self.choices[layer][steps[n] : steps[n] + 2]
+                higher = (*steps[:n], steps[n] + 1, *steps[n + 1 :])
+                if above and higher not in seen:
+                    seen.add(higher)
+                    extra = self.expense(layer, above[0]) - self.expense(layer, here)
+                    heapq.heappush(heap, (cost + extra, higher))
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,19 @@ class SearchResult:
     """What was found.
 
     Args:
-        assignment: The cheapest assignment that the test accepts.
-        is_good: The test accepts it; otherwise it is the most precise one.
-        is_least: All that cost less have been tested.
+        assignment: The cheapest assignment that the test accepts; ``None``: it accepts none.
+        is_least: All assignments that cost less have been tested.
     """
 
-    assignment: Assigned
-    is_good: bool
+    assignment: Assigned | None
     is_least: bool
 
 
 def search(ladders: Ladders, is_good: Callable[[Assigned], bool], most: int) -> SearchResult:
     """Find the cheapest assignment that a test accepts.
+
+    Steps are taken in the order of ``climb`` until the test accepts; each is taken back if it is
+    not needed; then all that is cheaper is tested, if it is little.
 
     Args:
         ladders: The choices.
@@ -107,33 +110,34 @@ def search(ladders: Ladders, is_good: Callable[[Assigned], bool], most: int) -> 
         >>> search(ladders, lambda bits: bits["c"] == 8, most=100).assignment
         {'a': 4, 'b': 4, 'c': 8}
     """
-    order = ladders.climb()
+    path = [ladders.lowest()]
+    for layer in ladders.climb():
+        path.append(path[-1] | {layer: path[-1][layer] + 1})
+    if is_good(ladders.at(path[0])):
+        return SearchResult(ladders.at(path[0]), is_least=True)
+    steps = _first_good(path, lambda steps: is_good(ladders.at(steps)), most)
+    if steps is not None:
+        for layer in reversed(ladders.climb()):
+            lower = steps | {layer: steps[layer] - 1}
+            if steps[layer] and is_good(ladders.at(lower)):
+                steps = lower
+    found = None if steps is None else ladders.at(steps)
+    limit = math.inf if steps is None else ladders.cost(steps)
+    cheaper = list(itertools.islice(ladders.cheaper_than(limit), most + 1))
+    if len(cheaper) > most:
+        return SearchResult(found, is_least=False)
+    return SearchResult(next(filter(is_good, cheaper), found), is_least=True)
 
-    def after(count: int) -> dict[str, int]:
-        steps = ladders.lowest()
-        for layer in order[:count]:
-            steps[layer] += 1
-        return steps
 
-    if is_good(ladders.at(after(0))):
-        return SearchResult(ladders.at(after(0)), is_good=True, is_least=True)
-    if not is_good(ladders.at(after(len(order)))):
-        return SearchResult(ladders.at(after(len(order))), is_good=False, is_least=False)
-    bad, good = 0, len(order)
+def _first_good(
+    path: Sequence[dict[str, int]], is_good: Callable[[dict[str, int]], bool], most: int
+) -> dict[str, int] | None:
+    """A place on a path where the test begins to accept, by halving; the first place fails."""
+    bad, good = 0, len(path) - 1
+    if not is_good(path[good]):
+        # More bits are not always better: quantizing one tensor may make up for another.
+        return next(filter(is_good, path[1:most]), None)
     while good - bad > 1:
         middle = (bad + good) // 2
-        bad, good = (bad, middle) if is_good(ladders.at(after(middle))) else (middle, good)
-    steps = after(good)
-    for layer in reversed(order[:good]):
-        lower = steps | {layer: steps[layer] - 1}
-        if steps[layer] and is_good(ladders.at(lower)):
-            steps = lower
-    cheaper = []
-    for assignment in ladders.cheaper_than(ladders.cost(steps)):
-        cheaper.append(assignment)
-        if len(cheaper) > most:
-            return SearchResult(ladders.at(steps), is_good=True, is_least=False)
-    for assignment in cheaper:
-        if is_good(assignment):
-            return SearchResult(assignment, is_good=True, is_least=True)
-    return SearchResult(ladders.at(steps), is_good=True, is_least=True)
+        bad, good = (bad, middle) if is_good(path[middle]) else (middle, good)
+    return path[good]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning_qat.insight.sensitivity.candidates import Candidates
 from lightning_qat.insight.sensitivity.result import LayerSize, Sensitivity
-from lightning_qat.insight.sensitivity.search import Ladders, SearchResult, search
+from lightning_qat.insight.sensitivity.search import Ladders, search
 from lightning_qat.insight.sensitivity.switched_model import Choice
 from lightning_qat.recipe.recipe import Recipe
 
@@ -123,28 +123,36 @@ def suggest(
         _predicted(result),
     )
 
-    def is_good(assignment: Mapping[str, Choice]) -> bool:
+    tried: list[dict[str, Choice]] = []
+
+    def is_good(assignment: dict[str, Choice]) -> bool:
+        tried.append(assignment)
         value = _value(candidates, assignment)
         return candidates.metric.is_within(value, result.float_value, budget)
 
+    def drop(assignment: dict[str, Choice]) -> float:
+        return candidates.metric.drop(_value(candidates, assignment), result.float_value)
+
     before = candidates.measured
     found = search(ladders, is_good, most_evaluations)
-    suggestion = _suggestion(result, found, budget, before)
-    if not found.is_good or all(bits is None for bits in found.assignment.values()):
-        raise BudgetNotMet(_why_not(result, suggestion, found), suggestion)
+    chosen = found.assignment or min(tried, key=drop)
+    suggestion = _suggestion(result, chosen, budget, before, is_least=found.is_least)
+    if found.assignment is None or all(bits is None for bits in chosen.values()):
+        raise BudgetNotMet(_why_not(result, suggestion, ladders), suggestion)
     return suggestion
 
 
 def _offered(result: Sensitivity, choices: Sequence[int | None]) -> tuple[int | None, ...]:
-    """The choices in the order of precision; empty: each layer's own, and the next better one."""
+    """The choices in the order of precision."""
     wrong = [c for c in choices if not (c is None or (type(c) is int and 2 <= c <= 8))]
     if wrong:
         raise ValueError(f"choices must be ints from 2 to 8, or None for float; got {wrong[0]!r}.")
     layers = {size.layer for size in result.sizes}
     measured = {row.bits for row in result.rows if row.layer in layers}
     own = {size.bits for size in result.sizes}
-    if not choices and not measured <= own:
-        choices = tuple(measured)
+    if not choices:
+        more = measured if not measured <= own else {8} if min(own, default=8) < 8 else {None}
+        choices = (*own, *more)
     return tuple(sorted(set(choices), key=_precision))
 
 
@@ -161,11 +169,9 @@ def _objective(
 def _ladder(
     size: LayerSize, offered: Sequence[int | None], minimize: Minimize
 ) -> tuple[int | None, ...]:
-    better: Sequence[int | None] = offered or ((8,) if size.bits < 8 else (None,))
-    if minimize == "layers" or not offered:
-        better = [bits for bits in better if _precision(bits) > size.bits]
-        return (size.bits, *better)
-    return tuple(offered)
+    if minimize != "layers":
+        return tuple(offered)
+    return (size.bits, *(bits for bits in offered if _precision(bits) > size.bits))
 
 
 def _precision(bits: Choice) -> int:
@@ -208,12 +214,19 @@ def _value(candidates: Candidates, assignment: Mapping[str, Choice]) -> float:
     return candidates.measure(candidates.everything() | changed, f"a candidate with {changed}")
 
 
-def _suggestion(result: Sensitivity, found: SearchResult, budget: float, before: int) -> Suggestion:
+def _suggestion(
+    result: Sensitivity,
+    assignment: Mapping[str, Choice],
+    budget: float,
+    before: int,
+    *,
+    is_least: bool,
+) -> Suggestion:
     candidates = result.candidates
     assert candidates is not None
-    chosen = {size.layer: size.bits for size in result.sizes} | found.assignment
+    chosen = {size.layer: size.bits for size in result.sizes} | dict(assignment)
     changes = {s.layer: chosen[s.layer] for s in result.sizes if chosen[s.layer] != s.bits}
-    value = _value(candidates, found.assignment)
+    value = _value(candidates, assignment)
     float_bops = sum(_bops(size, None) for size in result.sizes)
     return Suggestion(
         recipe=_with_changes(result, changes),
@@ -223,7 +236,7 @@ def _suggestion(result: Sensitivity, found: SearchResult, budget: float, before:
         float_value=result.float_value,
         budget=budget,
         evaluations=candidates.measured - before,
-        is_least=found.is_least,
+        is_least=is_least,
         size=int(sum(_expense(s, chosen[s.layer], "size") for s in result.sizes)),
         float_size=sum(4 * size.weights for size in result.sizes),
         bops=sum(_bops(s, chosen[s.layer]) for s in result.sizes) / max(1.0, float_bops),
@@ -245,20 +258,21 @@ def _with_changes(result: Sensitivity, changes: Mapping[str, Choice]) -> Recipe:
     return replace(recipe, overrides=overrides)
 
 
-def _why_not(result: Sensitivity, best: Suggestion, found: SearchResult) -> str:
-    most = sorted({_precision(bits) for bits in found.assignment.values()})
-    named = " and ".join("float" if n == _FLOAT_BITS else f"{n} bits" for n in most)
+def _why_not(result: Sensitivity, best: Suggestion, ladders: Ladders) -> str:
+    how = "cannot be met" if best.is_least else "is not met by any candidate that was measured"
     text = (
-        f"The budget of {best.budget:g} cannot be met: with all layers at {named} the metric "
-        f"({best.metric}) is {best.value:.4g}, of float {best.float_value:.4g}."
+        f"The budget of {best.budget:g} {how}; the best of them gives {best.metric} "
+        f"{best.value:.4g}, of float {best.float_value:.4g}"
     )
-    if None not in found.assignment.values():
-        return f"{text} Offer choices of more bits, or None for float: choices=(8, None)."
+    if not any(None in choices for choices in ladders.choices.values()):
+        return f"{text}. Offer choices of more bits, or None for float: choices=(8, None)."
+    if all(bits is None for bits in {**ladders.at(ladders.lowest()), **best.changes}.values()):
+        text += ", with no layer quantized"
     layers = {size.layer for size in result.sizes}
     rest = [row.layer for row in result.ranking if row.layer not in layers and row.drop > 0]
-    if rest and not found.is_good:
+    if rest:
         text += (
-            f" Tensors between layers cost the rest, {rest[0]!r} the most: a recipe with "
-            "joins=False or outputs=False leaves them float, or 8 bits do."
+            f". Of what is quantized between layers {rest[0]!r} costs most; joins=False and "
+            "outputs=False in the recipe leave that float, and more bits of activations help"
         )
-    return f"{text} A larger budget, or training with the recipe, are what is left."
+    return f"{text}. Training with the recipe may win back the rest."
