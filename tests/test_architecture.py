@@ -19,7 +19,6 @@ CORE: Mapping[str, str] = {
     "ir": "numerics atomic_write",
     "quantizers": "numerics recipe model function_hooks ir",
     "export": "recipe model ir atomic_write",
-    "cli": "export",
     "layers": "numerics recipe function_hooks quantizers",
     "training": "numerics recipe model function_hooks quantizers",
     "joins": "numerics recipe model function_hooks quantizers layers",
@@ -28,6 +27,7 @@ CORE: Mapping[str, str] = {
     "checkpoint": "recipe model quantizers layers prepare",
     "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
     "insight": "recipe model function_hooks quantizers layers training joins prepare atomic_write",
+    "cli": "numerics recipe model ir export convert checkpoint",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert checkpoint"

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.lightning_private import configuration_error
 from lightning_qat.model.forward import is_real_forward
-from lightning_qat.model.inputs import Call, Inputs, first_samples
+from lightning_qat.model.inputs import Call, Inputs, as_float32, first_samples
 from lightning_qat.model.torch_private import without_function_modes
 from lightning_qat.quantizers.observation_gate import ObservationGate, is_training_forward
 
@@ -53,7 +53,7 @@ class ExampleInputs:
     def known(self, pl_module: LightningModule) -> Any:
         """The inputs that are known by now, floating tensors in float32; ``None``: none are."""
         inputs = self.before_training(pl_module)
-        return _as_float32(self.recorded if inputs is None else inputs)
+        return as_float32(self.recorded if inputs is None else inputs)
 
     def required(self, pl_module: LightningModule) -> Any:
         """The inputs after the first batch, floating tensors in float32.
@@ -73,7 +73,7 @@ class ExampleInputs:
 
     def training(self) -> Any:
         """What was recorded, floating tensors in float32; ``None``: nothing was."""
-        return _as_float32(self.recorded)
+        return as_float32(self.recorded)
 
     @property
     def recording(self) -> bool:
@@ -144,12 +144,3 @@ def _first_samples(inputs: Any) -> Any:
         return leaf.detach().cpu().clone()
 
     return pytree.tree_map_only(Tensor, keep, first_samples(inputs, MOST_SAMPLES))
-
-
-def _as_float32(inputs: Any) -> Any:
-    """The inputs as the exported forward takes them: floating tensors in float32."""
-
-    def cast(leaf: Tensor) -> Tensor:
-        return leaf.float() if leaf.is_floating_point() else leaf
-
-    return pytree.tree_map_only(Tensor, cast, inputs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from lightning_qat.checkpoint.contents import (
@@ -18,6 +20,7 @@ from lightning_qat.checkpoint.contents import (
 )
 from lightning_qat.prepare.prepare_like import prepare_like
 from lightning_qat.quantizers.names import PLAN
+from lightning_qat.recipe.recipe import Recipe
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -40,7 +43,8 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
     Raises:
         TypeError: ``cls`` has no ``load_from_checkpoint``.
         ValueError: The file is no whole checkpoint, or one of a float model, of another network,
-            of a newer format or without some of its quantizers.
+            of a newer format or without some of its quantizers; or the file holds objects that
+            torch does not load unless ``weights_only=False`` says that it is trusted.
         RuntimeError: The checkpoint's weights do not fit the module.
     """
     if not hasattr(cls, "load_from_checkpoint"):
@@ -48,10 +52,66 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
             f"load_qat_checkpoint takes a LightningModule class; got {cls!r}. For a plain module "
             "call prepare(model, recipe) and model.load_state_dict(...)."
         )
+    _require_torchs_format(path)
+    loading: Any = cls
+    try:
+        with _prepared_on_load(loading):
+            return cast(_Module, loading.load_from_checkpoint(path, **kwargs))
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        if "Unsupported global" in str(error):
+            what = str(error).partition("GLOBAL ")[2].partition(" was")[0]
+            raise ValueError(
+                f"{str(path)!r} must hold tensors and plain values; it holds {what}, such as a "
+                "hyperparameter of that class, and loading it runs code from the file. If you "
+                "trust the file, pass weights_only=False."
+            ) from error
+        raise ValueError(
+            f"{str(path)!r} must be a whole checkpoint; torch could not read it: {error}. It was "
+            "cut off or damaged; use an earlier one."
+        ) from error
 
-    # A subclass for the moment: on_load_checkpoint is the one hook before the weights are loaded.
+
+def stored_recipe(path: str | Path, *, weights_only: bool = True) -> Recipe | None:
+    """The recipe that a checkpoint was trained with; ``None``: it does not say.
+
+    Args:
+        path: A checkpoint that ``load_qat_checkpoint`` loads.
+        weights_only: As for ``torch.load``.
+    """
+    # Without reading its tensors.
+    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    recipe = checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {}).get("recipe")
+    return None if recipe is None else Recipe.from_dict(recipe)
+
+
+def _require_torchs_format(path: str | Path) -> None:
+    """Refuse a file that is no zip archive, at which torch's reader may fail in any way."""
+    file = Path(path)
+    if file.is_file():
+        with file.open("rb") as opened:
+            start = opened.read(2)
+        if start != b"PK":
+            raise ValueError(
+                f"{str(path)!r} must be a whole checkpoint, as torch.save writes it; it is empty "
+                "or something else."
+            )
+
+
+@contextmanager
+def _prepared_on_load(cls: Any) -> Iterator[None]:
+    """For a while, every module of a class gets its QAT layers before its weights are loaded.
+
+    on_load_checkpoint is the one hook in between. A subclass with a hook would not do: LightningCLI
+    writes the name of the class into checkpoints, and that very class is made again.
+    """
+    of_class, inherited = vars(cls).get("on_load_checkpoint"), cls.on_load_checkpoint
+
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        super(loading, self).on_load_checkpoint(checkpoint)
+        inherited(self, checkpoint)
         newer = version_problem(checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {}))
         if newer is not None:
             raise ValueError(newer)
@@ -60,21 +120,14 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
         if missing is not None:
             raise ValueError(missing)
 
-    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
-    loading: Any = type(cls.__name__, (cls,), body)
+    cls.on_load_checkpoint = on_load_checkpoint
     try:
-        module = loading.load_from_checkpoint(path, **kwargs)
-    except FileNotFoundError:
-        raise
-    except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise
-        raise ValueError(
-            f"{str(path)!r} must be a whole checkpoint; torch could not read it: {error}. It was "
-            "cut off or damaged; use an earlier one."
-        ) from error
-    module.__class__ = cls
-    return cast(_Module, module)
+        yield
+    finally:
+        if of_class is None:
+            del cls.on_load_checkpoint
+        else:
+            cls.on_load_checkpoint = of_class
 
 
 def strip_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def run_file(model: Path, inputs: Path, out: Path) -> dict[str, Array]:
     """
     target = load_exporter("cann")
     assert isinstance(target, RunsFiles)  # ours
-    outputs = target.run_file(model, _arrays(inputs))
+    outputs = target.run_file(model, read_arrays(inputs))
     # As np.savez writes, which takes no output that is called "file".
     with replacing(out) as temporary, ZipFile(temporary, "w") as archive:
         for name, array in outputs.items():
@@ -56,7 +56,13 @@ def run_file(model: Path, inputs: Path, out: Path) -> dict[str, Array]:
     return outputs
 
 
-def _arrays(path: Path) -> dict[str, Array]:
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The arrays of an ``.npz`` file by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no file of named arrays.
+    """
     try:
         with path.open("rb") as file:
             loaded = np.load(file)

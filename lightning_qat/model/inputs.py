@@ -83,3 +83,12 @@ def batch_of(inputs: Any) -> int:
     """The size of the first dimension of the first tensor; 0: there is none."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
     return tensors[0].shape[0] if tensors else 0
+
+
+def as_float32(inputs: Any) -> Any:
+    """The inputs as the exported forward takes them: floating tensors in float32."""
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.float() if leaf.is_floating_point() else leaf
+
+    return pytree.tree_map_only(Tensor, cast, inputs)

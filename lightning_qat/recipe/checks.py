@@ -42,11 +42,18 @@ def flag_problem(where: str, value: object) -> str | None:
 
 
 def refuse(*problems: str | None) -> None:
-    """Raise the first of the problems, if there is one.
+    """Raise if there are problems; all are told, so that one look at a file mends it.
 
     Raises:
-        ValueError: The first message, with a full stop.
+        ValueError: A line for each message, with a full stop.
+
+    Example:
+        >>> refuse(None, "bits must be an int", "clip must be a pair")
+        Traceback (most recent call last):
+        ...
+        ValueError: bits must be an int.
+        clip must be a pair.
     """
-    for problem in problems:
-        if problem is not None:
-            raise ValueError(f"{problem}.")
+    told = dict.fromkeys(problem for problem in problems if problem is not None)
+    if told:
+        raise ValueError("\n".join(f"{problem.removesuffix('.')}." for problem in told))

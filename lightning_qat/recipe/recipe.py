@@ -83,17 +83,18 @@ class Recipe:
             raise ValueError(
                 f"Recipe.activation must be an ActivationSpec; got {self.activation!r}."
             )
-        for name in ("joins", "outputs"):
-            refuse(flag_problem(f"Recipe.{name}", getattr(self, name)))
+        problems = [flag_problem(f"Recipe.{n}", getattr(self, n)) for n in ("joins", "outputs")]
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
         for pattern, change in self.overrides.items():
-            self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
+            try:
+                self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
+            except ValueError as error:
+                problems += str(error).splitlines()
         least: object = self.first_last
         if least is not None and not (is_int(least) and least in range(2, 9)):
-            raise ValueError(
-                f"Recipe.first_last must be an int from 2 to 8, or null; got {least!r}."
-            )
+            problems.append(f"Recipe.first_last must be an int from 2 to 8, or null; got {least!r}")
+        refuse(*problems)
 
     def for_layer(
         self, name: str, kind: str, aliases: tuple[str, ...] = (), at_least: int = 0
@@ -248,11 +249,15 @@ class Recipe:
         where = f"Recipe.overrides[{pattern!r}]"
         if change is None:
             return spec
-        refuse(*key_problems(where, change, ("weight", "activation")))
-        return LayerSpec(
-            _changed(spec.weight, change.get("weight", {}), f"{where}.weight"),
-            _changed(spec.activation, change.get("activation", {}), f"{where}.activation"),
-        )
+        problems = key_problems(where, change, ("weight", "activation"))
+        specs: list[Any] = []
+        for name in ("weight", "activation") if isinstance(change, Mapping) else ():
+            try:
+                specs.append(_changed(getattr(spec, name), change.get(name, {}), f"{where}.{name}"))
+            except ValueError as error:
+                problems += str(error).splitlines()
+        refuse(*problems)
+        return LayerSpec(*specs)
 
 
 def _with_bits(spec: LayerSpec, at_least: int) -> LayerSpec:
@@ -265,16 +270,27 @@ def _with_bits(spec: LayerSpec, at_least: int) -> LayerSpec:
 
 def _changed(base: SpecT, values: Mapping[str, Any], where: str) -> SpecT:
     """``base`` with some fields replaced; nested specs are changed key by key."""
-    refuse(*key_problems(where, values, [f.name for f in fields(base)]))
+    known = [f.name for f in fields(base)]
+    problems = key_problems(where, values, known)
     changes: dict[str, Any] = {}
-    for key, value in values.items():
-        current = getattr(base, key)
-        if isinstance(current, WeightSpec | ActivationSpec) and not isinstance(
-            value, type(current)
-        ):
-            value = _changed(current, value, f"{where}.{key}")
-        changes[key] = value
-    return replace(base, **changes)
+    given = values if isinstance(values, Mapping) else {}
+    for key in [key for key in known if key in given]:
+        current, value = getattr(base, key), given[key]
+        try:
+            if isinstance(current, WeightSpec | ActivationSpec) and not isinstance(
+                value, type(current)
+            ):
+                value = _changed(current, value, f"{where}.{key}")
+            changes[key] = value
+        except ValueError as error:
+            problems += str(error).splitlines()
+    changed = base
+    try:
+        changed = replace(base, **changes)
+    except ValueError as error:
+        problems += str(error).splitlines()
+    refuse(*problems)
+    return changed
 
 
 PRESETS: Mapping[str, Recipe] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
@@ -35,14 +36,14 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _check_choices(spec: WeightSpec | ActivationSpec) -> None:
+def _choice_problems(spec: WeightSpec | ActivationSpec) -> Iterator[str | None]:
     kind: Any = type(spec)
     for name, hint in _hints(kind).items():
         choices, value, where = get_args(hint), getattr(spec, name), f"{kind.__name__}.{name}"
         if hint is bool:
-            refuse(flag_problem(where, value))
+            yield flag_problem(where, value)
         elif choices and all(isinstance(c, str) for c in choices):
-            refuse(choice_problem(where, value, choices))
+            yield choice_problem(where, value, choices)
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class WeightSpec:
     initial: Initial = "mse"
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        problems = [*_choice_problems(self)]
         if not is_int(self.bits) or not 2 <= self.bits <= 8:
-            raise ValueError(f"WeightSpec.bits must be an int from 2 to 8; got {self.bits!r}.")
+            problems.append(f"WeightSpec.bits must be an int from 2 to 8; got {self.bits!r}")
+        refuse(*problems)
 
 
 @dataclass(frozen=True)
@@ -115,37 +117,41 @@ class ActivationSpec:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        problems = [*_choice_problems(self)]
         if not is_int(self.bits) or (self.bits != 16 and not 2 <= self.bits <= 8):
-            raise ValueError(
-                f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {self.bits!r}."
+            problems.append(
+                f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {self.bits!r}"
             )
         if self.bits == 16 and not self.symmetric:
-            raise ValueError(
+            problems.append(
                 "ActivationSpec: 16-bit activations are symmetric on every target; set "
-                "symmetric=True."
+                "symmetric=True"
             )
         if self.fixed_min and self.symmetric:
-            raise ValueError(
+            problems.append(
                 "ActivationSpec: fixed_min pins the lower end at 0, which a symmetric range "
-                "cannot have; drop one of the two."
+                "cannot have; drop one of the two"
             )
         if self.fixed_min is not None and not isinstance(self.fixed_min, bool):
-            raise ValueError(
-                f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}."
+            problems.append(
+                f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}"
             )
         if not is_int(self.calibration_batches) or self.calibration_batches < 1:
-            raise ValueError(
+            problems.append(
                 "ActivationSpec.calibration_batches must be an int of 1 or more; got "
-                f"{self.calibration_batches!r}."
+                f"{self.calibration_batches!r}"
             )
         if self.samples is not None and not (is_int(self.samples) and self.samples >= 64):
-            raise ValueError(
+            problems.append(
                 "ActivationSpec.samples must be an int of 64 or more, or null for what the "
-                f"calibration takes by itself; got {self.samples!r}."
+                f"calibration takes by itself; got {self.samples!r}"
             )
         if self.clip is not None:
-            object.__setattr__(self, "clip", _clip(self.clip))
+            try:
+                object.__setattr__(self, "clip", _clip(self.clip))
+            except ValueError as error:
+                problems.append(str(error))
+        refuse(*problems)
 
 
 @dataclass(frozen=True)

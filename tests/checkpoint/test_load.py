@@ -82,3 +82,53 @@ def test_the_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_a_plain_module_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="load_qat_checkpoint takes a LightningModule class; got"):
         load_qat_checkpoint(nn.Linear, tmp_path / "any.ckpt")
+
+
+# Lightning calls jsonargparse by names that are deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("cls", [TinyModule, pl.LightningModule])
+def test_a_checkpoint_of_lightningcli_names_the_class_itself(
+    tmp_path: Path, cls: type[pl.LightningModule]
+) -> None:
+    pytest.importorskip("jsonargparse")
+    module, x = live(), torch.randn(4, 1, 8, 8)
+    path = checkpoint_of(module, tmp_path / "last.ckpt")
+    checkpoint = torch.load(path)
+    # What it writes with subclass_mode_model=True.
+    checkpoint["hyper_parameters"] = {
+        "_class_path": f"{TinyModule.__module__}.TinyModule",
+        "width": 6,
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
+    torch.save(checkpoint, path)
+    loaded = load_qat_checkpoint(cls, path).eval()
+    assert type(loaded) is TinyModule
+    assert torch.equal(loaded(x), module(x))
+    assert "on_load_checkpoint" not in vars(TinyModule)
+
+
+def test_the_hook_of_a_module_is_its_own_again(tmp_path: Path) -> None:
+    class Hooked(TinyModule):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.seen = checkpoint["hyper_parameters"]["width"]
+
+    hook = Hooked.on_load_checkpoint
+    loaded = load_qat_checkpoint(Hooked, checkpoint_of(live(), tmp_path / "last.ckpt"))
+    assert loaded.seen == 6
+    assert Hooked.on_load_checkpoint is hook
+
+
+def test_objects_in_a_checkpoint_need_trust(tmp_path: Path) -> None:
+    path = checkpoint_of(live(), tmp_path / "last.ckpt")
+    torch.save({**torch.load(path), "loop": RECIPE}, path)
+    with pytest.raises(ValueError, match=r"it holds .*Recipe.* pass weights_only=False"):
+        load_qat_checkpoint(TinyModule, path)
+    load_qat_checkpoint(TinyModule, path, weights_only=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02text", b"PK\x03\x04text"])
+def test_a_file_of_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="must be a whole checkpoint"):
+        load_qat_checkpoint(TinyModule, path)

@@ -1,0 +1,152 @@
+"""A converted model, from its own file or from the checkpoint of a QAT run."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_qat.cli.arrays import example_inputs
+from lightning_qat.cli.console import say
+from lightning_qat.cli.module_class import LightningConfig, imported_class, plain_arguments
+
+if TYPE_CHECKING:
+    from lightning_qat.ir.quantized_model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How to read a checkpoint; see the options of ``lightning-qat export``.
+
+    Args:
+        module: Dotted path of the module's class.
+        init_args: Arguments of its constructor.
+        config: LightningCLI's configuration.
+        example_inputs: What its ``forward`` takes.
+        trust: Load objects other than tensors and plain values.
+    """
+
+    module: str | None = None
+    init_args: str | None = None
+    config: Path | None = None
+    example_inputs: str | None = None
+    trust: bool = False
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a file is one that ``QuantizedModel.save`` wrote, or is called so."""
+    if path.is_file() and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("lightning_qat.json") for name in archive.namelist())
+    return path.suffix == ".pt2"
+
+
+def load_converted(path: Path, options: CheckpointOptions) -> tuple[QuantizedModel, str]:
+    """A converted model, and the beginning of its files' names.
+
+    Args:
+        path: A ``.pt2`` of a converted model, or the checkpoint of a QAT run.
+        options: For a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is neither, or an option is missing or wrong; the message says which.
+    """
+    if not is_converted(path):
+        return _from_checkpoint(path, options)
+    from lightning_qat.ir.quantized_model import QuantizedModel
+
+    if options != CheckpointOptions():
+        raise ValueError(
+            f"{str(path)!r} is a converted model, which needs no module, arguments or inputs. "
+            "Leave out --module, --init-args, --config, --example-inputs and --trust."
+        )
+    return QuantizedModel.load(path), path.stem
+
+
+def _from_checkpoint(path: Path, options: CheckpointOptions) -> tuple[QuantizedModel, str]:
+    _require_file(path)
+    config = None if options.config is None else LightningConfig(options.config)
+    class_path = options.module or (config.class_path if config else None)
+    if class_path is None:
+        raise ValueError(
+            f"{str(path)!r} is a checkpoint, whose module must be named: --module "
+            "package.file.Class, or --config with a class_path under model."
+        )
+    cls = imported_class(class_path)
+    arguments: dict[str, Any] = config.arguments(cls) if config else {}
+    if options.init_args is not None:
+        arguments |= plain_arguments(options.init_args)
+    say(f"loading {path}")
+    module, recipe = _loaded(cls, path, arguments, trust=options.trust)
+
+    from lightning_qat.convert.capture import CaptureError
+    from lightning_qat.convert.convert import convert
+
+    said = config.quantization if config else {}
+    inputs = _inputs(module, options.example_inputs, said)
+    say("converting")
+    try:
+        model = convert(
+            module.float(),
+            inputs,
+            recipe=recipe,
+            dynamic_shapes=said.get("dynamic_shapes"),
+            export_outputs=said.get("export_outputs"),
+        )
+    except CaptureError as error:
+        raise ValueError(str(error)) from error
+    return model, cls.__name__.lower()
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(
+            f"{str(path)!r} is a folder, as sharded strategies write checkpoints. Make one file of "
+            "it: python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There must be a checkpoint or a converted model (.pt2) at {str(path)!r}; no file is "
+            "there."
+        )
+
+
+def _loaded(cls: type[Any], path: Path, arguments: dict[str, Any], *, trust: bool) -> Any:
+    """The module, and the recipe that the checkpoint was trained with."""
+    from lightning_qat.checkpoint.load import load_qat_checkpoint, stored_recipe
+
+    try:
+        module = load_qat_checkpoint(
+            cls, path, map_location="cpu", weights_only=not trust, **arguments
+        )
+        return module, stored_recipe(path, weights_only=not trust)
+    except (ValueError, OSError) as error:
+        told = str(error).replace("pass weights_only=False", "add --trust")
+        raise ValueError(told) from error
+    except Exception as error:  # the user's constructor runs in it
+        raise ValueError(
+            f"{cls.__name__} cannot be made and loaded from {str(path)!r}: "
+            f"{type(error).__name__}: {error}. Arguments of its constructor that the checkpoint "
+            "does not hold are given by --init-args '{\"name\": value}' or --config."
+        ) from error
+
+
+def _inputs(module: Any, given: str | None, said: Any) -> Any:
+    """Example inputs: the option's, the callback's in the configuration, or the module's."""
+    import torch
+
+    from lightning_qat.model.inputs import as_float32
+
+    if given is not None:
+        return example_inputs(given)
+    if isinstance(said.get("example_inputs"), list):
+        return torch.zeros(said["example_inputs"])
+    if getattr(module, "example_input_array", None) is None:
+        raise ValueError(
+            f"{type(module).__name__} has no example_input_array, so the inputs of its forward "
+            "must be given: --example-inputs 1,3,224,224, or a file of arrays by the names of its "
+            "arguments, as np.savez('inputs.npz', x=array) writes."
+        )
+    return as_float32(module.example_input_array)

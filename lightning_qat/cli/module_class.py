@@ -1,0 +1,134 @@
+"""The user's module that a command names: its class, and the arguments of its constructor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def imported_class(path: str) -> type[Any]:
+    """A class by its dotted path, found as ``python -m`` finds it: in the current folder first.
+
+    Raises:
+        ValueError: It cannot be imported, or is no class.
+    """
+    from lightning_qat.recipe.suggest import closest_names
+
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module_path, _, name = path.rpartition(".")
+    if not module_path:
+        raise ValueError(
+            f"--module must be a dotted path such as package.file.Class; got {path!r}."
+        )
+    try:
+        module = import_module(module_path)
+    except Exception as error:  # the user's code runs here
+        raise ValueError(
+            f"--module {path!r} cannot be imported: {type(error).__name__}: {error}. Run the "
+            "command where training runs, and name the class as training imports it."
+        ) from error
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [n for n, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(
+            f"--module must name a class; {module_path!r} has no class {name!r}; "
+            f"{closest_names(name, classes)}."
+        )
+    return found
+
+
+def plain_arguments(source: str) -> dict[str, Any]:
+    """Arguments by name, from JSON or YAML, or from a file of them.
+
+    Raises:
+        ValueError: It is no mapping.
+    """
+    path = Path(source)
+    is_file = path.suffix in (".json", ".yaml", ".yml")
+    text = path.read_text(encoding="utf-8") if is_file else source
+    values = _parsed(text, source)
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"--init-args must be a mapping, such as '{{\"width\": 8}}', or a .json or .yaml file "
+            f"with one; got {source!r}."
+        )
+    return values
+
+
+class LightningConfig:
+    """What a configuration file of LightningCLI says of the module and of its quantization.
+
+    Args:
+        path: The ``config.yaml`` that LightningCLI wrote beside the logs, or was given.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such configuration.
+    """
+
+    def __init__(self, path: Path) -> None:
+        values = _parsed(path.read_text(encoding="utf-8"), str(path))
+        # One file may hold the subcommands' configurations.
+        if isinstance(values, Mapping) and isinstance(values.get("fit"), Mapping):
+            values = values["fit"]
+        if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
+            raise ValueError(
+                f"{str(path)!r} must be a configuration of LightningCLI, with the key 'model'."
+            )
+        self._path, self._model = path, values["model"]
+        self._trainer = values.get("trainer") or {}
+
+    @property
+    def class_path(self) -> str | None:
+        """The module's class; ``None``: the script that runs LightningCLI names it."""
+        path = self._model.get("class_path")
+        return None if path is None else str(path)
+
+    def arguments(self, cls: type[Any]) -> dict[str, Any]:
+        """The arguments of the module's constructor, objects among them made."""
+        given = self._model
+        if self.class_path is not None:
+            given = self._model.get("init_args") or {}
+        if not given:
+            return {}
+        try:
+            import jsonargparse
+        except ImportError as error:
+            raise ImportError(
+                "--config needs jsonargparse, as LightningCLI does: pip install "
+                "'lightning-qat[cli]'."
+            ) from error
+        parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "model", instantiate=False, fail_untyped=False)
+        try:
+            parsed = parser.parse_object({"model": dict(given)})
+            # instantiate_classes before version 4.49
+            name = "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes"
+            made = getattr(parser, name)(parsed).model
+        except Exception as error:  # jsonargparse's, and those of classes that it makes
+            raise ValueError(
+                f"The model of {str(self._path)!r} does not fit {cls.__name__}: {error}"
+            ) from error
+        return {name: made[name] for name in given}
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The arguments of its ``QATCallback``; empty: it has none."""
+        callbacks = self._trainer.get("callbacks") or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            if str(callback.get("class_path", "")).rpartition(".")[2] == "QATCallback":
+                return dict(callback.get("init_args") or {})
+        return {}
+
+
+def _parsed(text: str, source: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source!r} is neither JSON nor YAML: {error}") from error
