@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
@@ -128,3 +129,24 @@ class Call:
         """The float tensors among its arguments."""
         given = pytree.tree_leaves((self.args, self.kwargs))
         return tuple(x for x in given if isinstance(x, Tensor) and x.is_floating_point())
+
+
+class Watch(TorchFunctionMode):
+    """Hands every torch function to a watcher, which calls it.
+
+    Args:
+        watcher: Takes the function, its arguments by position and those by keyword.
+    """
+
+    def __init__(self, watcher: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._watcher(func, args, kwargs or {})

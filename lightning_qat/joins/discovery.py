@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.attention import (
@@ -31,14 +30,14 @@ from lightning_qat.function_hooks.function_table import (
     leads_with_real,
     operands_of,
 )
-from lightning_qat.joins.calls import INPUT, Call, Operand
+from lightning_qat.joins.calls import INPUT, Call, Operand, Watch
 from lightning_qat.joins.code import code_of
 from lightning_qat.joins.constants import ConstantTensors
 from lightning_qat.joins.masks import MaskedScores
 from lightning_qat.joins.products import WeightUse, is_a_layers_own, weight_owners, weights_read
 from lightning_qat.joins.seen_ranges import SeenRanges
 from lightning_qat.joins.solver import Event, Producer, Recording, Solution, solve, told_apart
-from lightning_qat.joins.values import WeightTensors, computes_values
+from lightning_qat.joins.values import ConvOutputs, WeightTensors, computes_values
 from lightning_qat.joins.written_norms import WrittenNorms
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.own_class import has_own_forward
@@ -95,6 +94,7 @@ class Discovery:
         self._weights = WeightTensors(self.paths.names)
         self._constants = ConstantTensors(self.paths.names)
         self._masked_scores, self._norms = MaskedScores(), WrittenNorms()
+        self._convs = ConvOutputs()
         self._weight_owners = weight_owners(self.paths.by_path)
         self._rounding: set[str] = set()
         self.entered: set[str] = set()
@@ -119,7 +119,7 @@ class Discovery:
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
-            with without_compiling(), _Watch(self):
+            with without_compiling(), Watch(self.call):
                 yield
         finally:
             for handle in handles:
@@ -178,6 +178,7 @@ class Discovery:
     def _record_input(self, layer: str, x: Tensor) -> None:
         self._alive.append(x)
         self._ranges.take(x)
+        self._convs.enter(layer, x)
         self._seen.events.append(Event((Operand(layer, INPUT, 0, 0),), (key_of(x),)))
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -225,6 +226,7 @@ class Discovery:
         exact = self._constants.follow(func, args, kwargs, leaves, inputs)
         call = Call(path, name, number, key, known, func, args, kwargs, tensors, keys, leaves)
         self._note_producers(call, frame[1])
+        self._convs.follow(call)
         from_weights = self._weights.follow(args, kwargs, call.outs, self._constants.is_fixed)
         if not from_weights and not (exact and call.outs):
             self._note(call)
@@ -323,9 +325,18 @@ class Discovery:
                     use.layer, [k for w, k in zip(where, keys, strict=True) if w not in weights]
                 )
         self._seen.weights += weights.values()
+        by = self._convs.fusing(call) if self._fuses(call) else {}
         self._seen.events += [
-            Event((w,), (k,)) for w, k in zip(where, keys, strict=True) if w not in weights
+            Event((w,), (k,), fused_by=by.get(number, ""))
+            for number, (w, k) in enumerate(zip(where, keys, strict=True))
+            if w not in weights
         ]
+
+    def _fuses(self, call: Call) -> bool:
+        """Whether a call is a sum of two tensors that the recipe wants fused."""
+        return self.recipe.joins == "fused_sums" and not any(
+            key_of(x) in self._weights or self._is_exact(x) for x in call.tensors
+        )
 
     def _weights_read(self, call: Call) -> Mapping[Operand, WeightUse]:
         """The operands of a product that are weights."""
@@ -429,21 +440,6 @@ class Discovery:
         # An output has so many bits also where the layer that makes it stays float.
         spec = self.recipe.activation
         return layer.activation if layer else replace(spec, bits=max(spec.bits, least))
-
-
-class _Watch(TorchFunctionMode):
-    def __init__(self, discovery: Discovery) -> None:
-        super().__init__()
-        self._discovery = discovery
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return self._discovery.call(func, args, kwargs or {})
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ addition), ``qat_joins.add_0_0`` and ``conv2.input_quantizer``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -49,12 +50,15 @@ class Event:
         tensors: The tensors that are consumed.
         outputs: The tensors that keep the scale and zero point of the first one.
         quantizes: The consumers need quantized tensors.
+        fused_by: The convolution that adds the other operand of a sum inside its kernel, so that
+            its output, the only tensor of this event, is to stay float; empty: none.
     """
 
     consumers: tuple[Operand, ...]
     tensors: tuple[Key, ...]
     outputs: tuple[Key, ...] = ()
     quantizes: bool = True
+    fused_by: str = ""
 
 
 @dataclass
@@ -125,7 +129,8 @@ def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) ->
         recording: The forward.
         spec_of: The spec that the recipe gives to a consumer, before what is known of the range.
     """
-    group_of, tensors_of = group_consumers(recording.events)
+    events, fused = without_fused(recording.events)
+    group_of, tensors_of = group_consumers(events)
     consumers: dict[int, list[Operand]] = {}
     for operand, group in group_of.items():
         consumers.setdefault(group, []).append(operand)
@@ -153,8 +158,34 @@ def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) ->
         calls = sites.setdefault(operand.module, {})
         calls.setdefault(operand.call_key, {})[str(operand.operand)] = path
     planned += dict.fromkeys(tensor for _, tensor in weights.values() if tensor is not None)
-    plan = JoinPlan(tuple(planned), sites, links, recording.named_left_float)
+    plan = JoinPlan(tuple(planned), sites, links, (*recording.named_left_float, *fused))
     return Solution(plan, {name: consumers[group] for group, name in quantizers.items()})
+
+
+def without_fused(events: Sequence[Event]) -> tuple[list[Event], tuple[str, ...]]:
+    """Leave out the operands of sums that convolutions add inside their kernels.
+
+    An operand stays quantized where something else reads its tensor, or where the same call has
+    another tensor there in another run.
+
+    Returns:
+        The other events, and a sentence for each operand that is left out.
+    """
+    reads = Counter(key for event in events for key in event.tensors)
+    quantized = {
+        consumer
+        for event in events
+        for consumer in event.consumers
+        if not event.fused_by or reads[event.tensors[0]] > 1
+    }
+    kept, fused = [], dict[str, None]()
+    for event in events:
+        if event.fused_by and event.consumers[0] not in quantized:
+            why = f"{event.fused_by} adds the other operand in its kernel (joins='fused_sums')"
+            fused[f"{event.consumers[0]}: {why}"] = None
+        else:
+            kept.append(event)
+    return kept, tuple(fused)
 
 
 def group_consumers(events: Sequence[Event]) -> tuple[dict[Operand, int], dict[int, list[Key]]]:

@@ -1,14 +1,15 @@
-"""What a recorded call does to values: it makes new ones, keeps them, or computes a weight."""
+"""What a recorded call does to values: makes new ones, keeps them, computes a weight, convolves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_qat.function_hooks.forward_cache import Key, key_of
+from lightning_qat.joins.calls import Call
 from lightning_qat.layers import QATLayer
 from lightning_qat.layers.table import WITH_WEIGHTS
 
@@ -80,3 +81,64 @@ class WeightTensors:
             return False
         self._keys.update(results)
         return True
+
+
+class _ConvOutput(NamedTuple):
+    """What a convolution gives, or the batch norm behind it.
+
+    Args:
+        depth: Layers on the longest way to it.
+        number: Of the convolution's call, in the order of the forward.
+        conv: Module of the convolution.
+    """
+
+    depth: int
+    number: int
+    conv: str
+
+
+class ConvOutputs:
+    """Follows through one forward which tensors convolutions give, and behind how many layers."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[Key, _ConvOutput] = {}
+        # By identity: a tensor that is changed in place stays behind as many layers.
+        self._depths: dict[int, int] = {}
+        self._entered: dict[str, int] = {}
+        self._calls = 0
+
+    def enter(self, layer: str, x: Tensor) -> None:
+        """Note what a layer is given; its convolution reads that quantized."""
+        self._entered[layer] = self._depths.get(id(x), 0)
+
+    def follow(self, call: Call) -> None:
+        """Note what a call makes."""
+        self._calls += 1
+        name, given = call.function, call.float_operands
+        depth = max((self._depths.get(id(x), 0) for x in given), default=0)
+        if name.startswith("conv") or name == "linear":
+            depth = max(depth, self._entered.get(call.module, 0)) + 1
+        self._depths.update({id(x): depth for x in call.leaves})
+        source = None
+        if name.startswith("conv"):
+            source = _ConvOutput(depth, self._calls, call.module)
+        elif name in ("batch_norm", "dropout") and given:
+            source = self._outputs.get(key_of(given[0]))
+        if source is not None:
+            self._outputs.update(dict.fromkeys(call.outs, source))
+
+    def fusing(self, call: Call) -> Mapping[int, str]:
+        """The operand of a sum that a convolution adds inside its kernel, and the convolution.
+
+        Of two convolutions it is the one with more layers before it; the other is the shortcut. Of
+        two with as many it is the one that runs later.
+        """
+        if call.function != "add" or call.kwargs.get("alpha", 1) != 1 or len(call.keys) != 2:
+            return {}
+        if call.keys[0] == call.keys[1] or call.tensors[0].shape != call.tensors[1].shape:
+            return {}
+        found = {i: self._outputs[key] for i, key in enumerate(call.keys) if key in self._outputs}
+        if not found:
+            return {}
+        number = max(found, key=lambda i: found[i])
+        return {number: found[number].conv}

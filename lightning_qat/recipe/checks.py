@@ -36,9 +36,12 @@ def choice_problem(where: str, value: object, choices: Collection[str]) -> str |
     return f"{where} must be one of {list(choices)}; got {value!r}"
 
 
-def flag_problem(where: str, value: object) -> str | None:
-    """A message if a value is neither ``True`` nor ``False``."""
-    return None if isinstance(value, bool) else f"{where} must be true or false; got {value!r}"
+def flag_problem(where: str, value: object, or_else: str | None = None) -> str | None:
+    """A message if a value is neither ``True`` nor ``False``, nor the one word that is allowed."""
+    if isinstance(value, bool) or (isinstance(value, str) and value == or_else):
+        return None
+    choices = "true or false" if or_else is None else f"true, false or {or_else!r}"
+    return f"{where} must be {choices}; got {value!r}"
 
 
 def refuse(*problems: str | None) -> None:

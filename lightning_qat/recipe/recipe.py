@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -22,6 +22,8 @@ from lightning_qat.recipe.specs import (
 )
 from lightning_qat.recipe.suggest import closest_names
 from lightning_qat.recipe.typed_dicts import LayerKeys
+
+Joins = bool | Literal["fused_sums"]
 
 SpecT = TypeVar("SpecT", bound="WeightSpec | ActivationSpec | Recipe")
 
@@ -39,6 +41,8 @@ class Recipe:
         activation: For every layer's input not overridden.
         joins: Quantize the inputs of functional joins (add, cat, mean, softmax and friends) as
             well, so that an integer target can compute everything between two layers.
+            ``"fused_sums"``: of a sum of a convolution's output and another tensor only the other
+            one, the shortcut, so that TensorRT adds it inside the convolution's kernel.
         outputs: Quantize the model's outputs.
         include: Patterns; when given, only what they select is quantized.
         exclude: Patterns of layers that stay float.
@@ -61,7 +65,7 @@ class Recipe:
 
     weight: WeightSpec = field(default=WeightSpec())
     activation: ActivationSpec = field(default=ActivationSpec())
-    joins: bool = True
+    joins: Joins = True
     outputs: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -83,7 +87,10 @@ class Recipe:
             raise ValueError(
                 f"Recipe.activation must be an ActivationSpec; got {self.activation!r}."
             )
-        problems = [flag_problem(f"Recipe.{n}", getattr(self, n)) for n in ("joins", "outputs")]
+        problems = [
+            flag_problem("Recipe.joins", self.joins, or_else="fused_sums"),
+            flag_problem("Recipe.outputs", self.outputs),
+        ]
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
         for pattern, change in self.overrides.items():

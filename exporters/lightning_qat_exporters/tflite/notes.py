@@ -87,9 +87,9 @@ def _limits_kept_in_float(file: TFLiteFile) -> dict[FileOperator, str]:
 
 
 def joins_are_planned(model: QuantizedModel) -> bool:
-    """Whether the recipe has both joins and outputs; without a recipe, whether any is quantized."""
+    """Whether the recipe has all joins and outputs; without a recipe, whether any is quantized."""
     if model.recipe:
-        return bool(model.recipe.get("joins") and model.recipe.get("outputs"))
+        return model.recipe.get("joins") is True and bool(model.recipe.get("outputs"))
     read = {layer.input_key for layer in model.layers}
     return any(t.kind == "activation" and key not in read for key, t in model.tensors.items())
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+WEIGHTED = (*CONVOLUTIONS, "Gemm", "MatMul")
 """Operators that TensorRT calls weighted: their data and weight are quantized."""
 
 _TRANSPARENT = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")

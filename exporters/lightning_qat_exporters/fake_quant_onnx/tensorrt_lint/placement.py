@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from lightning_qat.export.lint import Finding
 from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.graph import (
+    CONVOLUTIONS,
     WEIGHTED,
     behind_pair,
     is_constant,
@@ -48,7 +49,7 @@ def _weighted(node: ir.Node) -> Iterator[Finding]:
         return
     if not data:
         return
-    if node.op_type in ("Conv", "ConvTranspose") and not is_constant(node.inputs[1]):
+    if node.op_type in CONVOLUTIONS and not is_constant(node.inputs[1]):
         yield Finding(
             "warning",
             name_of(node),
@@ -101,15 +102,16 @@ def _addition(node: ir.Node) -> Iterator[Finding]:
         )
         return
     for source, pair, other in zip(sources, pairs, reversed(pairs), strict=True):
-        if source is not None and pair and other:
+        if source is not None and source.op_type in CONVOLUTIONS and pair and other:
             yield Finding(
                 "advice",
                 name_of(node),
                 "a pair between a convolution and a residual addition keeps TensorRT from fusing "
                 "the two into one kernel",
                 f"a pair behind {name_of(source)!r}",
-                "Nothing is computed wrongly; if this addition shows in a profile, take that pair "
-                "out of the file: the branch is then added unrounded",
+                "Nothing is computed wrongly. Train with Recipe(joins='fused_sums'), which leaves "
+                "that branch float, or take the pair out of the file: the branch is then added "
+                "unrounded",
             )
             return
 
