@@ -127,12 +127,13 @@ class Export:
         error: Exception | None = None
         if trainer.is_global_zero:
             # A network that is developed is exported a moment later anyway.
-            trial = self._options.trial and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            developed = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
             try:
                 try_exports(
                     _in_float32(pl_module),
                     inputs,
-                    self._loaded if trial else (),
+                    () if developed else self._loaded,
+                    tries=self._options.trial,
                     dynamic_shapes=self._options.dynamic_shapes,
                     export_outputs=self._options.outputs,
                 )

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_qat.callback.console import say
 from lightning_qat.convert.convert import convert_untrained
 from lightning_qat.convert.needed_inputs import needed_for_a_number
-from lightning_qat.export.protocol import Exporter
+from lightning_qat.export.protocol import Cautioning, Exporter
 from lightning_qat.export.trial import Trial, try_exporters
 from lightning_qat.ir.quantized_model import QuantizedModel
 
@@ -28,15 +28,19 @@ def try_exports(
     inputs: Any,
     exporters: Sequence[Exporter],
     *,
+    tries: bool,
     dynamic_shapes: Any,
     export_outputs: Sequence[str] | None,
 ) -> None:
     """Capture a prepared module and try exporters on it; the module and random state stay.
 
+    What exporters caution of is said in either case.
+
     Args:
         pl_module: The module, prepared; ranges that it does not have yet are made up.
         inputs: Example inputs of its ``forward``.
-        exporters: One per target; empty: only the capture is tried.
+        exporters: One per target.
+        tries: Try the exporters; else only the capture is tried.
         dynamic_shapes: As for ``convert``.
         export_outputs: As for ``convert``.
 
@@ -52,7 +56,7 @@ def try_exports(
             quantized = convert_untrained(
                 pl_module, inputs, dynamic_shapes=dynamic_shapes, export_outputs=export_outputs
             )
-        trial = try_exporters(quantized, exporters, began=began)
+        trial = try_exporters(quantized, exporters if tries else (), began=began)
     hint = _hint(quantized)
     if trial.errors:
         lines = [
@@ -61,8 +65,11 @@ def try_exports(
             *(f"{target}: {type(e).__name__}: {e}" for target, e in trial.errors.items()),
         ]
         raise TrialFailed("\n".join([*lines, hint] if hint else lines))
-    if exporters:
+    if exporters and tries:
         say(f"{_in_words(trial)}; {shapes_in_words(quantized)}")
+    for exporter in exporters:
+        for text in exporter.cautions(quantized) if isinstance(exporter, Cautioning) else ():
+            say(f"{exporter.name}: {text}")
     if hint:
         rank_zero_warn(f"QAT: {hint}")
 

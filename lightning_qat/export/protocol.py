@@ -178,6 +178,19 @@ class Explaining(Protocol):
         ...
 
 
+@runtime_checkable
+class Cautioning(Protocol):
+    """An exporter that knows what is better decided before the training than after it."""
+
+    def cautions(self, model: QuantizedModel) -> tuple[str, ...]:
+        """Short sentences about the files of a model, with what to do; said once, at the start.
+
+        Args:
+            model: The untrained model; its ranges are made up.
+        """
+        ...
+
+
 def as_arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
     """Torch tensors by name as NumPy arrays by name."""
     return {name: np.asarray(tensor.detach().cpu()) for name, tensor in tensors.items()}

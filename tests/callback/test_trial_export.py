@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qat.export.protocol import Artifact, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
-from lightning_qat.recipe.specs import ActivationSpec
+from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.callback import tiny
 from tests.callback.tiny import BATCHES, Net, loader, same
@@ -204,3 +204,49 @@ def test_zero_initialised_layers_pass_a_trial(
     callback = qat(exporters=[target, "cann"], export_dir=tmp_path, verify=False)
     trainer(callback, max_epochs=1).fit(module, loader())
     assert len(target.models) == 2
+
+
+CAUTION = "fake_quant_onnx: on x86 CPUs without VNNI, ONNX Runtime may saturate products"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        pytest.param(Recipe(), {}, 1, id="8 bits"),
+        pytest.param(Recipe(weight=WeightSpec(bits=7)), {}, 0, id="7 bits"),
+        pytest.param(Recipe(weight=WeightSpec(bits=4)), {}, 0, id="4 bits"),
+        # 15 * 127 * 2 fits 16 bits.
+        pytest.param(Recipe(activation=ActivationSpec(bits=4)), {}, 0, id="4-bit inputs"),
+        pytest.param(Recipe(), {"for_runtime": "openvino"}, 0, id="OpenVINO"),
+        pytest.param(
+            Recipe(activation=ActivationSpec(symmetric=True)),
+            {"for_runtime": "tensorrt"},
+            0,
+            id="TensorRT",
+        ),
+    ],
+)
+@pytest.mark.parametrize("trial", [True, False], ids=["trial", "no trial"])
+def test_products_that_saturate_without_vnni_are_said_once_before_training(
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    recipe: Recipe,
+    options: dict[str, Any],
+    said: int,
+    trial: bool,
+) -> None:
+    class Said(Known):
+        def training_step(self, batch: Any) -> Tensor:
+            counts.append(sum(CAUTION in record.getMessage() for record in caplog.records))
+            return super().training_step(batch)
+
+    counts: list[int] = []
+    callback = qat(
+        recipe, exporters=[FakeQuantOnnxExporter(**options)], export_dir=tmp_path,
+        trial_export=trial, verify=False,
+    )  # fmt: skip
+    with caplog.at_level("INFO"):
+        trainer(callback, max_epochs=1).fit(Said(), loader())
+    assert {*counts} == {said}
+    assert sum(CAUTION in record.getMessage() for record in caplog.records) == said

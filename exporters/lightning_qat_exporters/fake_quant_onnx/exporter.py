@@ -26,8 +26,10 @@ from lightning_qat_exporters.fake_quant_onnx.refusals import (
     refused_by_tensorrt,
 )
 from lightning_qat_exporters.fake_quant_onnx.runtimes import (
+    SATURATION,
     explanations,
     installed_runtimes,
+    may_saturate,
     run_in,
 )
 from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.lint import lint_tensorrt
@@ -149,6 +151,12 @@ class FakeQuantOnnxExporter:
                 flat_concats=self.for_runtime == "openvino",
             )
         )
+
+    def cautions(self, model: QuantizedModel) -> tuple[str, ...]:
+        """Say before training that products may saturate in ONNX Runtime, and what avoids it."""
+        if self.for_runtime != "onnxruntime" or not may_saturate(model):
+            return ()
+        return (SATURATION,)
 
     def lint(self, path: str | Path) -> tuple[Finding, ...]:
         """Check a QDQ file of any tool against the rules that TensorRT is known to have.

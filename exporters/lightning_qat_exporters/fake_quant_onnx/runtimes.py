@@ -6,11 +6,38 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lightning_qat.export.protocol import Array
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.onnx_files.run import has_vnni, run_onnx
 from lightning_qat_exporters.onnx_files.run_openvino import has_openvino, run_openvino
 from lightning_qat_exporters.qdq.build import ActivationType
 
 LITERAL, OPTIMIZED, OPENVINO = "onnxruntime, no optimizations", "onnxruntime", "openvino"
+
+SATURATION = (
+    "on x86 CPUs without VNNI, ONNX Runtime may saturate products of 8-bit weights (docs/onnx.md). "
+    "Two remedies: its session option session.x64quantprecision=1, or training with "
+    "WeightSpec(bits=7)."
+)
+
+_LARGEST_SUM = 2**15 - 1
+"""Of two products, which CPUs without VNNI add in 16 bits."""
+
+
+def may_saturate(model: QuantizedModel) -> bool:
+    """Whether two products of a layer's 8-bit input and its weight may exceed 16 bits.
+
+    Inputs count from their least integer, as uint8 does.
+    """
+    for layer in model.layers:
+        if layer.input_key not in model.tensors:
+            continue
+        data, weight = (
+            model.tensors[key].qparams.grid for key in (layer.input_key, layer.weight_key)
+        )
+        steps = data.qmax - data.qmin
+        if steps < 2**8 and 2 * steps * weight.qmax > _LARGEST_SUM:
+            return True
+    return False
 
 
 def installed_runtimes() -> tuple[str, ...]:
