@@ -282,10 +282,13 @@ class Discovery:
         """Note a function that has no row in the table."""
         if call.known_range[0] is not None:
             return
-        if call.function in ("add", "sub") and sum(x.dim() > 0 for x in call.float_operands) < 2:
-            return  # of a number, such as an epsilon
+        of_a_number = sum(x.dim() > 0 for x in call.float_operands) < 2
+        if call.function in ("add", "sub") and of_a_number:
+            return  # such as an epsilon
         nested = any(isinstance(x, Tensor) and x.is_nested for x in call.args)
         why = "nested tensors" if nested else "no integer form is known"
+        if call.function in ("mul", "div") and of_a_number and not nested:
+            why = "by a number, in float unless a layer in front of it takes the factor"
         left, text = self._seen.left_float, f"{call.made}: {why}"
         left[text] = left.get(text, 0) + 1
         self._norms.remember(call.outs, lambda: left.update({text: left[text] - 1}))

@@ -22,7 +22,10 @@ from lightning_qat_exporters.tflite.flatbuffer.exact_biases import store_biases
 from lightning_qat_exporters.tflite.flatbuffer.file import pack, read, view
 from lightning_qat_exporters.tflite.flatbuffer.int8_constants import store_integers
 from lightning_qat_exporters.tflite.flatbuffer.io_types import give_types
-from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import operators_that_abort
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import (
+    operators_that_abort,
+    places_of_failure,
+)
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import match_layers
 from lightning_qat_exporters.tflite.integer_keys import integer_keys
 from lightning_qat_exporters.tflite.litert import backend as litert_backend
@@ -138,12 +141,16 @@ class TFLiteExporter:
         content = pack(file)
         failure = check_runs(content)
         if failure is not None:
-            problem = Unsupported(
-                "the model",
-                f"LiteRT cannot prepare the file that {backend_name} wrote: {failure}",
-                "Replace that operator, or leave its inputs or output unquantized (exclude)",
+            self._refuse(
+                tuple(
+                    Unsupported(
+                        place,
+                        f"LiteRT cannot prepare the file that {backend_name} wrote: {failure}",
+                        "Replace that operator, or leave its inputs or output float (exclude)",
+                    )
+                    for place in places_of_failure(written, failure) or ("the model",)
+                )
             )
-            self._refuse((problem,))
         path = path_prefix.with_name(f"{path_prefix.name}.tflite")
         with replacing(path) as temporary:
             temporary.write_bytes(content)

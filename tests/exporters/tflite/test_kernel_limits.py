@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,13 @@ from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat_exporters import TFLiteExporter
 from lightning_qat_exporters.tflite import exporter as exporter_module
-from lightning_qat_exporters.tflite.flatbuffer.file import read
-from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit
+from lightning_qat_exporters.tflite.flatbuffer.file import (
+    FileOperator,
+    FileTensor,
+    TFLiteFile,
+    read,
+)
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit, places_of_failure
 from lightning_qat_exporters.tflite.litert import requantize
 from tests.exporters.tflite.limit_networks import TinyScores, ZerosAdded
 
@@ -100,3 +106,28 @@ def test_the_limits_by_hand() -> None:
     assert broken_limit("SOFTMAX", [2.0**-26], 1 / 256, 8) is not None
     assert broken_limit("SOFTMAX", [2.0**-26], 1 / 32768, 16) is None
     assert broken_limit("MUL", [1.0, 1.0], 1e-30, 8) is None
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "reshape.cc num_input != num_output (3 != 2)Node number 1 (RESHAPE) failed to prepare.",
+        "Didn't find op for builtin opcode 'RESHAPE' version '1'. Registration failed.",
+    ],
+    ids=["by number", "by kind"],
+)
+def test_what_litert_cannot_prepare_is_named_by_the_layer_before(failure: str) -> None:
+    none = np.zeros(0)
+    names = ("x", "encoder.head", "lightning_qat_exporters._litert_lowering.Lowered;2")
+    file = TFLiteFile(
+        tuple(FileTensor(name, "INT8", (1, 4), none, none, 0, None) for name in names),
+        (
+            FileOperator("FULLY_CONNECTED", (0,), (1,)),
+            FileOperator("RESHAPE", (1,), (2,)),
+        ),
+        {"x": 0},
+        {"y": 2},
+        {},
+    )
+    assert places_of_failure(file, failure) == ("RESHAPE behind 'encoder.head'",)
+    assert places_of_failure(file, "out of memory") == ()

@@ -13,6 +13,7 @@ Source: ``kernels/internal/quantization_util.cc`` (``QuantizeMultiplierSmallerTh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from lightning_qat.export.protocol import Unsupported
@@ -80,6 +81,21 @@ def operators_that_abort(file: TFLiteFile) -> Iterator[Unsupported]:
                 "Leave its inputs or its output unquantized (exclude), or look why values differ "
                 "that much in size: an untrained or a dead part of the network often does",
             )
+
+
+def places_of_failure(file: TFLiteFile, failure: str) -> tuple[str, ...]:
+    """The operators that LiteRT names when it cannot prepare a file, by ``place_of``.
+
+    It names one by its number, or a kind of which it has no kernel.
+    """
+    number = re.search(r"Node number (\d+) \(", failure)
+    kind = re.search(r"opcode '(\w+)'", failure)
+    found: Sequence[FileOperator] = ()
+    if number is not None:
+        found = file.operators[int(number[1]) :][:1]
+    elif kind is not None:
+        found = [op for op in file.operators if op.kind == kind[1]]
+    return tuple(dict.fromkeys(place_of(file, op) for op in found))
 
 
 def place_of(file: TFLiteFile, operator: FileOperator) -> str:
