@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from lightning_qat.checkpoint.load import load_qat_checkpoint, strip_quantizers
     from lightning_qat.convert.capture import CaptureError
     from lightning_qat.convert.convert import convert
+    from lightning_qat.export.compare.comparison import Comparison
     from lightning_qat.export.convert_onnx import Conversion, convert_qat_model
     from lightning_qat.export.export import export
     from lightning_qat.export.protocol import Artifact, UnsupportedByTarget
     from lightning_qat.export.verify import Agreement, verify
+    from lightning_qat.insight.compare import compare
     from lightning_qat.insight.sensitivity.result import Sensitivity
     from lightning_qat.insight.sensitivity.sensitivity import sensitivity
     from lightning_qat.insight.sensitivity.suggest import BudgetNotMet, Suggestion, suggest
@@ -54,6 +56,8 @@ __all__ = [
     "UnsupportedByTarget",
     "verify",
     "Agreement",
+    "compare",
+    "Comparison",
     "convert_qat_model",
     "Conversion",
     "read_record",
@@ -86,6 +90,8 @@ _DEFINED_IN = {
     "UnsupportedByTarget": "export.protocol",
     "verify": "export.verify",
     "Agreement": "export.verify",
+    "compare": "insight.compare",
+    "Comparison": "export.compare.comparison",
     "convert_qat_model": "export.convert_onnx",
     "Conversion": "export.convert_onnx",
     "read_record": "amct.record",

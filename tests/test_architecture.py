@@ -18,7 +18,7 @@ CORE: Mapping[str, str] = {
     "function_hooks": "numerics model ir",
     "ir": "numerics atomic_write",
     "quantizers": "numerics recipe model function_hooks ir",
-    "export": "recipe model ir atomic_write",
+    "export": "numerics recipe model ir atomic_write",
     "layers": "numerics recipe function_hooks quantizers",
     "training": "numerics recipe model function_hooks quantizers",
     "joins": "numerics recipe model function_hooks quantizers layers",
@@ -26,7 +26,10 @@ CORE: Mapping[str, str] = {
     "convert": "numerics recipe model function_hooks ir quantizers layers joins",
     "checkpoint": "recipe model quantizers layers prepare",
     "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
-    "insight": "recipe model function_hooks quantizers layers training joins prepare atomic_write",
+    "insight": (
+        "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
+        "convert atomic_write"
+    ),
     "cli": "numerics recipe model ir export convert checkpoint",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "

@@ -197,20 +197,30 @@ def finalize_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     """
     finals: dict[Any, Any] = {**finalize_weights(model, args, kwargs)}
     finals |= {q: _final(q, key) for q, key in tensor_keys(model).items()}
+    replace_quantizers(model, finals)
+    forget_plan(model)
+    return model.eval()
+
+
+def replace_quantizers(model: nn.Module, replacements: Mapping[Any, Any]) -> None:
+    """Put other modules into the place of quantizers, wherever a model calls them; in place.
+
+    Args:
+        model: A prepared model.
+        replacements: Quantizer to what stands in for it; others stay.
+    """
     for layer in _layers(model).values():
         for child in layer.activation_quantizer_names():
             quantizer = getattr(layer, child)
             if isinstance(quantizer, ActivationQuantizer):
-                setattr(layer, child, finals[quantizer])
+                setattr(layer, child, replacements.get(quantizer, quantizer))
     for module in model.modules():
         joins: Any = held_by(module) or {}
         for name, quantizer in joins.items():
-            joins[name] = finals[quantizer]
+            joins[name] = replacements.get(quantizer, quantizer)
         hooks = hooks_of(module)
         for operands in hooks.plan.sites.values() if hooks else ():
-            operands.update({k: finals.get(q, q) for k, q in operands.items()})
-    forget_plan(model)
-    return model.eval()
+            operands.update({k: replacements.get(q, q) for k, q in operands.items()})
 
 
 def _final(quantizer: ActivationQuantizer, key: str) -> FinalActivation | UnknownRange:

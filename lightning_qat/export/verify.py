@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from lightning_qat.export.cautions import cautions
+from lightning_qat.export.compare.file import compare_file
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.other_batch import OtherBatch
 from lightning_qat.export.protocol import (
@@ -20,8 +22,14 @@ from lightning_qat.export.protocol import (
     Runnable,
     as_arrays,
 )
+from lightning_qat.export.trace import Traceable
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.model.inputs import Inputs, as_call
+from lightning_qat.model.inputs import Inputs, as_call, first_samples
+
+_EXPLAINED = 1.5
+"""More steps than this are looked into: one is a rounding that fell the other way."""
+_SAMPLES = 8
+"""So many samples are enough to find a layer that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ def verify(
                 warned.append(f"{refusal}")
                 continue
             compared = (
-                compare(name, reference[name], outputs[name], model.output_steps.get(name))
+                compare_output(name, reference[name], outputs[name], model.output_steps.get(name))
                 for name in reference
             )
             runtimes.append(RuntimeAgreement(runtime, tuple(compared)))
@@ -189,6 +197,8 @@ def verify(
     remarks: tuple[str, ...] = ()
     if isinstance(target, Explaining):
         remarks = target.explain({r.runtime: r.max_steps for r in runtimes})
+    if differences or (runtimes and runtimes[0].max_steps > _EXPLAINED):
+        remarks += tuple(_first_departure(model, artifact, target, args, kwargs))
     if source is None:
         source = "the example inputs" if inputs is None else "the given inputs"
     return Agreement(
@@ -196,7 +206,24 @@ def verify(
     )
 
 
-def compare(
+def _first_departure(
+    model: QuantizedModel,
+    artifact: Artifact,
+    target: Exporter,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Iterator[str]:
+    """Which layer is behind a difference, where the target shows its tensors."""
+    if not isinstance(target, Traceable):
+        return
+    args, kwargs = first_samples((args, kwargs), _SAMPLES)
+    try:
+        yield compare_file(model, artifact, target, args, kwargs).judgement
+    except (CannotRun, ValueError) as error:
+        yield f"Layers could not be compared one by one: {error}"
+
+
+def compare_output(
     name: str, reference: Array, output: Array, step: float | None = None
 ) -> OutputAgreement:
     """Compare one output with its reference.
@@ -211,7 +238,7 @@ def compare(
         ValueError: The shapes differ.
 
     Example:
-        >>> compare("y", np.array([0.0, 255.0]), np.array([0.0, 254.0])).max_steps
+        >>> compare_output("y", np.array([0.0, 255.0]), np.array([0.0, 254.0])).max_steps
         1.0
     """
     if reference.shape != output.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from lightning_qat.ir.ops import (
     layer_of_weight_key,
     layer_operands,
 )
+from lightning_qat.ir.quantize_calls import QuantizeCall, quantize_calls, run_watched
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
 from lightning_qat.numerics.arithmetic import channel_groups
@@ -181,7 +182,7 @@ class QuantizedModel:
         return args, dict(kwargs)
 
     @cached_property
-    def _module(self) -> torch.nn.Module:
+    def _module(self) -> fx.GraphModule:
         return self.program.module()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,13 +205,42 @@ class QuantizedModel:
                     "for the example's length. Call convert with an example of the size wanted."
                 ) from error
 
+    @cached_property
+    def calls(self) -> tuple[QuantizeCall, ...]:
+        """Every quantization of an activation, in the order of the graph."""
+        return quantize_calls(self.program)
+
+    def watched(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        watch: Callable[[QuantizeCall, Tensor, Tensor], None],
+    ) -> dict[str, Tensor]:
+        """Run the model, look at every activation, and return the tensor outputs by name.
+
+        Args:
+            args: Positional inputs.
+            kwargs: Keyword inputs.
+            watch: Called for each of ``calls`` with its tensor before and after quantization.
+        """
+        waiting = iter(self.calls)
+        with torch.no_grad():
+            outputs = run_watched(
+                self._module,
+                self._leaves(args, kwargs),
+                lambda before, after: watch(next(waiting), before, after),
+            )
+        return self.flat_outputs(outputs)
+
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensor inputs of a call by name, as a runtime wants them."""
+        tensors = [leaf for leaf in self._leaves(args, kwargs) if isinstance(leaf, Tensor)]
+        return dict(zip(self.input_names, tensors, strict=True))
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         args, kwargs = self._needed(args, kwargs)
         order = {name: kwargs[name] for name in self.example_inputs[1] if name in kwargs}
-        leaves = pytree.tree_leaves((args, {**order, **kwargs}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return dict(zip(self.input_names, tensors, strict=True))
+        return pytree.tree_leaves((args, {**order, **kwargs}))
 
     def _needed(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]

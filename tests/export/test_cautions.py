@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_qat.export.cautions import cautions
-from lightning_qat.export.verify import compare
+from lightning_qat.export.verify import compare_output
 
 RANDOM = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 
@@ -32,5 +32,5 @@ def test_an_output_that_never_changes_is_named() -> None:
 @pytest.mark.parametrize(("constant", "one"), [(True, True), (False, False)])
 def test_one_class_for_all_rows_is_marked(constant: bool, one: bool) -> None:
     rows = np.eye(3)[[1, 1, 1] if constant else [0, 1, 2]]
-    result = compare("y", rows, rows)
+    result = compare_output("y", rows, rows)
     assert (result.same_argmax, result.one_argmax) == (1.0, one)

@@ -18,7 +18,7 @@ from lightning_qat.export.verify import (
     Agreement,
     OutputAgreement,
     RuntimeAgreement,
-    compare,
+    compare_output,
     verify,
 )
 from lightning_qat.ir.quantized_model import QuantizedModel
@@ -33,7 +33,7 @@ def test_the_figures_of_a_comparison_worked_by_hand() -> None:
     reference = np.array([[0.0, 1.0, 2.0], [255.0, 3.0, 4.0]])
     output = np.array([[0.0, 1.25, 2.0], [252.0, 3.0, 260.0]])
     # The range is 255, so a step is 1; the differences are 0, 1/4, 0, 3, 0, 256.
-    assert compare("y", reference, output) == OutputAgreement(
+    assert compare_output("y", reference, output) == OutputAgreement(
         output="y",
         step=1.0,
         max_steps=256.0,
@@ -45,7 +45,7 @@ def test_the_figures_of_a_comparison_worked_by_hand() -> None:
 
 
 def test_the_step_is_a_255th_of_the_range_of_the_reference() -> None:
-    found = compare("y", np.array([-1.0, 1.55]), np.array([-1.0, 1.53]))
+    found = compare_output("y", np.array([-1.0, 1.55]), np.array([-1.0, 1.53]))
     assert found.step == pytest.approx(0.01)
     assert found.max_steps == pytest.approx(2.0)
     assert found.max_abs == pytest.approx(0.02)
@@ -58,25 +58,25 @@ def test_argmax_is_compared_where_rows_have_more_than_one_element(
     shape: tuple[int, ...], counted: bool
 ) -> None:
     values = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
-    assert (compare("y", values, values).same_argmax is not None) is counted
+    assert (compare_output("y", values, values).same_argmax is not None) is counted
 
 
 def test_a_constant_reference_counts_differences_as_they_are() -> None:
-    found = compare("y", np.full(4, 2.0), np.array([2.0, 2.0, 2.0, 5.0]))
+    found = compare_output("y", np.full(4, 2.0), np.array([2.0, 2.0, 2.0, 5.0]))
     assert (found.step, found.max_steps, found.max_abs) == (0.0, 3.0, 3.0)
 
 
 def test_integer_outputs_do_not_wrap_around() -> None:
-    found = compare("y", np.array([0, 255], np.uint8), np.array([255, 0], np.uint8))
+    found = compare_output("y", np.array([0, 255], np.uint8), np.array([255, 0], np.uint8))
     assert found.max_abs == 255.0
 
 
 def test_nothing_agrees_with_nothing() -> None:
-    assert compare("y", np.empty((0, 3)), np.empty((0, 3))).max_steps == 0.0
+    assert compare_output("y", np.empty((0, 3)), np.empty((0, 3))).max_steps == 0.0
 
 
 def test_what_is_not_a_number_never_agrees() -> None:
-    found = compare("y", np.array([0.0, 1.0]), np.array([0.0, np.nan]))
+    found = compare_output("y", np.array([0.0, 1.0]), np.array([0.0, np.nan]))
     assert not found.max_steps <= 1.0
 
 
@@ -84,7 +84,7 @@ def test_shapes_must_be_equal() -> None:
     with pytest.raises(
         ValueError, match=r"Output 'y' must have shape \(2,\); the file gives \(2, 1\)"
     ):
-        compare("y", np.zeros(2), np.zeros((2, 1)))
+        compare_output("y", np.zeros(2), np.zeros((2, 1)))
 
 
 # Agreement

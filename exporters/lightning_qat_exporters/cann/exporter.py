@@ -16,10 +16,12 @@ import torch
 from lightning_qat.export.convert_onnx import Conversion
 from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact, CannotRun
+from lightning_qat.export.trace import Trace
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.cann.device_nodes import device_note
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
+from lightning_qat_exporters.cann.executor.trace import trace_deploy
 from lightning_qat_exporters.cann.lint.lint import lint_deploy
 from lightning_qat_exporters.cann.normalize.normalize import normalize, with_plain_constants
 from lightning_qat_exporters.cann.normalize.recognise_grid_weights import FOUND
@@ -225,6 +227,20 @@ class CannExporter:
             return session.run(inputs)
         executor = AscendExecutor(artifact.files["model"], device_fp16=runtime == HALF)
         return dict(zip(executor.output_names, executor.run(inputs), strict=True))
+
+    @property
+    def traced_runtime(self) -> str:
+        """The reference executor, on the deploy model."""
+        return REFERENCE
+
+    def trace(
+        self,
+        artifact: Artifact,
+        inputs: Mapping[str, Array],
+        given: Mapping[str, Array] | None = None,
+    ) -> Trace:
+        """Run the deploy model and show what every AscendQuant writes."""
+        return trace_deploy(artifact.files["model"], self.traced_runtime, inputs, given or {})
 
     def run_file(self, path: str | Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run an ONNX file of anyone in ONNX Runtime: outputs by name.

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact, UnsupportedByTarget
+from lightning_qat.export.trace import Trace
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.fake_quant_onnx.flat_concats import flatten_concats
@@ -27,12 +28,14 @@ from lightning_qat_exporters.fake_quant_onnx.refusals import (
 )
 from lightning_qat_exporters.fake_quant_onnx.runtimes import (
     SATURATION,
+    LITERAL,
     explanations,
     installed_runtimes,
     may_saturate,
     run_in,
 )
 from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.lint import lint_tensorrt
+from lightning_qat_exporters.fake_quant_onnx.trace import trace_qdq
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
 from lightning_qat_exporters.qdq.translate import keys_of
@@ -140,6 +143,20 @@ class FakeQuantOnnxExporter:
     ) -> dict[str, Array]:
         """Run the file on a batch; ``runtime`` is one of ``runtimes``."""
         return run_in(runtime, artifact.files["model"], inputs)
+
+    @property
+    def traced_runtime(self) -> str:
+        """ONNX Runtime as the file is written: its optimizations merge tensors away."""
+        return LITERAL
+
+    def trace(
+        self,
+        artifact: Artifact,
+        inputs: Mapping[str, Array],
+        given: Mapping[str, Array] | None = None,
+    ) -> Trace:
+        """Run the file and show every activation behind its DequantizeLinear."""
+        return trace_qdq(artifact.files["model"], self.traced_runtime, inputs, given or {})
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
         """Explain large differences: what runtimes and CPUs are known to compute otherwise."""

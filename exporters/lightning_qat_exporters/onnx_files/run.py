@@ -23,18 +23,19 @@ class OnnxSession:
     """An ONNX file in ONNX Runtime, on the CPU.
 
     Args:
-        path: The ONNX file.
+        file: The ONNX file, or its bytes.
         optimize: ONNX Runtime's default graph optimizations; without them every node is computed
             as it is written.
     """
 
-    def __init__(self, path: Path, *, optimize: bool) -> None:
+    def __init__(self, file: Path | bytes, *, optimize: bool) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         providers = ["CPUExecutionProvider"]
-        self._session = ort.InferenceSession(str(path), options, providers=providers)
+        model = str(file) if isinstance(file, Path) else file
+        self._session = ort.InferenceSession(model, options, providers=providers)
 
     @property
     def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:

@@ -15,6 +15,7 @@ from lightning_qat.export.protocol import (
     Unsupported,
     UnsupportedByTarget,
 )
+from lightning_qat.export.trace import Trace
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.decompose.sample import later_batch_axes
 from lightning_qat_exporters.tflite.flatbuffer.bias_types import widen_biases
@@ -34,6 +35,7 @@ from lightning_qat_exporters.tflite.notes import notes_on
 from lightning_qat_exporters.tflite.read_back import tflite_differences
 from lightning_qat_exporters.tflite.run import RUNTIMES, check_runs, run
 from lightning_qat_exporters.tflite.tinynn import backend as tinynn_backend
+from lightning_qat_exporters.tflite.trace import trace_tflite
 from lightning_qat_exporters.tflite.unsupported import problems_of
 
 BackendName = Literal["auto", "tinynn", "litert"]
@@ -172,6 +174,21 @@ class TFLiteExporter:
             if "Didn't find op" not in str(error):
                 raise
             raise CannotRun(runtime, str(error)) from error
+
+    @property
+    def traced_runtime(self) -> str:
+        """XNNPACK, which rounds as torch does."""
+        return next(iter(RUNTIMES))
+
+    def trace(
+        self,
+        artifact: Artifact,
+        inputs: Mapping[str, Array],
+        given: Mapping[str, Array] | None = None,
+    ) -> Trace:
+        """Run the file, sample by sample, and show every integer tensor that it computes."""
+        content = artifact.files["model"].read_bytes()
+        return trace_tflite(content, RUNTIMES[self.traced_runtime], inputs, given or {})
 
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
         """Explain a difference of LiteRT's own kernels that is larger than that of XNNPACK."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,18 @@ def run(content: bytes, kernels: str, inputs: Mapping[str, Array]) -> dict[str, 
         ValueError: An input does not have the file's shape, apart from the batch.
     """
     file = read(content)
+    samples = split_samples(file, inputs)
+    runner = interpreter(content, kernels).get_signature_runner()
+    parts: list[dict[str, Array]] = [runner(**sample) for sample in samples]
+    return joined_outputs(file, parts)
+
+
+def split_samples(file: TFLiteFile, inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """The inputs of each run of a file: its layout, its types, as many samples as it takes.
+
+    Raises:
+        ValueError: As ``run``.
+    """
     channels_last = file.facts.get("layout") == "nhwc"
     given = {
         name: _to_file(inputs[name], file.tensors[index], channels_last)
@@ -75,18 +87,19 @@ def run(content: bytes, kernels: str, inputs: Mapping[str, Array]) -> dict[str, 
         name: [value] * batches if name in once else np.split(value, batches)
         for name, value in given.items()
     }
-    runner = interpreter(content, kernels).get_signature_runner()
-    parts: list[dict[str, Array]] = [
-        runner(**{name: values[number] for name, values in samples.items()})
-        for number in range(batches)
-    ]
+    return [{name: values[number] for name, values in samples.items()} for number in range(batches)]
+
+
+def joined_outputs(file: TFLiteFile, parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Real values by output name, in torch's layout, from those of each run."""
+    channels_last = file.facts.get("layout") == "nhwc"
     axes = file.facts.get("batch_axes", {})
     return {
         name: np.concatenate(
             [_from_file(part[name], file.tensors[index], channels_last) for part in parts],
             axes.get(name, 0),
         )
-        if batches > 1
+        if len(parts) > 1
         else _from_file(parts[0][name], file.tensors[index], channels_last)
         for name, index in file.outputs.items()
     }
@@ -115,13 +128,26 @@ def _to_file(value: Array, tensor: FileTensor, channels_last: bool) -> Array:
         value = value.transpose(0, 2, 3, 1)
     dtype = DTYPES[tensor.type]
     if tensor.quantized:
-        limits = np.iinfo(dtype)
-        steps = np.rint(value / tensor.scale[0]) + tensor.zero_point[0]
-        value = np.clip(steps, limits.min, limits.max)
+        value = quantized(value, tensor)
     return np.ascontiguousarray(value, dtype)
+
+
+def quantized(value: Array, tensor: FileTensor) -> Array:
+    """The integers of real values on a tensor's grid."""
+    dtype = DTYPES[tensor.type]
+    limits = np.iinfo(dtype)
+    steps = np.rint(value / tensor.scale[0]) + tensor.zero_point[0]
+    integers: Array = np.clip(steps, limits.min, limits.max).astype(dtype)
+    return integers
+
+
+def dequantized(value: Array, tensor: FileTensor) -> Array:
+    """The real values, float32, of integers on a tensor's grid."""
+    real: Array = (value.astype(np.float32) - np.float32(tensor.zero_point[0])) * tensor.scale[0]
+    return real
 
 
 def _from_file(value: Array, tensor: FileTensor, channels_last: bool) -> Array:
     if tensor.quantized:
-        value = (value.astype(np.float32) - np.float32(tensor.zero_point[0])) * tensor.scale[0]
+        value = dequantized(value, tensor)
     return value.transpose(0, 3, 1, 2) if channels_last and value.ndim == 4 else value

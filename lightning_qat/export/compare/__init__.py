@@ -1,0 +1,1 @@
+"""Compare a file with the model it was made of, tensor by tensor."""
