@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -197,8 +197,10 @@ def verify(
     remarks: tuple[str, ...] = ()
     if isinstance(target, Explaining):
         remarks = target.explain({r.runtime: r.max_steps for r in runtimes})
-    if differences or (runtimes and runtimes[0].max_steps > _EXPLAINED):
-        remarks += tuple(_first_departure(model, artifact, target, args, kwargs))
+    if isinstance(target, Traceable):
+        steps = {r.runtime: r.max_steps for r in runtimes}.get(target.traced_runtime, 0.0)
+        if differences or steps > _EXPLAINED:
+            remarks += (_first_departure(model, artifact, target, args, kwargs),)
     if source is None:
         source = "the example inputs" if inputs is None else "the given inputs"
     return Agreement(
@@ -212,15 +214,13 @@ def _first_departure(
     target: Exporter,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> Iterator[str]:
-    """Which layer is behind a difference, where the target shows its tensors."""
-    if not isinstance(target, Traceable):
-        return
+) -> str:
+    """Which layer is behind a difference, of a target that shows its tensors."""
     args, kwargs = first_samples((args, kwargs), _SAMPLES)
     try:
-        yield compare_file(model, artifact, target, args, kwargs).judgement
+        return compare_file(model, artifact, target, args, kwargs).judgement
     except (CannotRun, ValueError) as error:
-        yield f"Layers could not be compared one by one: {error}"
+        return f"Layers could not be compared one by one: {error}"
 
 
 def compare_output(
