@@ -27,8 +27,8 @@ from lightning_qat_exporters.fake_quant_onnx.refusals import (
     refused_by_tensorrt,
 )
 from lightning_qat_exporters.fake_quant_onnx.runtimes import (
-    SATURATION,
     LITERAL,
+    SATURATION,
     explanations,
     installed_runtimes,
     may_saturate,
