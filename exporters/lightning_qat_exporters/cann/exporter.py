@@ -218,6 +218,8 @@ class CannExporter:
             CannotRun: The deploy model has no form in standard operators.
         """
         if runtime == SIMULATION:
+            if "fake_quant" not in artifact.files:
+                raise CannotRun(runtime, "it is not beside the deploy model")
             return run_onnx(artifact.files["fake_quant"], inputs, optimize=False)
         if runtime == STANDARD:
             try:
@@ -265,6 +267,20 @@ class CannExporter:
             lambda: DeploySession(path) if deploy else OnnxSession(path, optimize=False),
             inputs,
         )
+
+    def artifact_of(self, path: Path) -> Artifact | None:
+        """A deploy model with its fake-quant model, by the path of either; ``None``: neither."""
+        if path.suffix != ".onnx":
+            return None
+        prefix = path
+        for role in ("_deploy_model", "_fake_quant_model"):
+            prefix = prefix.with_name(prefix.stem.removesuffix(role) + prefix.suffix)
+        files = {r: f for r, f in file_paths(prefix.with_suffix(""), None).items() if f.is_file()}
+        if path not in files.values():
+            files = {"model": path}
+        if "model" not in files or not is_deploy(load_proto(files["model"])):
+            return None
+        return Artifact(self.name, files)
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the deploy model with the model's."""

@@ -36,6 +36,7 @@ from lightning_qat_exporters.fake_quant_onnx.runtimes import (
 )
 from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.lint import lint_tensorrt
 from lightning_qat_exporters.fake_quant_onnx.trace import trace_qdq
+from lightning_qat_exporters.onnx_files.read import load_proto
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
 from lightning_qat_exporters.qdq.translate import keys_of
@@ -188,6 +189,14 @@ class FakeQuantOnnxExporter:
                 f"FakeQuantOnnxExporter(for_runtime='tensorrt'); got {self.for_runtime!r}."
             )
         return lint_tensorrt(Path(path))
+
+    def artifact_of(self, path: Path) -> Artifact | None:
+        """A QDQ file of anyone as an artifact; ``None``: it is no ONNX file, or without pairs."""
+        if path.suffix != ".onnx":
+            return None
+        nodes = load_proto(path).graph.node
+        has_pairs = any(node.op_type == "QuantizeLinear" for node in nodes)
+        return Artifact(self.name, {"model": path}) if has_pairs else None
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: scales, zero points, integers."""

@@ -201,6 +201,12 @@ class TFLiteExporter:
             "Linux) compute what it does; microcontrollers compute what the reference kernels do.",
         )
 
+    def artifact_of(self, path: Path) -> Artifact | None:
+        """A TFLite file of anyone as an artifact; ``None``: it is no TFLite file."""
+        with path.open("rb") as file:
+            is_tflite = file.read(8)[4:] == b"TFL3"
+        return Artifact(self.name, {"model": path}) if is_tflite else None
+
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: integers, scales, biases."""
         return tflite_differences(model, read(artifact.files["model"].read_bytes()))
