@@ -19,7 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "recipe": "show, check and translate recipes",
     "doctor": "show what is installed and what works here",
 }
-"""Every command, in the order of the help: the file of its name beside this one, in a line."""
+"""Every command, in the order of the help: the file of its name in ``commands``, in a line."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -43,7 +43,7 @@ class Program(WithHelp, click.Group):
         """A command by name; ``None``: there is none."""
         if cmd_name not in COMMANDS:
             return None
-        found = getattr(import_module(f"lightning_qat.cli.{cmd_name}"), cmd_name)
+        found = getattr(import_module(f"lightning_qat.cli.commands.{cmd_name}"), cmd_name)
         assert isinstance(found, click.Command)
         return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_qat.cli import doctor
+from lightning_qat.cli.commands import doctor
 from lightning_qat.export import load
 from lightning_qat.export.protocol import MissingDependency
 from tests.cli.conftest import Command

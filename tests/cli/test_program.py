@@ -15,7 +15,7 @@ from lightning_qat.cli.console import print_table
 from lightning_qat.cli.program import COMMANDS, Program
 from tests.cli.conftest import Command
 
-FOLDER = Path(__file__).parents[2] / "lightning_qat/cli"
+FOLDER = Path(__file__).parents[2] / "lightning_qat/cli/commands"
 
 
 def test_every_command_has_a_file_of_its_name() -> None:
