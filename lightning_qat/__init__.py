@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_qat.export.export import export
     from lightning_qat.export.protocol import Artifact, UnsupportedByTarget
     from lightning_qat.export.verify import Agreement, verify
+    from lightning_qat.insight.calibration_study import CalibrationStudy, calibration_study
     from lightning_qat.insight.compare import compare
     from lightning_qat.insight.sensitivity.result import Sensitivity
     from lightning_qat.insight.sensitivity.sensitivity import sensitivity
@@ -72,6 +73,8 @@ __all__ = [
     "suggest",
     "Suggestion",
     "BudgetNotMet",
+    "calibration_study",
+    "CalibrationStudy",
 ]
 
 _DEFINED_IN = {
@@ -106,6 +109,8 @@ _DEFINED_IN = {
     "suggest": "insight.sensitivity.suggest",
     "Suggestion": "insight.sensitivity.suggest",
     "BudgetNotMet": "insight.sensitivity.suggest",
+    "calibration_study": "insight.calibration_study",
+    "CalibrationStudy": "insight.calibration_study",
 }
 """Public name to the module that defines it."""
 

@@ -62,7 +62,7 @@ class Ladders:
     def cheaper_than(self, limit: float) -> Iterator[Assigned]:
         """Every assignment that costs less, the cheapest first."""
         layers = list(self.choices)
-        start = (0,) * len(layers)
+        start: tuple[int, ...] = (0,) * len(layers)
         heap, seen = [(self.cost(self.lowest()), start)], {start}
         while heap and heap[0][0] < limit:
             cost, steps = heapq.heappop(heap)

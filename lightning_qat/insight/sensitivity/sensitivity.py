@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,8 +137,8 @@ def _measured(
         rows.append(row)
         if resume is not None and row is not known.get((unit.name, number)):
             rest = [r for r in known.values() if r not in rows]
-            _with_rows(empty, [*rows, *rest]).save(resume)
-    return _with_rows(empty, rows)
+            replace(empty, rows=(*rows, *rest)).save(resume)
+    return replace(empty, rows=tuple(rows))
 
 
 def _row(candidates: Candidates, empty: Sensitivity, unit: Unit, bits: int) -> SensitivityRow:
@@ -152,11 +153,6 @@ def _row(candidates: Candidates, empty: Sensitivity, unit: Unit, bits: int) -> S
         whole = candidates.measure(everything | assignment, f"all, {unit.name!r} of {bits} bits")
         drop = metric.drop(whole, of_float) - metric.drop(value, of_float)
     return SensitivityRow(unit.name, unit.kind, bits, unit.input_bits_at(bits), value, drop)
-
-
-def _with_rows(empty: Sensitivity, rows: Sequence[SensitivityRow]) -> Sensitivity:
-    values = {name: getattr(empty, name) for name in Sensitivity.__dataclass_fields__}
-    return Sensitivity(**(values | {"rows": tuple(rows)}))
 
 
 def _framed(candidates: Candidates, recipe: Recipe, mode: str, fingerprint: str) -> Sensitivity:
