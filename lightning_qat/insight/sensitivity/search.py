@@ -63,7 +63,7 @@ class Ladders:
         """Every assignment that costs less, the cheapest first."""
         layers = list(self.choices)
         start: tuple[int, ...] = (0,) * len(layers)
-        heap, seen = [(self.cost(self.lowest()), start)], {start}
+        heap, seen = [(self.cost(self.lowest()), start)], set[tuple[int, ...]]()
         while heap and heap[0][0] < limit:
             cost, steps = heapq.heappop(heap)
             yield self.at(dict(zip(layers, steps, strict=True)))
