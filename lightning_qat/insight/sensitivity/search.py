@@ -62,8 +62,9 @@ class Ladders:
     def cheaper_than(self, limit: float) -> Iterator[Assigned]:
         """Every assignment that costs less, the cheapest first."""
         layers = list(self.choices)
-        start: tuple[int, ...] = (0,) * len(layers)
-        heap, seen = [(self.cost(self.lowest()), start)], set[tuple[int, ...]]()
+        heap: list[tuple[float, tuple[int, ...]]] = []
+        heapq.heappush(heap, (self.cost(self.lowest()), (0,) * len(layers)))
+        seen = set[tuple[int, ...]]()
         while heap and heap[0][0] < limit:
             cost, steps = heapq.heappop(heap)
             yield self.at(dict(zip(layers, steps, strict=True)))
