@@ -13,6 +13,7 @@ from lightning_qat.cli.command import WRONG, WithHelp
 COMMANDS: Mapping[str, str] = {
     "export": "export a QAT checkpoint, or a converted model, to files",
     "verify": "compare exported files with the converted model",
+    "compare": "say where an exported file departs from the converted model",
     "convert": "convert a quantized ONNX model of any tool",
     "lint": "check a CANN deploy model, or a QDQ model for TensorRT",
     "run": "run a deploy or QDQ model in ONNX Runtime",

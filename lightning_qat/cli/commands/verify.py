@@ -10,6 +10,7 @@ import click
 from lightning_qat.cli.arrays import model_inputs
 from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
 from lightning_qat.cli.console import say
+from lightning_qat.cli.foreign_files import compared
 
 
 @command("verify")
@@ -46,15 +47,8 @@ def verify(model: Path, files: tuple[Path, ...], inputs: Path | None, as_json: b
     found = []
     for artifact in artifacts.values():
         say(f"verifying {artifact.files['model']}")
-        try:
+        with compared(artifact.files["model"], model):
             found.append(agreement_of(converted, artifact, given, source=source))
-        except (ValueError, OSError, ImportError):
-            raise
-        except Exception as error:  # of a runtime, or of a file that another model has
-            raise ValueError(
-                f"{str(artifact.files['model'])!r} cannot be compared with {str(model)!r}: "
-                f"{type(error).__name__}: {error}. Was it made of this model?"
-            ) from error
     if as_json:
         print(json.dumps([agreement.to_dict() for agreement in found], indent=2))
     else:

@@ -1,0 +1,49 @@
+"""``lightning-qat compare``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lightning_qat.cli.arrays import model_inputs
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.console import say
+from lightning_qat.cli.foreign_files import compared
+
+
+@command("compare")
+@click.argument("model", type=FILE, metavar="MODEL.pt2")
+@click.argument("file", type=FILE)
+@click.option(
+    "--inputs",
+    type=FILE,
+    metavar="FILE.npz",
+    help="An array per input of the model, by its name.  [default: the model's example inputs]",
+)
+@json_option
+def compare(model: Path, file: Path, inputs: Path | None, as_json: bool) -> int:
+    """Say where an exported file departs from the converted model.
+
+    MODEL.pt2 is the converted model that FILE was made of. Every quantized tensor is compared in
+    the order of calls: what has accumulated up to it, and the error of its layer alone, which is
+    given the model's own values. So one wrong layer is told apart from rounding that grows.
+
+      lightning-qat compare results/net.pt2 results/net_deploy_model.onnx --inputs real.npz
+
+    The exit code is 1 if a number in the file is not the model's, or if a layer by itself is
+    further away than rounding explains.
+    """
+    from lightning_qat.export.files.recognize import artifact_of
+    from lightning_qat.insight.compare import compare as comparison_of
+    from lightning_qat.ir.quantized_model import QuantizedModel
+
+    artifact = artifact_of(file)
+    converted = QuantizedModel.load(model)
+    given = None if inputs is None else model_inputs(converted, inputs)
+    say(f"comparing {file}")
+    with compared(file, model):
+        found = comparison_of(converted, artifact, given)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    return FOUND if found.departure is not None or found.numbers else FINE
