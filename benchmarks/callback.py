@@ -4,7 +4,9 @@
 
 Time: a ResNet-20 (batch 32, 3x32x32) in a real Trainer; the callback's own hooks are timed, phases,
 ranges and logging included, as a share of the time between the starts of successive batches. While
-ranges follow the data every batch commits them; once frozen nothing is left but the checks.
+ranges follow the data every batch commits them; once frozen nothing is left but the checks. Last
+comes what ``log=50`` adds, without what a logger itself takes: a logged step, hooks in the forward
+included, against one that is not, divided by 50.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,8 +60,8 @@ class Module(L.LightningModule):
 class Timed(QATCallback):
     """Takes the time of its own hooks, and of the steps."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        super().__init__(schedule=schedule)
+    def __init__(self, schedule: Schedule, log: int | None) -> None:
+        super().__init__(schedule=schedule, log=log)
         self.own: list[float] = []
         self.starts: list[float] = []
 
@@ -78,15 +81,17 @@ class Timed(QATCallback):
         return time.perf_counter() - start
 
 
-def time_added(schedule: Schedule, batches: int) -> tuple[float, float, int]:
+def time_added(
+    schedule: Schedule, batches: int, log: int | None = None
+) -> tuple[float, float, int]:
     """Median seconds of the callback and of a step, and the number of quantizers."""
     x, y = torch.randn(32 * batches, 3, 32, 32), torch.randint(0, 10, (32 * batches,))
-    callback, module = Timed(schedule), Module()
+    callback, module = Timed(schedule, log), Module()
     L.Trainer(
         max_epochs=1,
         accelerator="cpu",
         callbacks=[callback],
-        logger=False,
+        logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -109,6 +114,9 @@ def main(batches: int = 40, threads: int = 2) -> None:
             f"  {name:10} callback {own * 1e3:6.3f} ms of a step of {step * 1e3:6.1f} ms: "
             f"{own / step:.2%} ({quantizers} quantizers)"
         )
+    step, logged = (time_added(PHASES["frozen"], batches, log)[1] for log in (None, 1))
+    added = (logged - step) / 50
+    print(f"  log=50     {added * 1e3:6.3f} ms per step: {added / step:.2%}")
 
 
 if __name__ == "__main__":

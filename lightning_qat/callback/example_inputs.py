@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from inspect import Parameter
 from typing import Any
 
@@ -13,8 +14,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_qat.callback.lightning_private import configuration_error
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.forward import is_real_forward
-from lightning_qat.model.inputs import Call, Inputs, as_float32, first_samples
+from lightning_qat.model.inputs import (
+    Call,
+    Inputs,
+    as_call,
+    as_float32,
+    batch_of,
+    first_samples,
+)
 from lightning_qat.model.torch_private import without_function_modes
 from lightning_qat.quantizers.observation_gate import ObservationGate, is_training_forward
 
@@ -144,3 +153,56 @@ def _first_samples(inputs: Any) -> Any:
         return leaf.detach().cpu().clone()
 
     return pytree.tree_map_only(Tensor, keep, first_samples(inputs, MOST_SAMPLES))
+
+
+def verification_inputs(
+    model: QuantizedModel, pl_module: LightningModule, recorded: Any
+) -> Inputs | None:
+    """Recorded inputs in the form that a converted model takes.
+
+    Args:
+        model: The converted model.
+        pl_module: The module that it was made of.
+        recorded: Positional arguments as a tuple, or a mapping of keyword arguments; ``None``:
+            nothing was recorded.
+
+    Returns:
+        The inputs, with as many samples as the model takes; ``None``: the model does not take them,
+        because its example has other sizes or other arguments.
+    """
+    if recorded is None:
+        return None
+    example_args, example_kwargs = model.example_inputs
+    call = _in_form(pl_module, as_call(recorded), len(example_args), example_kwargs)
+    if call is None:
+        return None
+    for args, kwargs in (call, first_samples(call, batch_of(model.example_inputs))):
+        try:
+            model.flat_outputs(model(*args, **kwargs))
+            model.flat_inputs(args, kwargs)
+        except Exception:  # torch's guards and trees raise many kinds
+            continue
+        return Call(args, kwargs) if args and kwargs else kwargs or args
+    return None
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _in_form(
+    pl_module: LightningModule,
+    call: _Call,
+    positional: int,
+    keywords: Mapping[str, Any],
+) -> _Call | None:
+    """A call with as many positional and the same keyword arguments as the example has."""
+    try:
+        arguments = dict(inspect.signature(pl_module.forward).bind(*call[0], **call[1]).arguments)
+    except TypeError:
+        return None
+    if len(call[0]) == positional and call[1].keys() == keywords.keys():
+        return call
+    if len(arguments) != positional + len(keywords) or not keywords.keys() <= arguments.keys():
+        return None
+    named = {name: arguments.pop(name) for name in keywords}
+    return tuple(arguments.values()), named

@@ -15,9 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_qat.callback.agreement_report import log_agreement, verification_inputs
 from lightning_qat.callback.console import say
+from lightning_qat.callback.example_inputs import verification_inputs
 from lightning_qat.callback.lightning_private import implements_forward
+from lightning_qat.callback.loggers import log_agreement
 from lightning_qat.callback.trial_export import TrialFailed, shapes_in_words, try_exports
 from lightning_qat.checkpoint.contents import was_quantizing
 from lightning_qat.convert.convert import convert

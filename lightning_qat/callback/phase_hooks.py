@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_qat.callback.console import say
 from lightning_qat.callback.lightning_private import is_fitting
+from lightning_qat.callback.loggers import QuantizationLog
 from lightning_qat.callback.phase_tracker import DESCRIPTIONS, PhaseTracker
 from lightning_qat.checkpoint.contents import has_ranges
 from lightning_qat.quantizers.activation import ActivationQuantizer
@@ -34,9 +35,11 @@ class PhaseHooks(Callback):
 
     Args:
         schedule: The schedule; its milestones are set when the length of the run is known.
+        log: So many steps lie between two whose quantizers are logged; ``None``: none is.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, log: int | None = None) -> None:
+        self._log = QuantizationLog(log)
         self._phases = PhaseTracker(schedule)
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
@@ -85,6 +88,7 @@ class PhaseHooks(Callback):
         self._enter_phase(trainer, pl_module)
         self._weights.open = True
         self._gate.open, self._gate.trains_in_eval = True, not pl_module.training
+        self._log.start(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -109,6 +113,7 @@ class PhaseHooks(Callback):
         else:
             self._commits.check()
         self._phases.count_batch()
+        self._log.finish(trainer)
 
     def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
         old = self._phases.phase
@@ -193,6 +198,7 @@ class PhaseHooks(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         """Let go of the module: its quantizers, cached weights and frozen batch norms."""
+        self._log.cancel()
         self._quantizers = {}
         self._commits = RangeCommits()
         self._weights = QuantizedWeightCache()

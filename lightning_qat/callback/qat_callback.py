@@ -21,6 +21,7 @@ from lightning_qat.callback.lightning_private import (
     configuration_error,
     is_fitting,
 )
+from lightning_qat.callback.loggers import check_interval
 from lightning_qat.callback.patch_once import PatchOnce
 from lightning_qat.callback.phase_hooks import PhaseHooks
 from lightning_qat.callback.run_length import resolve
@@ -53,10 +54,7 @@ from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 from lightning_qat.recipe.typed_dicts import RecipeKeys
-from lightning_qat.training.phases import (
-    check_memory,
-    finish,
-)
+from lightning_qat.training.phases import check_memory, finish
 from lightning_qat.training.range_sync import activation_quantizers
 
 
@@ -96,6 +94,9 @@ class QATCallback(PhaseHooks):
             above a hundredth of it, with which fine-tuning should start, is warned of.
         memory: ``compact`` lets training keep less for backward than float training does, at some
             cost in time; see ``prepare``.
+        log: Send the quantizers of every so many optimizer steps to the trainer's loggers: ranges,
+            shares that are clipped, scales and SQNR of weights, and histograms where the logger has
+            them, as ``qat/...``. By default nothing but the phase is logged.
 
     Raises:
         ValueError: An unknown recipe, key or option.
@@ -121,6 +122,7 @@ class QATCallback(PhaseHooks):
         trial_export: bool = True,
         export_outputs: Sequence[str] | None = None,
         dynamic_shapes: Any = None,
+        log: int | None = None,
     ) -> None:
         if isinstance(exporters, str):
             raise ValueError(
@@ -141,6 +143,7 @@ class QATCallback(PhaseHooks):
                 f"export_outputs=[{export_outputs!r}]."
             )
         check_memory(memory)
+        check_interval(log)
         self.recipe = Recipe.load(recipe)
         self.schedule = schedule or Schedule()
         self.exporters = tuple(exporters)
@@ -164,7 +167,7 @@ class QATCallback(PhaseHooks):
         self._unseen = UnseenRanges()
         # Set while the first batch runs without torch.compile.
         self._eager: Any = None
-        super().__init__(self.schedule)
+        super().__init__(self.schedule, log)
 
     @property
     def example_inputs(self) -> Any:

@@ -177,6 +177,18 @@ class ReluFusion:
         found = self._result_of(x)
         return x if found is None or found.passed_on else self._not_fused(x, found)
 
+    def peek(self, x: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """Some of the float values of a tensor, without counting as a reader.
+
+        Args:
+            x: The tensor.
+            part: Chooses the values, of any tensor of that shape.
+        """
+        found = self._result_of(x)
+        if found is None or found.relu is None or found.quantized is None:
+            return part(x)
+        return found.relu._replace(input=part(found.relu.input))()
+
     def read_all(self, values: Any) -> Any:
         """Apply ``read`` to all tensors in containers; returns ``values`` if none changes."""
         if not self._by_id or not any(self._result_of(leaf) for leaf in leaves_of(values)):

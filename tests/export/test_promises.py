@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.callback.agreement_report import log_agreement
+from lightning_qat.callback.loggers import log_agreement
 from lightning_qat.convert.convert import convert
 from lightning_qat.export.export import export
 from lightning_qat.export.manifest import export_all

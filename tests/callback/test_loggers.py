@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_qat.callback.agreement_report import verification_inputs
+from lightning_qat.callback.example_inputs import verification_inputs
 from lightning_qat.convert.convert import convert
 from tests.callback.tiny import Net, Planned, loader, qat
 from tests.models import trained

@@ -1,0 +1,148 @@
+"""What one training step shows of its quantizers: ranges, what is clipped, the noise of weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
+from lightning_qat.layers import QATLayer
+from lightning_qat.model.torch_compile import is_compiled, plain_path
+from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
+from lightning_qat.quantizers.names import place, weight_quantizer_name
+from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.training.range_sync import activation_quantizers
+
+SAMPLES = 2**12
+"""Of so many values of a tensor, evenly spread, it is counted how many are clipped."""
+
+
+class Statistics(NamedTuple):
+    """The statistics of one step.
+
+    Args:
+        numbers: By name: ``range_min/<tensor>`` and ``range_max/<tensor>`` (real ends of the grid),
+            ``clipped/<tensor>`` (share of the values outside it), ``weight_scale/<weight>`` (mean
+            over channels) and ``weight_sqnr_db/<weight>``.
+        values: Samples of activations before quantization and of weights, by their names.
+    """
+
+    numbers: Mapping[str, float]
+    values: Mapping[str, Tensor]
+
+
+class StepStatistics:
+    """Looks at the quantizers of a model during one step.
+
+    A tensor that a relu has quantized already, in one pass, is computed anew for the sample. Of a
+    model that ``torch.compile`` compiles in part ranges and weights alone are read, for hooks would
+    make it compile anew.
+
+    Args:
+        model: A prepared model; until ``finish`` its quantizers carry hooks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._clipped: dict[str, list[Tensor]] = defaultdict(list)
+        self._samples: dict[str, Tensor] = {}
+        self._quantizers = {
+            place(plain_path(name)): quantizer
+            for name, quantizer in activation_quantizers(model).items()
+            if not isinstance(quantizer, ParameterQuantizer)
+        }
+        self._handles: list[Any] = []
+        if not is_compiled(model):
+            self._handles = [
+                quantizer.register_forward_pre_hook(
+                    lambda module, args, name=name: self._look(name, module, args[0])
+                )
+                for name, quantizer in self._quantizers.items()
+            ]
+
+    def finish(self) -> Statistics:
+        """Take the hooks off, and read everything; waits for the device once."""
+        self.cancel()
+        with torch.no_grad(), hide_from_hooks():
+            tensors = dict(self._numbers())
+        if not tensors:
+            return Statistics({}, {})
+        device = next(iter(tensors.values())).device
+        stacked = torch.stack([tensor.to(device, torch.float32) for tensor in tensors.values()])
+        # No logger takes an infinite ratio.
+        numbers = {
+            name: value
+            for name, value in zip(tensors, stacked.tolist(), strict=True)
+            if math.isfinite(value)
+        }
+        return Statistics(numbers, {**self._samples, **self._weights()})
+
+    def cancel(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _look(self, name: str, quantizer: ActivationQuantizer, x: Tensor) -> None:
+        if is_compiling() or not (quantizer.calibrated and quantizer.quantizing and x.numel()):
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        cache = current_forward_cache()
+        with torch.no_grad(), hide_from_hooks():
+            values = _spread(x)
+            if cache is not None:
+                values = cache.relu_fusion.peek(x, _spread)
+            low, high, scale = _ends(quantizer)
+            outside = (values < low - scale / 2) | (values > high + scale / 2)
+            self._clipped[name].append(outside.float().mean())
+            self._samples[name] = values
+
+    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, quantizer in self._quantizers.items():
+            if quantizer.calibrated:
+                low, high, _ = _ends(quantizer)
+                yield f"range_min/{name}", low
+                yield f"range_max/{name}", high
+        for name, shares in self._clipped.items():
+            yield f"clipped/{name}", torch.stack(shares).mean()
+        for name, weight, of_weight in _quantized_weights(self._model):
+            yield f"weight_scale/{name}", of_weight.qparams(weight).scale.mean().to(weight.device)
+            yield f"weight_sqnr_db/{name}", _sqnr(weight, of_weight(weight))
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: _spread(weight) for name, weight, _ in _quantized_weights(self._model)}
+
+
+def _quantized_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QATLayer):
+            continue
+        for name in layer.weight_names(layer):
+            quantizer = getattr(layer, weight_quantizer_name(name))
+            if isinstance(quantizer, WeightQuantizer) and quantizer.quantizing:
+                yield f"{plain_path(path)}.{name}".lstrip("."), getattr(layer, name), quantizer
+
+
+def _spread(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1)
+    return flat[:: max(flat.numel() // SAMPLES, 1)].float()
+
+
+def _ends(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest and the largest real value on the grid, and its step."""
+    scale, zero_point = quantizer.scale_and_zero_point()
+    grid = quantizer.grid
+    return (grid.qmin - zero_point) * scale, (grid.qmax - zero_point) * scale, scale
+
+
+def _sqnr(real: Tensor, quantized: Tensor) -> Tensor:
+    """In decibels; infinite where nothing differs."""
+    noise = (real.float() - quantized.float()).square().sum()
+    return 10 * torch.log10(real.float().square().sum() / noise)
