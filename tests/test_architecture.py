@@ -30,7 +30,7 @@ CORE: Mapping[str, str] = {
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert atomic_write"
     ),
-    "cli": "numerics recipe model ir export convert checkpoint insight",
+    "cli": "numerics recipe model ir quantizers export convert checkpoint amct insight",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert checkpoint"

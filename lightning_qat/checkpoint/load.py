@@ -62,17 +62,42 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
     except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
-        if "Unsupported global" in str(error):
-            what = str(error).partition("GLOBAL ")[2].partition(" was")[0]
-            raise ValueError(
-                f"{str(path)!r} must hold tensors and plain values; it holds {what}, such as a "
-                "hyperparameter of that class, and loading it runs code from the file. If you "
-                "trust the file, pass weights_only=False."
-            ) from error
+        raise _unreadable(path, error) from error
+
+
+def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> Mapping[str, Any]:
+    """The content of a checkpoint; its tensors stay in the file until they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no whole checkpoint of a QAT run, or holds objects that torch does
+            not load unless ``weights_only=False`` says that it is trusted.
+    """
+    _require_torchs_format(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(checkpoint, Mapping) or not is_quantized(checkpoint.get("state_dict", {})):
         raise ValueError(
-            f"{str(path)!r} must be a whole checkpoint; torch could not read it: {error}. It was "
-            "cut off or damaged; use an earlier one."
-        ) from error
+            f"{str(path)!r} must be a Lightning checkpoint of a QAT run; it holds no quantizers."
+        )
+    return checkpoint
+
+
+def _unreadable(path: str | Path, error: Exception) -> ValueError:
+    """What to say where torch refuses a file."""
+    if "Unsupported global" in str(error):
+        what = str(error).partition("GLOBAL ")[2].partition(" was")[0]
+        return ValueError(
+            f"{str(path)!r} must hold tensors and plain values; it holds {what}, such as a "
+            "hyperparameter of that class, and loading it runs code from the file. If you trust "
+            "the file, pass weights_only=False."
+        )
+    return ValueError(
+        f"{str(path)!r} must be a whole checkpoint; torch could not read it: {error}. It was cut "
+        "off or damaged; use an earlier one."
+    )
 
 
 def stored_recipe(path: str | Path, *, weights_only: bool = True) -> Recipe | None:
@@ -82,8 +107,7 @@ def stored_recipe(path: str | Path, *, weights_only: bool = True) -> Recipe | No
         path: A checkpoint that ``load_qat_checkpoint`` loads.
         weights_only: As for ``torch.load``.
     """
-    # Without reading its tensors.
-    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
     recipe = checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {}).get("recipe")
     return None if recipe is None else Recipe.from_dict(recipe)
 

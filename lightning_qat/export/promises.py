@@ -15,7 +15,7 @@ from lightning_qat.ir.operators import OPERATORS, Operator, value_preserving
 from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
 
-_JOINS: Mapping[str, Operator] = {
+JOINS: Mapping[str, Operator] = {
     name: operator
     for operator in OPERATORS
     if operator.trait in ("inputs_quantizable", "concat")
@@ -60,10 +60,10 @@ def promises_of(model: QuantizedModel) -> tuple[Promise, ...]:
         if layer is not None:
             found.append(Promise(layer.name, "layer", (layer.weight_key,)))
             continue
-        operator = _JOINS.get(_aten(node))
+        operator = JOINS.get(aten_name(node))
         if operator is None or module_path(node) in recurrent:
             continue
-        keys = tuple(_key(operand) for operand in _operands(node, operator))
+        keys = tuple(key_behind(operand) for operand in operands_of(node, operator))
         if keys and None not in keys:
             read = tuple(dict.fromkeys(str(key) for key in keys))
             found.append(Promise(module_path(node), operator.name, read))
@@ -121,13 +121,14 @@ def _names(note: str, layer: str) -> bool:
     return note.startswith((f"{layer}:", f"{layer!r}:"))
 
 
-def _aten(node: fx.Node) -> str:
+def aten_name(node: fx.Node) -> str:
+    """The name of a node's ATen operator; empty for another node."""
     packet: Any = getattr(node.target, "overloadpacket", None)
     in_aten = isinstance(packet, torch._ops.OpOverloadPacket)
     return packet.__name__ if node.op == "call_function" and in_aten else ""
 
 
-def _operands(node: fx.Node, operator: Operator) -> Iterator[fx.Node]:
+def operands_of(node: fx.Node, operator: Operator) -> Iterator[fx.Node]:
     """The operands that are tensors of their own; a number is none."""
     args: Any = node.args[operator.first : operator.first + operator.operands]
     for arg in args[0] if operator.trait == "concat" else args:
@@ -135,10 +136,10 @@ def _operands(node: fx.Node, operator: Operator) -> Iterator[fx.Node]:
             yield arg
 
 
-def _key(node: fx.Node) -> str | None:
+def key_behind(node: fx.Node) -> str | None:
     """The key of the quantization that a tensor has passed, also before it was reshaped."""
     while (key := key_of(node)) is None:
-        if _aten(node) not in _VALUE_PRESERVING or not isinstance(node.args[0], fx.Node):
+        if aten_name(node) not in _VALUE_PRESERVING or not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]
     return key

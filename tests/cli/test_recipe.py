@@ -63,7 +63,7 @@ def test_all_that_is_wrong_in_a_file_is_told_at_once(command: Command, tmp_path:
         "WeightSpec.granularity must be one of",
         "ActivationSpec.bits must be an int from 2 to 8, or 16; got 99.",
         "ActivationSpec.calibration must be one of",
-        "Recipe.joins must be true or false; got 4.",
+        "Recipe.joins must be true, false or 'fused_sums'; got 4.",
         "WeightSpec.bits must be an int from 2 to 8; got 1.",
         "ActivationSpec.samples must be an int of 64 or more",
     ):

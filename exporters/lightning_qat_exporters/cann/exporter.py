@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from lightning_qat.export.convert_onnx import Conversion
+from lightning_qat.export.files.inspection import Inspection
 from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact, CannotRun
 from lightning_qat.export.trace import Trace
@@ -22,6 +23,7 @@ from lightning_qat_exporters.cann.device_nodes import device_note
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
 from lightning_qat_exporters.cann.executor.trace import trace_deploy
+from lightning_qat_exporters.cann.inspect import inspect_ascend
 from lightning_qat_exporters.cann.lint.lint import lint_deploy
 from lightning_qat_exporters.cann.normalize.normalize import normalize, with_plain_constants
 from lightning_qat_exporters.cann.normalize.recognise_grid_weights import FOUND
@@ -267,6 +269,10 @@ class CannExporter:
             lambda: DeploySession(path) if deploy else OnnxSession(path, optimize=False),
             inputs,
         )
+
+    def inspect(self, path: Path) -> Inspection | None:
+        """What is in a deploy or fake-quant model; ``None``: it is another file."""
+        return inspect_ascend(path) if path.suffix == ".onnx" else None
 
     def artifact_of(self, path: Path) -> Artifact | None:
         """A deploy model with its fake-quant model, by the path of either; ``None``: neither."""

@@ -10,12 +10,14 @@ import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
 
+from lightning_qat.export.files.inspection import Inspection
 from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact, UnsupportedByTarget
 from lightning_qat.export.trace import Trace
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.fake_quant_onnx.flat_concats import flatten_concats
+from lightning_qat_exporters.fake_quant_onnx.inspect import inspect_onnx
 from lightning_qat_exporters.fake_quant_onnx.int32_bias import quantize_biases
 from lightning_qat_exporters.fake_quant_onnx.read_back import (
     activation_differences,
@@ -189,6 +191,10 @@ class FakeQuantOnnxExporter:
                 f"FakeQuantOnnxExporter(for_runtime='tensorrt'); got {self.for_runtime!r}."
             )
         return lint_tensorrt(Path(path))
+
+    def inspect(self, path: Path) -> Inspection | None:
+        """What an ONNX file of anyone quantizes with pairs; ``None``: it is no ONNX file."""
+        return inspect_onnx(path) if path.suffix == ".onnx" else None
 
     def artifact_of(self, path: Path) -> Artifact | None:
         """A QDQ file of anyone as an artifact; ``None``: it is no ONNX file, or without pairs."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from lightning_qat.atomic_write import replacing
+from lightning_qat.export.files.inspection import Inspection
 from lightning_qat.export.protocol import (
     Array,
     Artifact,
@@ -28,6 +29,7 @@ from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import (
     places_of_failure,
 )
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import match_layers
+from lightning_qat_exporters.tflite.inspect import inspect_tflite
 from lightning_qat_exporters.tflite.integer_keys import integer_keys
 from lightning_qat_exporters.tflite.litert import backend as litert_backend
 from lightning_qat_exporters.tflite.metadata import describe, sign
@@ -200,6 +202,10 @@ class TFLiteExporter:
             "and a mean downwards, XNNPACK rounds once. Devices where XNNPACK runs (Android, iOS, "
             "Linux) compute what it does; microcontrollers compute what the reference kernels do.",
         )
+
+    def inspect(self, path: Path) -> Inspection | None:
+        """What a TFLite file of anyone holds; ``None``: it is no TFLite file."""
+        return None if self.artifact_of(path) is None else inspect_tflite(path)
 
     def artifact_of(self, path: Path) -> Artifact | None:
         """A TFLite file of anyone as an artifact; ``None``: it is no TFLite file."""

@@ -1,1 +1,1 @@
-"""Files that exporters are asked about, whoever wrote them: which target a file is of."""
+"""Files that exporters are asked about, whoever wrote them: their target, and what is in them."""
