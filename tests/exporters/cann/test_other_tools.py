@@ -87,6 +87,24 @@ def test_moved_integers_that_are_an_output_are_written_as_integers(tmp_path: Pat
     assert done.outputs == ("y",)
 
 
+@pytest.mark.parametrize("how", ["transpose", "transpose and reshape", "concat", "max pool"])
+def test_moved_integers_that_only_an_output_reads_are_written_as_integers(
+    how: str, tmp_path: Path
+) -> None:
+    """TFLite's files with int8 outputs, by tf2onnx: what is quantized is moved to NHWC and out."""
+    net = Qdq([2, 4, 6, 6])
+    y = conv(net, dequantized(net, quantized(net, "x")))
+    q = quantized(net, y, 0.0937, -5)
+    if how in ("concat", "max pool"):
+        q = moved(net, q, how)
+    else:
+        q = net.node("Transpose", q, perm=[0, 2, 3, 1])
+    if how == "transpose and reshape":
+        q = net.node("Reshape", q, net.constant([2, -1], np.int64))
+    done = agreeing(output_of_type(net, TensorProto.INT8, q, tmp_path), X, 0)
+    assert (done.layers, done.outputs) == (("conv",), ("y",))
+
+
 def test_integers_of_two_grids_that_meet_are_refused_by_name(tmp_path: Path) -> None:
     net = Qdq([2, 4, 6, 6])
     parts = quantized(net, "x"), quantized(net, "x", 0.1)

@@ -34,6 +34,8 @@ class DequantizeBeforeMoves(ir.passes.InPlacePass):
         for node in tuple(model.graph):
             if node.op_type == "DequantizeLinear" and not node.domain:
                 moved.take(node)
+        for output in tuple(model.graph.outputs):
+            moved.take_output(output)
         for node in model.graph:
             # Sizes are those of the real tensor; nothing else may read the integers.
             maker = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
@@ -72,6 +74,25 @@ class _Moved:
         ir.convenience.replace_all_uses_with(old, real)
         self.any = True
         self._requantize_outputs(value, dequantize, qparams)
+
+    def take_output(self, value: ir.Value) -> None:
+        """The same for moved integers that nothing dequantizes: they are only a graph output."""
+        first = _origin(value)
+        if value.producer() is first or first is None or first.op_type != "QuantizeLinear":
+            return
+        try:
+            real = ir.TensorType(ir.DataType.from_numpy(qparams_of(first).scale.dtype))
+        except CannotExpress:
+            return
+        like = ir.node(
+            "DequantizeLinear",
+            [value, *first.inputs[1:]],
+            domain=first.domain,
+            outputs=[ir.Value(name=f"{value.name}.dequantized", type=real)],
+            name=f"{label(first)}.dequantize",
+        )
+        self.graph.append(like)  # It says which numbers; what it writes is read by nothing.
+        self.take(like)
 
     def _made_of_one_grid(self, value: ir.Value, dequantize: ir.Node, qparams: NodeQParams) -> bool:
         """Whether integers come from QuantizeLinear nodes with these parameters, through moves."""
@@ -184,6 +205,15 @@ class _Moved:
         output = ir.Value(name=f"{name}.output", type=type_ or after.type, shape=after.shape)
         self.graph.insert_after(maker, ir.node(op_type, inputs, outputs=[output], name=name))
         return output
+
+
+def _origin(value: ir.Value) -> ir.Node | None:
+    """The node that made the values that moves have brought here; of a Concat the first part's."""
+    node = value.producer()
+    while node is not None and _is_move(node):
+        before = node.inputs[0]
+        node = None if before is None else before.producer()
+    return node
 
 
 def _is_move(node: ir.Node | None) -> bool:
