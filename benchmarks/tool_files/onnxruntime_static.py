@@ -33,7 +33,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # not typed
     def __init__(self, batches: Batches) -> None:
         self._rest = iter(batches)
 
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+    def get_next(  # pyright: ignore[reportIncompatibleMethodOverride]  # None is the end there, too
+        self,
+    ) -> dict[str, NDArray[np.float32]] | None:
         return next(self._rest, None)
 
 
