@@ -8,9 +8,10 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-gpu test lint check-format check-ruff check-mypy check-pyright format clean
+.PHONY: help setup demo bench bench-gpu test docs lint check-format check-ruff check-mypy check-pyright format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +43,13 @@ test: export OPENBLAS_NUM_THREADS = 1
 test: setup ## run the tests and doctests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+docs: $(DOCS_STAMP) ## build the documentation into site/; its warnings and broken links are errors
+	$(BIN)/python docs/build.py
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[docs]"
+	@touch $@
+
 lint: check-format check-ruff check-mypy check-pyright ## run all four checks; pre-commit runs the same
 
 check-format: setup
@@ -61,5 +69,5 @@ format: setup ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
 
 clean: ## remove what builds, checks and runs leave behind; keeps the virtual environment
-	rm -rf build dist qat_export lightning_logs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site .cache qat_export lightning_logs .mypy_cache .ruff_cache .pytest_cache
 	find lightning_qat exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The examples and the README's code run as they stand."""
+"""The examples and the README's code run as they stand; what its code makes is checked."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,14 @@ from examples import digits, fine_tune
 from lightning_qat import ActivationSpec, Recipe, Schedule, WeightSpec
 from tests.tiny_module import TinyModule, random_loader
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
 
 
-def block_with(words: str) -> str:
-    """The README's only block of code with these words."""
-    (block,) = (block for block in BLOCKS if words in block)
+def block_with(words: str, page: str) -> str:
+    """The page's only block of code with these words."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (block,) = (block for block in blocks if words in block)
     return block
 
 
@@ -53,8 +54,9 @@ def test_the_first_code_block_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    block = BLOCKS[0].replace("max_epochs=10,", "max_epochs=3, accelerator='cpu', logger=False,")
-    assert block != BLOCKS[0]
+    first = block_with("QATCallback", "README.md")
+    block = first.replace("max_epochs=10,", "max_epochs=3, accelerator='cpu', logger=False,")
+    assert block != first
     exec(block, {"module": TinyModule(), "datamodule": random_loader()})
     assert (tmp_path / "out" / "manifest.json").is_file()
 
@@ -63,7 +65,8 @@ def test_the_code_blocks_without_lightning_and_with_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe, alone = BLOCKS[1], block_with("# your own loop")
+    recipe = block_with("import ActivationSpec, Recipe, WeightSpec", "docs/recipes.md")
+    alone = block_with("# your own loop", "docs/loops.md")
     scope: dict[str, Any] = {}
     exec(recipe.replace("Recipe(\n", "recipe = Recipe(\n"), scope)
     assert scope["recipe"] == Recipe(
@@ -77,22 +80,22 @@ def test_the_code_blocks_without_lightning_and_with_recipes(
     )
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(8, 4)
-    loop = alone.replace("...  # your own loop", "model(example_inputs).sum().backward()  # loop")
-    assert loop != alone
-    exec(loop, {"model": model, "example_inputs": x, "test_batch": x})
+    scope = {"model": model, "example_inputs": x, "test_batch": x}
+    exec(alone, scope | {"train": lambda model: model(x).sum().backward()})
     assert (tmp_path / "out" / "net_deploy_model.onnx").is_file()
 
 
 def test_the_code_block_of_amcts_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("retrain.cfg").write_text("batch_num: 1\n", encoding="utf-8")
-    text = block_with("lightning_qat.amct")
-    block = text.replace("...  # train;", "model(input_data).sum().backward()  # train;")
-    assert block != text
-    exec(block, {"model": nn.Sequential(nn.Linear(4, 2)), "input_data": torch.randn(8, 4)})
+    block = block_with("lightning_qat.amct", "docs/migrate/amct.md")
+    x = torch.randn(8, 4)
+    scope = {"model": nn.Sequential(nn.Linear(4, 2)), "input_data": x}
+    exec(block, scope | {"train": lambda model: model(x).sum().backward()})
     assert (tmp_path / "result" / "net_deploy_model.onnx").is_file()
 
 
-def test_the_schedule_in_the_readme_is_the_default() -> None:
-    (written,) = re.findall(r"`(Schedule\(calibration_batches=.*?\))`", README)
+def test_the_schedule_in_the_docs_is_the_default() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"`(Schedule\(calibration_batches=.*?\))`", page)
     assert eval(written, {"Schedule": Schedule}) == Schedule()
