@@ -20,7 +20,8 @@ _ONLY_CARRY = frozenset(
 def integer_keys(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> frozenset[str]:
     """Keys of the weights of integer layers, and of activations that other operators read so.
 
-    A file keeps no names, so an activation is known by its scale and zero point.
+    A file keeps no names, so an activation, which may be a constant, is known by its scale and
+    zero point.
     """
     in_float = set(file.float_operators)
     found = {
@@ -34,7 +35,7 @@ def integer_keys(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers)
         for op in file.operators
         if op.kind not in _ONLY_CARRY and op not in in_float and op not in of_layers
         for index in op.inputs
-        if index >= 0 and file.tensors[index].quantized and file.tensors[index].data is None
+        if index >= 0 and file.tensors[index].quantized
     }
     found |= {
         key

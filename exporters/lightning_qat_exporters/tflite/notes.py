@@ -6,7 +6,13 @@ from collections import Counter
 
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
-from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import LIMITED, limit_of, place_of
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import (
+    BITS,
+    LIMITED,
+    broken_limit,
+    constant_scale,
+    place_of,
+)
 from lightning_qat_exporters.tflite.flatbuffer.match_layers import MatchedLayers
 
 
@@ -73,16 +79,30 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
 def _limits_kept_in_float(file: TFLiteFile) -> dict[FileOperator, str]:
     """The operators between integers that are float for a limit of LiteRT's kernels, and which."""
     makers = {output: op for op in file.operators for output in op.outputs}
-    written = {op.inputs[0]: op.outputs for op in file.operators if op.kind == "QUANTIZE"}
+    written = {
+        op.inputs[0]: file.tensors[op.outputs[0]] for op in file.operators if op.kind == "QUANTIZE"
+    }
+
+    def scale_of(index: int) -> float | None:
+        """The scale of integers or of a constant that a float operator reads; ``None``: float."""
+        maker, tensor = makers.get(index), file.tensors[index]
+        if maker is not None and maker.kind == "DEQUANTIZE":
+            return float(file.tensors[maker.inputs[0]].scale[0])
+        return None if tensor.data is None else constant_scale(float(abs(tensor.data).max()))
+
     found = {}
     for operator in file.float_operators:
-        sources = [makers.get(index) for index in operator.inputs]
-        inputs = tuple(op.inputs[0] for op in sources if op is not None and op.kind == "DEQUANTIZE")
-        outputs = written.get(operator.outputs[0])
-        if operator.kind in LIMITED and outputs is not None and len(inputs) == len(sources):
-            limit = limit_of(file, FileOperator(operator.kind, inputs, outputs))
-            if limit is not None:
-                found[operator] = limit
+        output = written.get(operator.outputs[0])
+        if operator.kind not in LIMITED or output is None:
+            continue
+        scales = [scale_of(index) for index in operator.inputs]
+        known = [scale for scale in scales if scale is not None]
+        step, bits = float(output.scale[0]), BITS.get(output.type)
+        if bits is None or len(known) < len(scales):
+            continue
+        limit = broken_limit(operator.kind, known, step, bits)
+        if limit is not None:
+            found[operator] = limit
     return found
 
 

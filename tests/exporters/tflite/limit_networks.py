@@ -34,3 +34,16 @@ class ZerosAdded(nn.Module):
         target = torch.zeros_like(self.queries.repeat(x.shape[0], 1))
         result: Tensor = self.layer(x) + target
         return result
+
+
+class LargeConstantCancelled(nn.Module):
+    """A constant takes the offset of the input away: the sum is tiny beside both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Linear(8, 2)
+        self.register_buffer("offset", torch.full((8,), 1e6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(x + self.offset)
+        return result

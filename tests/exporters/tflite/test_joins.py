@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_qat.convert.convert import convert
+from lightning_qat.export.export import export
 from lightning_qat.export.protocol import Artifact, as_arrays
 from lightning_qat.export.verify import verify
 from lightning_qat.ir.quantized_model import QuantizedModel
@@ -140,3 +141,24 @@ def test_float_layers_are_named_with_the_reason(folder: Path) -> None:
         "fc: computed in float on its integer weight, because its output is not quantized. A "
         "recipe with joins=True and outputs=True quantizes it." in notes
     )
+
+
+def test_a_constant_operand_is_one_of_the_files_integers(tmp_path: Path) -> None:
+    class Offset(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+            self.register_buffer("offset", torch.randn(1, 4, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.conv(x) + self.offset)
+
+    x = torch.randn(4, 3, 6, 6)
+    model = Offset()
+    prepare(model, "int8", x)
+    model.train()(x)
+    quantized = convert(model.eval(), x)
+    artifact = export(quantized, "tflite", tmp_path / "net")
+    file = read(artifact.files["model"].read_bytes())
+    assert not file.float_operators
+    assert artifact.differences == ()

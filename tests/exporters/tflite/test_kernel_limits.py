@@ -25,7 +25,11 @@ from lightning_qat_exporters.tflite.flatbuffer.file import (
 )
 from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit, places_of_failure
 from lightning_qat_exporters.tflite.litert import requantize
-from tests.exporters.tflite.limit_networks import TinyScores, ZerosAdded
+from tests.exporters.tflite.limit_networks import (
+    LargeConstantCancelled,
+    TinyScores,
+    ZerosAdded,
+)
 
 pytest.importorskip("litert_torch")
 pytestmark = pytest.mark.xdist_group("tflite")
@@ -92,6 +96,16 @@ def test_a_file_that_would_abort_is_refused_before_a_runtime_sees_it(
     monkeypatch.setattr(exporter_module, "check_runs", written.append)
     export(quantized, TFLiteExporter(backend="litert"), tmp_path / "net")
     assert _ends(written[0], tmp_path)
+
+
+def test_a_sum_with_a_constant_says_why_it_is_float(tmp_path: Path) -> None:
+    quantized = _converted(LargeConstantCancelled, torch.randn(4, 8) / 10 - 1e6)
+    artifact = export(quantized, TFLiteExporter(backend="litert"), tmp_path / "net")
+    file = read(artifact.files["model"].read_bytes())
+    assert "ADD" in [operator.kind for operator in file.float_operators]
+    (note,) = [note for note in artifact.notes if "kernel would end the process" in note]
+    assert "the scale of its output is" in note
+    assert not any("what they read or write is not" in note for note in artifact.notes)
 
 
 def test_the_limits_by_hand() -> None:

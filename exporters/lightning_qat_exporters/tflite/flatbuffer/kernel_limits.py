@@ -14,12 +14,15 @@ Source: ``kernels/internal/quantization_util.cc`` (``QuantizeMultiplierSmallerTh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lightning_qat.export.protocol import Unsupported
 from lightning_qat_exporters.tflite.flatbuffer.file import FileOperator, TFLiteFile
 
 LIMITED = ("ADD", "SOFTMAX")
+
+BITS: Mapping[str, int] = {"INT8": 8, "UINT8": 8, "INT16": 16}
+"""Bits of the types that these kernels compute."""
 
 _SOFTMAX_SMALLEST = 2.0**-26
 _SUM_SHIFT = {8: 20, 16: 15}
@@ -58,12 +61,23 @@ scale of its inputs (0.5) / 2**19'
     return None
 
 
+def constant_scale(largest: float) -> float:
+    """The scale that the converter gives a constant, at most: its range over 255 steps, 1 to zeros.
+
+    Half the range may be unused.
+
+    Args:
+        largest: Its largest absolute value.
+    """
+    return largest / 127 or 1.0
+
+
 def limit_of(file: TFLiteFile, operator: FileOperator) -> str | None:
     """Say which limit an integer operator of a file breaks; ``None``: it runs."""
     *inputs, output = (file.tensors[i] for i in (*operator.inputs, operator.outputs[0]))
     if operator.kind not in LIMITED or not all(t.quantized for t in (*inputs, output)):
         return None
-    bits = {"INT8": 8, "UINT8": 8, "INT16": 16}.get(output.type)
+    bits = BITS.get(output.type)
     if bits is None:
         return None
     scales = [float(tensor.scale[0]) for tensor in inputs]

@@ -35,7 +35,7 @@ from lightning_qat.ir.ops import as_dequantize, make_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
 from lightning_qat_exporters.tflite.decompose.constant_nodes import fixed_nodes
 from lightning_qat_exporters.tflite.flatbuffer.file import kind_of
-from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit
+from lightning_qat_exporters.tflite.flatbuffer.kernel_limits import broken_limit, constant_scale
 from lightning_qat_exporters.tflite.litert import (
     conv_transpose_op as conv_transpose_op,  # its operator
 )
@@ -193,12 +193,8 @@ class Annotated:
         return broken_limit(_LIMITED[kind(node)], scales, output.scale, bits) is not None
 
     def _scale_of(self, constant: fx.Node) -> float:
-        """The scale that the converter gives a constant: its range over 255 steps, 1 to zeros.
-
-        At most: half the range may be unused.
-        """
         value: Tensor = attrgetter(constant.target)(self.graph.owning_module)  # type: ignore[arg-type]
-        return float(value.abs().max()) / 127 or 1.0
+        return constant_scale(float(value.abs().max()))
 
     def read(self, node: fx.Node) -> set[PlainQParams | None]:
         """The qparams of an operator's real inputs; None: float."""
