@@ -127,7 +127,8 @@ class CannExporter:
         """Write the three files, each atomically.
 
         Returns:
-            The artifact; its notes name every layer that keeps real values, and why.
+            The artifact; its notes name every layer that keeps real values, and why, and every
+            operator that CANN's sources do not take as the file has it.
 
         Raises:
             UnsupportedByTarget: A quantized tensor, a bias or an operator has no form at this
@@ -145,7 +146,8 @@ class CannExporter:
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
         written = write_files(deploy, found, files, self.opset, product=self.product)
         notes += _wide_notes(deploy)
-        notes = [*written.notes, *map(str, found.left_float), *notes]
+        refused = _refused(self.lint(written.files["model"]))
+        notes = [*written.notes, *map(str, found.left_float), *notes, *refused]
         return Artifact(self.name, written.files, tuple(notes), _integer_weights(model, deploy))
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
@@ -325,6 +327,17 @@ def _grid_notes(found: QuantizedGraph) -> list[str]:
     return [
         f"{name!r}: its float weight lies on a grid and was taken as integers." for name in layers
     ]
+
+
+def _refused(findings: Sequence[Finding]) -> Iterator[str]:
+    """Errors that lint finds in a file of our own: what the model has, and CANN does not."""
+    for finding in findings:
+        # 16 bits have a note of their own.
+        if finding.severity == "error" and "INT16" not in finding.got:
+            yield (
+                f"{finding.node!r}: CANN does not take it: {finding.must}; got {finding.got}. "
+                f"{finding.remedy}."
+            )
 
 
 def _wide_notes(found: QuantizedGraph) -> list[str]:

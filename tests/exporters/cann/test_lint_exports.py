@@ -62,3 +62,22 @@ def test_what_the_exporter_writes_has_no_lint_errors(
     # For 16 bits CANN's sources register no AscendQuant; the export says so, too.
     assert [str(finding) for finding in errors if "INT16" not in finding.got] == []
     assert bool(errors) == (preset == "a16w8")
+
+
+def test_an_export_says_at_once_what_cann_does_not_take(tmp_path: Path) -> None:
+    class Dilated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.max_pool2d(self.conv(x), 2, dilation=2)
+
+    x = torch.randn(2, 3, 8, 8)
+    model = Dilated()
+    prepare(model, "int8", x)
+    model.train()(x)
+    notes = export(convert(model.eval(), x), "cann", tmp_path / "net").notes
+    (note,) = [note for note in notes if "CANN does not take it" in note]
+    assert note.startswith("'/MaxPool': ")
+    assert "dilations" in note
