@@ -202,7 +202,8 @@ class CannExporter:
             written = write_files(
                 found, found, files, self.opset, float_bias=float_bias, product=self.product
             )
-            return _conversion(found, written)
+            findings = self.lint(written.files["model"])
+            return _conversion(found, written, findings)
 
     def lint(self, path: str | Path) -> tuple[Finding, ...]:
         """Check a deploy model against every rule that ATC is known to have.
@@ -362,7 +363,9 @@ def _require_something_quantized(found: QuantizedGraph, model_file: Path) -> Non
         )
 
 
-def _conversion(found: QuantizedGraph, written: WrittenFiles) -> Conversion:
+def _conversion(
+    found: QuantizedGraph, written: WrittenFiles, findings: Sequence[Finding]
+) -> Conversion:
     names = [layer.name for layer in found.layers] + [layer.name for layer in found.recurrent]
     shifts = {f"{name}{SHIFT}": name for name in names if f"{name}{SHIFT}" in names}
     shift_notes = (
@@ -382,6 +385,7 @@ def _conversion(found: QuantizedGraph, written: WrittenFiles) -> Conversion:
             *shift_notes,
             *_device_notes(found.recurrent),
             *_wide_notes(found),
+            *_refused(findings),
         ),
     )
 

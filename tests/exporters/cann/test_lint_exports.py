@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import convert, prepare
+from lightning_qat import convert, export, prepare
 from lightning_qat.recipe.recipe import PRESETS
 from lightning_qat_exporters import CannExporter
 from tests import join_networks, models
