@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -51,6 +52,8 @@ REFERENCE = "reference executor"
 STANDARD = "onnxruntime, deploy model"
 SIMULATION = "onnxruntime, fake-quant model"
 HALF = "reference executor, float16"
+_FEW_STEPS = 32
+"""A bias whose largest value has fewer steps loses more than one part in 64 of it."""
 
 
 class CannExporter:
@@ -203,7 +206,7 @@ class CannExporter:
                 found, found, files, self.opset, float_bias=float_bias, product=self.product
             )
             findings = self.lint(written.files["model"])
-            return _conversion(found, written, findings)
+            return _conversion(found, written, findings, float_bias=float_bias)
 
     def lint(self, path: str | Path) -> tuple[Finding, ...]:
         """Check a deploy model against every rule that ATC is known to have.
@@ -330,6 +333,23 @@ def _grid_notes(found: QuantizedGraph) -> list[str]:
     ]
 
 
+def _coarse_biases(found: QuantizedGraph) -> Iterator[str]:
+    """A note where rounding a bias to its accumulator's steps changes it much, as at 2 bits."""
+    coarse = []
+    for layer in found.layers:
+        if layer.bias is not None:
+            steps = float(np.max(np.abs(layer.bias) / layer.accumulator_scale, initial=0.0))
+            if 0 < steps < _FEW_STEPS:
+                coarse.append(layer.name)
+    if coarse:
+        more = f" and {len(coarse) - 3} more" if len(coarse) > 3 else ""
+        yield (
+            f"{', '.join(coarse[:3])}{more}: the bias is rounded to integers of less than "
+            f"{_FEW_STEPS}, for so coarse are the scales of input and weight. The tool that wrote "
+            "the model has kept it in float: --float-bias (float_bias=True) does, too."
+        )
+
+
 def _refused(findings: Sequence[Finding]) -> Iterator[str]:
     """Errors that lint finds in a file of our own: what the model has, and CANN does not."""
     for finding in findings:
@@ -364,7 +384,11 @@ def _require_something_quantized(found: QuantizedGraph, model_file: Path) -> Non
 
 
 def _conversion(
-    found: QuantizedGraph, written: WrittenFiles, findings: Sequence[Finding]
+    found: QuantizedGraph,
+    written: WrittenFiles,
+    findings: Sequence[Finding],
+    *,
+    float_bias: bool,
 ) -> Conversion:
     names = [layer.name for layer in found.layers] + [layer.name for layer in found.recurrent]
     shifts = {f"{name}{SHIFT}": name for name in names if f"{name}{SHIFT}" in names}
@@ -386,6 +410,7 @@ def _conversion(
             *_device_notes(found.recurrent),
             *_wide_notes(found),
             *_refused(findings),
+            *(() if float_bias else _coarse_biases(found)),
         ),
     )
 

@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from lightning_qat.amct.record import parse_record
+from lightning_qat.export.convert_onnx import convert_qat_model
 from lightning_qat.export.protocol import UnsupportedByTarget
 from lightning_qat_exporters import CannExporter
 from tests.exporters.cann.qdq_files import net_file, saved
@@ -263,3 +264,17 @@ def test_float_weights_beside_a_grid_stay_float(tmp_path: Path) -> None:
     net, y = tensorflow(noise=1e-5)
     done = agreeing(net_file(net, tmp_path, y), X, 1e-4, grid_weights=True)
     assert done.layers == ("dense",)
+
+
+@pytest.mark.parametrize(("step", "told"), [(0.5, True), (0.001, False)])
+def test_a_bias_on_few_steps_is_told(step: float, told: bool, tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    weight = net.weight(rng().integers(-2, 2, (3, 4, 1, 1)), step)
+    # Steps of 0.05 * 0.5 = 0.025: the largest bias has 20 of them.
+    bias = net.constant(np.float32([0.5, -0.1, 0.0]))
+    source = net_file(net, tmp_path, net.node("Conv", net.fake("x", 0.05), weight, bias, name="c"))
+    for float_bias in (False, True):
+        done = convert_qat_model(source, tmp_path / "out", float_bias=float_bias)
+        notes = [note for note in done.notes if "--float-bias" in note]
+        assert len(notes) == (told and not float_bias)
+        assert all(note.startswith("c: the bias is rounded") for note in notes)
