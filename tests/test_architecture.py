@@ -30,10 +30,11 @@ CORE: Mapping[str, str] = {
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert atomic_write"
     ),
-    "cli": "numerics recipe model ir quantizers export convert checkpoint amct insight",
+    "report": "numerics model ir export prepare insight atomic_write",
+    "cli": "numerics recipe model ir quantizers export convert checkpoint amct insight report",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
-        "convert checkpoint"
+        "convert checkpoint report"
     ),
 }
 EXPORTERS: Mapping[str, str] = {

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_qat
-from lightning_qat import QATCallback, Recipe, convert, export, prepare
+from lightning_qat import convert, export, prepare
 from tests.tiny_module import TinyModule, random_loader
 
 ROOT = Path(__file__).parents[1]
@@ -132,25 +132,3 @@ def test_a_block_that_is_left_out_says_why() -> None:
         assert text.count("<!-- not run") == sum(
             found["why"] is not None for found in BLOCK.finditer(text)
         ), f"{page.relative_to(ROOT)}: `<!-- not run: REASON -->` stands right above a block"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.usefixtures("reader")
-def test_lightning_cli_takes_the_configuration_and_the_options_of_its_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cli = pytest.importorskip("lightning.pytorch.cli")
-    monkeypatch.setattr("sys.argv", ["main.py"])
-    page = (ROOT / "docs" / "lightning-cli.md").read_text(encoding="utf-8")
-    (configuration,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    Path("config.yaml").write_text(configuration, encoding="utf-8")
-    (options,) = re.findall(r"^python main.py fit (--trainer\S+ \S+)$", page, flags=re.MULTILINE)
-    for arguments, recipe in (
-        (["--config", "config.yaml"], Recipe(exclude=("stem",))),
-        (options.split(), Recipe.load("w4a8")),
-    ):
-        made = cli.LightningCLI(
-            TinyModule, run=False, args=arguments, seed_everything_default=False
-        )
-        (callback,) = (c for c in made.trainer.callbacks if isinstance(c, QATCallback))
-        assert callback.recipe == recipe

@@ -32,8 +32,12 @@ def test_the_digits_example_delivers_every_target(
     digits.main(seeds=1, out=tmp_path, epochs=2, qat=2)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"manifest.json", "digitsnet_qdq.onnx", "digitsnet_deploy_model.onnx"} <= names
-    assert "digitsnet.tflite" in names
+    assert {"digitsnet.tflite", "report.html"} <= names
     printed = capsys.readouterr().out
+    # All of the float model is in the one file that others are compared with.
+    assert not [name for name in names if name.endswith(".data")]
+    assert (tmp_path / "float.onnx").stat().st_size > 60_000
+    assert printed.endswith(f"The report: {(tmp_path / 'report.html').resolve()}\n")
     assert printed.count("numbers equal to the bit; 899 samples") == 3
     scores = re.findall(r"^  (.+?) +(\d+\.\d+) % +\d+\.\d+ %$", printed, flags=re.MULTILINE)
     assert len(scores) == 10

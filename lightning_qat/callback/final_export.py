@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ from lightning_qat.convert.convert import convert
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.manifest import ExportResult, export_all, refuse_repeated
 from lightning_qat.export.protocol import Exporter
+from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.report.page import REPORT, report_or_reason
 from lightning_qat.training.calibrate_unseen import calibrate_unseen
 
 
@@ -152,6 +154,7 @@ class Export:
         recorded: Any,
         recipe: Recipe,
         calibration_batches: int,
+        facts: Callable[[LightningModule], Mapping[str, Any]],
     ) -> tuple[ExportResult, ...]:
         """Convert a copy of the module and write every target; call it on the first process.
 
@@ -164,6 +167,7 @@ class Export:
             recipe: The recipe it was prepared with.
             calibration_batches: Batches before a network counts as quantized, to judge the best
                 checkpoint.
+            facts: What the report shall say of the run.
 
         Returns:
             One result for each target, with its error if it failed.
@@ -184,7 +188,7 @@ class Export:
             export_outputs=self._options.outputs,
         )
         check = self._options.verify
-        real = verification_inputs(quantized, pl_module, recorded) if check else None
+        real = verification_inputs(quantized, pl_module, recorded)
         with self._folder_for(trainer) as folder:
             say(
                 f"exporting {[e.name for e in self._loaded]} to {folder}; "
@@ -194,8 +198,14 @@ class Export:
             quantized.save(folder / f"{name}.pt2")
             source = None if real is None else "inputs of the first training batch"
             results = export_all(
-                quantized, self._loaded, folder, name, check=check, inputs=real, source=source
+                *(quantized, self._loaded, folder, name),
+                check=check,
+                inputs=real,
+                source=source,
+                training=_without_failing(facts, model),
             )
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                _report(folder, quantized, name, inputs=real, exporters=self._loaded, compare=check)
         for result in results:
             log_agreement(trainer, result)
         return results
@@ -271,6 +281,29 @@ class Export:
         else:
             assert isinstance(self._folder, Path)
             yield self._folder
+
+
+def _without_failing(
+    facts: Callable[[LightningModule], Mapping[str, Any]], model: LightningModule
+) -> Mapping[str, Any] | None:
+    """What the report shall say of the run; ``None``, and a warning, if that cannot be told."""
+    try:
+        return facts(model)
+    except Exception as error:  # of the export it must not cost
+        rank_zero_warn(
+            f"QAT: {REPORT} will say nothing of the training: {type(error).__name__}: {error}. "
+            "The exports do not depend on it."
+        )
+    return None
+
+
+def _report(folder: Path, model: QuantizedModel, name: str, **options: Any) -> None:
+    """Write the report; that it fails costs a warning."""
+    problem = report_or_reason(folder, model, name=name, **options)
+    if problem is None:
+        say(f"report: {folder / REPORT}")
+    else:
+        rank_zero_warn(f"QAT: {problem}")
 
 
 def _monitored(trainer: Trainer) -> ModelCheckpoint | None:

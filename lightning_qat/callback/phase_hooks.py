@@ -18,6 +18,7 @@ from lightning_qat.quantizers.observation_gate import ObservationGate
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 from lightning_qat.recipe.schedule import Phase, Schedule
+from lightning_qat.report.run_record import RunRecord
 from lightning_qat.training.phases import (
     apply_phase,
     release_batchnorms,
@@ -46,6 +47,7 @@ class PhaseHooks(Callback):
         self._weights = QuantizedWeightCache()
         self._commits = RangeCommits()
         self._gate = ObservationGate()
+        self._record = RunRecord()
 
     def on_phase_change(
         self, trainer: Trainer, pl_module: LightningModule, old: Phase | None, new: Phase
@@ -75,6 +77,7 @@ class PhaseHooks(Callback):
         use_weight_cache(pl_module, self._weights if pl_module.automatic_optimization else None)
         self._gate.open = False
         self._phases.leave_phase()
+        self._record = RunRecord()
         self._enter_phase(trainer, pl_module)
 
     @override
@@ -114,6 +117,7 @@ class PhaseHooks(Callback):
             self._commits.check()
         self._phases.count_batch()
         self._log.finish(trainer)
+        self._record.add(trainer.global_step, outputs)
 
     def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
         old = self._phases.phase
@@ -126,6 +130,7 @@ class PhaseHooks(Callback):
                 f"epoch {trainer.current_epoch}, step {trainer.global_step}: {new.name} "
                 f"({DESCRIPTIONS[new.name]})"
             )
+            self._record.enter(trainer.global_step, new.name)
             # To the loggers, at the change: self.log at every step costs more than the ranges.
             for logger in trainer.loggers:
                 logger.log_metrics({"qat/phase": float(new.index)}, step=trainer.global_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
 from lightning_qat.recipe.typed_dicts import RecipeKeys
+from lightning_qat.report.run_record import run_facts
 from lightning_qat.training.phases import check_memory, finish
 from lightning_qat.training.range_sync import activation_quantizers
 
@@ -374,6 +376,7 @@ class QATCallback(PhaseHooks):
                     self._inputs.training(),
                     self.recipe,
                     self.schedule.calibration_batches,
+                    partial(run_facts, report=self.report, record=self._record),
                 )
                 error = self._export.failure(self.delivered)
             except Exception as caught:

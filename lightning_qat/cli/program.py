@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = {
     "inspect": "show what a file quantizes and what it leaves float",
     "verify": "compare exported files with the converted model",
     "compare": "say where an exported file departs from the converted model",
+    "report": "write one page on an export: what was quantized, how well, where files differ",
     "convert": "convert a quantized ONNX model of any tool",
     "lint": "check a CANN deploy model, or a QDQ model for TensorRT",
     "run": "run a deploy or QDQ model in ONNX Runtime",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +50,7 @@ def export_all(
     check: bool = True,
     inputs: Any = None,
     source: str | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> tuple[ExportResult, ...]:
     """Export to every target and write ``manifest.json`` beside the files.
 
@@ -64,6 +65,7 @@ def export_all(
         check: Verify every artifact.
         inputs: What to verify with; the model's example inputs by default.
         source: Where these inputs are from, in words.
+        training: What the report shall say of the run, as primitives; ``None``: nothing is known.
 
     Returns:
         One entry per exporter, in their order.
@@ -81,6 +83,7 @@ def export_all(
         "input_shapes": {name: [*shape] for name, shape in model.input_shapes.items()},
         "outputs": model.output_names,
         "targets": {result.target: _entry(result, folder) for result in results},
+        **({} if training is None else {"training": training}),
     }
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

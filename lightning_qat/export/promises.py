@@ -70,6 +70,40 @@ def promises_of(model: QuantizedModel) -> tuple[Promise, ...]:
     return tuple(found)
 
 
+class FloatCall(NamedTuple):
+    """A layer or a join that computes in float.
+
+    Args:
+        place: Dotted path of the module that makes the call; empty for the root.
+        function: The name of its operator.
+        operands: How many tensors it reads.
+        in_float: How many of them are not quantized.
+    """
+
+    place: str
+    function: str
+    operands: int
+    in_float: int
+
+
+def float_calls(model: QuantizedModel) -> tuple[FloatCall, ...]:
+    """Every layer and every join of a model that reads a tensor in float, in the graph's order.
+
+    What depends on constants alone is left out, and so are the gates of recurrent layers.
+    """
+    layers = {layer.node for layer in model.layers}
+    recurrent = {call.name for call in model.recurrences}
+    found = []
+    for node in model.program.graph.nodes:
+        operator = None if node.name in layers else JOINS.get(aten_name(node))
+        if operator is None or module_path(node) in recurrent:
+            continue
+        keys = [key_behind(operand) for operand in operands_of(node, operator)]
+        if None in keys:
+            found.append(FloatCall(module_path(node), operator.name, len(keys), keys.count(None)))
+    return tuple(found)
+
+
 def broken_promises(model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
     """What a file does not compute on integers although the model promises it, in words.
 

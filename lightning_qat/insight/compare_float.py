@@ -16,13 +16,10 @@ from lightning_qat.export.compare.segments import segments
 from lightning_qat.export.compare.tensor_errors import grid_use, tensor_errors
 from lightning_qat.export.protocol import Array
 from lightning_qat.insight.recorder import RecordedModel
+from lightning_qat.insight.weights import float_weights, weight_rows
 from lightning_qat.ir.quantize_calls import QuantizeCall, call_name
 from lightning_qat.ir.quantized_model import QuantizedModel
-from lightning_qat.layers import QATLayer
 from lightning_qat.model.inputs import batch_of
-from lightning_qat.model.torch_compile import plain_path
-from lightning_qat.quantizers.names import weight_quantizer_name
-from lightning_qat.quantizers.weight import WeightQuantizer
 
 _OWN_WEIGHTS = "the same model in float"
 
@@ -72,7 +69,7 @@ def compare_trained(
 
     _take_weights(recorded.model, other)
     float_outputs = recorded.run(args, kwargs, keep, quantizing=False)
-    float_weights = dict(_weights(recorded.model))
+    real_weights = dict(float_weights(recorded.model))
     recorded.model.load_state_dict(trained)
     outputs = recorded.run(args, kwargs, accumulated, quantizing=True)
     own_outputs = recorded.run(args, kwargs, alone, quantizing=True)
@@ -81,7 +78,7 @@ def compare_trained(
         f"the quantized {type(model).__name__}",
         max(batch_of((args, kwargs)), 1),
         (*rows.values(), *_output_rows(float_outputs, outputs, own_outputs, known)),
-        tuple(_weight_rows(recorded.model, float_weights)),
+        tuple(weight_rows(recorded.model, real_weights)),
     )
 
 
@@ -149,29 +146,6 @@ def _take_weights(model: nn.Module, other: nn.Module | None) -> None:
             "that training began with, or leave it out to compare with the trained float weights."
         )
     model.load_state_dict(state, strict=False)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight with a quantizer, by its key."""
-    for path, layer in model.named_modules():
-        if isinstance(layer, QATLayer):
-            for name in layer.weight_names(layer):
-                key = f"{plain_path(path)}.{name}".lstrip(".")
-                yield key, getattr(layer, name).detach().clone()
-
-
-def _weight_rows(model: nn.Module, real: Mapping[str, Tensor]) -> Iterator[ComparedTensor]:
-    for path, layer in model.named_modules():
-        if not isinstance(layer, QATLayer):
-            continue
-        for name in layer.weight_names(layer):
-            quantizer = getattr(layer, weight_quantizer_name(name))
-            if isinstance(quantizer, WeightQuantizer):
-                key = f"{plain_path(path)}.{name}".lstrip(".")
-                weight = getattr(layer, name).detach()
-                step = float(quantizer.qparams(weight).scale.max())
-                errors = tensor_errors(real[key].numpy(), quantizer(weight).numpy(), step)
-                yield ComparedTensor(key, plain_path(path), errors)
 
 
 def _output_rows(

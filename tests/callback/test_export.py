@@ -45,7 +45,9 @@ def test_fit_leaves_files_and_a_manifest_and_the_live_model_as_it_was(
 
     run = trainer(callback, Last())
     run.fit(net, loader())
-    assert {path.name for path in out.iterdir()} == {"net.pt2", "net_qdq.onnx", "manifest.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *("net.pt2", "net_qdq.onnx", "manifest.json", "report.html")
+    }
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["targets"]["fake_quant_onnx"]["agreement"]["parameters_equal"] is True
     assert callback.delivered[0].agreement is not None

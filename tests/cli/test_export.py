@@ -17,6 +17,7 @@ from lightning_qat.convert.convert import convert
 from lightning_qat.export.manifest import MANIFEST
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.report.page import REPORT
 from lightning_qat_exporters import CannExporter
 from tests.cli.checkpoints import write_checkpoint
 from tests.cli.conftest import Command
@@ -57,7 +58,7 @@ def test_a_checkpoint_becomes_the_files_that_training_exports(
     assert f"  model: {out / 'tinymodule_deploy_model.onnx'}" in done.out
     assert {path.name for path in out.iterdir()} == {
         *("tinymodule_deploy_model.onnx", "tinymodule_fake_quant_model.onnx"),
-        *("tinymodule_record.txt", "tinymodule_qdq.onnx", "tinymodule.pt2", MANIFEST),
+        *("tinymodule_record.txt", "tinymodule_qdq.onnx", "tinymodule.pt2", MANIFEST, REPORT),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,8 @@ def export(
 
       lightning-qat export runs/last.ckpt --module package.net.Net --to cann,tflite --out results
 
-    writes results/net.pt2, the files of both targets and results/manifest.json.
+    writes results/net.pt2, the files of both targets, results/manifest.json and a page for people,
+    results/report.html.
 
       lightning-qat export results/net.pt2 --to fake_quant_onnx --out results
 
@@ -72,6 +74,7 @@ def export(
     the others written, or if a file's numbers are not the model's.
     """
     from lightning_qat.export.manifest import MANIFEST, export_all
+    from lightning_qat.report.page import REPORT, report_or_reason
 
     exporters = available(to)
     options = CheckpointOptions(module, init_args, config, example_inputs, trust)
@@ -82,11 +85,16 @@ def export(
         model.save(out / f"{beginning}.pt2")
     say(f"exporting to {', '.join(exporter.name for exporter in exporters)}")
     results = export_all(model, exporters, out, beginning)
+    no_report = report_or_reason(out, model, name=beginning, exporters=exporters)
+    if no_report is not None:
+        print(f"lightning-qat export: {no_report}", file=sys.stderr)
     if as_json:
         print((out / MANIFEST).read_text(encoding="utf-8"), end="")
     else:
         print("\n".join(_lines(results)))
         print(f"manifest: {out / MANIFEST}")
+        if no_report is None:
+            print(f"report: {out / REPORT}")
     return FINE if all(map(_is_fine, results)) else FOUND
 
 

@@ -15,6 +15,7 @@ from lightning_qat.insight.sensitivity.calibrate import calibrate
 from lightning_qat.insight.sensitivity.consumers import called_quantizers, give_own_quantizers
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.inputs import Inputs
+from lightning_qat.numerics.multiplications import multiplications
 from lightning_qat.quantizers import names
 from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
 from lightning_qat.quantizers.base import Quantizer
@@ -331,10 +332,11 @@ def _counting(calls: dict[str, int], unit: Unit) -> Any:
             weight = getattr(module, "weight", None)
             if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor):
                 count = 0
-            elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-                count = weight.numel() * args[0].numel() // max(1, weight.shape[0])
             else:
-                count = weight.numel() * output.numel() // max(1, weight.shape[0])
+                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+                count = multiplications(
+                    weight.shape, args[0].shape, output.shape, transposed=transposed
+                )
         elif args and isinstance(args[0], Tensor) and args[0].dim():
             # Recurrent layers and attention: every step multiplies with every weight.
             count = unit.weights * math.prod(args[0].shape[:-1])

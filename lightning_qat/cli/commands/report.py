@@ -1,0 +1,54 @@
+"""``lightning-qat report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lightning_qat.cli.arrays import model_inputs
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.console import say
+
+
+@command("report")
+@click.argument("folder", type=FILE)
+@click.option(
+    "--model",
+    type=FILE,
+    metavar="MODEL.pt2",
+    help="The converted model.  [default: the one in FOLDER]",
+)
+@click.option(
+    "--inputs",
+    type=FILE,
+    metavar="FILE.npz",
+    help="An array per input of the model, by its name.  [default: the model's example inputs]",
+)
+@json_option
+def report(folder: Path, model: Path | None, inputs: Path | None, as_json: bool) -> int:
+    """Write one page on an export: what was quantized, how well, and where its files differ.
+
+    FOLDER is what an export has written: manifest.json, the converted model (.pt2) and the files.
+    The page is FOLDER/report.html. It holds everything that it shows, and opens in any browser.
+
+      lightning-qat report results --inputs real.npz
+
+    Nothing is exported anew, and the manifest stays as it is. The exit code is 1 if a file of the
+    manifest is missing or is not what was exported; the page names it.
+    """
+    from lightning_qat.report.folder import find_model, load_model, read_manifest
+    from lightning_qat.report.page import write_report
+
+    manifest = read_manifest(folder)
+    path = model or find_model(folder, manifest)
+    converted = load_model(path, manifest)
+    given = None if inputs is None else model_inputs(converted, inputs)
+    say(f"reporting on {path}")
+    written, gone = write_report(folder, converted, name=path.stem, inputs=given)
+    if as_json:
+        print(json.dumps({"report": str(written), "files": list(gone)}, indent=2))
+    else:
+        print("\n".join([*gone, f"report: {written}"]))
+    return FOUND if gone else FINE

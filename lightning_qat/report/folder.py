@@ -1,0 +1,77 @@
+"""An export folder as a report finds it: its manifest, and the converted model of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_qat.export.manifest import MANIFEST
+from lightning_qat.ir.quantized_model import QuantizedModel
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``export_all`` has written to a folder.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+        ValueError: It is none.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There must be a {MANIFEST} in {str(folder)!r}, as QATCallback(exporters=...) and "
+            "lightning-qat export write it; there is none. Name the folder with the exported files."
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}. Export again.") from error
+    if not isinstance(found, dict) or not isinstance(found.get("targets"), dict):
+        raise ValueError(f"{str(path)!r} is no manifest of an export: it lists no targets.")
+    return found
+
+
+def find_model(folder: Path, manifest: dict[str, Any]) -> Path:
+    """The ``.pt2`` that the files of a folder were made of.
+
+    Raises:
+        FileNotFoundError: There is none, or several that may be it.
+    """
+    found = sorted(folder.glob("*.pt2"))
+    files = [
+        str(file["path"])
+        for entry in manifest["targets"].values()
+        for file in entry.get("files", {}).values()
+    ]
+    named = [path for path in found if any(file.startswith(path.stem) for file in files)]
+    # The longest name: net_large.onnx is not of net.pt2 where there is a net_large.pt2.
+    longest = max((len(path.stem) for path in named), default=0)
+    candidates = [path for path in named if len(path.stem) == longest] or found
+    if len(candidates) == 1:
+        return candidates[0]
+    got = ", ".join(path.name for path in found) or "none"
+    raise FileNotFoundError(
+        f"The converted model (.pt2) of {str(folder)!r} must be known; the folder holds {got}. "
+        "Name it: lightning-qat report FOLDER --model net.pt2. Without it, "
+        "lightning-qat export CHECKPOINT makes it anew."
+    )
+
+
+def load_model(path: Path, manifest: dict[str, Any]) -> QuantizedModel:
+    """Read a converted model, and make sure that it is the manifest's.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no converted model, or another one.
+    """
+    model = QuantizedModel.load(path)
+    of_model = [*model.input_names], [*model.output_names]
+    of_files = manifest.get("inputs"), manifest.get("outputs")
+    if of_model != of_files:
+        raise ValueError(
+            f"{str(path)!r} must be the model that the manifest's files were made of; it has the "
+            f"inputs and outputs {of_model[0]} and {of_model[1]}, they have {of_files[0]} and "
+            f"{of_files[1]}. Name the right one with --model."
+        )
+    return model

@@ -1,0 +1,77 @@
+"""A folder that lacks what a report is made of says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_qat.convert.convert import convert
+from lightning_qat.report.folder import find_model, load_model, read_manifest
+from lightning_qat.report.page import report_or_reason
+from tests.models import linear, trained
+from tests.report.conftest import Exported
+
+
+def test_a_folder_without_a_manifest_says_what_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"must be a manifest\.json .* lightning-qat export"
+    ):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"targets": 1}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def _manifest(*files: str) -> dict[str, object]:
+    listed = {str(n): {"path": file} for n, file in enumerate(files)}
+    return {"targets": {"one": {"files": listed}, "failed": {"error": "no"}}}
+
+
+def test_the_model_is_found_by_the_files_names(tmp_path: Path) -> None:
+    for name in ("net.pt2", "net_large.pt2", "other.pt2"):
+        (tmp_path / name).touch()
+    assert find_model(tmp_path, _manifest("net_large_qdq.onnx")).name == "net_large.pt2"
+    assert find_model(tmp_path, _manifest("net_qdq.onnx")).name == "net.pt2"
+    with pytest.raises(FileNotFoundError, match=r"net.pt2, net_large.pt2, other.pt2.*--model"):
+        find_model(tmp_path, _manifest("x.onnx"))
+
+
+def test_a_renamed_model_is_found_where_it_is_the_only_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds none.*--model net\.pt2"):
+        find_model(tmp_path, _manifest("net.onnx"))
+    (tmp_path / "renamed.pt2").touch()
+    assert find_model(tmp_path, _manifest("net.onnx")).name == "renamed.pt2"
+
+
+def test_another_models_manifest_is_refused(exported: Exported, tmp_path: Path) -> None:
+    x = torch.randn(2, 6)
+    convert(trained(linear(), x), x).save(tmp_path / "other.pt2")
+    with pytest.raises(ValueError, match=r"inputs and outputs \['input'\].*they have \['x'\]"):
+        load_model(tmp_path / "other.pt2", read_manifest(exported.folder))
+
+
+def test_a_failing_report_is_a_sentence_with_the_command_for_later(
+    exported: Exported, tmp_path: Path
+) -> None:
+    reason = report_or_reason(tmp_path, exported.model)
+    assert reason is not None
+    assert reason.startswith("report.html is not written: FileNotFoundError: ")
+    assert reason.endswith(f"To make it later: lightning-qat report {tmp_path}")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_nothing_but_the_page_is_written(exported: Exported, tmp_path: Path) -> None:
+    for file in exported.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = {file.name for file in tmp_path.iterdir()}
+    manifest = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
+    assert report_or_reason(tmp_path, exported.model, name="net") is None
+    assert {file.name for file in tmp_path.iterdir()} == before | {"report.html"}
+    assert read_manifest(tmp_path) == manifest
