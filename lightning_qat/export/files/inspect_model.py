@@ -20,6 +20,7 @@ from lightning_qat.export.promises import JOINS, aten_name, key_behind, operands
 from lightning_qat.ir.exported_program import module_path
 from lightning_qat.ir.ops import layer_of_weight_key, layer_operands
 from lightning_qat.ir.quantized_model import QuantizedModel, QuantizedTensor
+from lightning_qat.numerics.multiplications import multiplications
 
 _PRODUCTS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul bmm mm "
@@ -90,10 +91,8 @@ def _macs(node: fx.Node, name: str) -> int | None:
     made, source, weight = (_shape(n) for n in (node, *node.args[first : first + 2]))
     if made is None or source is None or weight is None:
         return None
-    if name.startswith("conv_transpose"):
-        return math.prod(source) * math.prod(weight[1:])
     if name.startswith("conv"):
-        return math.prod(made) * math.prod(weight[1:])
+        return multiplications(weight, source, made, transposed="transpose" in name)
     return math.prod(made) * source[-1]
 
 
