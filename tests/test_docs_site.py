@@ -123,5 +123,5 @@ def test_the_site_is_built_without_a_warning() -> None:
         [sys.executable, "docs/build.py"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    assert "No issues found" in built.stdout
+    assert "No issues found" in built.stdout + built.stderr
     assert (ROOT / "site" / "quickstart" / "index.html").is_file()
