@@ -124,17 +124,15 @@ class _Builder:
         return Box(label, detail, self._kind(chain), row)
 
     def _kind(self, chain: _Chain) -> Literal["integer", "float", "other"]:
-        kind: Literal["integer", "float", "other"] = "other"
+        """How the first call of a box computes that does not merely hand values on."""
         for node in chain.nodes:
             operator = JOINS.get(aten_name(node))
             if node.name in self._layers:
-                kind = "integer"
-            elif operator is not None:
-                operands = operands_of(node, operator)
-                if any(key_behind(operand) is None for operand in operands):
-                    return "float"
-                kind = "integer"
-        return kind
+                return "integer"
+            if operator is not None:
+                keys = [key_behind(operand) for operand in operands_of(node, operator)]
+                return "float" if None in keys else "integer"
+        return "other"
 
 
 def _is_quantization(node: fx.Node) -> bool:
