@@ -26,6 +26,8 @@ PAGES_OF_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributin
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 """A target in the repository, and its anchor, in ``[text](target#anchor)``."""
 
+PICTURES = (".svg", ".png")
+
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".c": "c", ".ipynb": "json"}
 
 
@@ -43,7 +45,7 @@ def stage() -> list[str]:
     for page, place in pages().items():
         text = page.read_text(encoding="utf-8")
         write(place, with_links_of_the_site(text, page, place, sources, problems))
-    for picture in DOCS.rglob("*.svg"):
+    for picture in (file for file in DOCS.rglob("*") if file.suffix in PICTURES):
         (STAGED / picture.relative_to(DOCS)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, STAGED / picture.relative_to(DOCS))
     for source in sources:
@@ -79,7 +81,7 @@ def with_links_of_the_site(
             return link[0]
         if target in places:
             new = places[target]
-        elif target.is_relative_to(DOCS) and target.suffix == ".svg":
+        elif target.is_relative_to(DOCS) and target.suffix in PICTURES:
             new = target.relative_to(DOCS)
         else:
             sources.add(target)
