@@ -19,7 +19,7 @@ CORE: Mapping[str, str] = {
     "ir": "numerics atomic_write",
     "quantizers": "numerics recipe model function_hooks ir",
     "export": "numerics recipe model ir atomic_write",
-    "layers": "numerics recipe function_hooks quantizers",
+    "layers": "numerics recipe model function_hooks quantizers",
     "training": "numerics recipe model function_hooks quantizers layers",
     "joins": "numerics recipe model function_hooks quantizers layers",
     "prepare": "recipe model quantizers layers training joins",

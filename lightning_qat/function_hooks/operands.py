@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qat.function_hooks.function_table import FunctionTraits
 from lightning_qat.function_hooks.quantizer_protocol import InputQuantizer
+from lightning_qat.model.module_input import as_module_input
 
 _KEYWORDS = (
     ("mat1", "batch1", "input", "self", "query", "tensors"),
@@ -44,7 +45,7 @@ def quantize_operands(
         if known.trait == "concat" and isinstance(value, list | tuple):
             holder[slot] = quantizer.quantize_tied([_float_tensor(item) for item in value])
         else:
-            holder[slot] = quantizer(_float_tensor(value))
+            holder[slot] = quantizer(as_module_input(_float_tensor(value)))
     return tuple(new_args), new_kwargs
 
 

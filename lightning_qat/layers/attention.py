@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_qat.function_hooks.running import hide_from_all_modes
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.linear import LinearQAT
+from lightning_qat.model.module_input import as_module_input
 from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import LayerSpec
@@ -59,7 +60,7 @@ class ProjectionQAT(QATLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the fake-quantized input with the fake-quantized weight."""
         x: Tensor = self.input_quantizer(input, saves_input=True)
-        weight: Tensor = self.weight_quantizer(self.weight)
+        weight: Tensor = self.weight_quantizer(as_module_input(self.weight))
         with saving_int_repr(x, weight):
             return functional.linear(x, weight, self.bias)
 

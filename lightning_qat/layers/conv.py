@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.layers._layer import QATLayer
+from lightning_qat.model.module_input import as_module_input
 from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 
@@ -65,7 +66,7 @@ class _ConvQAT(QATLayer):
             # A user's, which makes a weight of its own: the plan quantizes what it convolves.
             return convolution._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
         x: Tensor = self.input_quantizer(input, saves_input=True)
-        weight: Tensor = self.weight_quantizer(self.weight)
+        weight: Tensor = self.weight_quantizer(as_module_input(self.weight))
         with saving_int_repr(x, weight):
             output: Tensor = convolution._conv_forward(x, weight, self.bias)
         return output

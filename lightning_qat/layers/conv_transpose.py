@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lightning_qat.layers._layer import QATLayer
 from lightning_qat.layers.conv import Size
+from lightning_qat.model.module_input import as_module_input
 from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 
@@ -87,7 +88,7 @@ class _ConvTransposeQAT(QATLayer):
             layer.dilation,
         )
         x: Tensor = self.input_quantizer(input, saves_input=True)
-        weight: Tensor = self.weight_quantizer(self.weight)
+        weight: Tensor = self.weight_quantizer(as_module_input(self.weight))
         with saving_int_repr(x, weight):
             output: Tensor = _FUNCTIONS[len(layer.kernel_size)](
                 x,

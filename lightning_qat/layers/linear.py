@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_qat.layers._layer import QATLayer
+from lightning_qat.model.module_input import as_module_input
 from lightning_qat.numerics.int_repr import saving_int_repr
 from lightning_qat.recipe.recipe import Recipe
 
@@ -51,6 +52,6 @@ class LinearQAT(nn.Linear, QATLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the fake-quantized input with the fake-quantized weight."""
         x: Tensor = self.input_quantizer(input, saves_input=True)
-        weight: Tensor = self.weight_quantizer(self.weight)
+        weight: Tensor = self.weight_quantizer(as_module_input(self.weight))
         with saving_int_repr(x, weight):
             return functional.linear(x, weight, self.bias)

@@ -103,6 +103,17 @@ def is_in_backward() -> bool:
     return task is not None and task() != -1
 
 
+def all_modules_are_hooked() -> bool:
+    """Whether hooks see the calls of every module now, as those of torch's FLOP counter do.
+
+    Uses ``torch.nn.modules.module._has_any_global_hook``. Without it the answer is always False:
+    Lightning's model summary then fails on attention with an example input, because the FLOP
+    counter asks views of parameters for a gradient that they cannot have.
+    """
+    hooked = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
+    return hooked is not None and bool(hooked())
+
+
 def without_function_modes() -> AbstractContextManager[object]:
     """Run torch functions without any ``TorchFunctionMode``.
 

@@ -7,8 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.joins.apply import plan_of
 from lightning_qat.training.range_sync import activation_quantizers
@@ -118,6 +120,36 @@ def test_a_model_summary_and_a_logged_graph_are_not_observed(
     run = trainer(qat(), logger=Graph(tmp_path), enable_model_summary=True, log_every_n_steps=1)
     run.fit(net, loader())
     assert ranges(net)[0][1] <= largest(loader())
+
+
+def test_a_model_summary_counts_the_operations_of_rows_of_a_weight(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    # Lightning's FLOP counter asks each input of a module for its gradient, under no_grad, where a
+    # view of a parameter requires one and has none.
+    class Views(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = torch.zeros(2, 3, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.w = nn.Parameter(torch.randn(8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attention(x, x, x)[0]
+            return F.linear(y @ self.w[:, :4], self.w.t()[:3, :4])
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            return self(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    net, callback = Views(), qat()
+    run = trainer(callback, enable_model_summary=True)
+    run.fit(net, DataLoader(TensorDataset(torch.randn(8, 3, 8)), batch_size=4))
+    assert callback.report is not None
+    assert [layer.name for layer in callback.report.swapped] == ["attention"]
+    assert run.global_step > 0
 
 
 def test_the_plan_of_a_resumed_run_is_the_checkpoints(

@@ -85,6 +85,15 @@ def test_a_backward_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [True, False]
 
 
+def test_hooks_on_all_modules_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch_private.all_modules_are_hooked()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert torch_private.all_modules_are_hooked()
+    monkeypatch.delattr(nn.modules.module, "_has_any_global_hook")
+    assert not torch_private.all_modules_are_hooked()
+    handle.remove()
+
+
 def test_without_a_way_to_disable_modes_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "DisableTorchFunction")
     with pytest.raises(RuntimeError, match=r"torch\._C\.DisableTorchFunction"):
