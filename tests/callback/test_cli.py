@@ -8,6 +8,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from examples import cli as example_cli
 from lightning_qat import ActivationSpec, QATCallback, Recipe, Schedule, WeightSpec
 from lightning_qat.recipe.recipe import PRESETS
 from lightning_qat.recipe.typed_dicts import ActivationKeys, RecipeKeys, WeightKeys
@@ -179,10 +180,7 @@ def test_the_example_configuration_trains_and_exports(
 ) -> None:
     example = Path(__file__).parents[2] / "examples" / "cli.yaml"
     monkeypatch.chdir(tmp_path)
-    cli = LightningCLI(
-        args=["fit", "--config", str(example), "--trainer.max_epochs", "2"],
-        save_config_callback=None,
-    )
+    cli = example_cli.main(["fit", "--config", str(example), "--trainer.max_epochs", "2"])
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, QATCallback)]  # type: ignore[attr-defined]
     assert [result.error for result in callback.delivered] == [None, None]
     assert (tmp_path / "qat_export" / "manifest.json").is_file()
