@@ -10,6 +10,7 @@ the result against the rules that ATC is known to have, and both files run on th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -29,7 +30,7 @@ class Images(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, images: torch.Tensor, batch: int = 64) -> None:
         self.batches = iter(torch.split(images, batch))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> Any:  # a dictionary, or None at the end
         batch = next(self.batches, None)
         return None if batch is None else {"x": batch.numpy()}
 
@@ -76,7 +77,7 @@ def main(epochs: int = 20, out: Path = Path("qat_export")) -> tuple[float, float
     x, y = data.test_x.numpy(), data.test_y.numpy()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    (theirs,) = ort.InferenceSession(model_file, options).run(None, {"x": x})
+    theirs = np.asarray(ort.InferenceSession(model_file, options).run(None, {"x": x})[0])
     (ours,) = CannExporter().run_file(deploy, {"x": x}).values()
     same = 100 * float(np.mean(theirs.argmax(1) == ours.argmax(1)))
     accuracy = 100 * float(np.mean(ours.argmax(1) == y))
