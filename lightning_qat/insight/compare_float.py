@@ -43,8 +43,9 @@ def compare_trained(
 
     def keep(name: str, x: Tensor) -> Tensor:
         if x.is_floating_point():
-            real[name] = x
-        return x
+            real[name] = x.clone()
+        # A tensor of its own, as a quantizer returns: the same calls find the same tensors.
+        return x.clone()
 
     def accumulated(name: str, x: Tensor) -> Tensor:
         key = name.split("@")[0]

@@ -246,3 +246,20 @@ def test_several_inputs_and_nested_outputs(tmp_path: object) -> None:
     assert comparison.departure is None
     assert comparison.judgement == "Every layer computes what the model does."
     assert not np.isnan([t.own.mse for t in comparison.tensors if t.own]).any()
+
+
+def test_a_quantized_tensor_that_is_sliced_and_read_again_has_the_same_rows() -> None:
+    class Pooler(nn.Module):
+        """As BERT's: its first token is read again by a quantizer of the whole sequence."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.dense = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.norm(self.dense(x) + x)
+            return hidden, torch.tanh(self.dense(hidden[:, 0]))
+
+    x = torch.randn(4, 5, 8)
+    comparison = compare(trained(Pooler(), x), None, x)
+    assert all(t.own is not None and t.own.sqnr_db > 20 for t in comparison.tensors)
