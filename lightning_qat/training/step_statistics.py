@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,9 +61,7 @@ class StepStatistics:
         self._handles: list[Any] = []
         if not is_compiled(model):
             self._handles = [
-                quantizer.register_forward_pre_hook(
-                    lambda module, args, name=name: self._look(name, module, args[0])
-                )
+                quantizer.register_forward_pre_hook(partial(self._look, name))
                 for name, quantizer in self._quantizers.items()
             ]
 
@@ -89,7 +88,8 @@ class StepStatistics:
             handle.remove()
         self._handles = []
 
-    def _look(self, name: str, quantizer: ActivationQuantizer, x: Tensor) -> None:
+    def _look(self, name: str, quantizer: Any, args: tuple[Any, ...]) -> None:
+        x = args[0]
         if is_compiling() or not (quantizer.calibrated and quantizer.quantizing and x.numel()):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
