@@ -55,7 +55,8 @@ def export_all(
     """Export to every target and write ``manifest.json`` beside the files.
 
     A target that fails does not keep the others from being written; its error is in the result and
-    in the manifest.
+    in the manifest. Targets that a manifest in the folder has of the same model, by its
+    ``fingerprint``, stay in it; those of another model do not.
 
     Args:
         model: The converted model.
@@ -75,19 +76,35 @@ def export_all(
     """
     refuse_repeated(exporters)
     results = tuple(_export_one(model, e, folder / name, check, inputs, source) for e in exporters)
+    earlier = _earlier(folder / MANIFEST, model)
+    training = earlier.get("training") if training is None else training
     manifest = {
+        "model": model.fingerprint,
         "versions": _versions(),
         "python": platform.python_version(),
         "recipe": model.recipe,
         "inputs": model.input_names,
         "input_shapes": {name: [*shape] for name, shape in model.input_shapes.items()},
         "outputs": model.output_names,
-        "targets": {result.target: _entry(result, folder) for result in results},
+        "targets": {
+            **earlier.get("targets", {}),
+            **{result.target: _entry(result, folder) for result in results},
+        },
         **({} if training is None else {"training": training}),
     }
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _earlier(path: Path, model: QuantizedModel) -> dict[str, Any]:
+    """What a manifest says of the same model; empty where there is none, or of another one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    same = isinstance(found, dict) and found.get("model") == model.fingerprint
+    return found if same else {}
 
 
 def refuse_repeated(exporters: Sequence[Exporter]) -> None:

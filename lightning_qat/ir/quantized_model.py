@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -157,6 +158,17 @@ class QuantizedModel:
                 path = layer_of_weight_key(weight.key)
                 found.append(QuantizedLayer(path, source.key, weight.key, bias, node.name))
         return tuple(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all numbers, with their names: the same again for a file that was loaded."""
+        digest = hashlib.sha256(repr((self.input_names, self.output_names)).encode())
+        constants = {**self.program.state_dict, **self.program.constants}
+        for name, value in sorted(constants.items()):
+            if isinstance(value, Tensor):
+                digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+                digest.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def input_shapes(self) -> Mapping[str, tuple[Size, ...]]:

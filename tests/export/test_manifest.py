@@ -148,3 +148,36 @@ def test_two_targets_of_one_name_do_not_overwrite_each_other(
 def test_the_folder_is_made(converted: QuantizedModel, tmp_path: Path) -> None:
     export_all(converted, [Failing()], tmp_path / "a" / "b", "net")
     assert manifest(tmp_path / "a" / "b")["targets"].keys() == {"failing"}
+
+
+def test_a_later_export_of_the_same_model_adds_to_the_manifest(
+    converted: QuantizedModel, tmp_path: Path
+) -> None:
+    export_all(converted, [Text("first")], tmp_path, "net", training={"phases": []})
+    converted.save(tmp_path / "net.pt2")
+    loaded = QuantizedModel.load(tmp_path / "net.pt2")
+    export_all(loaded, [FakeQuantOnnxExporter()], tmp_path, "net")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert list(manifest["targets"]) == ["text", "fake_quant_onnx"]
+    assert manifest["targets"]["text"]["notes"] == ["first"]
+    assert manifest["training"] == {"phases": []}
+    export_all(loaded, [Text("again")], tmp_path, "net")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["targets"]["text"]["notes"] == ["again"]
+    assert set(manifest["targets"]) == {"text", "fake_quant_onnx"}
+
+
+@pytest.mark.parametrize("earlier", ["another model", "no JSON", "a list"])
+def test_a_manifest_of_anything_else_is_replaced(
+    earlier: str, converted: QuantizedModel, tmp_path: Path
+) -> None:
+    if earlier == "another model":
+        x = inputs_for("linear")
+        other = convert(trained(linear(), x), x)
+        assert other.fingerprint != converted.fingerprint
+        export_all(other, [FakeQuantOnnxExporter()], tmp_path, "net", check=False)
+    else:
+        (tmp_path / "manifest.json").write_text("{" if earlier == "no JSON" else "[1]")
+    export_all(converted, [Text()], tmp_path, "net")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert list(manifest["targets"]) == ["text"]
