@@ -31,10 +31,12 @@ CORE: Mapping[str, str] = {
         "convert atomic_write"
     ),
     "report": "numerics model ir export prepare insight atomic_write",
-    "cli": "numerics recipe model ir quantizers export convert checkpoint amct insight report",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert checkpoint report"
+    ),
+    "cli": (
+        "numerics recipe model ir quantizers export convert checkpoint amct insight report callback"
     ),
 }
 EXPORTERS: Mapping[str, str] = {

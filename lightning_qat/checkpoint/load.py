@@ -47,6 +47,17 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
             torch does not load unless ``weights_only=False`` says that it is trusted.
         RuntimeError: The checkpoint's weights do not fit the module.
     """
+    return _loaded(cls, path, kwargs, float_too=False)
+
+
+def load_float_or_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> _Module:
+    """As ``load_qat_checkpoint``, and a checkpoint of a float model as Lightning loads it."""
+    return _loaded(cls, path, kwargs, float_too=True)
+
+
+def _loaded(
+    cls: type[_Module], path: str | Path, kwargs: Mapping[str, Any], *, float_too: bool
+) -> _Module:
     if not hasattr(cls, "load_from_checkpoint"):
         raise TypeError(
             f"load_qat_checkpoint takes a LightningModule class; got {cls!r}. For a plain module "
@@ -55,7 +66,7 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
     _require_torchs_format(path)
     loading: Any = cls
     try:
-        with _prepared_on_load(loading):
+        with _prepared_on_load(loading, float_too=float_too):
             return cast(_Module, loading.load_from_checkpoint(path, **kwargs))
     except FileNotFoundError:
         raise
@@ -126,7 +137,7 @@ def _require_torchs_format(path: str | Path) -> None:
 
 
 @contextmanager
-def _prepared_on_load(cls: Any) -> Iterator[None]:
+def _prepared_on_load(cls: Any, *, float_too: bool) -> Iterator[None]:
     """For a while, every module of a class gets its QAT layers before its weights are loaded.
 
     on_load_checkpoint is the one hook in between. A subclass with a hook would not do: LightningCLI
@@ -136,6 +147,8 @@ def _prepared_on_load(cls: Any) -> Iterator[None]:
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         inherited(self, checkpoint)
+        if float_too and not is_quantized(checkpoint["state_dict"]):
+            return
         newer = version_problem(checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {}))
         if newer is not None:
             raise ValueError(newer)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_qat.cli.arrays import example_inputs
 from lightning_qat.cli.console import say
-from lightning_qat.cli.module_class import LightningConfig, imported_class, plain_arguments
+from lightning_qat.cli.module_class import LightningConfig
+from lightning_qat.cli.trained_module import (
+    module_class,
+    recipe_of,
+    require_checkpoint,
+    trained_module,
+)
 
 if TYPE_CHECKING:
     from lightning_qat.ir.quantized_model import QuantizedModel
@@ -66,20 +72,21 @@ def load_converted(path: Path, options: CheckpointOptions) -> tuple[QuantizedMod
 
 
 def _from_checkpoint(path: Path, options: CheckpointOptions) -> tuple[QuantizedModel, str]:
-    _require_file(path)
+    require_checkpoint(path, " or a converted model (.pt2)")
     config = None if options.config is None else LightningConfig(options.config)
-    class_path = options.module or (config.class_path if config else None)
-    if class_path is None:
-        raise ValueError(
-            f"{str(path)!r} is a checkpoint, whose module must be named: --module "
-            "package.file.Class, or --config with a class_path under model."
-        )
-    cls = imported_class(class_path)
-    arguments: dict[str, Any] = config.arguments(cls) if config else {}
-    if options.init_args is not None:
-        arguments |= plain_arguments(options.init_args)
-    say(f"loading {path}")
-    module, recipe = _loaded(cls, path, arguments, trust=options.trust)
+    cls = module_class(path, options.module, config)
+
+    from lightning_qat.checkpoint.load import load_qat_checkpoint
+
+    module = trained_module(
+        cls,
+        path,
+        load_qat_checkpoint,
+        init_args=options.init_args,
+        config=config,
+        trust=options.trust,
+    )
+    recipe = recipe_of(path, trust=options.trust)
 
     from lightning_qat.convert.capture import CaptureError
     from lightning_qat.convert.convert import convert
@@ -98,39 +105,6 @@ def _from_checkpoint(path: Path, options: CheckpointOptions) -> tuple[QuantizedM
     except CaptureError as error:
         raise ValueError(str(error)) from error
     return model, cls.__name__.lower()
-
-
-def _require_file(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(
-            f"{str(path)!r} is a folder, as sharded strategies write checkpoints. Make one file of "
-            "it: python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There must be a checkpoint or a converted model (.pt2) at {str(path)!r}; no file is "
-            "there."
-        )
-
-
-def _loaded(cls: type[Any], path: Path, arguments: dict[str, Any], *, trust: bool) -> Any:
-    """The module, and the recipe that the checkpoint was trained with."""
-    from lightning_qat.checkpoint.load import load_qat_checkpoint, stored_recipe
-
-    try:
-        module = load_qat_checkpoint(
-            cls, path, map_location="cpu", weights_only=not trust, **arguments
-        )
-        return module, stored_recipe(path, weights_only=not trust)
-    except (ValueError, OSError) as error:
-        told = str(error).replace("pass weights_only=False", "add --trust")
-        raise ValueError(told) from error
-    except Exception as error:  # the user's constructor runs in it
-        raise ValueError(
-            f"{cls.__name__} cannot be made and loaded from {str(path)!r}: "
-            f"{type(error).__name__}: {error}. Arguments of its constructor that the checkpoint "
-            "does not hold are given by --init-args '{\"name\": value}' or --config."
-        ) from error
 
 
 def _inputs(module: Any, given: str | None, said: Any) -> Any:

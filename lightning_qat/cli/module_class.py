@@ -1,4 +1,4 @@
-"""The user's module that a command names: its class, and the arguments of its constructor."""
+"""The user's module and data that a command names: a class and its constructor's arguments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def imported_class(path: str) -> type[Any]:
+def imported_class(path: str, option: str = "--module") -> type[Any]:
     """A class by its dotted path, found as ``python -m`` finds it: in the current folder first.
+
+    Args:
+        path: Package, file and class with dots between them.
+        option: What named it, for errors.
 
     Raises:
         ValueError: It cannot be imported, or is no class.
@@ -22,20 +26,20 @@ def imported_class(path: str) -> type[Any]:
     module_path, _, name = path.rpartition(".")
     if not module_path:
         raise ValueError(
-            f"--module must be a dotted path such as package.file.Class; got {path!r}."
+            f"{option} must be a dotted path such as package.file.Class; got {path!r}."
         )
     try:
         module = import_module(module_path)
     except Exception as error:  # the user's code runs here
         raise ValueError(
-            f"--module {path!r} cannot be imported: {type(error).__name__}: {error}. Run the "
+            f"{option} {path!r} cannot be imported: {type(error).__name__}: {error}. Run the "
             "command where training runs, and name the class as training imports it."
         ) from error
     found = getattr(module, name, None)
     if not isinstance(found, type):
         classes = [n for n, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(
-            f"--module must name a class; {module_path!r} has no class {name!r}; "
+            f"{option} must name a class; {module_path!r} has no class {name!r}; "
             f"{closest_names(name, classes)}."
         )
     return found
@@ -60,7 +64,7 @@ def plain_arguments(source: str) -> dict[str, Any]:
 
 
 class LightningConfig:
-    """What a configuration file of LightningCLI says of the module and of its quantization.
+    """What a configuration file of LightningCLI says of the module, its data and quantization.
 
     Args:
         path: The ``config.yaml`` that LightningCLI wrote beside the logs, or was given.
@@ -80,6 +84,7 @@ class LightningConfig:
                 f"{str(path)!r} must be a configuration of LightningCLI, with the key 'model'."
             )
         self._path, self._model = path, values["model"]
+        self._data = values.get("data")
         self._trainer = values.get("trainer") or {}
 
     @property
@@ -88,11 +93,37 @@ class LightningConfig:
         path = self._model.get("class_path")
         return None if path is None else str(path)
 
+    @property
+    def data_class_path(self) -> str | None:
+        """The data module's class; ``None``: the script names it, or there is none."""
+        path = self._data.get("class_path") if isinstance(self._data, Mapping) else None
+        return None if path is None else str(path)
+
     def arguments(self, cls: type[Any]) -> dict[str, Any]:
-        """The arguments of the module's constructor, objects among them made."""
-        given = self._model
-        if self.class_path is not None:
-            given = self._model.get("init_args") or {}
+        """The arguments of the module's constructor, objects among them made.
+
+        Raises:
+            ImportError: jsonargparse is missing.
+            ValueError: They do not fit the class.
+        """
+        return self._arguments("model", self._model, cls)
+
+    def data_arguments(self, cls: type[Any]) -> dict[str, Any]:
+        """The arguments of the data module's constructor, objects among them made.
+
+        Raises:
+            ImportError: jsonargparse is missing.
+            ValueError: They do not fit the class.
+        """
+        return self._arguments("data", self._data or {}, cls)
+
+    def _arguments(self, key: str, section: Any, cls: type[Any]) -> dict[str, Any]:
+        if not isinstance(section, Mapping):
+            raise ValueError(
+                f"The key {key!r} of {str(self._path)!r} must be a mapping, of arguments or of "
+                f"class_path and init_args; got {section!r}."
+            )
+        given = section if "class_path" not in section else section.get("init_args") or {}
         if not given:
             return {}
         try:
@@ -103,15 +134,15 @@ class LightningConfig:
                 "'lightning-qat[cli]'."
             ) from error
         parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, "model", instantiate=False, fail_untyped=False)
         try:
-            parsed = parser.parse_object({"model": dict(given)})
+            parser.add_class_arguments(cls, key, instantiate=False, fail_untyped=False)
+            parsed = parser.parse_object({key: dict(given)})
             # instantiate_classes before version 4.49
             name = "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes"
-            made = getattr(parser, name)(parsed).model
+            made = getattr(parser, name)(parsed)[key]
         except Exception as error:  # jsonargparse's, and those of classes that it makes
             raise ValueError(
-                f"The model of {str(self._path)!r} does not fit {cls.__name__}: {error}"
+                f"The {key} of {str(self._path)!r} does not fit {cls.__name__}: {error}"
             ) from error
         return {name: made[name] for name in given}
 

@@ -71,7 +71,7 @@ def test_the_shell_completes_commands_and_options() -> None:
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
         return done.stdout
 
-    assert completed("lightning-qat re", 1) == "plain,recipe\n"
+    assert completed("lightning-qat re", 1) == "plain,report\nplain,recipe\n"
     assert completed("lightning-qat lint --f", 2) == "plain,--for\n"
 
 
