@@ -239,7 +239,7 @@ def test_a_result_is_a_table_and_a_json_file(tmp_path: Path) -> None:
     result = sensitivity(chain(3, 1), "int8", data=[without_first_feature(64)], progress=False)
     head, columns, first, *_ = str(result).splitlines()
     assert head.startswith("SQNR (dB): float inf, all quantized ")
-    assert columns.split() == ["layer", "kind", "bits", "SQNR", "(dB)", "drop"]
+    assert columns.split() == ["layer", "kind", "bits", "SQNR", "(dB)", "noise", "/", "signal"]
     assert first.split()[:3] == ["2", "Linear", "8/8"]
     result.save(tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["float_value"] == "inf"

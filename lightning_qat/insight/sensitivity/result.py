@@ -95,10 +95,15 @@ class Sensitivity:
         """The measurements with the highest cost first."""
         return tuple(sorted(self.rows, key=lambda row: -row.drop))
 
+    @property
+    def _cost(self) -> str:
+        """What ``drop`` is, in words."""
+        return "noise / signal" if "SQNR" in self.metric else "drop"
+
     def __str__(self) -> str:
         """One line per measurement."""
         how = "one layer quantized at a time" if self.mode == "only" else "all but one quantized"
-        head = ("layer", "kind", "bits", self.metric, "drop")
+        head = ("layer", "kind", "bits", self.metric, self._cost)
         table = [head] + [
             (r.layer, r.kind, f"{r.bits}/{r.input_bits}", f"{r.value:.4g}", f"{r.drop:.3g}")
             for r in self.ranking
@@ -170,8 +175,9 @@ class Sensitivity:
         several = len({row.bits for row in self.rows}) > 1
         labels = [f"{row.layer} ({row.bits} bits)" if several else row.layer for row in shown]
         left = len(self.rows) - len(shown)
-        title = f"{self.metric}, drop by layer" + (f" ({left} more are not shown)" if left else "")
-        bars(path, labels, [row.drop for row in shown], title=title, label="drop")
+        title = f"{self.metric}, {self._cost} by layer"
+        title += f" ({left} more are not shown)" if left else ""
+        bars(path, labels, [row.drop for row in shown], title=title, label=self._cost)
 
 
 _NOT_PLAIN = {"candidates"}
