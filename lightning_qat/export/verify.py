@@ -87,6 +87,9 @@ class Agreement:
         source: Where the samples are from, in words.
         cautions: Why the agreement says less than it seems to: few samples, equal ones, outputs
             that never change, a file that does not take another batch.
+        judgement: Which layer is behind a difference of more than one rounding, or that none is
+            wrong by itself; empty where there is no such difference, or the target shows no
+            tensors.
     """
 
     target: str
@@ -96,6 +99,7 @@ class Agreement:
     remarks: tuple[str, ...] = ()
     source: str = ""
     cautions: tuple[str, ...] = ()
+    judgement: str = ""
 
     @property
     def parameters_equal(self) -> bool:
@@ -131,8 +135,8 @@ class Agreement:
                     f"({o.max_abs:.3g}), mean {o.mean_steps:.2g} steps, "
                     f"{o.fraction_differing:.2%} differ{same}"
                 )
-        remarks = (*self.remarks, *(f"Caution: {caution}" for caution in self.cautions))
-        return "\n".join([*lines, *(f"  {remark}" for remark in remarks)])
+        remarks = [*self.remarks, self.judgement, *(f"Caution: {text}" for text in self.cautions)]
+        return "\n".join([*lines, *(f"  {remark}" for remark in remarks if remark)])
 
 
 def verify(
@@ -197,14 +201,22 @@ def verify(
     remarks: tuple[str, ...] = ()
     if isinstance(target, Explaining):
         remarks = target.explain({r.runtime: r.max_steps for r in runtimes})
+    judgement = ""
     if isinstance(target, Traceable):
         steps = {r.runtime: r.max_steps for r in runtimes}.get(target.traced_runtime, 0.0)
         if differences or steps > _EXPLAINED:
-            remarks += (_first_departure(model, artifact, target, args, kwargs),)
+            judgement = _first_departure(model, artifact, target, args, kwargs)
     if source is None:
         source = "the example inputs" if inputs is None else "the given inputs"
     return Agreement(
-        artifact.target, differences, tuple(runtimes), samples, remarks, source, tuple(warned)
+        artifact.target,
+        differences,
+        tuple(runtimes),
+        samples,
+        remarks,
+        source,
+        tuple(warned),
+        judgement,
     )
 
 
