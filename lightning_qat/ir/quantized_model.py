@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic_write import replacing
+from lightning_qat.ir.archive_check import check_archive
 from lightning_qat.ir.exported_program import Constants, with_plain_outputs
 from lightning_qat.ir.ops import (
     as_dequantize,
@@ -298,12 +299,20 @@ class QuantizedModel:
             torch.export.save(program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
 
     @classmethod
-    def load(cls, path: str | Path) -> QuantizedModel:
+    def load(cls, path: str | Path, *, trust: bool = False) -> QuantizedModel:
         """Read a model that ``save`` wrote.
+
+        A file of this format can run code when torch loads it, so every part of it is looked at
+        first; see ``archive_check``.
+
+        Args:
+            path: The file.
+            trust: Leave the check out: for your own files whose graph calls operators of a
+                library of your own, or whose example inputs hold objects.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no converted model, or of a newer format.
+            ValueError: It is no converted model, it could run code, or it is of a newer format.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no converted model at {str(path)!r}.")
@@ -312,6 +321,8 @@ class QuantizedModel:
             with zipfile.ZipFile(path) as archive:
                 if not any(name.endswith(_EXTRA_FILE) for name in archive.namelist()):
                     raise ValueError(f"it holds no {_EXTRA_FILE}")
+            if not trust:
+                check_archive(Path(path))
             program = torch.export.load(path, extra_files=extra)
             facts = json.loads(extra[_EXTRA_FILE])
         except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
