@@ -156,7 +156,7 @@ def test_without_a_metric_the_outputs_are_compared(command: Command, project: Pr
     assert done.code == 0, done.err
     head, columns, first = done.out.splitlines()[:3]
     assert head.startswith("SQNR (dB): float inf, all quantized ")
-    assert columns.split() == ["layer", "kind", "bits", "SQNR", "(dB)", "drop"]
+    assert columns.split() == ["layer", "kind", "bits", "SQNR", "(dB)", "noise", "/", "signal"]
     assert first.split()[:3] == ["first", "Linear", "8/8"]
 
 
@@ -227,7 +227,7 @@ def test_measurements_are_drawn(command: Command, project: Project) -> None:
     plot = project.folder / "rows.svg"
     call = ("sensitivity", project.checkpoint, "--config", project.config, "--plot", plot)
     assert command(*call).code == 0
-    assert "SQNR (dB), drop by layer" in plot.read_text()
+    assert "SQNR (dB), noise / signal by layer" in plot.read_text()
 
 
 def test_all_but_one_and_several_bits(command: Command, project: Project) -> None:

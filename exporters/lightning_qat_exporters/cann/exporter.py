@@ -52,6 +52,8 @@ REFERENCE = "reference executor"
 STANDARD = "onnxruntime, deploy model"
 SIMULATION = "onnxruntime, fake-quant model"
 HALF = "reference executor, float16"
+_LINTED = 2**24
+"""Bytes of a file that an export still reads back to lint it."""
 _FEW_STEPS = 32
 """A bias whose largest value has fewer steps loses more than one part in 64 of it."""
 
@@ -149,8 +151,8 @@ class CannExporter:
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
         written = write_files(deploy, found, files, self.opset, product=self.product)
         notes += _wide_notes(deploy)
-        refused = _refused(self.lint(written.files["model"]))
-        notes = [*written.notes, *map(str, found.left_float), *notes, *refused]
+        notes = [*written.notes, *map(str, found.left_float), *notes]
+        notes += self._refused(written.files["model"])
         return Artifact(self.name, written.files, tuple(notes), _integer_weights(model, deploy))
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
@@ -205,8 +207,8 @@ class CannExporter:
             written = write_files(
                 found, found, files, self.opset, float_bias=float_bias, product=self.product
             )
-            findings = self.lint(written.files["model"])
-            return _conversion(found, written, findings, float_bias=float_bias)
+            refused = self._refused(written.files["model"])
+            return _conversion(found, written, refused, float_bias=float_bias)
 
     def lint(self, path: str | Path) -> tuple[Finding, ...]:
         """Check a deploy model against every rule that ATC is known to have.
@@ -216,6 +218,22 @@ class CannExporter:
             ValueError: It is no ONNX model.
         """
         return lint_deploy(Path(path), self.product)
+
+    def _refused(self, path: Path) -> tuple[str, ...]:
+        """Errors that lint finds in a file of our own: what the model has, and CANN does not."""
+        if path.stat().st_size > _LINTED:
+            # Reading it takes twice its size, beside the model that it was written from.
+            return (
+                f"Too large to be checked against CANN's rules beside the model: lightning-qat "
+                f"lint {path} does it.",
+            )
+        return tuple(
+            f"{finding.node!r}: CANN does not take it: {finding.must}; got {finding.got}. "
+            f"{finding.remedy}."
+            for finding in self.lint(path)
+            # 16 bits have a note of their own.
+            if finding.severity == "error" and "INT16" not in finding.got
+        )
 
     def run(
         self, artifact: Artifact, runtime: str, inputs: Mapping[str, Array]
@@ -350,17 +368,6 @@ def _coarse_biases(found: QuantizedGraph) -> Iterator[str]:
         )
 
 
-def _refused(findings: Sequence[Finding]) -> Iterator[str]:
-    """Errors that lint finds in a file of our own: what the model has, and CANN does not."""
-    for finding in findings:
-        # 16 bits have a note of their own.
-        if finding.severity == "error" and "INT16" not in finding.got:
-            yield (
-                f"{finding.node!r}: CANN does not take it: {finding.must}; got {finding.got}. "
-                f"{finding.remedy}."
-            )
-
-
 def _wide_notes(found: QuantizedGraph) -> list[str]:
     """A note where activations are of 16 bits."""
     wide = [a.name for a in found.activations if a.dst_type == "INT16"]
@@ -386,7 +393,7 @@ def _require_something_quantized(found: QuantizedGraph, model_file: Path) -> Non
 def _conversion(
     found: QuantizedGraph,
     written: WrittenFiles,
-    findings: Sequence[Finding],
+    refused: Sequence[str],
     *,
     float_bias: bool,
 ) -> Conversion:
@@ -409,7 +416,7 @@ def _conversion(
             *shift_notes,
             *_device_notes(found.recurrent),
             *_wide_notes(found),
-            *_refused(findings),
+            *refused,
             *(() if float_bias else _coarse_biases(found)),
         ),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_qat import convert, export, prepare
 from lightning_qat.recipe.recipe import PRESETS
 from lightning_qat_exporters import CannExporter
+from lightning_qat_exporters.cann import exporter as exporter_module
 from tests import join_networks, models
 
 
@@ -81,3 +82,15 @@ def test_an_export_says_at_once_what_cann_does_not_take(tmp_path: Path) -> None:
     (note,) = [note for note in notes if "CANN does not take it" in note]
     assert note.startswith("'/MaxPool': ")
     assert "dilations" in note
+
+
+def test_a_file_that_is_too_large_to_be_linted_at_once_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter_module, "_LINTED", 100)
+    x = torch.randn(2, 6)
+    model = nn.Sequential(nn.Linear(6, 3))
+    prepare(model, "int8", x)
+    model.train()(x)
+    notes = export(convert(model.eval(), x), "cann", tmp_path / "net").notes
+    assert any("lightning-qat lint" in note and "net_deploy_model.onnx" in note for note in notes)
