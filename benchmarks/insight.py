@@ -1,6 +1,7 @@
 """What sensitivity costs and finds, and whether suggest finds the least; see docs/insight.md.
 
     python -m benchmarks.insight
+    python -m benchmarks.insight --only cost
 
 *Cost*: CPU seconds of `sensitivity` of a net of 50 layers over 512 samples, over those of 51
 evaluations of the float model. *Fragile*: in a chain of 20 layers two at random get one far weight;
@@ -10,6 +11,7 @@ counted are the plantings in which these two rank first. *Digits*: a net of scik
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 import time
@@ -136,8 +138,16 @@ def seconds(call: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
+PARTS = {"fragile": fragile, "digits": digits, "cost": cost}
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=[*PARTS], help="parts to run (default: all)"
+    )
     torch.set_num_threads(1)
-    fragile()
-    digits()
-    cost()
+    for part in parser.parse_args().only:
+        PARTS[part]()
