@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.function_hooks.running import evaluation
-from lightning_qat.layers import QATLayer
+from lightning_qat.layers.quantized_weights import quantized_weights
 from lightning_qat.model.torch_compile import plain_path
 from lightning_qat.quantizers.activation import ParameterQuantizer
 from lightning_qat.quantizers.final import FinalWeight, UnknownRange
@@ -44,12 +44,11 @@ def finalize_weights(
         finals[quantizer] = FinalWeight.from_weight(weight, quantizer.qparams(weight), key)
         return finals[quantizer]
 
-    for layer, path, name in _weights(model):
-        child = weight_quantizer_name(name)
-        quantizer = getattr(layer, child)
-        weight = computed.get(quantizer)
-        weight = getattr(layer, name) if weight is None else weight
-        setattr(layer, child, final(quantizer, weight, f"{path}.{name}" if path else name))
+    for one in quantized_weights(model):
+        weight = computed.get(one.quantizer)
+        weight = one.weight if weight is None else weight
+        child = weight_quantizer_name(one.name)
+        setattr(one.layer, child, final(one.quantizer, weight, one.key))
     found: dict[WeightQuantizer, FinalWeight | UnknownRange] = {**finals}
     for path, module in model.named_modules():
         if isinstance(module, WeightQuantizer) and module not in found:
@@ -58,15 +57,6 @@ def finalize_weights(
             unknown = UnknownRange(key, "its weight is not known, for forward never computes it")
             found[module] = unknown if weight is None else final(module, weight, key)
     return found
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[QATLayer, str, str]]:
-    """Layer, its path and the name of each weight that has a quantizer."""
-    for path, module in model.named_modules():
-        if isinstance(module, QATLayer):
-            for name in module.weight_names(module):
-                if isinstance(getattr(module, weight_quantizer_name(name)), WeightQuantizer):
-                    yield module, plain_path(path), name
 
 
 def _computed_weights(
@@ -81,9 +71,9 @@ def _computed_weights(
         for quantizer in operands.values()
         if isinstance(quantizer, WeightQuantizer)
     }
-    for layer, _, name in _weights(model):
-        if not isinstance(getattr(layer, name), nn.Parameter):
-            called.add(getattr(layer, weight_quantizer_name(name)))
+    for one in quantized_weights(model):
+        if not isinstance(one.weight, nn.Parameter):
+            called.add(one.quantizer)
     measures = any(isinstance(module, ParameterQuantizer) for module in model.modules())
     if not called and not measures:
         return {}

@@ -17,13 +17,13 @@ from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.joins.held import held_by
 from lightning_qat.layers import QATLayer
+from lightning_qat.layers.quantized_weights import quantized_weights
 from lightning_qat.model.forward import is_compiled_forward
 from lightning_qat.model.paths import modules_by_path
 from lightning_qat.model.torch_compile import plain_path, unwrapped
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.final import FinalActivation, UnknownRange
-from lightning_qat.quantizers.names import tensor_key, weight_quantizer_name
-from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.quantizers.names import tensor_key
 
 
 def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -38,15 +38,14 @@ def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         ValueError: As ``convert``.
     """
     finish_plan(model)
-    layers = _layers(model)
-    if not layers:
+    if not _layers(model):
         raise ValueError(
             f"{type(model).__name__} has no QAT layers, so there is nothing to convert. Call "
             "prepare(model, recipe) and train first."
         )
     quantizers = tensor_keys(model)
     problems = _why_not_final({q: key for q, key in quantizers.items() if q.calibrated})
-    problems += _weight_problems(layers)
+    problems += _weight_problems(model)
     if problems:
         # Whether the forward runs what has no range is not known yet.
         unknown = _why_not_final({q: key for q, key in quantizers.items() if not q.calibrated})
@@ -61,22 +60,18 @@ def refuse_broken_weights(model: nn.Module) -> None:
     Raises:
         ValueError: All such layers are named.
     """
-    problems = _weight_problems(_layers(model))
+    problems = _weight_problems(model)
     if problems:
         raise ValueError(_not_final(problems))
 
 
-def _weight_problems(layers: Mapping[str, QATLayer]) -> list[str]:
+def _weight_problems(model: nn.Module) -> list[str]:
     problems = []
-    for name, layer in layers.items():
-        for weight in layer.weight_names(layer):
-            quantizer = getattr(layer, weight_quantizer_name(weight))
-            if not isinstance(quantizer, WeightQuantizer):
-                continue
-            if not bool(torch.isfinite(getattr(layer, weight)).all()):
-                problems.append(f"{name}: its {weight} is not finite")
-            elif not quantizer.has_finite_scale(getattr(layer, weight)):
-                problems.append(f"{name}: the learned scale of its {weight} is not finite")
+    for one in quantized_weights(model):
+        if not bool(torch.isfinite(one.weight).all()):
+            problems.append(f"{one.path}: its {one.name} is not finite")
+        elif not one.quantizer.has_finite_scale(one.weight):
+            problems.append(f"{one.path}: the learned scale of its {one.name} is not finite")
     return problems
 
 

@@ -70,7 +70,7 @@ def compare_trained(
 
     _take_weights(recorded.model, other)
     float_outputs = recorded.run(args, kwargs, keep, quantizing=False)
-    real_weights = dict(float_weights(recorded.model))
+    real_weights = float_weights(recorded.model)
     recorded.model.load_state_dict(trained)
     outputs = recorded.run(args, kwargs, accumulated, quantizing=True)
     own_outputs = recorded.run(args, kwargs, alone, quantizing=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
-from lightning_qat.layers import QATLayer
+from lightning_qat.layers.quantized_weights import QuantizedWeight, quantized_weights
 from lightning_qat.model.torch_compile import is_compiled, plain_path
 from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
-from lightning_qat.quantizers.names import place, weight_quantizer_name
-from lightning_qat.quantizers.weight import WeightQuantizer
+from lightning_qat.quantizers.names import place
 from lightning_qat.training.range_sync import activation_quantizers
 
 SAMPLES = 2**12
@@ -69,7 +68,8 @@ class StepStatistics:
         """Take the hooks off, and read everything; waits for the device once."""
         self.cancel()
         with torch.no_grad(), hide_from_hooks():
-            tensors = dict(self._numbers())
+            weights = [one for one in quantized_weights(self._model) if one.quantizer.quantizing]
+            tensors = dict(self._numbers(weights))
         if not tensors:
             return Statistics({}, {})
         device = next(iter(tensors.values())).device
@@ -80,7 +80,8 @@ class StepStatistics:
             for name, value in zip(tensors, stacked.tolist(), strict=True)
             if math.isfinite(value)
         }
-        return Statistics(numbers, {**self._samples, **self._weights()})
+        samples = {one.key: _spread(one.weight) for one in weights}
+        return Statistics(numbers, {**self._samples, **samples})
 
     def cancel(self) -> None:
         """Take the hooks off."""
@@ -96,15 +97,13 @@ class StepStatistics:
             return
         cache = current_forward_cache()
         with torch.no_grad(), hide_from_hooks():
-            values = _spread(x)
-            if cache is not None:
-                values = cache.relu_fusion.peek(x, _spread)
+            values = _spread(x) if cache is None else cache.relu_fusion.peek(x, _spread)
             low, high, scale = _ends(quantizer)
             outside = (values < low - scale / 2) | (values > high + scale / 2)
             self._clipped[name].append(outside.float().mean())
             self._samples[name] = values
 
-    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
+    def _numbers(self, weights: Sequence[QuantizedWeight]) -> Iterator[tuple[str, Tensor]]:
         for name, quantizer in self._quantizers.items():
             if quantizer.calibrated:
                 low, high, _ = _ends(quantizer)
@@ -112,22 +111,10 @@ class StepStatistics:
                 yield f"range_max/{name}", high
         for name, shares in self._clipped.items():
             yield f"clipped/{name}", torch.stack(shares).mean()
-        for name, weight, of_weight in _quantized_weights(self._model):
-            yield f"weight_scale/{name}", of_weight.qparams(weight).scale.mean().to(weight.device)
-            yield f"weight_sqnr_db/{name}", _sqnr(weight, of_weight(weight))
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: _spread(weight) for name, weight, _ in _quantized_weights(self._model)}
-
-
-def _quantized_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
-    for path, layer in model.named_modules():
-        if not isinstance(layer, QATLayer):
-            continue
-        for name in layer.weight_names(layer):
-            quantizer = getattr(layer, weight_quantizer_name(name))
-            if isinstance(quantizer, WeightQuantizer) and quantizer.quantizing:
-                yield f"{plain_path(path)}.{name}".lstrip("."), getattr(layer, name), quantizer
+        for one in weights:
+            scale = one.quantizer.qparams(one.weight).scale.mean()
+            yield f"weight_scale/{one.key}", scale.to(one.weight.device)
+            yield f"weight_sqnr_db/{one.key}", _sqnr(one.weight, one.quantizer(one.weight))
 
 
 def _spread(x: Tensor) -> Tensor:
