@@ -97,10 +97,10 @@ class QuantizationLog:
             _log_histograms(logger, statistics, self._last)
 
     def cancel(self) -> None:
-        """Forget a batch that did not end."""
+        """Forget a batch that did not end, and the run: the next one begins with step 0 again."""
         if self._step is not None:
             self._step.cancel()
-            self._step = None
+        self._step = self._last = None
 
 
 def _log_histograms(logger: object, statistics: Statistics, step: int) -> None:

@@ -94,6 +94,13 @@ def test_batches_that_share_a_step_are_logged_once(trainer: Callable[..., L.Trai
     assert quantizer_steps(logger) == [0, 1]
 
 
+def test_a_second_fit_is_logged_from_its_first_step(trainer: Callable[..., L.Trainer]) -> None:
+    callback, loggers = qat(schedule=SHORT, log=100), (Histograms(), Histograms())
+    for logger in loggers:
+        trainer(callback, max_epochs=1, logger=logger).fit(Planned(), loader())
+    assert [quantizer_steps(logger) for logger in loggers] == [[0], [0]]
+
+
 def test_a_csv_file_holds_the_numbers(trainer: Callable[..., L.Trainer], tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(qat(schedule=SHORT, log=2), max_epochs=1, logger=logger).fit(Planned(), loader())
