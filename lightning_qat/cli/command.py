@@ -84,6 +84,16 @@ def command(name: str) -> Callable[[Callable[..., int]], click.Command]:
     return click.command(name, cls=Command)
 
 
+def inputs_option(function: _Function) -> _Function:
+    """Add ``--inputs``, a file of arrays for the converted model."""
+    return click.option(
+        "--inputs",
+        type=FILE,
+        metavar="FILE.npz",
+        help="An array per input of the model, by its name.  [default: the model's example inputs]",
+    )(function)
+
+
 def json_option(function: _Function) -> _Function:
     """Add ``--json``, which sets ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(

@@ -166,7 +166,7 @@ def _text_problems(text: str, field: str) -> Iterator[str]:
         # The keys of a dictionary, as JSON within JSON.
         try:
             yield from _problems(json.loads(text), field="")
-        except ValueError:
+        except (ValueError, RecursionError):
             if not _PLAIN.fullmatch(text):
                 yield f"a tree's context must be plain; got {text!r}"
     elif field == "target":

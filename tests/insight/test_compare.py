@@ -1,15 +1,18 @@
 """Two models compared tensor by tensor."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import Comparison, compare, convert, export, prepare
+from lightning_qat import compare, convert, export, prepare
 from lightning_qat.export.protocol import Artifact
 from lightning_qat.numerics.arithmetic import dequantize, quantize
+from lightning_qat.numerics.qparams import QParams
 from tests.models import ResidualAdd, linear
 
 
@@ -17,10 +20,6 @@ def trained(model: nn.Module, *x: Tensor) -> nn.Module:
     prepare(model, "int8", x)
     model.train()(*x)
     return model.eval()
-
-
-def rows(comparison: Comparison) -> dict[str, object]:
-    return {tensor.name: tensor for tensor in comparison.tensors}
 
 
 def decibels(real: Tensor, quantized: Tensor) -> float:
@@ -40,9 +39,9 @@ def test_errors_are_those_of_a_formula_written_by_hand() -> None:
     weight, bias = first.weight.detach(), first.bias.detach()
     q_in, q_mid = (layer.input_quantizer.qparams() for layer in (first, last))
 
-    def on_grid(tensor: Tensor, numbers: object) -> Tensor:
-        scale, zero_point = numbers.scale, numbers.zero_point  # type: ignore[attr-defined]
-        return dequantize(quantize(tensor, scale, zero_point, numbers.grid), scale, zero_point)  # type: ignore[attr-defined]
+    def on_grid(tensor: Tensor, numbers: QParams) -> Tensor:
+        grid = numbers.scale, numbers.zero_point
+        return dequantize(quantize(tensor, *grid, numbers.grid), *grid)
 
     step = weight.abs().amax(1, keepdim=True) / 127
     quantized_weight = (weight / step).round().clamp(-127, 127) * step
@@ -192,8 +191,6 @@ def test_a_float_model_of_other_parameters_is_refused_by_name() -> None:
 
 
 def test_the_result_is_plain_json() -> None:
-    import json
-
     x = torch.zeros(4, 6)
     plain = compare(trained(linear(), torch.randn(8, 6)), None, x).to_dict()
     # Zeros are exact: an infinite ratio is no JSON number.
@@ -213,7 +210,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(linear(), None, x)
 
 
-def test_a_target_that_shows_nothing_is_named(tmp_path: object) -> None:
+def test_a_target_that_shows_nothing_is_named() -> None:
     class Silent:
         name = "silent"
 
@@ -227,7 +224,7 @@ def test_a_target_that_shows_nothing_is_named(tmp_path: object) -> None:
         compare(convert(trained(linear(), x), x), Artifact("silent", {}), x, exporter=Silent())
 
 
-def test_several_inputs_and_nested_outputs(tmp_path: object) -> None:
+def test_several_inputs_and_nested_outputs(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -241,7 +238,7 @@ def test_several_inputs_and_nested_outputs(tmp_path: object) -> None:
     model = trained(Two(), a, b)
     quantized = convert(model, (a, b))
     assert len(compare(model, None, (a, b)).tensors) >= 4
-    artifact = export(quantized, "fake_quant_onnx", tmp_path / "two")  # type: ignore[operator]
+    artifact = export(quantized, "fake_quant_onnx", tmp_path / "two")
     comparison = compare(quantized, artifact, (a, b))
     assert comparison.departure is None
     assert comparison.judgement == "Every layer computes what the model does."

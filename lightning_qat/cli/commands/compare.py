@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lightning_qat.cli.arrays import model_inputs
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, inputs_option, json_option
 from lightning_qat.cli.console import say
 from lightning_qat.cli.foreign_files import compared
 
@@ -16,12 +16,7 @@ from lightning_qat.cli.foreign_files import compared
 @command("compare")
 @click.argument("model", type=FILE, metavar="MODEL.pt2")
 @click.argument("file", type=FILE)
-@click.option(
-    "--inputs",
-    type=FILE,
-    metavar="FILE.npz",
-    help="An array per input of the model, by its name.  [default: the model's example inputs]",
-)
+@inputs_option
 @json_option
 def compare(model: Path, file: Path, inputs: Path | None, as_json: bool) -> int:
     """Say where an exported file departs from the converted model.

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lightning_qat.cli.arrays import model_inputs
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, inputs_option, json_option
 from lightning_qat.cli.console import say
 
 
@@ -20,12 +20,7 @@ from lightning_qat.cli.console import say
     metavar="MODEL.pt2",
     help="The converted model.  [default: the one in FOLDER]",
 )
-@click.option(
-    "--inputs",
-    type=FILE,
-    metavar="FILE.npz",
-    help="An array per input of the model, by its name.  [default: the model's example inputs]",
-)
+@inputs_option
 @json_option
 def report(folder: Path, model: Path | None, inputs: Path | None, as_json: bool) -> int:
     """Write one page on an export: what was quantized, how well, and where its files differ.
