@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-gpu test docs lint check-format check-ruff check-mypy check-pyright format clean
+.PHONY: help setup demo bench bench-gpu test fuzz docs lint check-format check-ruff check-mypy check-pyright format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test: export OPENBLAS_NUM_THREADS = 1
 test: setup ## run the tests and doctests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+fuzz: setup ## give every reader of files broken ones for a minute each
+	$(BIN)/python -m reliability.fuzz
+
 docs: $(DOCS_STAMP) ## build the documentation into site/; its warnings and broken links are errors
 	$(BIN)/python docs/build.py
 
@@ -70,4 +73,4 @@ format: setup ## format the code and mend what ruff can mend
 
 clean: ## remove what builds, checks and runs leave behind; keeps the virtual environment
 	rm -rf build dist site .cache qat_export lightning_logs .mypy_cache .ruff_cache .pytest_cache
-	find lightning_qat exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find lightning_qat exporters tests examples benchmarks reliability -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Commands that try to break lightning-qat for hours; docs/reliability.md has their results."""
