@@ -61,7 +61,6 @@ INTEGER_LIMITS = {
     FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
     FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
-    FieldDescriptor.CPPTYPE_ENUM: (-(2**31), 2**31 - 1),
 }
 
 
@@ -165,13 +164,13 @@ def _odd_value(
 ) -> Any:
     """Return another value of the field's type."""
     kind = field.cpp_type
+    if kind == FieldDescriptor.CPPTYPE_ENUM:  # proto2 takes no number beside those it knows
+        return generator.choice([known.number for known in field.enum_type.values])
     if kind in INTEGER_LIMITS:
         low, high = INTEGER_LIMITS[kind]
         number = generator.choice(
             (*INTEGERS, (value or 0) + 1, (value or 0) - 1, generator.randrange(30))
         )
-        if kind == FieldDescriptor.CPPTYPE_ENUM:
-            number = generator.randrange(30)
         return min(max(int(number), low), high)
     if kind in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
         return generator.choice((*FLOATS, -(value or 0.0), (value or 0.0) * 1e-3))
