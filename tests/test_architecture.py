@@ -13,7 +13,8 @@ CORE: Mapping[str, str] = {
     # Room (a folder, or a file beside them): the rooms it imports. A room stands above all of them.
     "atomic_write": "",
     "numerics": "",
-    "recipe": "",
+    "plain_data": "",
+    "recipe": "plain_data",
     "model": "",
     "function_hooks": "numerics model ir",
     "ir": "numerics atomic_write",
@@ -28,15 +29,16 @@ CORE: Mapping[str, str] = {
     "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
     "insight": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
-        "convert atomic_write"
+        "convert atomic_write plain_data"
     ),
-    "report": "numerics model ir export prepare insight atomic_write",
+    "report": "numerics model ir export prepare insight atomic_write plain_data",
     "callback": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert checkpoint report"
     ),
     "cli": (
-        "numerics recipe model ir quantizers export convert checkpoint amct insight report callback"
+        "numerics recipe model ir quantizers export convert checkpoint amct insight report "
+        "callback plain_data"
     ),
 }
 EXPORTERS: Mapping[str, str] = {

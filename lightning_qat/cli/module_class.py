@@ -8,6 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from lightning_qat.plain_data.shape import as_shape
+from lightning_qat.plain_data.text import read_text
+from lightning_qat.recipe.checks import shown
+
 
 def imported_class(path: str, option: str = "--module") -> type[Any]:
     """A class by its dotted path, found as ``python -m`` finds it: in the current folder first.
@@ -53,12 +59,11 @@ def plain_arguments(source: str) -> dict[str, Any]:
     """
     path = Path(source)
     is_file = path.suffix in (".json", ".yaml", ".yml")
-    text = path.read_text(encoding="utf-8") if is_file else source
-    values = _parsed(text, source)
-    if not isinstance(values, dict):
+    values = _parsed(read_text(path) if is_file else source, source)
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(
             f"--init-args must be a mapping, such as '{{\"width\": 8}}', or a .json or .yaml file "
-            f"with one; got {source!r}."
+            f"with one; got {shown(source)}."
         )
     return values
 
@@ -75,7 +80,7 @@ class LightningConfig:
     """
 
     def __init__(self, path: Path) -> None:
-        values = _parsed(path.read_text(encoding="utf-8"), str(path))
+        values = _parsed(read_text(path), str(path))
         # One file may hold the subcommands' configurations.
         if isinstance(values, Mapping) and isinstance(values.get("fit"), Mapping):
             values = values["fit"]
@@ -83,21 +88,20 @@ class LightningConfig:
             raise ValueError(
                 f"{str(path)!r} must be a configuration of LightningCLI, with the key 'model'."
             )
-        self._path, self._model = path, values["model"]
-        self._data = values.get("data")
-        self._trainer = values.get("trainer") or {}
+        said = as_shape(values, _Said, str(path))
+        self._path, self._model = path, said["model"]
+        self._data = said.get("data") or {}
+        self._callbacks = (said.get("trainer") or {}).get("callbacks")
 
     @property
     def class_path(self) -> str | None:
         """The module's class; ``None``: the script that runs LightningCLI names it."""
-        path = self._model.get("class_path")
-        return None if path is None else str(path)
+        return self._model.get("class_path")
 
     @property
     def data_class_path(self) -> str | None:
         """The data module's class; ``None``: the script names it, or there is none."""
-        path = self._data.get("class_path") if isinstance(self._data, Mapping) else None
-        return None if path is None else str(path)
+        return self._data.get("class_path")
 
     def arguments(self, cls: type[Any]) -> dict[str, Any]:
         """The arguments of the module's constructor, objects among them made.
@@ -115,15 +119,12 @@ class LightningConfig:
             ImportError: jsonargparse is missing.
             ValueError: They do not fit the class.
         """
-        return self._arguments("data", self._data or {}, cls)
+        return self._arguments("data", self._data, cls)
 
-    def _arguments(self, key: str, section: Any, cls: type[Any]) -> dict[str, Any]:
-        if not isinstance(section, Mapping):
-            raise ValueError(
-                f"The key {key!r} of {str(self._path)!r} must be a mapping, of arguments or of "
-                f"class_path and init_args; got {section!r}."
-            )
-        given = section if "class_path" not in section else section.get("init_args") or {}
+    def _arguments(self, key: str, section: _Made, cls: type[Any]) -> dict[str, Any]:
+        given: Mapping[str, Any] = section
+        if "class_path" in section:
+            given = section.get("init_args") or {}
         if not given:
             return {}
         try:
@@ -140,26 +141,51 @@ class LightningConfig:
             # instantiate_classes before version 4.49
             name = "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes"
             made = getattr(parser, name)(parsed)[key]
+            return {name: made[name] for name in given}
         except Exception as error:  # jsonargparse's, and those of classes that it makes
             raise ValueError(
                 f"The {key} of {str(self._path)!r} does not fit {cls.__name__}: {error}"
             ) from error
-        return {name: made[name] for name in given}
 
     @property
     def quantization(self) -> Mapping[str, Any]:
         """The arguments of its ``QATCallback``; empty: it has none."""
-        callbacks = self._trainer.get("callbacks") or []
+        callbacks = self._callbacks
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-            if str(callback.get("class_path", "")).rpartition(".")[2] == "QATCallback":
-                return dict(callback.get("init_args") or {})
+            # One without arguments may be a name alone.
+            if isinstance(callback, dict):
+                if (callback.get("class_path") or "").rpartition(".")[2] == "QATCallback":
+                    return dict(callback.get("init_args") or {})
         return {}
 
 
+class _Made(TypedDict, total=False):
+    """An object that the configuration makes; without ``class_path`` its keys are arguments."""
+
+    class_path: str | None
+    init_args: dict[str, object] | None
+
+
+class _Trainer(TypedDict, total=False):
+    callbacks: list[_Made | str] | _Made | str | bool | None
+
+
+class _SaidOrNot(TypedDict, total=False):
+    data: _Made | None
+    trainer: _Trainer | None
+
+
+class _Said(_SaidOrNot):
+    """What is read of a configuration."""
+
+    model: _Made
+
+
 def _parsed(text: str, source: str) -> Any:
-    import yaml
+    from lightning_qat.plain_data.parse_yaml import parse_yaml
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source!r} is neither JSON nor YAML: {error}") from error
+        # Arguments may be mappings with numbers as keys.
+        return parse_yaml(text, names_only=False)
+    except ValueError as error:
+        raise ValueError(f"{shown(source)} is neither JSON nor YAML: {error}") from error

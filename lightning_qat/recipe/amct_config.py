@@ -21,6 +21,7 @@ from lightning_qat.recipe.amct_rules import (
     bit_pairs,
     bits_of,
 )
+from lightning_qat.recipe.checks import is_int
 
 _DATA, _WEIGHT = "retrain_data_config", "retrain_weight_config"
 _CFG_DATA, _CFG_WEIGHT = "retrain_data_quant_config", "retrain_weight_quant_config"
@@ -58,8 +59,9 @@ def json_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: It breaks rules; all of them are named.
     """
     rules = AmctRules()
-    if values.get("version", 1) != 1:
-        rules.broken("version", "must be 1", values["version"])
+    version = values.get("version", 1)
+    if not is_int(version) or version != 1:
+        rules.broken("version", "must be 1", version)
     batches = rules.batches("batch_num", values.get("batch_num"))
     enabled: dict[str, Any] = {}
     for name, layer in values.items():

@@ -6,7 +6,14 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lightning_qat.recipe.checks import choice_problem, flag_problem, is_int, key_problems
+from lightning_qat.recipe.checks import (
+    choice_problem,
+    flag_problem,
+    is_int,
+    is_number,
+    key_problems,
+    shown,
+)
 
 PAIRS = (("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 """Types of activations and weights that AMCT allows together."""
@@ -37,7 +44,7 @@ class AmctRules:
 
     def broken(self, where: str, rule: str, value: object) -> None:
         """Note a broken rule."""
-        self.problems.append(f"{where} {rule}; got {value!r}")
+        self.problems.append(f"{where} {rule}; got {shown(value)}")
 
     def check(self, what: str) -> None:
         """Raise ``ValueError`` with all problems, if there are any."""
@@ -103,9 +110,8 @@ class AmctRules:
             return None
         rules = {"clip_max": "must be above 0 and finite", "clip_min": "must be below 0 and finite"}
         for name, value in given.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            right = number and math.isfinite(value) and (value > 0) == (name == "clip_max")
-            if not right or value == 0:
+            right = is_number(value) and abs(value) < math.inf and value != 0
+            if not right or (value > 0) != (name == "clip_max"):
                 self.broken(f"{where}.{name}", rules[name], value)
                 return None
         if len(given) < len(_CLIPS):
@@ -114,7 +120,7 @@ class AmctRules:
                 "alone"
             )
             return None
-        return [float(given["clip_min"]), float(given["clip_max"])]
+        return [given["clip_min"], given["clip_max"]]
 
     def weight(self, where: str, config: object, algorithm: str, kind: str = "") -> dict[str, Any]:
         """The weight's part of a recipe; without ``granularity`` where nothing is said of it."""

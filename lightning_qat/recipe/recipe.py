@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
+from lightning_qat.plain_data.text import read_text
 from lightning_qat.recipe.amct_config import AMCT_FLOAT
-from lightning_qat.recipe.checks import flag_problem, is_int, key_problems, refuse
+from lightning_qat.recipe.checks import (
+    choice_problem,
+    first_lines,
+    flag_problem,
+    is_int,
+    key_problems,
+    pattern_problems,
+    refuse,
+    shown,
+)
 from lightning_qat.recipe.patterns import contradictions, indexed, is_type, prefixes, selects
 from lightning_qat.recipe.readers import READERS
 from lightning_qat.recipe.specs import (
@@ -26,6 +34,8 @@ from lightning_qat.recipe.typed_dicts import LayerKeys
 Joins = bool | Literal["fused_sums"]
 
 SpecT = TypeVar("SpecT", bound="WeightSpec | ActivationSpec | Recipe")
+
+_ARTICLES: Mapping[type[Any], str] = {WeightSpec: "a", ActivationSpec: "an"}
 
 
 @dataclass(frozen=True)
@@ -73,35 +83,45 @@ class Recipe:
     first_last: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            patterns: Any = getattr(self, name)
-            if isinstance(patterns, str):
-                raise ValueError(
-                    f"Recipe.{name} must be a list of patterns; got the string {patterns!r}. "
-                    f"Write {name}=[{patterns!r}]."
-                )
-            object.__setattr__(self, name, tuple(patterns))
-        if not isinstance(self.weight, WeightSpec):
-            raise ValueError(f"Recipe.weight must be a WeightSpec; got {self.weight!r}.")
-        if not isinstance(self.activation, ActivationSpec):
-            raise ValueError(
-                f"Recipe.activation must be an ActivationSpec; got {self.activation!r}."
-            )
-        problems = [
+        problems: list[str | None] = [
             flag_problem("Recipe.joins", self.joins, or_else="fused_sums"),
             flag_problem("Recipe.outputs", self.outputs),
         ]
+        for name in ("include", "exclude"):
+            patterns: Any = getattr(self, name)
+            if isinstance(patterns, Iterator):
+                patterns = tuple(patterns)
+            wrong = pattern_problems(f"Recipe.{name}", patterns)
+            problems += wrong
+            object.__setattr__(self, name, () if wrong else tuple(patterns))
+        specs: tuple[object, object] = self.weight, self.activation
+        for name, spec, kind in zip(
+            ("weight", "activation"), specs, (WeightSpec, ActivationSpec), strict=True
+        ):
+            if not isinstance(spec, kind):
+                problems.append(
+                    f"Recipe.{name} must be {_ARTICLES[kind]} {kind.__name__}; got {shown(spec)}"
+                )
         if not isinstance(self.overrides, Mapping):
-            raise ValueError(f"Recipe.overrides must be a mapping; got {self.overrides!r}.")
-        for pattern, change in self.overrides.items():
-            try:
-                self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
-            except ValueError as error:
-                problems += str(error).splitlines()
+            problems.append(f"Recipe.overrides must be a mapping; got {shown(self.overrides)}")
+        elif all(isinstance(spec, WeightSpec | ActivationSpec) for spec in specs):
+            for pattern, change in self.overrides.items():
+                problems += self._override_problems(pattern, change)
         least: object = self.first_last
         if least is not None and not (is_int(least) and least in range(2, 9)):
-            problems.append(f"Recipe.first_last must be an int from 2 to 8, or null; got {least!r}")
+            problems.append(
+                f"Recipe.first_last must be an int from 2 to 8, or null; got {shown(least)}"
+            )
         refuse(*problems)
+
+    def _override_problems(self, pattern: object, change: Any) -> list[str]:
+        if not isinstance(pattern, str):
+            return [f"Recipe.overrides: a pattern must be a text; got {shown(pattern)}"]
+        try:
+            self._overridden(LayerSpec(self.weight, self.activation), pattern, change)
+        except ValueError as error:
+            return str(error).splitlines()
+        return []
 
     def for_layer(
         self, name: str, kind: str, aliases: tuple[str, ...] = (), at_least: int = 0
@@ -217,8 +237,11 @@ class Recipe:
         A key ``preset`` names the preset that the other keys change.
 
         Raises:
-            ValueError: Unknown keys, with where they stand and the closest known ones.
+            ValueError: Unknown keys, with where they stand and the closest known ones; values of
+                another kind.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A recipe must be a mapping; got {shown(values)}.")
         values = dict(values)
         base = preset(values.pop("preset")) if "preset" in values else cls()
         return _changed(base, values, "Recipe")
@@ -242,13 +265,14 @@ class Recipe:
             return preset(str(source))
         if not path.is_file():
             raise ValueError(f"Recipe file {str(path)!r} does not exist.")
+        text = read_text(path)
         try:
-            values = READERS[path.suffix](path.read_text(encoding="utf-8"))
+            values = READERS[path.suffix](text)
             if not isinstance(values, Mapping):
                 raise ValueError(f"it must hold a mapping; got {type(values).__name__}.")
             return cls.from_dict(values)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"Recipe file {str(path)!r}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"Recipe file {str(path)!r}: {first_lines(str(error))}") from error
 
     def _overridden(
         self, spec: LayerSpec, pattern: str, change: Mapping[str, Any] | None
@@ -328,6 +352,8 @@ def preset(name: str) -> Recipe:
     Raises:
         ValueError: No such preset; the message lists them and the closest one.
     """
+    if not isinstance(name, str):
+        refuse(choice_problem("preset", name, [*PRESETS]))
     if name in _OTHER_NAMES:
         raise ValueError(f"No recipe named {name!r}: it is called {_OTHER_NAMES[name]!r} here.")
     if name not in PRESETS:

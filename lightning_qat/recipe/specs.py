@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
-from lightning_qat.recipe.checks import choice_problem, flag_problem, is_int, refuse
+from lightning_qat.recipe.checks import (
+    choice_problem,
+    flag_problem,
+    is_int,
+    is_number,
+    refuse,
+    shown,
+)
 from lightning_qat.recipe.typed_dicts import (
     ActivationQuantizerName,
     Calibration,
@@ -17,18 +24,31 @@ from lightning_qat.recipe.typed_dicts import (
     WeightQuantizerName,
 )
 
+_FLOAT32_MAX, _FLOAT32_TINY = 3.4028234663852886e38, 1.1754943508222875e-38
 
-def _clip(clip: Any) -> tuple[float, float]:
+
+def _clip_problem(clip: Any, levels: int) -> str | None:
+    """A message if a value is no range that a grid of so many steps can cover in float32."""
+    rule = (
+        "ActivationSpec.clip must be (low, high) with low <= 0 <= high and low < high, both "
+        f"finite, so that real zero is on the grid; got {shown(clip)}"
+    )
     try:
-        low, high = (float(bound) for bound in clip)
+        low, high = clip
     except (TypeError, ValueError):
-        low, high = math.nan, math.nan
-    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
-        raise ValueError(
-            "ActivationSpec.clip must be (low, high) with low <= 0 <= high and low < high, both "
-            f"finite, so that real zero is on the grid; got {clip!r}."
+        return rule
+    if not (is_number(low) and is_number(high)):
+        return rule
+    if not (-math.inf < low <= 0 <= high < math.inf and low < high):
+        return rule
+    if max(-low, high) > _FLOAT32_MAX or float(high) - float(low) > _FLOAT32_MAX:
+        return f"ActivationSpec.clip must be a range of float32; got {shown(clip)}"
+    if (float(high) - float(low)) / levels < _FLOAT32_TINY:
+        return (
+            "ActivationSpec.clip must be wide enough for a scale that is a normal float32; got "
+            f"{shown(clip)}"
         )
-    return low, high
+    return None
 
 
 @lru_cache
@@ -70,7 +90,7 @@ class WeightSpec:
     def __post_init__(self) -> None:
         problems = [*_choice_problems(self)]
         if not is_int(self.bits) or not 2 <= self.bits <= 8:
-            problems.append(f"WeightSpec.bits must be an int from 2 to 8; got {self.bits!r}")
+            problems.append(f"WeightSpec.bits must be an int from 2 to 8; got {shown(self.bits)}")
         refuse(*problems)
 
 
@@ -120,7 +140,7 @@ class ActivationSpec:
         problems = [*_choice_problems(self)]
         if not is_int(self.bits) or (self.bits != 16 and not 2 <= self.bits <= 8):
             problems.append(
-                f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {self.bits!r}"
+                f"ActivationSpec.bits must be an int from 2 to 8, or 16; got {shown(self.bits)}"
             )
         if self.bits == 16 and not self.symmetric:
             problems.append(
@@ -134,23 +154,25 @@ class ActivationSpec:
             )
         if self.fixed_min is not None and not isinstance(self.fixed_min, bool):
             problems.append(
-                f"ActivationSpec.fixed_min must be true, false or null; got {self.fixed_min!r}"
+                f"ActivationSpec.fixed_min must be true, false or null; got {shown(self.fixed_min)}"
             )
         if not is_int(self.calibration_batches) or self.calibration_batches < 1:
             problems.append(
                 "ActivationSpec.calibration_batches must be an int of 1 or more; got "
-                f"{self.calibration_batches!r}"
+                f"{shown(self.calibration_batches)}"
             )
         if self.samples is not None and not (is_int(self.samples) and self.samples >= 64):
             problems.append(
                 "ActivationSpec.samples must be an int of 64 or more, or null for what the "
-                f"calibration takes by itself; got {self.samples!r}"
+                f"calibration takes by itself; got {shown(self.samples)}"
             )
         if self.clip is not None:
-            try:
-                object.__setattr__(self, "clip", _clip(self.clip))
-            except ValueError as error:
-                problems.append(str(error))
+            levels = 2**self.bits - 1 if is_int(self.bits) and 0 < self.bits <= 16 else 1
+            problem = _clip_problem(self.clip, levels)
+            problems.append(problem)
+            if problem is None:
+                low, high = self.clip
+                object.__setattr__(self, "clip", (float(low), float(high)))
         refuse(*problems)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from lightning_qat.export.manifest import MANIFEST
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.plain_data.parse_json import parse_json
+from lightning_qat.plain_data.shape import as_shape
+from lightning_qat.plain_data.text import read_text
+from lightning_qat.report.manifest_shape import StoredManifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -15,7 +19,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no manifest.
-        ValueError: It is none.
+        ValueError: It is none, or names files outside of the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -23,13 +27,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"There must be a {MANIFEST} in {str(folder)!r}, as QATCallback(exporters=...) and "
             "lightning-qat export write it; there is none. Name the folder with the exported files."
         )
+    text = read_text(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(text)
+        if not isinstance(found, dict) or not isinstance(found.get("targets"), dict):
+            raise ValueError("it is no manifest of an export, for it lists no targets")
+        manifest = as_shape(found, StoredManifest, "a manifest")
+        outside = [*_outside(manifest)]
+        if outside:
+            raise ValueError(f"files must be in the manifest's folder; it names {outside}")
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}. Export again.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("targets"), dict):
-        raise ValueError(f"{str(path)!r} is no manifest of an export: it lists no targets.")
-    return found
+        message = str(error).removesuffix(".")
+        raise ValueError(f"{str(path)!r} is damaged: {message}. Export again.") from error
+    return cast(dict[str, Any], manifest)
+
+
+def _outside(manifest: StoredManifest) -> Iterator[str]:
+    """The paths that lead out of the folder, or name nothing in it."""
+    for target in manifest["targets"].values():
+        for file in target.get("files", {}).values():
+            path = PurePosixPath(file["path"])
+            # A drive, a stream or a folder of Windows is none of ours either.
+            odd = set(file["path"]) & {"\\", ":", "\0"}
+            if path.is_absolute() or ".." in path.parts or not path.name or odd:
+                yield file["path"][:200]
 
 
 def find_model(folder: Path, manifest: dict[str, Any]) -> Path:

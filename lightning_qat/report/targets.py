@@ -51,13 +51,19 @@ def target_part(
     return TargetPart(
         name,
         files,
-        entry.get("agreement"),
+        _agreement(entry),
         judgement,
         worst,
         tuple(entry.get("notes", ())),
         tuple(entry.get("differences", ())),
         entry.get("error", ""),
     )
+
+
+def _agreement(entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """As the page shows it, of earlier manifests too."""
+    stored = entry.get("agreement")
+    return stored and {"source": "", "cautions": [], "remarks": [], **stored}
 
 
 def _compared(

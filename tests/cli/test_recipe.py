@@ -10,6 +10,7 @@ import yaml
 
 from lightning_qat.recipe.recipe import PRESETS, Recipe
 from tests.cli.conftest import Command
+from tests.plain_data.test_parse_yaml import LAUGHS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,6 +79,27 @@ def test_all_that_is_wrong_in_a_file_is_told_at_once(command: Command, tmp_path:
         ("bad.yaml", "{", "while parsing"),
         ("bad.json", "{", "Expecting property name"),
         ("bad.cfg", "what: 3", "what"),
+        ("twice.yaml", "joins: true\njoins: false\n", "line 2: a key must come once"),
+        ("twice.json", '{"joins": true, "joins": false}', "a key must come once in its object"),
+        ("tag.yaml", "!!python/object/apply:os.system [ls]", "must be plain, without a tag"),
+        ("laughs.yaml", LAUGHS, "at most 300,000 values"),
+        ("deep.yaml", "[" * 5000, "nested at most 50 deep"),
+        ("deep.json", '{"a": ' * 100_000, "nested at most 50 deep"),
+        ("digits.json", '{"joins": ' + "9" * 5000 + "}", "digits"),
+        ("long.yaml", "joins: 0x" + "f" * 99, "a whole number must have at most 64 bits"),
+        ("number.yaml", "overrides: {0: {weight: {bits: 4}}}", "Write it in quotes: '0'"),
+        ("nan.yaml", "activation: {clip: [.nan, 1]}", "ActivationSpec.clip must be (low, high)"),
+        ("words.yaml", "activation: {clip: '05'}", "ActivationSpec.clip must be (low, high)"),
+        ("flags.yaml", "activation: {clip: [false, true]}", "clip must be (low, high)"),
+        ("tiny.yaml", "activation: {clip: [0, 1.0e-44]}", "a scale that is a normal float32"),
+        ("huge.yaml", "activation: {clip: [-1e39, 1]}", "must be a range of float32"),
+        ("numbers.yaml", "exclude: [3]", "Recipe.exclude must be a list of texts; one is 3"),
+        ("none.yaml", "include: ~", "Recipe.include must be a list of patterns; got None"),
+        ("flag.yaml", "exclude: true", "Recipe.exclude must be a list of patterns; got True"),
+        ("preset.yaml", "preset: [int8]", "preset must be one of ['int8', "),
+        ("version.json", '{"version": true, "conv": {}}', "version must be 1; got True"),
+        ("null.json", '{"version": 1, "conv": null}', "conv must be a mapping; got None"),
+        ("algo.json", '{"conv": {"retrain_data_config": {"algo": []}}}', "algo must be one of"),
         ("w8", None, "No recipe named 'w8'; closest names: 'w4a8', 'a16w8'"),
     ],
 )
@@ -91,3 +113,21 @@ def test_bad_files_are_one_message(
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_file_in_another_encoding_says_so(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("joins: true\n", encoding="utf-16")
+    assert "must be UTF-8; it is UTF-16, as PowerShell's > writes it" in command("recipe", path).err
+    path.write_text("joins: true\n", encoding="utf-8-sig")
+    assert command("recipe", path).code == 0
+
+
+def test_of_very_many_problems_the_first_are_told(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"key{i}: {'x' * 200}\n" for i in range(30)))
+    err = command("recipe", path).err
+    assert "Recipe has no key 'key19'" in err
+    assert "Recipe has 10 more keys that are not known." in err
+    path.write_text("overrides:\n" + "".join(f"  a{i}: 4\n" for i in range(130)))
+    assert "There are 30 more problems." in command("recipe", path).err

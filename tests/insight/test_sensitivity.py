@@ -250,6 +250,30 @@ def test_a_result_is_a_table_and_a_json_file(tmp_path: Path) -> None:
         suggest(loaded, 30)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {}}, r"\['rows'\] must be a list; got {}"),
+        ({"rows": [{"layer": "2"}]}, r"\['rows'\]\[0\] must have the key 'kind'"),
+        ({"float_value": "nan"}, r"\['float_value'\] must be float or 'inf' or '-inf'; got 'nan'"),
+        ({"float_value": math.nan}, "must hold numbers; the float_value is NaN"),
+        ({"mode": "both"}, r"\['mode'\] must be 'only' or 'all_but'; got 'both'"),
+        ({"sizes": [[1]]}, r"\['sizes'\]\[0\] must be a mapping; got \[1\]"),
+        ({"recipe": None}, r"\['recipe'\] must be a mapping"),
+        ({"format": None}, "begins with format"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_place(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    good = Sensitivity((), "SQNR (dB)", "only", {}, math.inf, 20.0).to_dict()
+    assert Sensitivity.from_dict(good).float_value == math.inf
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({**good, **change}))
+    with pytest.raises(ValueError, match=rf"result\.json' is no sensitivity result: .*{message}"):
+        Sensitivity.load(path)
+
+
 def test_a_plot_is_drawn_where_matplotlib_is(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = sensitivity(chain(3, 1), "int8", data=[without_first_feature(64)], progress=False)

@@ -29,6 +29,35 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": {"a": 1}}, r"\['targets'\]\['a'\] must be a mapping; got 1"),
+        ({"targets": {"a": {"notes": "x"}}}, r"\['a'\]\['notes'\] must be a list; got 'x'"),
+        ({"targets": {"a": {"error": None}}}, r"\['error'\] must be a text; got None"),
+        ({"targets": {"a": {"files": {"m": {}}}}}, r"\['m'\] must have the key 'path'"),
+        ({"targets": {"a": {"agreement": {"runtimes": [1]}}}}, r"\['runtimes'\]\[0\] must be"),
+        ({"training": {"loss": [[1]]}}, r"\['loss'\]\[0\] must be a list of 2; got \[1\]"),
+        ({"inputs": "x"}, r"\['inputs'\] must be a list"),
+        ({"recipe": None}, r"\['recipe'\] must be a mapping"),
+    ],
+)
+def test_what_no_export_writes_is_named_with_its_place(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"targets": {}, **change}))
+    with pytest.raises(ValueError, match=rf"manifest\.json' is damaged: .*{message}.*Export again"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/hosts", "a/../../b", "C:x", "a\\b", "", "a\0"])
+def test_a_manifest_reads_no_file_outside_of_its_folder(tmp_path: Path, path: str) -> None:
+    files = {"model": {"path": path, "bytes": 1, "sha256": ""}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"targets": {"a": {"files": files}}}))
+    with pytest.raises(ValueError, match=r"files must be in the manifest's folder; it names \["):
+        read_manifest(tmp_path)
+
+
 def _manifest(*files: str) -> dict[str, object]:
     listed = {str(n): {"path": file} for n, file in enumerate(files)}
     return {"targets": {"one": {"files": listed}, "failed": {"error": "no"}}}

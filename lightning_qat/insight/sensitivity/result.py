@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_qat.atomic_write import replacing
 from lightning_qat.insight.plots import bars
+from lightning_qat.insight.sensitivity.stored import Number, StoredSensitivity
+from lightning_qat.plain_data.parse_json import parse_json
+from lightning_qat.plain_data.shape import as_shape
+from lightning_qat.plain_data.text import read_text
 
 if TYPE_CHECKING:
     from lightning_qat.insight.sensitivity.candidates import Candidates
@@ -138,14 +142,37 @@ class Sensitivity:
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise ValueError(f"A sensitivity result begins with format {FORMAT!r}; this has none.")
-        try:
-            read = _unspelt({k: v for k, v in values.items() if k != "format"})
-            read["rows"] = tuple(SensitivityRow(**_unspelt(row)) for row in read["rows"])
-            read["sizes"] = tuple(LayerSize(**size) for size in read["sizes"])
-            read["never_run"] = tuple(read["never_run"])
-            return cls(**read)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The sensitivity result is damaged: {error}.") from error
+        stored = as_shape(values, StoredSensitivity, "a sensitivity result")
+        return cls(
+            rows=tuple(
+                SensitivityRow(
+                    row["layer"],
+                    row["kind"],
+                    row["bits"],
+                    row["input_bits"],
+                    _number(row["value"], f"value of {row['layer']!r}"),
+                    _number(row["drop"], f"drop of {row['layer']!r}"),
+                )
+                for row in stored["rows"]
+            ),
+            metric=stored["metric"],
+            mode=stored["mode"],
+            recipe=stored["recipe"],
+            float_value=_number(stored["float_value"], "float_value"),
+            quantized_value=_number(stored["quantized_value"], "quantized_value"),
+            sizes=tuple(
+                LayerSize(
+                    size["layer"],
+                    size["bits"],
+                    size["input_bits"],
+                    size["weights"],
+                    size["multiplications"],
+                )
+                for size in stored.get("sizes", ())
+            ),
+            never_run=tuple(stored.get("never_run", ())),
+            fingerprint=stored.get("fingerprint", ""),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file: the old one or the new one, never half of one."""
@@ -158,10 +185,12 @@ class Sensitivity:
         """Read what ``save`` wrote.
 
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: The file holds something else.
         """
+        text = read_text(Path(path))
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(parse_json(text))  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no sensitivity result: {error}") from error
 
@@ -189,5 +218,8 @@ def _spelt(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: str(v) if k in _NUMBERS and math.isinf(v) else v for k, v in values.items()}
 
 
-def _unspelt(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: float(v) if k in _NUMBERS else v for k, v in values.items()}
+def _number(stored: Number, what: str) -> float:
+    value = float(stored)
+    if math.isnan(value):
+        raise ValueError(f"A sensitivity result must hold numbers; the {what} is NaN.")
+    return value

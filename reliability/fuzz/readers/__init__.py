@@ -1,4 +1,13 @@
 """The readers: one file each, which has a `Reader` under the name ``READER``."""
 
-READERS: dict[str, str] = {}
+READERS: dict[str, str] = {
+    name: f"reliability.fuzz.readers.{name}"
+    for name in (
+        "amct_config",
+        "lightning_config",
+        "manifest",
+        "recipe",
+        "sensitivity_state",
+    )
+}
 """Name on the command line, to the module. Modules are imported by the processes that read."""
