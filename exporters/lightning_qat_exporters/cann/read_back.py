@@ -16,6 +16,7 @@ from lightning_qat.ir.recurrence import Recurrence
 from lightning_qat.numerics.arithmetic import accumulator_scale, quantize_bias
 from lightning_qat_exporters.cann.deploy_file import RNN_OPS
 from lightning_qat_exporters.cann.int4_packing import INPUT_AXIS, RNN_INPUT_AXIS, unpacked
+from lightning_qat_exporters.onnx_files.read import load_with_data
 from lightning_qat_exporters.qdq.recurrent import in_onnx_order
 
 
@@ -31,7 +32,7 @@ def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
         model: What the file was made of.
         path: The deploy model.
     """
-    proto = onnx.load(path)
+    proto = load_with_data(path)
     arrays = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
     made_by = {output: node for node in proto.graph.node for output in node.output}
     read_by = {node.input[0]: node for node in proto.graph.node if node.op_type == "AscendDequant"}

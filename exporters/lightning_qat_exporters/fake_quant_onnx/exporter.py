@@ -38,7 +38,7 @@ from lightning_qat_exporters.fake_quant_onnx.runtimes import (
 )
 from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.lint import lint_tensorrt
 from lightning_qat_exporters.fake_quant_onnx.trace import trace_qdq
-from lightning_qat_exporters.onnx_files.read import load_proto
+from lightning_qat_exporters.onnx_files.read import load_proto, load_with_data
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
 from lightning_qat_exporters.qdq.translate import keys_of
@@ -206,7 +206,7 @@ class FakeQuantOnnxExporter:
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: scales, zero points, integers."""
-        proto = onnx.load(artifact.files["model"])
+        proto = load_with_data(artifact.files["model"])
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for node in proto.graph.node:

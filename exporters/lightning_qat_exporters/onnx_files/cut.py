@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from lightning_qat.export.protocol import CannotRun
+from lightning_qat_exporters.onnx_files.read import load_with_data
 
 _LIMIT = 2**31 - 2**20
 """A little less than protobuf serializes."""
@@ -20,7 +21,7 @@ def loaded(path: Path, runtime: str) -> onnx.ModelProto:
     Raises:
         CannotRun: It is larger than a protobuf message may be.
     """
-    proto = onnx.load(path)
+    proto = load_with_data(path)
     if proto.ByteSize() > _LIMIT:
         raise CannotRun(runtime, "with its weights in one message it is larger than 2 GiB")
     return proto

@@ -31,7 +31,6 @@ def last(net: Qdq) -> str:
         (fc(scale=1e-39), r"q: a scale must be positive, and it and its reciprocal normal"),
         (fc(other_scale=0.25), r"q: .*must share scale and zero point; 'dq' has others"),
         (fc(scale=[0.5, 0.25, 1.0], zero=[0] * 3), r"q: an activation must have one.*got 3 scales"),
-        (fc(zero=0, dtype=np.int32), r"q: activations must be int8, uint8.*got int32"),
         (fc(scale_w=0.0), r"must be positive normal float32; got np.float32\(0.0\)"),
         (fc(scale_w=np.nan), r"must be positive normal float32; got np.float32\(nan\)"),
         (fc(scale_w=[0.5, -1.0]), r"must be positive normal float32; got np.float32\(-1.0\)"),
@@ -153,6 +152,10 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no output": (
         lambda folder: graph_file(folder, [relu("x", "z", "a")]),
         r"Nothing in .* makes the output 'y'",
+    ),
+    "wrong type": (
+        lambda folder: net_file(fc(zero=0, dtype=np.int32), folder, "v3"),
+        r"breaks a rule of ONNX: .*node name: q\): y_zero_point .* type: tensor\(int32\)",
     ),
     "short data": (short_data, r"tensor 'w' .* must have 8 bytes .*; it has 7"),
     "data missing": (

@@ -89,6 +89,7 @@ def opset(version: int) -> Callable[[onnx.ModelProto], None]:
 
 def domain(model: onnx.ModelProto) -> None:
     node(model, "conv.quant").domain = "ascend"
+    second_opset(model)
 
 
 def second_opset(model: onnx.ModelProto) -> None:
@@ -112,7 +113,10 @@ def no_name(model: onnx.ModelProto) -> None:
 
 
 def left_over(model: onnx.ModelProto) -> None:
-    node(model, "flat").op_type = "QuantizeLinear"
+    flat = node(model, "flat")
+    flat.op_type = "QuantizeLinear"
+    flat.input.append(model.graph.initializer[0].name)
+    del flat.attribute[:]
 
 
 def training_operator(model: onnx.ModelProto) -> None:
@@ -141,7 +145,8 @@ def antiquant_of_real(model: onnx.ModelProto) -> None:
 
 
 def computed_param(model: onnx.ModelProto) -> None:
-    node(model, "conv.dequant").input[1] = "nowhere"
+    # An input has no values before the model runs.
+    node(model, "conv.dequant").input[1] = model.graph.input[0].name
 
 
 BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] = {
@@ -230,7 +235,7 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
         antiquant_of_real,
         *("error", "conv.anti_quant", "AscendQuant gives", "'x'"),
     ),
-    "param computed": (computed_param, "error", "conv.dequant", "an initializer", "'nowhere'"),
+    "param computed": (computed_param, "error", "conv.dequant", "an initializer", "'x'"),
     "param type": (
         store("conv.dequant.param", lambda a: a.astype(np.int64)),
         *("error", "conv.dequant.param", "must be uint64", "INT64"),

@@ -194,7 +194,7 @@ RULES: dict[str, tuple[Case, Case, str, str, str]] = {
     ),
     "two inputs of Resize": (
         case("Resize", np.ones(4, "f4"), opset=10),
-        case("Resize", np.zeros(0, "f4")),
+        case("Resize", np.zeros(0, "f4"), opset=13),
         *("error", "three inputs or more", "2 inputs"),
     ),
     "antialias": (

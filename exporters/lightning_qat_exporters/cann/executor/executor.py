@@ -9,7 +9,8 @@ device: many of its kernels quantize in float16, which ``device_fp16`` simulates
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from lightning_qat_exporters.cann.executor.quantize_ops import (
     AscendDequant,
     AscendQuant,
 )
+from lightning_qat_exporters.onnx_files.read import load_with_data
 
 
 class AscendExecutor:
@@ -69,7 +71,7 @@ class AscendExecutor:
         elif isinstance(model, onnx.ModelProto):
             proto = model
         else:
-            proto = onnx.load(model)
+            proto = load_with_data(Path(fspath(model)))
         self.input_names = tuple(value.name for value in proto.graph.input)
         self.output_names = tuple(value.name for value in proto.graph.output)
         self._evaluator = ReferenceEvaluator(_resolved(proto, device_fp16), new_ops=list(_OPS))

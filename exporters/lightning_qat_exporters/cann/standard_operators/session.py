@@ -34,7 +34,7 @@ class DeploySession(OnnxSession):
     """
 
     def __init__(self, path: Path) -> None:
-        model = read_onnx(path)
+        model = read_onnx(path, standard=False)
         self._alarms = as_standard_operators(model)
         # As a file, since protobuf holds no 2 GB.
         with TemporaryDirectory() as folder:

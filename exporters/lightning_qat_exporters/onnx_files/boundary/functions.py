@@ -1,0 +1,99 @@
+"""Whether the functions of a model call each other without end, or too often to be inlined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
+
+MOST_NODES = 1_000_000
+"""Nodes of a model whose functions are inlined: twenty functions that call the next one twice make
+a million of twenty."""
+DEEPEST = 64
+"""Calls within calls; PyTorch's exporters nest as deep as modules do."""
+
+_Id = tuple[str, str, str]
+
+
+def check_functions(proto: ModelProto, path: str) -> None:
+    """Check that functions are defined once and end, before they are inlined.
+
+    Raises:
+        ValueError: A function calls itself, directly or not, calls are nested too deep, or the
+            inlined model would be too large; the function is named.
+    """
+    functions: dict[_Id, FunctionProto] = {}
+    for function in proto.functions:
+        key = _key(function.domain, function.name, function.overload)
+        if key in functions:
+            raise ValueError(
+                f"Every function must be defined once; {path!r} has {_told(key)} twice."
+            )
+        functions[key] = function
+    if not functions:
+        return
+    measured: dict[_Id, _Inlined] = {}
+    for key in functions:
+        _measure(key, functions, measured, (), path)
+    total = sum(measured[key].nodes if key in measured else 1 for key in _called(proto.graph.node))
+    if total > MOST_NODES:
+        raise ValueError(
+            f"A model must have at most {MOST_NODES} nodes when its functions are inlined; "
+            f"{path!r} would have {total}."
+        )
+
+
+class _Inlined(NamedTuple):
+    """A function with all that it calls."""
+
+    nodes: int
+    depth: int
+
+
+def _measure(
+    key: _Id,
+    functions: Mapping[_Id, FunctionProto],
+    measured: dict[_Id, _Inlined],
+    callers: tuple[_Id, ...],
+    path: str,
+) -> _Inlined:
+    if key in measured:
+        return measured[key]
+    if key in callers:
+        chain = " -> ".join(map(_told, (*callers[callers.index(key) :], key)))
+        raise ValueError(f"Functions must not call themselves; in {path!r} {chain} does.")
+    nodes, depth = 0, 1 + len(callers)
+    if depth <= DEEPEST:
+        depth = 1
+        for other in _called(functions[key].node):
+            if other in functions:
+                inner = _measure(other, functions, measured, (*callers, key), path)
+                nodes, depth = nodes + inner.nodes, max(depth, 1 + inner.depth)
+            else:
+                nodes += 1
+    if depth > DEEPEST:
+        raise ValueError(
+            f"Calls of functions must be nested at most {DEEPEST} deep; in {path!r} those of "
+            f"{_told(key)} are deeper."
+        )
+    measured[key] = _Inlined(nodes, depth)
+    return measured[key]
+
+
+def _called(nodes: Iterable[NodeProto]) -> Iterator[_Id]:
+    """The operators of nodes, in subgraphs as well."""
+    for node in nodes:
+        yield _key(node.domain, node.op_type, node.overload)
+        for attribute in node.attribute:
+            graphs: list[GraphProto] = [attribute.g] if attribute.HasField("g") else []
+            for graph in (*graphs, *attribute.graphs):
+                yield from _called(graph.node)
+
+
+def _key(domain: str, name: str, overload: str) -> _Id:
+    return "" if domain == "ai.onnx" else domain, name, overload
+
+
+def _told(key: _Id) -> str:
+    return repr(f"{key[0]}.{key[1]}" if key[0] else key[1])
