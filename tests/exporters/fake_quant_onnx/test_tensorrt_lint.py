@@ -151,6 +151,18 @@ def opset_21(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 21
 
 
+def wide(model: onnx.ModelProto) -> None:
+    """QuantizeLinear to 16 bits, which ONNX has from opset 21."""
+    opset_21(model)
+    store(input__zero=np.int16(0))(model)
+
+
+def float_weight(model: onnx.ModelProto) -> None:
+    weight = numpy_helper.from_array(np.ones((2, 5), np.float32), "real")
+    model.graph.initializer.append(weight)
+    feed("fc", 1, "real")(model)
+
+
 QUANTIZES = "TensorRT quantizes to INT8, INT4 and FP8 alone"
 BOTH = (
     "data and weight must both come from DequantizeLinear, else the operator is computed in float"
@@ -163,7 +175,7 @@ BROKEN: list[tuple[str, Edit, tuple[str, str, str, str]]] = [
     ),
     (
         "16 bits",
-        store(input__zero=np.int16(0)),
+        wide,
         ("error", "input.q", QUANTIZES, "INT16"),
     ),
     (
@@ -255,7 +267,7 @@ BROKEN: list[tuple[str, Edit, tuple[str, str, str, str]]] = [
     ("float data", feed("other", 0, "add.y"), ("warning", "other", BOTH, "no pair on the data")),
     (
         "float weight",
-        feed("fc", 1, "last.scale"),
+        float_weight,
         ("warning", "fc", BOTH, "no pair on the weight"),
     ),
     (
