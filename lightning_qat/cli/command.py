@@ -99,3 +99,13 @@ def json_option(function: _Function) -> _Function:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(
         function
     )
+
+
+def trust_option(function: _Function) -> _Function:
+    """Add ``--trust``, which loads a file without a look at it."""
+    return click.option(
+        "--trust",
+        is_flag=True,
+        help="Load a checkpoint or .pt2 with objects or operators of your own. It may run any "
+        "code: for files that you, or people you trust, have made.",
+    )(function)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ class CheckpointOptions:
         init_args: Arguments of its constructor.
         config: LightningCLI's configuration.
         example_inputs: What its ``forward`` takes.
-        trust: Load objects other than tensors and plain values.
+        trust: Load objects other than tensors and plain values, and a ``.pt2`` without a look at
+            it.
     """
 
     module: str | None = None
@@ -43,9 +44,31 @@ class CheckpointOptions:
 def is_converted(path: Path) -> bool:
     """Whether a file is one that ``QuantizedModel.save`` wrote, or is called so."""
     if path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("lightning_qat.json") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("lightning_qat.json") for name in archive.namelist())
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            pass  # its reader says what is wrong
     return path.suffix == ".pt2"
+
+
+def converted_model(path: Path, *, trust: bool) -> QuantizedModel:
+    """A converted model from its file.
+
+    Args:
+        path: A ``.pt2``.
+        trust: Load it without a look at it, which may run code.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no converted model, or must be trusted.
+    """
+    from lightning_qat.ir.quantized_model import QuantizedModel
+
+    try:
+        return QuantizedModel.load(path, trust=trust)
+    except ValueError as error:
+        raise ValueError(str(error).replace("pass trust=True", "add --trust")) from error
 
 
 def load_converted(path: Path, options: CheckpointOptions) -> tuple[QuantizedModel, str]:
@@ -61,14 +84,12 @@ def load_converted(path: Path, options: CheckpointOptions) -> tuple[QuantizedMod
     """
     if not is_converted(path):
         return _from_checkpoint(path, options)
-    from lightning_qat.ir.quantized_model import QuantizedModel
-
-    if options != CheckpointOptions():
+    if replace(options, trust=False) != CheckpointOptions():
         raise ValueError(
             f"{str(path)!r} is a converted model, which needs no module, arguments or inputs. "
-            "Leave out --module, --init-args, --config, --example-inputs and --trust."
+            "Leave out --module, --init-args, --config and --example-inputs."
         )
-    return QuantizedModel.load(path), path.stem
+    return converted_model(path, trust=options.trust), path.stem
 
 
 def _from_checkpoint(path: Path, options: CheckpointOptions) -> tuple[QuantizedModel, str]:

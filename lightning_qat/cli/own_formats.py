@@ -7,34 +7,37 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qat.cli.converted import is_converted
+from lightning_qat.cli.converted import converted_model, is_converted
 
 if TYPE_CHECKING:
     from lightning_qat.export.files.inspection import InspectedTensor, Inspection
 
 
-def inspect_own(path: Path) -> Inspection | None:
+def inspect_own(path: Path, *, trust: bool = False) -> Inspection | None:
     """What is in a file; ``None``: it is an exporter's, or of an unknown format.
+
+    Args:
+        path: The file.
+        trust: Load objects of a checkpoint, and a ``.pt2`` without a look at it.
 
     Raises:
         ValueError: It has one of these formats and cannot be read.
     """
     if is_converted(path):
         from lightning_qat.export.files.inspect_model import inspect_model
-        from lightning_qat.ir.quantized_model import QuantizedModel
 
-        return inspect_model(QuantizedModel.load(path), path)
+        return inspect_model(converted_model(path, trust=trust), path)
     if path.suffix in (".ckpt", ".pt", ".pth") or zipfile.is_zipfile(path):
-        return _checkpoint(path)
+        return _checkpoint(path, trust=trust)
     return _record(path) if path.suffix in (".txt", ".pb") else None
 
 
-def _checkpoint(path: Path) -> Inspection:
+def _checkpoint(path: Path, *, trust: bool) -> Inspection:
     from lightning_qat.checkpoint.contents import CALLBACK_KEY
     from lightning_qat.checkpoint.load import read_checkpoint
     from lightning_qat.export.files.inspection import Inspection, sizes
 
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights_only=not trust)
     state = checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {})
     told = {
         "epoch": checkpoint.get("epoch"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,7 +16,14 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_qat.atomic_write import replacing
-from lightning_qat.ir.archive_check import check_archive
+from lightning_qat.ir.archive.check import Untrusted
+from lightning_qat.ir.archive.read import (
+    EXTRA_FILE,
+    FORMAT_VERSION,
+    NewerFormatError,
+    read_archive,
+    told,
+)
 from lightning_qat.ir.exported_program import Constants, with_plain_outputs
 from lightning_qat.ir.ops import (
     as_dequantize,
@@ -30,9 +36,6 @@ from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
 from lightning_qat.numerics.arithmetic import channel_groups
 from lightning_qat.numerics.qparams import QParams
-
-FORMAT_VERSION = 1
-_EXTRA_FILE = "lightning_qat.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,14 +299,15 @@ class QuantizedModel:
             "constant_layers": self.constant_layers,
         }
         with replacing(Path(path)) as temporary, with_plain_outputs(self.program) as program:
-            torch.export.save(program, temporary, extra_files={_EXTRA_FILE: json.dumps(facts)})
+            torch.export.save(program, temporary, extra_files={EXTRA_FILE: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path, *, trust: bool = False) -> QuantizedModel:
         """Read a model that ``save`` wrote.
 
         A file of this format can run code when torch loads it, so every part of it is looked at
-        first; see ``archive_check``.
+        first; see ``lightning_qat.ir.archive``. A model of a file that passes is numbers and
+        operators: running it takes what its graph asks for.
 
         Args:
             path: The file.
@@ -312,44 +316,60 @@ class QuantizedModel:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no converted model, it could run code, or it is of a newer format.
+            ValueError: It is no converted model, it could run code, it claims more than it holds,
+                or it is of a newer format.
         """
-        if not Path(path).is_file():
+        file = Path(path)
+        if not file.is_file():
             raise FileNotFoundError(f"There is no converted model at {str(path)!r}.")
-        extra = {_EXTRA_FILE: ""}
         try:
-            with zipfile.ZipFile(path) as archive:
-                if not any(name.endswith(_EXTRA_FILE) for name in archive.namelist()):
-                    raise ValueError(f"it holds no {_EXTRA_FILE}")
-            if not trust:
-                check_archive(Path(path))
-            program = torch.export.load(path, extra_files=extra)
-            facts = json.loads(extra[_EXTRA_FILE])
-        except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            program, facts = read_archive(file, trust=trust)
+            model = cls(
+                program,
+                facts.input_names,
+                facts.output_names,
+                facts.recipe,
+                recurrences_of_old_file(program)
+                if facts.recurrences is None
+                else facts.recurrences,
+                facts.unreached,
+                facts.constant_layers,
+            )
+            model._require_whole()
+        except (MemoryError, OSError, NewerFormatError):
+            raise
+        except Untrusted as error:
             raise ValueError(
-                f"{str(path)!r} is not a model that QuantizedModel.save wrote: {error}"
+                f"{str(path)!r} is not a model that QuantizedModel.save wrote: {error}. If it is "
+                "your own, or you trust who made it, pass trust=True: it is then loaded without a "
+                "look at it, and may run any code."
             ) from error
-        if facts["format_version"] > FORMAT_VERSION:
+        except Exception as error:  # torch's reader and a graph without sense raise many kinds
             raise ValueError(
-                f"{str(path)!r} has format version {facts['format_version']}; this version of "
-                f"lightning-qat reads up to {FORMAT_VERSION}. Upgrade lightning-qat."
+                f"{str(path)!r} is not a model that QuantizedModel.save wrote: {told(error)}"
+            ) from error
+        return model
+
+    def _require_whole(self) -> None:
+        """Look at everything that exporters read, so that they may rely on it.
+
+        Raises:
+            Exception: Of many kinds, where the graph is not one that ``convert`` makes.
+        """
+        args, kwargs = self.example_inputs
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len(tensors) != len(self.input_names):
+            raise ValueError(
+                f"it must have a name for each of its {len(tensors)} inputs; it has "
+                f"{[*self.input_names]}"
             )
-        if "recurrences" in facts:
-            recurrences = tuple(
-                Recurrence(r["name"], r["kind"], tuple(r["initial_cells"]))
-                for r in facts["recurrences"]
+        outputs: Any = self.program.graph.output_node().args[0]
+        if len([v for v in outputs if isinstance(v, fx.Node)]) != len(self.output_names):
+            raise ValueError(
+                f"it must have a name for each of its {len(outputs)} outputs; it has "
+                f"{[*self.output_names]}"
             )
-        else:
-            recurrences = recurrences_of_old_file(program)
-        return cls(
-            program,
-            tuple(facts["input_names"]),
-            tuple(facts["output_names"]),
-            facts["recipe"],
-            recurrences,
-            tuple(facts.get("unreached", ())),
-            tuple(facts.get("constant_layers", ())),
-        )
+        _ = self.layers, self.calls, self.input_shapes, self.output_steps
 
 
 def _constant(constants: Constants, node: object, key: str) -> Tensor:

@@ -7,9 +7,10 @@ Each function says what happens on a torch that lacks the private part;
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -158,3 +159,80 @@ def forget_guards(program: ExportedProgram, paths: Iterable[str]) -> None:
     if code is not None:
         gone = tuple(paths)
         program._guards_code = [c for c in code if not any(path in c for path in gone)]
+
+
+def archive_records(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """The records of an archive as torch's own reader sees them: name to offset and size in bytes.
+
+    Uses ``torch._C.PyTorchFileReader``, which ``torch.load`` and ``torch.export.load`` read with.
+    Without it an ``AttributeError`` says so: no file is loaded that was not looked at.
+
+    Raises:
+        RuntimeError: torch cannot read it.
+    """
+    reader: Any = torch._C.PyTorchFileReader(file)
+    return {
+        name: (reader.get_record_offset(name), reader.get_record_size(name))
+        for name in reader.get_all_records()
+    }
+
+
+def classes_said_to_be_safe() -> frozenset[str]:
+    """Dotted names of what the program has given to ``torch.serialization.add_safe_globals``.
+
+    Uses ``torch._weights_only_unpickler._get_user_allowed_globals``. Without it there are none:
+    a checkpoint with such a class is refused unless it is trusted.
+    """
+    from torch import _weights_only_unpickler
+
+    named = getattr(_weights_only_unpickler, "_get_user_allowed_globals", dict)
+    return frozenset(named())
+
+
+def operator_arguments(name: str, overload: str) -> list[tuple[str, str]] | None:
+    """Names and types of an operator's arguments; ``None``: the dispatcher knows no such operator.
+
+    Uses ``torch._C._dispatch_has_kernel``, which leaves out what TorchScript alone can call (one
+    such operator writes files), and ``torch._C._get_schema``. Without them an ``AttributeError``
+    says so: no converted model is loaded that was not looked at.
+
+    Args:
+        name: Such as ``aten::add``.
+        overload: Such as ``Tensor``; ``default`` for the one without a name.
+    """
+    overload = "" if overload == "default" else overload
+    full = f"{name}.{overload}" if overload else name
+    if not torch._C._dispatch_has_kernel(full):
+        return None
+    schema = torch._C._get_schema(name, overload)
+    return [(argument.name, str(argument.type)) for argument in schema.arguments]
+
+
+def load_program(file: BinaryIO, beside: str) -> tuple[ExportedProgram, str]:
+    """Load an exported program, and the text of an extra file beside it, from an open file.
+
+    ``torch.export.load`` logs an error with its traceback, and raises one that says to look there.
+    The first is raised here, and nothing is logged. Uses the logger ``torch.export``; without it
+    the second error is raised.
+
+    Raises:
+        Exception: Of many kinds, where the file is not what ``torch.export.save`` wrote.
+    """
+    logged: list[BaseException] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            logged.append(record.exc_info[1])
+        return False
+
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export.serde")]
+    extra = {beside: ""}
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        return torch.export.load(file, extra_files=extra), extra[beside]
+    except RuntimeError as error:
+        raise (logged[0] if logged else error) from None
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)

@@ -79,14 +79,17 @@ def find_model(folder: Path, manifest: dict[str, Any]) -> Path:
     )
 
 
-def load_model(path: Path, manifest: dict[str, Any]) -> QuantizedModel:
-    """Read a converted model, and make sure that it is the manifest's.
+def require_model_of(manifest: dict[str, Any], model: QuantizedModel, path: Path) -> None:
+    """Make sure that a converted model is the one that a manifest's files were made of.
+
+    Args:
+        manifest: What ``read_manifest`` returned.
+        model: The model.
+        path: Its file, for the message.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no converted model, or another one.
+        ValueError: It is another one.
     """
-    model = QuantizedModel.load(path)
     of_model = [*model.input_names], [*model.output_names]
     of_files = manifest.get("inputs"), manifest.get("outputs")
     if of_model != of_files:
@@ -95,4 +98,3 @@ def load_model(path: Path, manifest: dict[str, Any]) -> QuantizedModel:
             f"inputs and outputs {of_model[0]} and {of_model[1]}, they have {of_files[0]} and "
             f"{of_files[1]}. Name the right one with --model."
         )
-    return model

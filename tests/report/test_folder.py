@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.report.folder import find_model, load_model, read_manifest
+from lightning_qat.report.folder import find_model, read_manifest, require_model_of
 from lightning_qat.report.page import report_or_reason
 from tests.models import linear, trained
 from tests.report.conftest import Exported
@@ -81,9 +81,9 @@ def test_a_renamed_model_is_found_where_it_is_the_only_one(tmp_path: Path) -> No
 
 def test_another_models_manifest_is_refused(exported: Exported, tmp_path: Path) -> None:
     x = torch.randn(2, 6)
-    convert(trained(linear(), x), x).save(tmp_path / "other.pt2")
+    other = convert(trained(linear(), x), x)
     with pytest.raises(ValueError, match=r"inputs and outputs \['input'\].*they have \['x'\]"):
-        load_model(tmp_path / "other.pt2", read_manifest(exported.folder))
+        require_model_of(read_manifest(exported.folder), other, tmp_path / "other.pt2")
 
 
 def test_a_failing_report_is_a_sentence_with_the_command_for_later(

@@ -8,8 +8,17 @@ from pathlib import Path
 import click
 
 from lightning_qat.cli.arrays import model_inputs
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, inputs_option, json_option
+from lightning_qat.cli.command import (
+    FILE,
+    FINE,
+    FOUND,
+    command,
+    inputs_option,
+    json_option,
+    trust_option,
+)
 from lightning_qat.cli.console import say
+from lightning_qat.cli.converted import converted_model
 from lightning_qat.cli.foreign_files import compared
 
 
@@ -17,8 +26,9 @@ from lightning_qat.cli.foreign_files import compared
 @click.argument("model", type=FILE, metavar="MODEL.pt2")
 @click.argument("file", type=FILE)
 @inputs_option
+@trust_option
 @json_option
-def compare(model: Path, file: Path, inputs: Path | None, as_json: bool) -> int:
+def compare(model: Path, file: Path, inputs: Path | None, trust: bool, as_json: bool) -> int:
     """Say where an exported file departs from the converted model.
 
     MODEL.pt2 is the converted model that FILE was made of. Every quantized tensor is compared in
@@ -32,10 +42,9 @@ def compare(model: Path, file: Path, inputs: Path | None, as_json: bool) -> int:
     """
     from lightning_qat.export.files.recognize import artifact_of
     from lightning_qat.insight.compare import compare as comparison_of
-    from lightning_qat.ir.quantized_model import QuantizedModel
 
     artifact = artifact_of(file)
-    converted = QuantizedModel.load(model)
+    converted = converted_model(model, trust=trust)
     given = None if inputs is None else model_inputs(converted, inputs)
     say(f"comparing {file}")
     with compared(file, model):

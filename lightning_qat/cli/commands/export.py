@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option, trust_option
 from lightning_qat.cli.console import say
 from lightning_qat.cli.converted import CheckpointOptions, is_converted, load_converted
 from lightning_qat.cli.targets import available
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     "module's example_input_array.",
 )
 @click.option("--name", help="Beginning of the files' names.  [default: the class, in lower case]")
-@click.option(
-    "--trust", is_flag=True, help="Load objects from the checkpoint, which may run code from it."
-)
+@trust_option
 @json_option
 def export(
     source: Path,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, command, json_option
+from lightning_qat.cli.command import FILE, FINE, command, json_option, trust_option
 from lightning_qat.cli.console import print_table
 from lightning_qat.cli.own_formats import inspect_own
 
@@ -22,8 +22,9 @@ _MOST = 20
 
 @command("inspect")
 @click.argument("file", type=FILE)
+@trust_option
 @json_option
-def inspect(file: Path, as_json: bool) -> int:
+def inspect(file: Path, trust: bool, as_json: bool) -> int:
     """Show what a file quantizes and what it leaves float.
 
     FILE is a deploy, fake-quant or QDQ model (ONNX) or a TFLite file, of this or another tool; a
@@ -38,7 +39,7 @@ def inspect(file: Path, as_json: bool) -> int:
 
     if not file.is_file():
         raise FileNotFoundError(f"There must be a file to inspect at {str(file)!r}; none is there.")
-    found = inspect_own(file) or inspect_file(file)
+    found = inspect_own(file, trust=trust) or inspect_file(file)
     if found is None:
         raise ValueError(
             f"{str(file)!r} must be an ONNX or TFLite file, a converted model (.pt2), a checkpoint "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option, trust_option
 from lightning_qat.cli.console import say
 from lightning_qat.cli.module_class import LightningConfig
 from lightning_qat.cli.trained_module import (
@@ -109,9 +109,7 @@ def _bits(
     metavar="N",
     help="Validate on the first N batches.  [default: all]",
 )
-@click.option(
-    "--trust", is_flag=True, help="Load objects from the checkpoint, which may run code from it."
-)
+@trust_option
 @json_option
 def sensitivity(
     checkpoint: Path,

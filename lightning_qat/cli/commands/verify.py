@@ -8,8 +8,17 @@ from pathlib import Path
 import click
 
 from lightning_qat.cli.arrays import model_inputs
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, inputs_option, json_option
+from lightning_qat.cli.command import (
+    FILE,
+    FINE,
+    FOUND,
+    command,
+    inputs_option,
+    json_option,
+    trust_option,
+)
 from lightning_qat.cli.console import say
+from lightning_qat.cli.converted import converted_model
 from lightning_qat.cli.foreign_files import compared
 
 
@@ -17,8 +26,11 @@ from lightning_qat.cli.foreign_files import compared
 @click.argument("model", type=FILE, metavar="MODEL.pt2")
 @click.argument("files", type=FILE, nargs=-1, required=True, metavar="FILE...")
 @inputs_option
+@trust_option
 @json_option
-def verify(model: Path, files: tuple[Path, ...], inputs: Path | None, as_json: bool) -> int:
+def verify(
+    model: Path, files: tuple[Path, ...], inputs: Path | None, trust: bool, as_json: bool
+) -> int:
     """Compare exported files with the converted model.
 
     MODEL.pt2 is the converted model that lies beside the files after an export. Every scale, zero
@@ -32,11 +44,10 @@ def verify(model: Path, files: tuple[Path, ...], inputs: Path | None, as_json: b
     """
     from lightning_qat.export.files.recognize import artifact_of
     from lightning_qat.export.verify import verify as agreement_of
-    from lightning_qat.ir.quantized_model import QuantizedModel
 
     # Two files may belong together.
     artifacts = {tuple(a.files.values()): a for a in map(artifact_of, files)}
-    converted = QuantizedModel.load(model)
+    converted = converted_model(model, trust=trust)
     given = None if inputs is None else model_inputs(converted, inputs)
     source = None if inputs is None else str(inputs)
     found = []

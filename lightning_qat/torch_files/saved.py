@@ -1,0 +1,37 @@
+"""A file of ``torch.save``, looked at before ``torch.load`` reads it."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from lightning_qat.model.torch_private import classes_said_to_be_safe
+from lightning_qat.torch_files.parts import parts
+from lightning_qat.torch_files.pickles import check_pickle
+
+
+def check_saved(file: BinaryIO, *, weights_only: bool = True) -> None:
+    """Refuse a file that is damaged, runs code, or takes more memory than its own size.
+
+    Args:
+        file: The open file; it is read from its beginning again afterwards.
+        weights_only: Look at the pickle too. Without it, the file is trusted to run code; it must
+            still be whole.
+
+    Raises:
+        UnknownClass: It holds a class that is neither torch's nor one that the program has named
+            to ``torch.serialization.add_safe_globals``.
+        ValueError: It is damaged, or claims more than it has.
+    """
+    found = parts(file)
+    if "data.pkl" not in found:
+        raise ValueError("it holds no data.pkl")
+    if "constants.pkl" in found:
+        raise ValueError("it is a TorchScript archive")
+    if weights_only:
+        storages = {
+            name.removeprefix("data/"): part.size
+            for name, part in found.items()
+            if name.startswith("data/")
+        }
+        check_pickle(found["data.pkl"].read(file), storages, classes_said_to_be_safe())
+    file.seek(0)
