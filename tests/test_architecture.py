@@ -26,16 +26,19 @@ CORE: Mapping[str, str] = {
     "joins": "numerics recipe model function_hooks quantizers layers",
     "prepare": "recipe model quantizers layers training joins",
     "convert": "numerics recipe model function_hooks ir quantizers layers joins",
-    "checkpoint": "recipe model quantizers layers prepare",
-    "amct": "recipe model ir export quantizers layers prepare convert checkpoint atomic_write",
+    "checkpoint": "recipe model torch_files quantizers layers prepare",
+    "amct": (
+        "recipe model torch_files ir export quantizers layers prepare convert checkpoint "
+        "atomic_write"
+    ),
     "insight": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
         "convert atomic_write plain_data"
     ),
     "report": "numerics model ir export prepare insight atomic_write plain_data",
     "callback": (
-        "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
-        "convert checkpoint report"
+        "numerics recipe model torch_files function_hooks ir quantizers export layers training "
+        "joins prepare convert checkpoint report"
     ),
     "cli": (
         "numerics recipe model ir quantizers export convert checkpoint amct insight report "

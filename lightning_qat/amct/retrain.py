@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_qat.atomic_write import replacing
@@ -31,6 +30,7 @@ from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers
 from lightning_qat.recipe.amct_config import json_config
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.torch_files.load import load_without_objects
 
 DynamicAxes = Mapping[str, Mapping[int, str] | Sequence[int]]
 
@@ -215,9 +215,7 @@ def _check_export(model: nn.Module, recipe: Recipe, input_data: Inputs) -> None:
 
 
 def _state_dict(path: Path, name: str | None) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
-    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = load_without_objects(path)
     if name is not None:
         if not isinstance(loaded, Mapping) or name not in loaded:
             keys = sorted(map(str, loaded)) if isinstance(loaded, Mapping) else []

@@ -28,6 +28,7 @@ from lightning_qat.export.protocol import Exporter
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.report.page import REPORT, report_or_reason
+from lightning_qat.torch_files.load import load_without_objects
 from lightning_qat.training.calibrate_unseen import calibrate_unseen
 
 
@@ -259,8 +260,8 @@ class Export:
                 "that validation runs before training ends, or use export_from='last'. The trained "
                 "weights are still in the trainer: export them with convert and export."
             )
-        # This run wrote it, with whatever the module's hyperparameters are.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        # The path may come from a checkpoint that the run was resumed from.
+        checkpoint = load_without_objects(path)
         if not was_quantizing(checkpoint, calibration_batches):
             raise RuntimeError(
                 f"The best checkpoint {path!r} was saved before the network was quantized, so its "

@@ -7,6 +7,8 @@ one of these, ``tests/callback/test_private_hooks.py`` fails, and this file is w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,6 +58,24 @@ def before_weights_are_loaded(
     Without this order a checkpoint that does not fit is reported by torch, as a list of keys.
     """
     return PatchOnce(pl_module, "on_load_checkpoint", before=function)
+
+
+def before_checkpoint_is_read(
+    trainer: Trainer, function: Callable[[str | Path, bool | None], None]
+) -> PatchOnce:
+    """Call a function with the path before the trainer next reads a checkpoint.
+
+    Its second argument is what ``weights_only`` was given as: ``None`` by nobody, ``False`` also
+    for Lightning before 2.6, which has no such argument and trusts every file. No callback hook
+    runs before the reading. Without this order a file that cannot be read is reported by torch.
+    """
+    strategy: Any = trainer.strategy
+    asks = "weights_only" in signature(strategy.load_checkpoint).parameters
+
+    def before(checkpoint_path: str | Path, weights_only: bool | None = None) -> None:
+        function(checkpoint_path, weights_only if asks else False)
+
+    return PatchOnce(strategy, "load_checkpoint", before=before)
 
 
 def load_train_data(trainer: Trainer) -> None:

@@ -31,13 +31,13 @@ class PatchOnce:
         self._own: Any = self._attributes.get(name)
         original: Callable[..., Any] = getattr(owner, name)
 
-        def once(*args: Any) -> Any:
+        def once(*args: Any, **named: Any) -> Any:
             self.undo()
             if before is not None:
-                before(*args)
-            result = original(*args)
+                before(*args, **named)
+            result = original(*args, **named)
             if after is not None:
-                after(*args)
+                after(*args, **named)
             return result
 
         self._once: Any = once

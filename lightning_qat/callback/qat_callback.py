@@ -18,6 +18,7 @@ from lightning_qat.callback.example_inputs import ExampleInputs
 from lightning_qat.callback.final_export import Export, ExportOptions
 from lightning_qat.callback.lightning_private import (
     after_configure_model,
+    before_checkpoint_is_read,
     before_weights_are_loaded,
     configuration_error,
     is_fitting,
@@ -33,6 +34,7 @@ from lightning_qat.callback.trainer_checks import (
     eval_mode_problem,
     late_layer_problems,
     learning_rate_problem,
+    require_readable,
     trainer_problems,
 )
 from lightning_qat.callback.unseen_ranges import UnseenRanges
@@ -227,6 +229,7 @@ class QATCallback(PhaseHooks):
         self._patches = [
             after_configure_model(pl_module, prepare_all),
             before_weights_are_loaded(pl_module, check),
+            before_checkpoint_is_read(trainer, require_readable),
         ]
 
     def _prepare(self, pl_module: LightningModule, early: PrepareReport) -> None:

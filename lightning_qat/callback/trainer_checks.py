@@ -7,6 +7,7 @@ the layers that it makes late.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +24,7 @@ from lightning_qat.callback.lightning_private import (
     loads_weights_after_wrapping,
 )
 from lightning_qat.checkpoint.contents import checkpoint_problem, is_quantized
+from lightning_qat.checkpoint.shape import shape_problem
 from lightning_qat.joins.apply import plan_of
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.paths import ModelPaths
@@ -31,6 +33,7 @@ from lightning_qat.prepare.swap import choose_layers
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.schedule import Schedule
+from lightning_qat.torch_files.load import require_saved
 
 try:
     from lightning.pytorch.callbacks import WeightAveraging
@@ -117,6 +120,9 @@ def check_checkpoint(
     trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], recipe: Recipe
 ) -> None:
     """Refuse a checkpoint that does not fit, before torch lists hundreds of keys."""
+    damaged = shape_problem(checkpoint)
+    if damaged is not None:
+        raise configuration_error(damaged)
     if not is_quantized(checkpoint["state_dict"]):
         if is_fitting(trainer):
             rank_zero_warn(
@@ -129,6 +135,20 @@ def check_checkpoint(
     problem = checkpoint_problem(checkpoint, pl_module, recipe, pl_module.strict_loading)
     if problem is not None:
         raise configuration_error(problem)
+
+
+def require_readable(path: str | Path, weights_only: bool | None) -> None:
+    """Say of a checkpoint that Lightning is about to read what is wrong with it, and what to pass.
+
+    Args:
+        path: Where it is; Lightning says what is wrong with one that is not on this machine.
+        weights_only: As ``fit`` was given it; ``False``: it is trusted to hold objects.
+
+    Raises:
+        ValueError: It is cut off or damaged, or holds objects.
+    """
+    if Path(path).is_file():
+        require_saved(path, None if weights_only is False else frozenset())
 
 
 def late_layer_problems(pl_module: nn.Module, recipe: Recipe) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import nn
 
 from lightning_qat.checkpoint.contents import (
@@ -18,9 +17,11 @@ from lightning_qat.checkpoint.contents import (
     quantizer_prefixes,
     version_problem,
 )
+from lightning_qat.checkpoint.shape import shape_problem
 from lightning_qat.prepare.prepare_like import prepare_like
 from lightning_qat.quantizers.names import PLAN
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.torch_files.load import load_saved
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -42,9 +43,13 @@ def load_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> 
 
     Raises:
         TypeError: ``cls`` has no ``load_from_checkpoint``.
-        ValueError: The file is no whole checkpoint, or one of a float model, of another network,
-            of a newer format or without some of its quantizers; or the file holds objects that
-            torch does not load unless ``weights_only=False`` says that it is trusted.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is none of a checkpoint, is cut off or damaged, lacks a part, is of a
+            float model, of another network, of a newer format or without some of its quantizers;
+            or ``cls`` cannot be made of its hyperparameters and ``kwargs``; or it is whole and
+            holds objects, such as a hyperparameter that is a dataclass: torch loads these when
+            ``weights_only=False`` says that the file is trusted, or when
+            ``torch.serialization.add_safe_globals`` has their classes. The message says which.
         RuntimeError: The checkpoint's weights do not fit the module.
     """
     return _loaded(cls, path, kwargs, float_too=False)
@@ -55,6 +60,10 @@ def load_float_or_qat_checkpoint(cls: type[_Module], path: str | Path, **kwargs:
     return _loaded(cls, path, kwargs, float_too=True)
 
 
+class NotMadeError(ValueError):
+    """A class cannot be made of what a checkpoint and the caller give its constructor."""
+
+
 def _loaded(
     cls: type[_Module], path: str | Path, kwargs: Mapping[str, Any], *, float_too: bool
 ) -> _Module:
@@ -63,17 +72,27 @@ def _loaded(
             f"load_qat_checkpoint takes a LightningModule class; got {cls!r}. For a plain module "
             "call prepare(model, recipe) and model.load_state_dict(...)."
         )
-    _require_torchs_format(path)
+    weights_only = kwargs.get("weights_only") is not False
+    checkpoint = _whole_checkpoint(path, weights_only=weights_only)
     loading: Any = cls
+    options = dict(kwargs)
+    if "weights_only" in signature(loading.load_from_checkpoint).parameters:
+        options["weights_only"] = weights_only
+    else:
+        # Lightning before 2.6 has no such argument, and trusts every file: this one was looked at.
+        options.pop("weights_only", None)
     try:
         with _prepared_on_load(loading, float_too=float_too):
-            return cast(_Module, loading.load_from_checkpoint(path, **kwargs))
-    except FileNotFoundError:
+            return cast(_Module, loading.load_from_checkpoint(path, **options))
+    except (ValueError, RuntimeError, OSError, MemoryError, Warning):
         raise
-    except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise
-        raise _unreadable(path, error) from error
+    except Exception as error:  # the user's constructor runs in it
+        stored = sorted(map(str, checkpoint.get("hyper_parameters", {})))
+        raise NotMadeError(
+            f"{cls.__name__} cannot be made of what {str(path)!r} holds: {type(error).__name__}: "
+            f"{error}. It holds the hyperparameters {stored}. Pass what is missing or shall be "
+            f"another: load_qat_checkpoint({cls.__name__}, path, name=value)."
+        ) from error
 
 
 def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> Mapping[str, Any]:
@@ -84,31 +103,20 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> Mapping[s
         ValueError: The file is no whole checkpoint of a QAT run, or holds objects that torch does
             not load unless ``weights_only=False`` says that it is trusted.
     """
-    _require_torchs_format(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(checkpoint, Mapping) or not is_quantized(checkpoint.get("state_dict", {})):
+    checkpoint = _whole_checkpoint(path, weights_only=weights_only)
+    if not is_quantized(checkpoint["state_dict"]):
         raise ValueError(
             f"{str(path)!r} must be a Lightning checkpoint of a QAT run; it holds no quantizers."
         )
     return checkpoint
 
 
-def _unreadable(path: str | Path, error: Exception) -> ValueError:
-    """What to say where torch refuses a file."""
-    if "Unsupported global" in str(error):
-        what = str(error).partition("GLOBAL ")[2].partition(" was")[0]
-        return ValueError(
-            f"{str(path)!r} must hold tensors and plain values; it holds {what}, such as a "
-            "hyperparameter of that class, and loading it runs code from the file. If you trust "
-            "the file, pass weights_only=False."
-        )
-    return ValueError(
-        f"{str(path)!r} must be a whole checkpoint; torch could not read it: {error}. It was cut "
-        "off or damaged; use an earlier one."
-    )
+def _whole_checkpoint(path: str | Path, *, weights_only: bool) -> Mapping[str, Any]:
+    checkpoint = load_saved(path, weights_only=weights_only)
+    problem = shape_problem(checkpoint)
+    if problem is not None:
+        raise ValueError(f"{str(path)!r}: {problem}")
+    return cast(Mapping[str, Any], checkpoint)
 
 
 def stored_recipe(path: str | Path, *, weights_only: bool = True) -> Recipe | None:
@@ -121,19 +129,6 @@ def stored_recipe(path: str | Path, *, weights_only: bool = True) -> Recipe | No
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     recipe = checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {}).get("recipe")
     return None if recipe is None else Recipe.from_dict(recipe)
-
-
-def _require_torchs_format(path: str | Path) -> None:
-    """Refuse a file that is no zip archive, at which torch's reader may fail in any way."""
-    file = Path(path)
-    if file.is_file():
-        with file.open("rb") as opened:
-            start = opened.read(2)
-        if start != b"PK":
-            raise ValueError(
-                f"{str(path)!r} must be a whole checkpoint, as torch.save writes it; it is empty "
-                "or something else."
-            )
 
 
 @contextmanager
@@ -152,8 +147,7 @@ def _prepared_on_load(cls: Any, *, float_too: bool) -> Iterator[None]:
         newer = version_problem(checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {}))
         if newer is not None:
             raise ValueError(newer)
-        prepare_like(self, checkpoint["state_dict"])
-        missing = missing_problem(checkpoint["state_dict"], self)
+        missing = _prepared(self, checkpoint["state_dict"])
         if missing is not None:
             raise ValueError(missing)
 
@@ -165,6 +159,21 @@ def _prepared_on_load(cls: Any, *, float_too: bool) -> Iterator[None]:
             del cls.on_load_checkpoint
         else:
             cls.on_load_checkpoint = of_class
+
+
+def _prepared(module: nn.Module, state_dict: Mapping[str, Any]) -> str | None:
+    """Give a module the QAT layers of a state_dict; a message if the rest of it is not there."""
+    try:
+        prepare_like(module, state_dict)
+        return missing_problem(state_dict, module)
+    except ValueError:
+        raise
+    except Exception as error:  # specs and plan are read as they were written
+        raise ValueError(
+            "The state_dict must hold the specs of its quantizers and the plan of its tensors as "
+            f"they were saved; {type(error).__name__}: {error}. It was edited, or is of another "
+            "version; use the one that training wrote."
+        ) from error
 
 
 def strip_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

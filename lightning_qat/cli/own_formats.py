@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qat.cli.converted import converted_model, is_converted
+from lightning_qat.cli.trained_module import of_command
 
 if TYPE_CHECKING:
     from lightning_qat.export.files.inspection import InspectedTensor, Inspection
@@ -37,7 +38,10 @@ def _checkpoint(path: Path, *, trust: bool) -> Inspection:
     from lightning_qat.checkpoint.load import read_checkpoint
     from lightning_qat.export.files.inspection import Inspection, sizes
 
-    checkpoint = read_checkpoint(path, weights_only=not trust)
+    try:
+        checkpoint = read_checkpoint(path, weights_only=not trust)
+    except ValueError as error:
+        raise of_command(error) from error
     state = checkpoint.get("callbacks", {}).get(CALLBACK_KEY, {})
     told = {
         "epoch": checkpoint.get("epoch"),

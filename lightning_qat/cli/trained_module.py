@@ -76,16 +76,24 @@ def trained_module(
     if init_args is not None:
         arguments |= plain_arguments(init_args)
     say(f"loading {path}")
+    from lightning_qat.checkpoint.load import NotMadeError
+
     try:
         return load(cls, path, map_location="cpu", weights_only=not trust, **arguments)
+    except NotMadeError as error:
+        raise _not_made(cls, path, error.__cause__ or error) from error
     except (ValueError, OSError) as error:
-        raise _of_command(error) from error
-    except Exception as error:  # the user's constructor runs in it
-        raise ValueError(
-            f"{cls.__name__} cannot be made and loaded from {str(path)!r}: "
-            f"{type(error).__name__}: {error}. Arguments of its constructor that the checkpoint "
-            "does not hold are given by --init-args '{\"name\": value}' or --config."
-        ) from error
+        raise of_command(error) from error
+    except Exception as error:  # the weights do not fit
+        raise _not_made(cls, path, error) from error
+
+
+def _not_made(cls: type[Any], path: Path, error: BaseException) -> ValueError:
+    return ValueError(
+        f"{cls.__name__} cannot be made and loaded from {str(path)!r}: "
+        f"{type(error).__name__}: {error}. Arguments of its constructor that the checkpoint "
+        "does not hold are given by --init-args '{\"name\": value}' or --config."
+    )
 
 
 def recipe_of(path: Path, *, trust: bool) -> Recipe | None:
@@ -95,8 +103,11 @@ def recipe_of(path: Path, *, trust: bool) -> Recipe | None:
     try:
         return stored_recipe(path, weights_only=not trust)
     except (ValueError, OSError) as error:
-        raise _of_command(error) from error
+        raise of_command(error) from error
 
 
-def _of_command(error: Exception) -> ValueError:
-    return ValueError(str(error).replace("pass weights_only=False", "add --trust"))
+def of_command(error: Exception) -> ValueError:
+    """The message of a function of the package, with the option in the place of the argument."""
+    text = str(error).replace("pass weights_only=False", "add --trust")
+    # A program can name classes before; a command cannot.
+    return ValueError(text.partition(" If you trust these classes")[0])

@@ -9,7 +9,7 @@ descriptions in the place of values.
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,15 +24,15 @@ _LONGEST_SIZE = 2**48
 
 
 class UnknownClass(ValueError):
-    """A pickle refers to a class or function that is none of torch's plain values.
+    """A pickle refers to classes or functions that are none of torch's plain values.
 
     Args:
-        name: Its dotted name.
+        names: Their dotted names.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"it holds {name}, which is no tensor and no plain value")
-        self.name = name
+    def __init__(self, *names: str) -> None:
+        super().__init__(f"it holds {', '.join(names)}: no tensor and no plain value")
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -95,26 +95,38 @@ _BYTES = ("_codecs.encode", "builtins.bytearray")
 _RENAMED = {"__builtin__": "builtins"}
 
 
+class AnyClass:
+    """Every class is allowed, as by a reader that makes nothing of those it does not know."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 def check_pickle(
-    content: bytes, storages: Mapping[str, int], allowed: frozenset[str] = frozenset()
+    content: bytes, storages: Mapping[str, int], allowed: Container[str] = frozenset()
 ) -> None:
     """Refuse a pickle that holds more than tensors of its storages and plain values.
 
     Args:
         content: The pickle.
         storages: The size in bytes of each storage by its key.
-        allowed: Dotted names of further classes that the caller trusts.
+        allowed: Dotted names of further classes that may be called with anything.
 
     Raises:
-        UnknownClass: It holds something else, by its name.
+        UnknownClass: It holds something else; all of it by name.
         ValueError: It is damaged, or would take memory or time beyond its size.
     """
-    machine = _Machine(storages, allowed)
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            step = _STEPS.get(opcode.name)
+        steps = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(content)]
+        names = dict.fromkeys(_dotted(text) for name, text in steps if name == "GLOBAL")
+        unknown = [name for name in names if name not in _KNOWN and name not in allowed]
+        if unknown:
+            raise UnknownClass(*unknown)
+        machine = _Machine(storages, allowed)
+        for name, argument in steps:
+            step = _STEPS.get(name)
             if step is None:
-                raise ValueError(f"its pickle has the instruction {opcode.name}")
+                raise ValueError(f"its pickle has the instruction {name}")
             step(machine, argument)
     except (IndexError, KeyError) as error:
         raise ValueError("its pickle is damaged: a value is used that is not there") from error
@@ -123,7 +135,7 @@ def check_pickle(
 
 
 class _Machine:
-    def __init__(self, storages: Mapping[str, int], allowed: frozenset[str]) -> None:
+    def __init__(self, storages: Mapping[str, int], allowed: Container[str]) -> None:
         self._storages, self._allowed = storages, allowed
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -174,7 +186,7 @@ class _Machine:
 
     def _fill(self, kind: str, items: list[Any]) -> None:
         target = self._stack[-1]
-        if not isinstance(target, _Made) or target.kind != kind:
+        if not isinstance(target, _Made) or target.kind not in (kind, "object"):
             raise ValueError(f"its pickle is damaged: it fills what is no {kind}")
         if target.inside_another:
             raise ValueError(f"its pickle fills a {kind} that another value holds already")
@@ -191,11 +203,7 @@ class _Machine:
         return [self._stack.pop() for _ in range(count)][::-1]
 
     def name(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        text = f"{_RENAMED.get(module, module)}.{name}"
-        if not (text in _KNOWN or text in self._allowed):
-            raise UnknownClass(text)
-        self.push(_Name(text))
+        self.push(_Name(_dotted(argument)))
 
     def storage(self) -> None:
         match self._stack.pop():
@@ -212,14 +220,20 @@ class _Machine:
 
     def call(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        if not isinstance(function, _Name) or not isinstance(arguments, _Tuple):
-            raise ValueError("its pickle is damaged: it calls what is no function")
-        kind = self._result(function.text, arguments.items)
+        if not isinstance(arguments, _Tuple):
+            raise ValueError("its pickle is damaged: arguments must be a tuple")
+        match function:
+            case _Name(name):
+                kind = self._result(name, arguments.items)
+            case _Made("object"):
+                kind = "object"
+            case _:
+                raise ValueError("its pickle is damaged: it calls what is no function")
         self.push(_Made(kind, arguments.depth))
 
     def _result(self, function: str, arguments: tuple[Any, ...]) -> str:
         """The kind of what a call returns; the arguments are looked at."""
-        if function in self._allowed:
+        if function not in _KNOWN:
             return "object"
         if function in _PLAIN_CALLS:
             return _PLAIN_CALLS[function]
@@ -269,9 +283,19 @@ class _Machine:
 
     def new(self) -> None:
         arguments, cls = self._stack.pop(), self._stack.pop()
-        if not isinstance(cls, _Name) or cls.text not in self._allowed:
+        if not isinstance(cls, _Name) or cls.text in _KNOWN:
             raise ValueError("its pickle makes an object of what is no class")
         self.push(_Made("object", _depth(arguments)))
+
+
+def _dotted(argument: Any) -> str:
+    module, _, name = str(argument).partition(" ")
+    return f"{_RENAMED.get(module, module)}.{name}"
+
+
+def is_known(module: str, name: str) -> bool:
+    """Whether torch writes a class or function for tensors and plain values."""
+    return f"{_RENAMED.get(module, module)}.{name}" in _KNOWN
 
 
 def _depth(value: Any) -> int:
@@ -287,7 +311,12 @@ def _enclose(value: Any) -> None:
 def _is_key(key: Any) -> bool:
     """Whether a value is hashed at once: the hash of nested tuples takes exponential time."""
     items = key.items if isinstance(key, _Tuple) else (key,)
-    return all(item is None or isinstance(item, str | int | float | _Name) for item in items)
+    return all(
+        item is None
+        or isinstance(item, str | int | float | _Name)
+        or (isinstance(item, _Made) and item.kind == "object")
+        for item in items
+    )
 
 
 def _require_attributes(state: Any) -> None:

@@ -302,7 +302,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused() -> None:
     def restored(name: str | None = None) -> nn.Module:
         return amct.restore_quant_retrain_model(CONFIG, Network(), RECORD, x, "a.pth", name)
 
-    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at 'a\.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"There must be a checkpoint at 'a\.pth'"):
         restored()
     torch.save({"model": state}, "a.pth")
     with pytest.raises(ValueError, match=r"no quantizer is in it\. Give state_dict_name, one of"):

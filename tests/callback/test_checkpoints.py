@@ -1,6 +1,7 @@
 """Checkpoints of QAT runs and of float runs, with the callback and without it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +247,7 @@ def test_a_truncated_checkpoint_is_named(
     with pytest.raises(ValueError, match=r"qat.ckpt' must be a whole checkpoint; torch could not"):
         load_qat_checkpoint(Net, checkpoint)
     net = Net()
-    # Lightning reads it itself: torch's own error, before the first batch.
-    with pytest.raises((RuntimeError, OSError), match=r"PytorchStreamReader failed|Invalid arg"):
+    with pytest.raises(ValueError, match=r"qat.ckpt' must be a whole checkpoint; torch could not"):
         trainer(qat(), max_epochs=3).fit(net, loader(), ckpt_path=checkpoint)
     assert net.losses == []
     assert not {"configure_model", "on_load_checkpoint"} & set(vars(net))
@@ -290,3 +290,51 @@ def test_a_subclass_of_the_callback_resumes_the_checkpoint_of_the_callback(
     callback = Own(schedule=SHORT)
     trainer(callback, max_epochs=3).fit(Net(), loader(), ckpt_path=checkpoint)
     assert callback.state_dict()["batches_seen"] == 3 * BATCHES
+
+
+@dataclass
+class Width:
+    """A hyperparameter."""
+
+    value: int = 4
+
+
+def with_a_dataclass(checkpoint: dict[str, Any]) -> None:
+    checkpoint["hyper_parameters"] = {"width": Width()}
+
+
+def test_resuming_a_healthy_checkpoint_with_a_dataclass_says_what_to_pass(
+    trainer: Callable[..., L.Trainer], checkpoint: Path
+) -> None:
+    edited(checkpoint, with_a_dataclass)
+    with pytest.raises(
+        ValueError, match=r"is whole, but it holds .*Width.*pass weights_only=False"
+    ):
+        trainer(qat(), max_epochs=3).fit(Net(), loader(), ckpt_path=checkpoint, weights_only=True)
+    run = trainer(qat(), max_epochs=3)
+    run.fit(Net(), loader(), ckpt_path=checkpoint, weights_only=False)
+    assert run.current_epoch == 3
+    with torch.serialization.safe_globals([Width]):
+        trainer(qat(), max_epochs=3).fit(Net(), loader(), ckpt_path=checkpoint, weights_only=True)
+
+
+def without_batches(checkpoint: dict[str, Any]) -> None:
+    del checkpoint["callbacks"]["QATCallback"]["batches_seen"]
+
+
+def with_texts_for_weights(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"]["conv.weight"] = "weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (without_batches, "QATCallback: 'batches_seen' must be a count; got None"),
+        (with_texts_for_weights, "'conv.weight' in 'state_dict' must be a tensor; got str"),
+    ],
+)
+def test_resuming_a_checkpoint_that_lacks_a_part_names_the_part(
+    trainer: Callable[..., L.Trainer], checkpoint: Path, change: Any, text: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=text):
+        trainer(qat(), max_epochs=3).fit(Net(), loader(), ckpt_path=edited(checkpoint, change))
