@@ -22,7 +22,7 @@ from lightning_qat_exporters.cann.qdq_graph.types import (
     QuantizedActivation,
     QuantizedGraph,
 )
-from lightning_qat_exporters.onnx_files.graph_writer import initializer, unique
+from lightning_qat_exporters.onnx_files.graph_writer import Names, initializer
 
 
 def device_op_type(layer: IntegerRecurrent) -> str:
@@ -84,7 +84,7 @@ def _without_removed_pairs(found: QuantizedGraph) -> QuantizedGraph:
     first_layer: dict[QuantizedActivation, str] = {}
     for layer in found.layers:
         first_layer.setdefault(layer.activation, layer.name)
-    names: set[str] = set()
+    names = Names()
     left: dict[QuantizedActivation, QuantizedActivation] = {}
     for activation in found.activations:
         quantizes = tuple(n for n in activation.quantizes if n.graph is not None)
@@ -94,7 +94,7 @@ def _without_removed_pairs(found: QuantizedGraph) -> QuantizedGraph:
             name = first_layer.get(activation) or reader_label(quantizes, dequantizes)
             left[activation] = replace(
                 activation,
-                name=unique(name, names),
+                name=names.take(name),
                 source=source,
                 quantizes=quantizes,
                 dequantizes=dequantizes,

@@ -398,7 +398,8 @@ def _conversion(
     float_bias: bool,
 ) -> Conversion:
     names = [layer.name for layer in found.layers] + [layer.name for layer in found.recurrent]
-    shifts = {f"{name}{SHIFT}": name for name in names if f"{name}{SHIFT}" in names}
+    taken = set(names)
+    shifts = {f"{name}{SHIFT}": name for name in names if f"{name}{SHIFT}" in taken}
     shift_notes = (
         f"{name!r}: its weight's zero point takes it out of int8; the layer {shift!r} adds the "
         "rest, exactly."
@@ -407,7 +408,7 @@ def _conversion(
     return Conversion(
         files=written.files,
         layers=tuple(name for name in names if name not in shifts),
-        joins=tuple(name for name in joins(found) if name not in names),
+        joins=tuple(name for name in joins(found) if name not in taken),
         outputs=integer_outputs(found),
         left_float=tuple(map(str, found.left_float)),
         notes=(

@@ -339,8 +339,12 @@ def _fold_real_constants(graph: GraphWriter) -> bool:
 
 def _drop_unread_casts(value: ir.Value) -> None:
     """Remove what stood between a pair and its layers and is read by nothing any more."""
-    for node in tuple(value.consumers()):
-        if node.op_type in ("Cast", "Identity") and not node.outputs[0].is_graph_output():
-            _drop_unread_casts(node.outputs[0])
-            if not node.outputs[0].uses() and node.graph is not None:
-                node.graph.remove(node, safe=True)
+    casts, waiting = [], [value]
+    while waiting:
+        for node in waiting.pop().consumers():
+            if node.op_type in ("Cast", "Identity") and not node.outputs[0].is_graph_output():
+                casts.append(node)
+                waiting.append(node.outputs[0])
+    for node in reversed(casts):
+        if not node.outputs[0].uses() and node.graph is not None:
+            node.graph.remove(node, safe=True)

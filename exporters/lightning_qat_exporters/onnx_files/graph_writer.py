@@ -6,7 +6,8 @@ goes next to another one, and names are part of the file's format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+_SERIES = "lightning_qat.initializer_names"
 
 
 def typed(attributes: Mapping[str, Any]) -> list[ir.Attr]:
@@ -40,31 +43,82 @@ def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
 
     One of that name that holds the same values is used again.
     """
-    wanted, count = name, 0
-    while name in graph.initializers:
-        stored = array_of(graph.initializers[name])
-        if stored is not None and stored.dtype == array.dtype and np.array_equal(stored, array):
+    array = np.array(array, order="C")
+    series = _series_of(graph)
+    if name in graph.initializers:
+        if _holds(graph.initializers[name], array):
             return graph.initializers[name]
-        count += 1
-        name = f"{wanted}_{count}"
-    value = _constant(name, ir.tensor(np.array(array, order="C"), name=name))
+        values = name, array.dtype.str, array.shape, sha256(array.tobytes()).digest()
+        known = graph.initializers.get(series.named.get(values, ""))
+        if known is not None and _holds(known, array):
+            return known
+        name = series.next_name(name)
+        series.named[values] = name
+    value = _constant(name, ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """Return ``name``, or ``name_1``, ``name_2``, ... if taken, and take it.
+class _Series:
+    """Names with numbers behind them that ``initializer`` has given out, and for which values."""
 
-    >>> taken = {"fc"}
-    >>> unique("fc", taken), unique("fc", taken)
-    ('fc_1', 'fc_2')
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.named: dict[tuple[Any, ...], str] = {}
+        self._count: dict[str, int] = {}
+
+    def next_name(self, wanted: str) -> str:
+        count = self._count.get(wanted, 0) + 1
+        while f"{wanted}_{count}" in self.graph.initializers:
+            count += 1
+        self._count[wanted] = count
+        return f"{wanted}_{count}"
+
+
+def _series_of(graph: ir.Graph) -> _Series:
+    """The names given out in a graph; a copy of a graph has those of its original at first."""
+    series = graph.meta.get(_SERIES)
+    if not isinstance(series, _Series) or series.graph is not graph:
+        series = graph.meta[_SERIES] = _Series(graph)
+    return series
+
+
+def _holds(value: ir.Value, array: Array) -> bool:
+    stored = array_of(value)
+    return stored is not None and stored.dtype == array.dtype and np.array_equal(stored, array)
+
+
+class Names:
+    """Names that are taken.
+
+    Args:
+        taken: Those that are taken from the beginning.
     """
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken)
+        self._count: dict[str, int] = {}
+
+    def add(self, names: Iterable[str]) -> None:
+        """Names that are taken, too."""
+        self._taken.update(names)
+
+    def take(self, name: str) -> str:
+        """Return ``name``, or ``name_1``, ``name_2``, ... if taken, and take it.
+
+        >>> names = Names(["fc"])
+        >>> names.take("fc"), names.take("fc")
+        ('fc_1', 'fc_2')
+        """
+        candidate = name
+        # Names are never given back, so what was taken once need not be tried again.
+        count = self._count.get(name, 0)
+        while candidate in self._taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        self._count[name] = count
+        self._taken.add(candidate)
+        return candidate
 
 
 class GraphWriter:
@@ -73,6 +127,8 @@ class GraphWriter:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._constants: list[ir.Value] = []
+        self._places: dict[ir.Value, list[int]] | None = None
+        """Where the graph's outputs stand, found when one is first replaced."""
 
     def constant(self, name: str, values: Array | np.generic | ir.LazyTensor) -> ir.Value:
         """A constant that ``register_constants`` makes an initializer of that name."""
@@ -83,12 +139,13 @@ class GraphWriter:
 
     def register_constants(self) -> None:
         """Make every constant that is read an initializer, with a name that is not taken."""
-        taken = {v.name for v in (*self.graph.inputs, *self.graph.initializers.values()) if v.name}
-        taken |= {v.name for node in self.graph for v in node.outputs if v.name}
+        names = Names(v.name for v in self.graph.inputs if v.name)
+        names.add(self.graph.initializers)
+        names.add(v.name for node in self.graph for v in node.outputs if v.name)
         for value in self._constants:
             if value.uses():
                 assert value.name is not None
-                value.name = unique(value.name, taken)
+                value.name = names.take(value.name)
                 self.graph.register_initializer(value)
 
     def insert(
@@ -157,9 +214,17 @@ class GraphWriter:
         for user, index in old.uses() if uses is None else uses:
             if user is not new.producer():
                 user.replace_input_with(index, new)
-        for index, output in enumerate(self.graph.outputs):
-            if output is old:
-                self.graph.outputs[index] = new
+        if old.is_graph_output():
+            self._replace_output(old, new)
+
+    def _replace_output(self, old: ir.Value, new: ir.Value) -> None:
+        if self._places is None:
+            self._places = {}
+            for index, output in enumerate(self.graph.outputs):
+                self._places.setdefault(output, []).append(index)
+        for index in self._places.pop(old, ()):
+            self.graph.outputs[index] = new
+            self._places.setdefault(new, []).append(index)
 
 
 def _constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:

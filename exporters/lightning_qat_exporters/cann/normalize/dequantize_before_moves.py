@@ -52,6 +52,9 @@ class _Moved:
         self.graph = graph
         self.any = False
         self._real: dict[ir.Value, ir.Value] = {}
+        self._quantize_of = _quantize_of(graph)
+        self._outputs = {value: place for place, value in enumerate(graph.outputs)}
+        self._requantized: set[ir.Value] = set()
 
     def take(self, dequantize: ir.Node) -> None:
         """Let the readers of a DequantizeLinear read the same values, moved in real form."""
@@ -62,7 +65,10 @@ class _Moved:
             qparams = qparams_of(dequantize)
         except CannotExpress:
             return
-        if qparams.scale.size != 1 or not self._made_of_one_grid(value, dequantize, qparams):
+        quantize = self._quantize_of.get(value)
+        if qparams.scale.size != 1 or quantize is None:
+            return
+        if not undoes(dequantize, qparams_of(quantize)):
             return
         real = self._real_of(value, dequantize, qparams)
         old = dequantize.outputs[0]
@@ -70,15 +76,15 @@ class _Moved:
             # The output keeps its name; what made it before is removed as unread.
             real = self._written(real, "Identity", [real], f"{label(dequantize)}.moved")
             real.name, old.name = old.name, f"{old.name}.before"
-            self.graph.outputs[list(self.graph.outputs).index(old)] = real
+            self._replace_output(old, real)
         ir.convenience.replace_all_uses_with(old, real)
         self.any = True
         self._requantize_outputs(value, dequantize, qparams)
 
     def take_output(self, value: ir.Value) -> None:
         """The same for moved integers that nothing dequantizes: they are only a graph output."""
-        first = _origin(value)
-        if value.producer() is first or first is None or first.op_type != "QuantizeLinear":
+        first = self._quantize_of.get(value)
+        if first is None or not _is_move(value.producer()):
             return
         try:
             real = ir.TensorType(ir.DataType.from_numpy(qparams_of(first).scale.dtype))
@@ -94,40 +100,39 @@ class _Moved:
         self.graph.append(like)  # It says which numbers; what it writes is read by nothing.
         self.take(like)
 
-    def _made_of_one_grid(self, value: ir.Value, dequantize: ir.Node, qparams: NodeQParams) -> bool:
-        """Whether integers come from QuantizeLinear nodes with these parameters, through moves."""
-        node = value.producer()
-        if node is None:
-            return False
-        if node.op_type == "QuantizeLinear":
-            return not is_constant(node.inputs[0]) and undoes(dequantize, qparams_of(node))
-        if node.op_type == "Clip" and not node.domain:
-            before = node.inputs[0]
-            maker = None if before is None else before.producer()
-            return (
-                before is not None
-                and maker is not None
-                and maker.op_type == "QuantizeLinear"
-                and self._made_of_one_grid(before, dequantize, qparams)
-            )
-        if not _is_move(node) or (node.op_type == "Cast" and not _keeps_type(node, qparams)):
-            return False
-        return all(self._made_of_one_grid(v, dequantize, qparams) for v in _data(node))
+    def _replace_output(self, old: ir.Value, new: ir.Value) -> None:
+        place = self._outputs.pop(old)
+        self._outputs[new] = place
+        self.graph.outputs[place] = new
 
     def _real_of(self, value: ir.Value, like: ir.Node, qparams: NodeQParams) -> ir.Value:
-        node = value.producer()
-        assert node is not None  # _made_of_one_grid walked through it
-        # All that dequantizes it has one scale and zero point, those of the QuantizeLinear.
-        if value in self._real:
-            return self._real[value]
+        # All that dequantizes it has one scale and zero point, those of the QuantizeLinear. What
+        # it is moved from comes first: chains of moves are as long as a file has them.
+        waiting = [value]
+        while waiting:
+            moved = waiting[-1]
+            node = moved.producer()
+            assert node is not None  # _quantize_of walked through it
+            before = _data(node) if _is_move(node) else []
+            missing = [v for v in before if v not in self._real]
+            if moved in self._real or not missing:
+                waiting.pop()
+            if moved not in self._real:
+                waiting += missing
+                if not missing:
+                    self._write_real(moved, node, like, qparams)
+        return self._real[value]
+
+    def _write_real(
+        self, value: ir.Value, node: ir.Node, like: ir.Node, qparams: NodeQParams
+    ) -> None:
+        """Write the real values of integers, those that they are moved from being there."""
         if not _is_move(node):
-            real = self._dequantized(value, node, like)
+            self._real[value] = self._dequantized(value, node, like)
         elif node.op_type == "Cast":
-            real = self._real_of(_data(node)[0], like, qparams)
+            self._real[value] = self._real[_data(node)[0]]
         else:
-            real = self._move(value, node, like, qparams)
-        self._real[value] = real
-        return real
+            self._real.update(zip(node.outputs, self._move(node, like, qparams), strict=True))
 
     def _dequantized(self, value: ir.Value, maker: ir.Node, like: ir.Node) -> ir.Value:
         attributes = [a for a in like.attributes.values() if a.name != "axis"]
@@ -143,11 +148,9 @@ class _Moved:
         self.graph.insert_after(maker, node)
         return real
 
-    def _move(
-        self, value: ir.Value, node: ir.Node, like: ir.Node, qparams: NodeQParams
-    ) -> ir.Value:
-        """The same operator on real values; of several outputs all are made."""
-        reals = {v: self._real_of(v, like, qparams) for v in _data(node)}
+    def _move(self, node: ir.Node, like: ir.Node, qparams: NodeQParams) -> list[ir.Value]:
+        """The outputs of the same operator on real values."""
+        reals = {v: self._real[v] for v in _data(node)}
         inputs = [reals.get(v, v) if v is not None else None for v in node.inputs]
         if node.op_type == "Pad":
             inputs = self._real_fill(node, inputs, qparams)
@@ -163,7 +166,7 @@ class _Moved:
         )
         node.name = f"{label(node)}.integers"
         self.graph.insert_after(node, copy)
-        return outputs[node.outputs.index(value)]
+        return outputs
 
     def _real_fill(
         self, node: ir.Node, inputs: list[ir.Value | None], qparams: NodeQParams
@@ -179,18 +182,21 @@ class _Moved:
 
     def _requantize_outputs(self, value: ir.Value, like: ir.Node, qparams: NodeQParams) -> None:
         """Quantize moved integers that are a graph output from their real values."""
-        node = value.producer()
-        if node is None or not _is_move(node):
-            return
-        if value.is_graph_output():
-            real = self._real_of(value, like, qparams)
-            inputs = [real, *like.inputs[1:]]
-            name = f"{label(node)}.requantized"
-            integers = self._written(real, "QuantizeLinear", inputs, name, value.type)
-            integers.name, value.name = value.name, f"{value.name}.before"
-            self.graph.outputs[list(self.graph.outputs).index(value)] = integers
-        for before in _data(node):
-            self._requantize_outputs(before, like, qparams)
+        waiting = [value]
+        while waiting:
+            value = waiting.pop()
+            node = value.producer()
+            if value in self._requantized or node is None or not _is_move(node):
+                continue
+            self._requantized.add(value)
+            if value.is_graph_output():
+                real = self._real_of(value, like, qparams)
+                inputs = [real, *like.inputs[1:]]
+                name = f"{label(node)}.requantized"
+                integers = self._written(real, "QuantizeLinear", inputs, name, value.type)
+                integers.name, value.name = value.name, f"{value.name}.before"
+                self._replace_output(value, integers)
+            waiting += _data(node)
 
     def _written(
         self,
@@ -207,13 +213,33 @@ class _Moved:
         return output
 
 
-def _origin(value: ir.Value) -> ir.Node | None:
-    """The node that made the values that moves have brought here; of a Concat the first part's."""
-    node = value.producer()
-    while node is not None and _is_move(node):
-        before = node.inputs[0]
-        node = None if before is None else before.producer()
-    return node
+def _quantize_of(graph: ir.Graph) -> dict[ir.Value, ir.Node]:
+    """The QuantizeLinear whose integers a value has, its own, clipped or moved.
+
+    Of several that meet in one operator, all with the same parameters, it is the first one.
+    """
+    found: dict[ir.Value, ir.Node] = {}
+    for node in graph:
+        if node.op_type == "QuantizeLinear":
+            if not is_constant(node.inputs[0]):
+                found[node.outputs[0]] = node
+            continue
+        clips = node.op_type == "Clip" and not node.domain
+        if not clips and not _is_move(node):
+            continue
+        origins = [found.get(value) for value in (node.inputs[:1] if clips else _data(node))]
+        first = origins[0] if origins else None
+        if first is None or (clips and node.inputs[0] is not first.outputs[0]):
+            continue
+        try:
+            qparams = qparams_of(first)
+            others = {id(o): o for o in origins if o is not first}.values()
+            same = all(o is not None and undoes(o, qparams) for o in others)
+        except CannotExpress:
+            continue
+        if same and (node.op_type != "Cast" or _keeps_type(node, qparams)):
+            found.update(dict.fromkeys(node.outputs, first))
+    return found
 
 
 def _is_move(node: ir.Node | None) -> bool:

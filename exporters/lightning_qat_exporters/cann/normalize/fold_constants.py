@@ -7,7 +7,8 @@ A QAT model that was captured while its weights train finds their scales in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ _ALWAYS = 1 << 20
 class FoldConstants(ir.passes.InPlacePass):
     """Make initializers of what constants alone determine; pairs of constants stay pairs.
 
-    Memory is that of one tensor's computation at a time, and no tensor of more elements than the
-    largest initializer is made (of 2**20, where all are small).
+    Each node is computed once, however many read it. No tensor of more elements than the largest
+    initializer is made (of 2**20, where all are small).
 
     Args:
         qparams_only: Only scales and zero points.
@@ -47,26 +48,25 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place; what depends on an input stays as it is."""
-        order = _determined(model.graph)
+        determined = _determined(model.graph)
         sizes = [v.const_value.size for v in model.graph.initializers.values() if v.const_value]
         limit = max([*sizes, _ALWAYS])
-        folded: dict[ir.Value, ir.Value | None] = {}
-        for node in tuple(model.graph):
-            if node in order or (self.qparams_only and not _is_pair(node)):
-                continue
-            for index, value in enumerate(node.inputs):
-                maker = None if value is None else value.producer()
-                if value is None or maker not in order or _known(value) is not None:
-                    continue
-                if self.qparams_only and index == 0:
-                    continue
-                if value not in folded:
-                    array = _computed(value, order, dict(model.graph.opset_imports), limit)
-                    name = f"{value.name}.folded"
-                    folded[value] = None if array is None else initializer(model.graph, name, array)
-                if (constant := folded[value]) is not None:
-                    node.replace_input_with(index, constant)
-        return ir.passes.PassResult(model, modified=any(folded.values()))
+        wanted = [
+            (node, index, value)
+            for node in model.graph
+            if node not in determined and (not self.qparams_only or _is_pair(node))
+            for index, value in enumerate(node.inputs)
+            if value is not None and (index or not self.qparams_only)
+            if value.producer() in determined and _known(value) is None
+        ]
+        constants: dict[ir.Value, ir.Value] = {}
+        folded = dict.fromkeys(value for _, _, value in wanted)
+        for value, array in _computed(folded, determined, model.graph, limit):
+            constants[value] = initializer(model.graph, f"{value.name}.folded", array)
+        for node, index, value in wanted:
+            if value in constants:
+                node.replace_input_with(index, constants[value])
+        return ir.passes.PassResult(model, modified=bool(constants))
 
 
 def _is_pair(node: ir.Node) -> bool:
@@ -77,50 +77,73 @@ def _known(value: ir.Value) -> ir.TensorProtocol | None:
     return ir.convenience.get_const_tensor(value)
 
 
-def _determined(graph: ir.Graph) -> dict[ir.Node, int]:
-    """The nodes whose outputs constants alone determine, with their places in the graph."""
-    found: dict[ir.Node, int] = {}
-    for place, node in enumerate(graph):
+def _determined(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes whose outputs constants alone determine."""
+    found: set[ir.Node] = set()
+    for node in graph:
         given = [value for value in node.inputs if value is not None]
         if node.op_type in _FOLDED and not node.domain and given:
             if all(_known(v) is not None or v.producer() in found for v in given):
-                found[node] = place
+                found.add(node)
     return found
 
 
 def _computed(
-    value: ir.Value, order: Mapping[ir.Node, int], opsets: dict[str, int], limit: int
-) -> Array | None:
-    """The value of what constants alone determine; ``None`` where it is too large, or no legal one.
+    wanted: Iterable[ir.Value], determined: set[ir.Node], graph: ir.Graph, limit: int
+) -> Iterator[tuple[ir.Value, Array]]:
+    """What constants alone determine, each node computed once; left out what is too large.
 
-    Whoever reads an illegal node says so.
+    An array is kept until the last node that reads it is computed. Of an illegal node nothing is
+    made, nor of what reads it: whoever reads it says so.
     """
-    arrays: dict[ir.Value, Array] = {}
-    for node in sorted(_makers(value), key=order.__getitem__):
+    wanted = set(wanted)
+    needed = _makers(wanted)
+    opsets = dict(graph.opset_imports)
+    arrays: dict[ir.Value, Array | None] = {}
+    readers = Counter(v for node in needed for v in node.inputs if v is not None)
+    for node in [node for node in graph if node in needed]:
         inputs = [None if v is None else _array(v, arrays) for v in node.inputs]
-        try:
-            if _size(node, inputs) > limit:
-                return None
-            names = [None if v is None else f"i{i}" for i, v in enumerate(node.inputs)]
-            proto = ir.to_proto(node)
-            proto.input[:] = [name or "" for name in names]
-            feeds = {n: a for n, a in zip(names, inputs, strict=True) if n is not None}
-            results: Any = ReferenceEvaluator(proto, opsets=opsets).run(None, feeds)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        missing = any(a is None and v is not None for a, v in zip(inputs, node.inputs, strict=True))
+        results = None if missing else _run(node, inputs, opsets, limit)
+        for index, output in enumerate(node.outputs):
+            array = None if results is None else np.asarray(results[index])
+            if output in wanted and array is not None:
+                yield output, array
+            if readers[output]:
+                arrays[output] = array
+        for value in node.inputs:
+            if value is not None:
+                readers[value] -= 1
+                if not readers[value]:
+                    arrays.pop(value, None)
+
+
+def _run(
+    node: ir.Node, inputs: Sequence[Array | None], opsets: dict[str, int], limit: int
+) -> list[Array] | None:
+    """The outputs of a node; ``None`` where they are too large, or no legal ones."""
+    try:
+        if _size(node, inputs) > limit:
             return None
-        arrays |= {o: np.asarray(r) for o, r in zip(node.outputs, results, strict=True)}
-    return arrays[value]
+        names = [None if v is None else f"i{i}" for i, v in enumerate(node.inputs)]
+        proto = ir.to_proto(node)
+        proto.input[:] = [name or "" for name in names]
+        feeds = {n: a for n, a in zip(names, inputs, strict=True) if n is not None}
+        results: Any = ReferenceEvaluator(proto, opsets=opsets).run(None, feeds)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    return list(results) if len(results) == len(node.outputs) else None
 
 
-def _array(value: ir.Value, arrays: Mapping[ir.Value, Array]) -> Array:
+def _array(value: ir.Value, arrays: Mapping[ir.Value, Array | None]) -> Array | None:
     tensor = _known(value)
     return arrays[value] if tensor is None else np.asarray(tensor.numpy())
 
 
-def _makers(value: ir.Value) -> set[ir.Node]:
-    """Every node that ``value`` is computed by."""
+def _makers(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """Every node that ``values`` are computed by."""
     makers: set[ir.Node] = set()
-    waiting = [value]
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         node = value.producer()

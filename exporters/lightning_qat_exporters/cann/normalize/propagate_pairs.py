@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from lightning_qat.export.protocol import CannotExpress
@@ -25,62 +27,56 @@ class PropagatePairs(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place."""
         repeated: dict[ir.Value, ir.Value] = {}
+        pairs = pairs_behind(model.graph)
         for node in tuple(model.graph):
             if node.op_type in LAYER_TYPES and not node.domain and len(node.inputs) > 1:
                 data = node.inputs[0]
-                pair = _pair_before(data) if constant_dequantize(node.inputs[1]) else None
-                if data is not None and pair is not None:
+                pair = None if data is None else pairs.get(data)
+                moved = pair is not None and data is not pair.outputs[0]
+                if data is not None and pair and moved and constant_dequantize(node.inputs[1]):
                     if data not in repeated:
                         repeated[data] = _requantized(model.graph, data, pair)
                     node.replace_input_with(0, repeated[data])
         return ir.passes.PassResult(model, modified=bool(repeated))
 
 
-def quantized_by(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear of an activation whose values a tensor has, directly or moved."""
-    node = None if value is None else value.producer()
-    direct = node is not None and node.op_type == "DequantizeLinear" and not node.domain
-    pair = node if direct else _pair_before(value)
-    return None if pair is None or is_constant(pair.inputs[0]) else pair
-
-
-def _pair_before(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear whose values reach ``value`` through at least one other operator.
+def pairs_behind(graph: ir.Graph) -> dict[ir.Value, ir.Node]:
+    """The DequantizeLinear of an activation whose values a tensor has, its own or moved.
 
     Of a Concat all operands must have one scale and zero point; that of the first stands for all.
     """
-    node = None if value is None else value.producer()
-    steps = 0
-    while node is not None and value is not None and not node.domain:
-        if node.op_type == "Concat":
-            return _pair_of_all(node)
-        if not _keeps_values(node):
-            break
-        if value is not node.outputs[0]:
-            return None
-        value = node.inputs[0]
-        node = None if value is None else value.producer()
-        steps += 1
-    if not steps or node is None or node.op_type != "DequantizeLinear":
-        return None
-    return None if is_constant(node.inputs[0]) else node
+    found: dict[ir.Value, ir.Node] = {}
+    for node in graph:
+        first = node.outputs[0] if node.outputs else None
+        if first is None or node.domain:
+            continue
+        if node.op_type == "DequantizeLinear":
+            pair = None if is_constant(node.inputs[0]) else node
+        elif node.op_type == "Concat":
+            pair = _pair_of_all([None if v is None else found.get(v) for v in node.inputs])
+        else:
+            data = node.inputs[0] if node.inputs and _keeps_values(node) else None
+            pair = None if data is None else found.get(data)
+        if pair is not None:
+            found[first] = pair
+    return found
 
 
-def _pair_of_all(concat: ir.Node) -> ir.Node | None:
+def _pair_of_all(pairs: Sequence[ir.Node | None]) -> ir.Node | None:
     """The pair of a Concat's first operand, where those of all others have its parameters."""
-    pairs = []
-    for value in concat.inputs:
-        pair = quantized_by(value)
-        if pair is None:
-            return None
-        pairs.append(pair)
+    first = pairs[0] if pairs else None
+    different = {id(pair): pair for pair in pairs}.values()
+    if first is None or None in different:
+        return None
+    known = [pair for pair in different if pair is not None]
     try:
-        same = all(undoes(pair, qparams_of(pairs[0])) for pair in pairs)
+        qparams = qparams_of(first)
+        same = all(undoes(pair, qparams) for pair in known)
     except CannotExpress:
         return None
-    clipped = [pair.inputs[0].producer() for pair in pairs if pair.inputs[0] is not None]
+    clipped = [pair.inputs[0].producer() for pair in known if pair.inputs[0] is not None]
     narrowed = any(maker is not None and maker.op_type == "Clip" for maker in clipped)
-    return pairs[0] if same and not narrowed else None
+    return first if same and not narrowed else None
 
 
 def _keeps_values(node: ir.Node) -> bool:
@@ -96,7 +92,7 @@ def _keeps_values(node: ir.Node) -> bool:
 
 def _requantized(graph: ir.Graph, value: ir.Value, pair: ir.Node) -> ir.Value:
     anchor = value.producer()
-    assert anchor is not None  # _pair_before walked through it
+    assert anchor is not None  # pairs_behind walked through it
     stored = pair.inputs[0]
     quantize = None if stored is None else stored.producer()
     clip = quantize if quantize is not None and quantize.op_type == "Clip" else None

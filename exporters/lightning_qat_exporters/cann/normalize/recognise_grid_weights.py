@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_qat.export.protocol import Array
 from lightning_qat.ir.operators import LAYER_TYPES
-from lightning_qat_exporters.cann.normalize.propagate_pairs import quantized_by
+from lightning_qat_exporters.cann.normalize.propagate_pairs import pairs_behind
 from lightning_qat_exporters.cann.normalize.quantized_weight import insert_weight
 from lightning_qat_exporters.cann.qdq_graph.constants import constant
 from lightning_qat_exporters.cann.qdq_graph.names import label
@@ -35,7 +35,14 @@ class RecogniseGridWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place, and list the layers in ``model.meta[FOUND]``."""
-        found = [label(node) for node in tuple(model.graph) if _recognise(model.graph, node)]
+        quantized = pairs_behind(model.graph).keys()
+        found = [
+            label(node)
+            for node in tuple(model.graph)
+            if len(node.inputs) > 1
+            and node.inputs[0] in quantized
+            and _recognise(model.graph, node)
+        ]
         model.meta[FOUND] = found
         return ir.passes.PassResult(model, modified=bool(found))
 
@@ -69,12 +76,12 @@ def grid_of(weight: Array, axis: int) -> tuple[NDArray[np.int8], NDArray[np.floa
 
 
 def _recognise(graph: ir.Graph, node: ir.Node) -> bool:
-    if node.op_type not in LAYER_TYPES or node.domain or len(node.inputs) < 2:
+    if node.op_type not in LAYER_TYPES or node.domain:
         return False
     weight = constant(node.inputs[1])
     if weight is None or weight.dtype != np.float32 or weight.ndim < 2 or not weight.size:
         return False
-    if quantized_by(node.inputs[0]) is None or not np.isfinite(weight).all():
+    if not np.isfinite(weight).all():
         return False
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     grouped = node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) > 1

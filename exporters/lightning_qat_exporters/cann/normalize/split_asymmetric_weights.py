@@ -96,7 +96,7 @@ def _split(graph: ir.Graph, node: ir.Node, weight: LayerWeight) -> None:
     graph.insert_after(node, [shifted, join])
     for user, index in uses:
         user.replace_input_with(index, total)
-    for index, value in enumerate(graph.outputs):
+    for index, value in enumerate(graph.outputs if old.is_graph_output() else ()):
         if value is old:
             graph.outputs[index] = total
             total.name, old.name = old.name, f"{name}.near_output"

@@ -19,7 +19,7 @@ from lightning_qat_exporters.cann.qdq_graph.types import (
     QuantizedActivation,
     type_range,
 )
-from lightning_qat_exporters.onnx_files.graph_writer import unique
+from lightning_qat_exporters.onnx_files.graph_writer import Names
 
 # Unsigned integers are signed ones shifted by half their number.
 _TYPES: Mapping[np.dtype[Any], tuple[DstType, int]] = {
@@ -62,11 +62,11 @@ def named_activations(
         groups: All groups, in graph order.
         first_layer: Name of the first layer that reads a group, where one does.
     """
-    names: set[str] = set()
+    names = Names()
     return {
         group: QuantizedActivation(
-            name=unique(
-                first_layer.get(group) or reader_label(group.quantizes, group.dequantizes), names
+            name=names.take(
+                first_layer.get(group) or reader_label(group.quantizes, group.dequantizes)
             ),
             source=group.source,
             scale_d=group.scale,

@@ -12,32 +12,31 @@ from lightning_qat.export.protocol import Array, CannotExpress
 FOLLOWED = ("Transpose", "Identity", "Cast")
 """Operators through which a constant is read. Not all that preserve values: these are the ones
 that tools write between a weight and its layer, and each is computed below."""
+MOST_FOLLOWED = 64
+"""So many of them at most: a walk for each of the readers of a long chain would not end."""
 
 
 def is_constant(value: ir.Value | None) -> bool:
     """Whether ``constant`` has an array for ``value``; computes none."""
-    while value is not None and ir.convenience.get_const_tensor(value) is None:
-        node = value.producer()
-        if node is None or node.op_type not in FOLLOWED:
-            return False
+    for node in followed(value):
         value = node.inputs[0]
-    return value is not None
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
 
 
 def constant(value: ir.Value | None) -> Array | None:
     """The array of an initializer or Constant node, also cast and transposed; else None."""
+    moves = list(followed(value))
+    value = moves[-1].inputs[0] if moves else value
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is not None:
-        return np.asarray(tensor.numpy())
-    node = None if value is None else value.producer()
-    if node is None or node.op_type not in FOLLOWED:
+    if tensor is None:
         return None
-    array = constant(node.inputs[0])
-    if array is None or node.op_type == "Identity":
-        return array
-    if node.op_type == "Cast":
-        return array.astype(ir.DataType(node.attributes.get_int("to", 1)).numpy())
-    return array.transpose(node.attributes.get_ints("perm", range(array.ndim)[::-1]))
+    array = np.asarray(tensor.numpy())
+    for node in reversed(moves):
+        if node.op_type == "Cast":
+            array = array.astype(ir.DataType(node.attributes.get_int("to", 1)).numpy())
+        elif node.op_type == "Transpose":
+            array = array.transpose(node.attributes.get_ints("perm", range(array.ndim)[::-1]))
+    return array
 
 
 def required_constant(value: ir.Value | None, what: str) -> Array:
@@ -54,8 +53,9 @@ def required_constant(value: ir.Value | None, what: str) -> Array:
 
 def followed(value: ir.Value | None) -> Iterator[ir.Node]:
     """The Transpose, Identity and Cast nodes that make ``value``, the last one first."""
-    node = value.producer() if value is not None else None
-    while node is not None and node.op_type in FOLLOWED:
+    for _ in range(MOST_FOLLOWED):
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type not in FOLLOWED:
+            return
         yield node
         value = node.inputs[0]
-        node = value.producer() if value is not None else None

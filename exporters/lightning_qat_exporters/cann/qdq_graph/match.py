@@ -37,7 +37,7 @@ from lightning_qat_exporters.cann.qdq_graph.types import (
     QuantizedGraph,
     UnusableValues,
 )
-from lightning_qat_exporters.onnx_files.graph_writer import unique
+from lightning_qat_exporters.onnx_files.graph_writer import Names
 
 
 def find_quantized(model: ir.Model, *, recurrent: bool = False) -> QuantizedGraph:
@@ -56,8 +56,8 @@ def find_quantized(model: ir.Model, *, recurrent: bool = False) -> QuantizedGrap
     """
     groups, group_of, problems = _find_pairs(model.graph)
     parts, left_float, more = _find_layers(model.graph, group_of)
-    names: set[str] = set()
-    name_of = {node: unique(label(node), names) for node in parts}
+    names = Names()
+    name_of = {node: names.take(label(node)) for node in parts}
     first_layer: dict[PairGroup, str] = {}
     for node, part in parts.items():
         first_layer.setdefault(part.input, name_of[node])
@@ -123,10 +123,11 @@ def _find_pairs(
                     group.quantizes += pair.quantizes
                     group.dequantizes += pair.dequantizes
                 group_of.update(dict.fromkeys(pair.dequantizes, group))
-            elif constant_dequantize(node.outputs[0]) is node:
-                check_quantized_constant(node)
-            elif node.op_type == "DequantizeLinear" and quantize_before(node) is None:
-                raise CannotExpress("no QuantizeLinear makes the integers it reads")
+            elif node.op_type == "DequantizeLinear":
+                if constant_dequantize(node.outputs[0]) is node:
+                    check_quantized_constant(node)
+                elif quantize_before(node) is None:
+                    raise CannotExpress("no QuantizeLinear makes the integers it reads")
         except CannotExpress as error:
             assert node.inputs[0] is not None  # that of these two operators is not optional
             reason = f"{error.reason} (tensor {node.inputs[0].name!r})"
@@ -196,8 +197,12 @@ def _find_recurrent(
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
     """The nodes that read a tensor, also cast or transposed."""
-    for node in value.consumers():
-        if node.op_type in FOLLOWED:
-            yield from _readers(node.outputs[0])
+    waiting = [iter(value.consumers())]
+    while waiting:
+        node = next(waiting[-1], None)
+        if node is None:
+            waiting.pop()
+        elif node.op_type in FOLLOWED:
+            waiting.append(iter(node.outputs[0].consumers()))
         else:
             yield node

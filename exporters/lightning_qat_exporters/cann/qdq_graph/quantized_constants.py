@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from lightning_qat.export.protocol import Array, CannotExpress
 from lightning_qat_exporters.cann.qdq_graph.constants import (
+    FOLLOWED,
+    MOST_FOLLOWED,
     constant,
-    followed,
     is_constant,
     required_constant,
 )
@@ -52,10 +53,11 @@ def constant_dequantize(value: ir.Value | None) -> ir.Node | None:
     if node is None or node.op_type != "DequantizeLinear":
         return None
     value = node.inputs[0]
-    inner = value.producer() if value is not None else None
-    while inner is not None and inner.op_type in ("Clip", "QuantizeLinear"):
-        value = inner.inputs[0]
+    for _ in range(MOST_FOLLOWED):
         inner = value.producer() if value is not None else None
+        if inner is None or inner.op_type not in ("Clip", "QuantizeLinear"):
+            break
+        value = inner.inputs[0]
     return node if is_constant(value) else None
 
 
@@ -201,13 +203,13 @@ def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
 
 def _followed(value: ir.Value | None) -> Iterator[ir.Node]:
     """As ``followed``, through Reshapes to a constant shape too."""
-    for move in followed(value):
-        yield move
-        value = move.inputs[0]
-    node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Reshape" and is_constant(node.inputs[1]):
+    for _ in range(MOST_FOLLOWED):
+        node = value.producer() if value is not None else None
+        reshapes = node is not None and node.op_type == "Reshape" and is_constant(node.inputs[1])
+        if node is None or not (reshapes or node.op_type in FOLLOWED):
+            return
         yield node
-        yield from _followed(node.inputs[0])
+        value = node.inputs[0]
 
 
 def _moves(value: ir.Value | None) -> list[ir.Node]:
