@@ -227,7 +227,8 @@ def _quantize_of(graph: ir.Graph) -> dict[ir.Value, ir.Node]:
         clips = node.op_type == "Clip" and not node.domain
         if not clips and not _is_move(node):
             continue
-        origins = [found.get(value) for value in (node.inputs[:1] if clips else _data(node))]
+        data = _data(node)[:1] if clips else _data(node)
+        origins = [found.get(value) for value in data]
         first = origins[0] if origins else None
         if first is None or (clips and node.inputs[0] is not first.outputs[0]):
             continue
