@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_qat.amct.apply_record import apply_record
     from lightning_qat.amct.record import read_record
+    from lightning_qat.calibrate.calibrate import calibrate
     from lightning_qat.callback.qat_callback import QATCallback
     from lightning_qat.checkpoint.load import load_qat_checkpoint, strip_quantizers
     from lightning_qat.convert.capture import CaptureError
@@ -49,6 +50,7 @@ __all__ = [
     "Schedule",
     "prepare",
     "PrepareReport",
+    "calibrate",
     "convert",
     "QuantizedModel",
     "CaptureError",
@@ -85,6 +87,7 @@ _DEFINED_IN = {
     "Schedule": "recipe.schedule",
     "prepare": "prepare.prepare",
     "PrepareReport": "prepare.report",
+    "calibrate": "calibrate.calibrate",
     "convert": "convert.convert",
     "QuantizedModel": "ir.quantized_model",
     "CaptureError": "convert.capture",

@@ -31,9 +31,10 @@ CORE: Mapping[str, str] = {
         "recipe model torch_files ir export quantizers layers prepare convert checkpoint "
         "atomic_write"
     ),
+    "calibrate": "recipe model quantizers training prepare",
     "insight": (
         "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
-        "convert atomic_write plain_data"
+        "convert calibrate atomic_write plain_data"
     ),
     "report": "numerics model ir export prepare insight atomic_write plain_data",
     "callback": (
@@ -41,8 +42,8 @@ CORE: Mapping[str, str] = {
         "joins prepare convert checkpoint report"
     ),
     "cli": (
-        "numerics recipe model ir quantizers export convert checkpoint amct insight report "
-        "callback plain_data"
+        "numerics recipe model ir quantizers export convert checkpoint amct calibrate insight "
+        "report callback plain_data"
     ),
 }
 EXPORTERS: Mapping[str, str] = {

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_qat.callback.calibration.without_training import WithoutTraining
 from lightning_qat.callback.console import say
 from lightning_qat.callback.lightning_private import is_fitting
 from lightning_qat.callback.loggers import QuantizationLog
@@ -42,6 +43,7 @@ class PhaseHooks(Callback):
     def __init__(self, schedule: Schedule, log: int | None = None) -> None:
         self._log = QuantizationLog(log)
         self._phases = PhaseTracker(schedule)
+        self._calibration = WithoutTraining(schedule)
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
         self._weights = QuantizedWeightCache()
@@ -78,6 +80,7 @@ class PhaseHooks(Callback):
         self._gate.open = False
         self._phases.leave_phase()
         self._record = RunRecord()
+        self._calibration.start(trainer, pl_module)
         self._enter_phase(trainer, pl_module)
 
     @override
@@ -89,6 +92,7 @@ class PhaseHooks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._enter_phase(trainer, pl_module)
+        self._calibration.before_batch(pl_module, self._phases.phase)
         self._weights.open = True
         self._gate.open, self._gate.trains_in_eval = True, not pl_module.training
         self._log.start(trainer, pl_module)
@@ -116,6 +120,9 @@ class PhaseHooks(Callback):
         else:
             self._commits.check()
         self._phases.count_batch()
+        if self._calibration.after_batch(trainer, self._phases.batches_seen):
+            # The validation that follows is of the quantized module.
+            self._enter_phase(trainer, pl_module)
         self._log.finish(trainer)
         self._record.add(trainer.global_step, outputs)
 
@@ -196,6 +203,7 @@ class PhaseHooks(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._commits.check()
+        self._calibration.correct()
         use_weight_cache(pl_module, None)
         problem = self._phases.never_quantized()
         if problem is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -203,6 +211,7 @@ class PhaseHooks(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         """Let go of the module: its quantizers, cached weights and frozen batch norms."""
+        self._calibration.end()
         self._log.cancel()
         self._quantizers = {}
         self._commits = RangeCommits()

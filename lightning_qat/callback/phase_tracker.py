@@ -73,6 +73,12 @@ class PhaseTracker:
         """A message if training ends in a phase that does not quantize, else ``None``."""
         if self.phase is None or self.phase.quantizing:
             return None
+        if not self._schedule.train:
+            return (
+                f"the run ended after {self.batches_seen} of {self._schedule.calibration_batches} "
+                "calibration batches: ranges are those of the batches so far, and no bias was "
+                "corrected. Raise max_epochs, or calibrate on fewer batches."
+            )
         return (
             f"training ended in phase {self.phase.name!r} after {self.batches_seen} of "
             f"{self._schedule.calibration_batches} calibration batches; the network never "

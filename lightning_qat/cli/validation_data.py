@@ -46,7 +46,7 @@ def first_calls(
     Raises:
         ValueError: There are no batches, or ``forward`` takes neither.
     """
-    from lightning_qat.insight.sensitivity.calibrate import (
+    from lightning_qat.calibrate.batches import (
         MOST_RECORDED,
         recorded_calls,
         run_batch,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.calibrate.batches import as_batches, observe, run_batch
 from lightning_qat.function_hooks.running import hide_from_hooks
 from lightning_qat.insight.plots import lines
-from lightning_qat.insight.sensitivity.calibrate import as_batches, calibrate, run_batch
 from lightning_qat.insight.sensitivity.metrics import OutputSQNR, sqnr_db
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.torch_compile import unwrapped
@@ -158,7 +158,7 @@ def calibration_study(
     for setting, changed in _settings(recipe):
         copied = copy.deepcopy(model)
         prepare(copied, changed, example)
-        calibrate(copied, batches)
+        observe(copied, batches)
         of_weights = setting.startswith("per_")
         found = _weights(copied) if of_weights else _inputs(copied, batches)
         rows += [CalibrationRow(setting, *error) for error in found]

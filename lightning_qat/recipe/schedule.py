@@ -50,6 +50,8 @@ class Schedule:
         freeze_batchnorm: Batch norm normalises with its running statistics, as the exported file
             does, and stops updating them.
         interval: Whether milestones count epochs or optimizer steps.
+        train: ``False``: only calibrate, as `Schedule.calibrate` does.
+        correct_biases: With ``train=False``: take the shift of every layer's mean out afterwards.
 
     Raises:
         ValueError: A milestone is negative, or a float outside (0, 1). ``1.0`` is refused by name:
@@ -66,6 +68,32 @@ class Schedule:
     freeze_observers: int | float | None = 0.5
     freeze_batchnorm: int | float | None = 0.75
     interval: Literal["epoch", "step"] = "epoch"
+    train: bool = True
+    correct_biases: bool = False
+
+    @classmethod
+    def calibrate(cls, batches: int = 32, correct_biases: bool = True) -> Schedule:
+        """Quantize without training: the fit runs some training batches and stops.
+
+        ``training_step`` runs in eval mode, without gradients and without an optimizer. Learned
+        scales stay where calibration leaves them.
+
+        Args:
+            batches: Training batches that give the ranges.
+            correct_biases: As many batches more, on which every layer is compared with the float
+                model: biases and batch norms take back what quantization shifts.
+
+        Example:
+            >>> Schedule.calibrate(16).calibration_batches
+            16
+        """
+        return cls(
+            calibration_batches=batches,
+            freeze_observers=0,
+            freeze_batchnorm=0,
+            train=False,
+            correct_biases=correct_biases,
+        )
 
     def __post_init__(self) -> None:
         problems = []
@@ -86,6 +114,15 @@ class Schedule:
                 )
             elif value < 0:
                 problems.append(f"{name} must be 0 or more; got {value!r}.")
+        if not self.train and batches == 0:
+            problems.append(
+                "calibration_batches must be 1 or more where nothing is trained; got 0."
+            )
+        if self.correct_biases and self.train:
+            problems.append(
+                "correct_biases=True needs train=False: trained biases have learned the shift. "
+                "Write Schedule.calibrate()."
+            )
         if self.interval not in ("epoch", "step"):
             problems.append(f"interval must be 'epoch' or 'step'; got {self.interval!r}.")
         if problems:

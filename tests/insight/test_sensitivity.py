@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import Recipe, Sensitivity, WeightSpec, prepare, sensitivity, suggest
-from lightning_qat.insight.sensitivity.calibrate import as_batches, calibrate
+from lightning_qat.calibrate.batches import as_batches, observe
 from lightning_qat.insight.sensitivity.candidates import Candidates
 from lightning_qat.insight.sensitivity.suggest import _with_changes
 from lightning_qat.quantizers.switches import switch
@@ -69,7 +69,7 @@ def quantized_by(model: nn.Module, recipe: Recipe, x: Tensor) -> nn.Module:
     """What prepare and calibration make of a model."""
     made = copy.deepcopy(model)
     prepare(made, recipe, x)
-    calibrate(made, as_batches(x))
+    observe(made, as_batches(x))
     switch(made, quantizing=True)
     return made
 

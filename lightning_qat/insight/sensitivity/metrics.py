@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.insight.sensitivity.calibrate import run_batch
+from lightning_qat.calibrate.batches import run_batch
 from lightning_qat.model.containers import leaves_of
 from lightning_qat.model.inputs import Inputs
 

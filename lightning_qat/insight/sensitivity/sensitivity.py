@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_qat.insight.sensitivity.calibrate import (
+from lightning_qat.calibrate.batches import (
     as_batches,
-    calibrate,
+    observe,
     recorded_calls,
     run_batch,
     without_range,
@@ -266,7 +266,7 @@ def _quantize(
         prepare(own, recipe, example)
     ranges = [q.calibrated for q in activation_quantizers(own).values() if q.follows_data]
     if not prepared or not any(q.calibrated for q in activation_quantizers(own).values()):
-        calibrate(own, batches)
+        observe(own, batches)
         missing = without_range(own)
         remedy = "Pass data that reach them"
     else:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.calibrate.batches import observe
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
-from lightning_qat.insight.sensitivity.calibrate import calibrate
 from lightning_qat.insight.sensitivity.consumers import called_quantizers, give_own_quantizers
 from lightning_qat.layers import QATLayer
 from lightning_qat.model.inputs import Inputs
@@ -205,7 +205,7 @@ class SwitchedModel:
             if isinstance(q, ActivationQuantizer) and not (q in made and _range_needs_data(q))
         }
         self._watch(True)
-        calibrate(self.model, self._batches)
+        observe(self.model, self._batches)
         for quantizer, numbers in kept.items():
             _become(quantizer, numbers)
 

@@ -1,4 +1,4 @@
-"""Give every activation quantizer of a model a range from batches, without training it."""
+"""Batches of what ``forward`` takes, and the ranges that a model's tensors have on them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_batch(model: nn.Module, batch: Inputs) -> Any:
         ) from error
 
 
-def calibrate(model: nn.Module, batches: Sequence[Inputs]) -> None:
+def observe(model: nn.Module, batches: Sequence[Inputs]) -> None:
     """Observe the float model on batches; what is quantized has its range afterwards.
 
     Every quantizer is off meanwhile, so a range does not depend on which others are on.

@@ -1,0 +1,1 @@
+"""A fit that calibrates and trains nothing."""
