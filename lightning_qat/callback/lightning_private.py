@@ -87,6 +87,22 @@ def load_train_data(trainer: Trainer) -> None:
     trainer.fit_loop.setup_data()
 
 
+def resume_train_data(trainer: Trainer) -> None:
+    """Let stateful train dataloaders go on where the checkpoint says, if nobody has done so.
+
+    Lightning gives them their states when it makes the loop's loader. Whoever asks for the length
+    of the run before a checkpoint is restored (``load_train_data``, or
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers``) has that done too early,
+    and the states are left over. Uses ``_combined_loader_states_to_load``,
+    ``_load_combined_loader_states`` and ``_data_fetcher`` of the fit loop. Without them a stateful
+    loader begins its epoch anew on a resume, as others do.
+    """
+    loop: Any = trainer.fit_loop
+    if getattr(loop, "_combined_loader_states_to_load", None) and loop.restarting:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
+
+
 def loads_weights_after_wrapping(strategy: Strategy) -> bool:
     """``True`` if a strategy loads a checkpoint after it has wrapped the model.
 

@@ -22,6 +22,7 @@ from lightning_qat.callback.lightning_private import (
     before_weights_are_loaded,
     configuration_error,
     is_fitting,
+    resume_train_data,
 )
 from lightning_qat.callback.loggers import check_interval
 from lightning_qat.callback.patch_once import PatchOnce
@@ -38,11 +39,7 @@ from lightning_qat.callback.trainer_checks import (
     trainer_problems,
 )
 from lightning_qat.callback.unseen_ranges import UnseenRanges
-from lightning_qat.checkpoint.contents import (
-    CALLBACK_KEY,
-    STATE_VERSION,
-    has_ranges,
-)
+from lightning_qat.checkpoint.contents import CALLBACK_KEY, STATE_VERSION, has_ranges
 from lightning_qat.export.load import check_names
 from lightning_qat.export.manifest import ExportResult
 from lightning_qat.export.protocol import Exporter
@@ -274,6 +271,7 @@ class QATCallback(PhaseHooks):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resume_train_data(trainer)
         if self.float_learning_rate is not None:
             problem = learning_rate_problem(trainer, self.float_learning_rate)
             if problem is not None:

@@ -59,6 +59,8 @@ def parts(file: BinaryIO) -> Mapping[str, Part]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
         raise ValueError(f"it is no archive: {error}") from error
     size = file.seek(0, 2)
+    if not all(0 <= entry.header_offset < size for entry in entries):
+        raise ValueError("its parts claim to lie outside of the file")
     found: dict[str, Part] = {}
     names: set[str] = set()
     folders: set[str] = set()

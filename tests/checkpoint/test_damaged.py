@@ -60,11 +60,11 @@ OBJECTS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "frozenset": (frozenset((1, 2)), (frozenset,)),
     "NumPy scalar": (
         np.float32(1),
-        (np._core.multiarray.scalar, np.dtype, type(np.dtype(np.float32))),
+        (np.float32(1).__reduce__()[0], np.dtype, type(np.dtype(np.float32))),
     ),
     "NumPy array": (
         np.ones(3),
-        (np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.float64))),
+        (np.ones(3).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.float64))),
     ),
 }
 

@@ -69,6 +69,14 @@ def test_a_pickle_before_an_archive_is_refused() -> None:
         parts(file)
 
 
+def test_a_part_outside_of_the_file_is_refused() -> None:
+    content = bytearray(archive(VERSION).getvalue())
+    at = content.rindex(b"PK\x05\x06")
+    content[at + 16 : at + 20] = (2**20).to_bytes(4, "little")
+    with pytest.raises(ValueError, match=r"it is no archive|outside of the file"):
+        parts(io.BytesIO(bytes(content)))
+
+
 def test_a_part_that_claims_the_file_and_more_is_refused() -> None:
     file = archive(VERSION, ("net/a", b"1234"))
     content = bytearray(file.getvalue())

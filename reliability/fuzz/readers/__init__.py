@@ -4,8 +4,10 @@ READERS: dict[str, str] = {
     name: f"reliability.fuzz.readers.{name}"
     for name in (
         "amct_config",
+        "checkpoint",
         "lightning_config",
         "manifest",
+        "quantized_model",
         "recipe",
         "sensitivity_state",
     )
