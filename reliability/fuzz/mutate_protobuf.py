@@ -153,7 +153,10 @@ def _change_field(
     part = getattr(holder, field.name)
     part.SetInParent()
     if same_kind:
-        part.CopyFrom(generator.choice(same_kind))
+        # A message that holds this one, copied into it, would never end.
+        kept = type(part)()
+        kept.CopyFrom(generator.choice(same_kind))
+        part.CopyFrom(kept)
 
 
 def _odd_value(

@@ -145,7 +145,8 @@ def _receive(worker: _Worker, outcome: Outcome) -> bool:
             counts = worker.results.recv()
             if counts is None:
                 return True
-            worker.ready = True
+            if not worker.ready:
+                worker.ready, worker.last_change = True, time.monotonic()
             outcome.add(counts)
     except EOFError:
         pass

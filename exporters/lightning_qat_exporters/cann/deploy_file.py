@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,24 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from lightning_qat.ir.operators import LAYER_TYPES
+from lightning_qat_exporters.onnx_files.other_domains import named_by_domain
 
 RNN_OPS = ("BasicLSTMInplaceFillWindowCache", "BasicGRUInplaceFillWindowCache")
+
+_INPUTS: Mapping[str, range] = {
+    "AscendQuant": range(1, 2),
+    "AscendAntiQuant": range(1, 2),
+    "AscendDequant": range(1, 3),
+    "BasicLSTMInplaceFillWindowCache": range(1, 10),
+    "BasicGRUInplaceFillWindowCache": range(1, 9),
+}
+"""How many inputs may be written; what must be among them, the lint says."""
+_SCALARS = (onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT)
+_TYPES = {
+    **dict.fromkeys(("scale", "offset", "sqrt_mode", "relu_flag", "dtype"), _SCALARS),
+    **dict.fromkeys(("dst_type", "round_mode"), (*_SCALARS, onnx.AttributeProto.STRING)),
+}
+"""Types of attributes with which the lint says what is wrong."""
 
 
 class DeployFile:
@@ -22,11 +39,16 @@ class DeployFile:
     Args:
         proto: The model.
         folder: Where its external data lies.
+
+    Raises:
+        ValueError: A node of Ascend's lacks an input or output, or has an attribute that is no
+            number where one must be; all of them are named.
     """
 
     def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
         self.proto, self._folder = proto, folder
-        self.nodes = tuple(proto.graph.node)
+        self.nodes = named_by_domain(proto.graph.node)
+        _check_ascend(self.nodes)
         self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
         self.maker = {output: node for node in self.nodes for output in node.output if output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -79,6 +101,33 @@ class DeployFile:
         if node.op_type == "Conv":
             return int(weight.dims[0])
         return int(weight.dims[1]) * int(attributes(node).get("group", 1))
+
+
+def _check_ascend(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Check what onnx checks of its own operators."""
+    problems = [problem for node in nodes for problem in _ascend_problems(node)]
+    if problems:
+        raise ValueError(f"Nodes of Ascend's must be whole:{''.join(problems)}")
+
+
+def _ascend_problems(node: onnx.NodeProto) -> Iterator[str]:
+    if node.op_type not in _INPUTS:
+        return
+    wanted, found = _INPUTS[node.op_type], len(node.input)
+    if found not in wanted or not all(node.input[: wanted.start]):
+        yield (
+            f"\n  {name_of(node)!r} ({node.op_type}) must have {wanted.start} to "
+            f"{wanted.stop - 1} inputs; it has {found}."
+        )
+    if not node.output or not node.output[0]:
+        yield f"\n  {name_of(node)!r} ({node.op_type}) must have an output; it has none."
+    for attribute in node.attribute:
+        if attribute.type not in _TYPES.get(attribute.name, (attribute.type,)):
+            kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
+            yield (
+                f"\n  {name_of(node)!r} ({node.op_type}) must have a single value as "
+                f"{attribute.name!r}; it has {kind}."
+            )
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

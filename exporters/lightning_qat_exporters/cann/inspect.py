@@ -73,7 +73,7 @@ def _deploy(graph: GraphFacts) -> Inspection:
     ]
     try:
         tensors = tuple(_deploy_tensors(file))
-    except (KeyError, TypeError, ZeroDivisionError, IndexError) as error:
+    except (KeyError, ArithmeticError) as error:
         raise ValueError(
             f"{str(graph.path)!r} breaks rules of deploy models ({type(error).__name__}: {error}); "
             "lightning-qat lint names them."
@@ -101,7 +101,8 @@ def _deploy_tensors(file: DeployFile) -> Iterator[InspectedTensor]:
 
 def _weight(file: DeployFile, dequant: onnx.NodeProto) -> Iterator[InspectedTensor]:
     """The weight before a dequant node, whose scales are those of the product."""
-    layer, product = file.maker.get(dequant.input[0]), file.array(dequant.input[1])
+    layer, name = file.maker.get(dequant.input[0]), next(iter(dequant.input[1:]), "")
+    product = file.array(name)
     quant = None if layer is None else file.quant_before(layer)
     if layer is None or product is None or quant is None:
         return

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 
 from lightning_qat.export.files.inspection import InspectedLayer, InspectedTensor, Inspection
 from lightning_qat.ir.operators import OPERATORS
 from lightning_qat_exporters.onnx_files.foreign_quantizers import foreign_quantization
 from lightning_qat_exporters.onnx_files.graph_facts import PRODUCTS, GraphFacts, name_of
+from lightning_qat_exporters.onnx_files.nested import all_nodes
 from lightning_qat_exporters.qdq.translate import keys_of
 
 _JOINS = {
@@ -39,7 +39,7 @@ def inspect_onnx(path: Path) -> Inspection:
     )
     opsets = ", ".join(f"{i.domain or 'ai.onnx'} {i.version}" for i in graph.proto.opset_import)
     facts = {"opsets": opsets, "producer": graph.proto.producer_name}
-    foreign = foreign_quantization(ir.from_proto(graph.proto).graph.all_nodes())
+    foreign = foreign_quantization(all_nodes(graph.proto.graph.node))
     if foreign is not None:
         facts["quantized otherwise"] = foreign.strip()
     return Inspection(

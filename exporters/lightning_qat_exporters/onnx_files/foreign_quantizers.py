@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import onnx
 import onnx_ir as ir
 
 
@@ -67,7 +68,7 @@ _BY_TYPE: Mapping[str, Foreign] = {
 _SHOWN = 3
 
 
-def foreign_quantizer(node: ir.Node) -> Foreign | None:
+def foreign_quantizer(node: ir.Node | onnx.NodeProto) -> Foreign | None:
     """How a node quantizes, if not by QuantizeLinear and DequantizeLinear."""
     if node.domain in _BY_DOMAIN and "Quant" in node.op_type:
         return _BY_DOMAIN[node.domain]
@@ -78,14 +79,16 @@ def foreign_quantizer(node: ir.Node) -> Foreign | None:
     return None
 
 
-def foreign_quantization(nodes: Iterable[ir.Node]) -> str | None:
+def foreign_quantization(nodes: Iterable[ir.Node | onnx.NodeProto]) -> str | None:
     """What else than pairs a file quantizes with, and the remedy for each; ``None``: nothing."""
     found: dict[Foreign, list[str]] = {}
     for node in nodes:
         foreign = foreign_quantizer(node)
         if foreign is not None:
-            name = node.name or node.outputs[0].name or node.op_type
-            found.setdefault(foreign, []).append(f"{name!r} ({node.op_type})")
+            outputs = node.output if isinstance(node, onnx.NodeProto) else node.outputs
+            first = next(iter(outputs), None)
+            name = node.name or (first if isinstance(first, str) else first and first.name)
+            found.setdefault(foreign, []).append(f"{name or node.op_type!r} ({node.op_type})")
     if not found:
         return None
     lines = []

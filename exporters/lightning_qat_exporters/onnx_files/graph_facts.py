@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from lightning_qat.export.files.inspection import counted, sizes
 from lightning_qat.export.protocol import Array
 from lightning_qat.ir.operators import LAYER_TYPES, value_preserving
+from lightning_qat_exporters.onnx_files.other_domains import named_by_domain
 from lightning_qat_exporters.onnx_files.read import load_proto
 
 PRODUCTS = (*LAYER_TYPES, "Einsum", "Attention", "LSTM", "GRU", "RNN")
@@ -33,7 +34,7 @@ class GraphFacts:
 
     def __init__(self, path: Path) -> None:
         self.path, self.proto = path, load_proto(path)
-        self.nodes = tuple(self.proto.graph.node)
+        self.nodes = named_by_domain(self.proto.graph.node)
         self.made_by = {name: node for node in self.nodes for name in node.output if name}
         self._stored = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         for node in self.nodes:
@@ -71,11 +72,7 @@ class GraphFacts:
     @property
     def operators(self) -> dict[str, int]:
         """How often each operator is in the file, with its domain where that is not ONNX's."""
-        return counted(
-            f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-            for node in self.nodes
-            if node.op_type != "Constant"
-        )
+        return counted(node.op_type for node in self.nodes if node.op_type != "Constant")
 
     def _files(self) -> dict[Path, int]:
         names = {
@@ -121,7 +118,7 @@ class GraphFacts:
             return None
         made, data = self.shapes.get(node.output[0]), self.shapes.get(node.input[0])
         weight = self._weight_shape(node.input[1])
-        if made is None or data is None or weight is None:
+        if made is None or not data or not weight:
             return None
         if node.op_type == "Conv":
             return math.prod(made) * math.prod(weight[1:])

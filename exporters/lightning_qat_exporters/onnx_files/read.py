@@ -14,6 +14,7 @@ from lightning_qat_exporters.onnx_files.boundary.names import check_names
 from lightning_qat_exporters.onnx_files.boundary.onnx_rules import check_rules
 from lightning_qat_exporters.onnx_files.boundary.order import check_order
 from lightning_qat_exporters.onnx_files.boundary.stored_data import check_stored_data
+from lightning_qat_exporters.onnx_files.boundary.values import check_values
 from lightning_qat_exporters.onnx_files.foreign_quantizers import foreign_quantization
 
 OLDEST_OPSET = 10
@@ -113,6 +114,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
 def _check(proto: onnx.ModelProto, path: Path, *, standard: bool) -> int:
     """Check what must hold before anything is made of a model; bytes of all its tensors."""
     check_names(proto, str(path))
+    check_values(proto, str(path))
     needed = check_stored_data(proto, path)
     check_order(proto.graph, str(path))
     check_functions(proto, str(path))

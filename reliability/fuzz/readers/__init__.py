@@ -5,7 +5,9 @@ READERS: dict[str, str] = {
     for name in (
         "amct_config",
         "checkpoint",
+        "convert",
         "lightning_config",
+        "lint",
         "manifest",
         "quantized_model",
         "recipe",

@@ -90,7 +90,7 @@ def _container(file: DeployFile) -> Iterator[Finding]:
                 "error",
                 name_of(node),
                 "every node must be in the default domain, Ascend's as well",
-                f"{node.op_type} in the domain {node.domain!r}",
+                f"{node.op_type.removeprefix(f'{node.domain}.')} in the domain {node.domain!r}",
                 "Write the node without a domain, or use an operator of ONNX",
             )
         elif not onnx.defs.has(node.op_type) and not node.op_type.startswith(("Ascend", "Basic")):

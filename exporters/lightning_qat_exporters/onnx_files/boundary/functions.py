@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
+from onnx import FunctionProto, ModelProto, NodeProto
+
+from lightning_qat_exporters.onnx_files.nested import all_nodes
 
 MOST_NODES = 1_000_000
 """Nodes of a model whose functions are inlined: twenty functions that call the next one twice make
@@ -83,12 +85,7 @@ def _measure(
 
 def _called(nodes: Iterable[NodeProto]) -> Iterator[_Id]:
     """The operators of nodes, in subgraphs as well."""
-    for node in nodes:
-        yield _key(node.domain, node.op_type, node.overload)
-        for attribute in node.attribute:
-            graphs: list[GraphProto] = [attribute.g] if attribute.HasField("g") else []
-            for graph in (*graphs, *attribute.graphs):
-                yield from _called(graph.node)
+    return (_key(node.domain, node.op_type, node.overload) for node in all_nodes(nodes))
 
 
 def _key(domain: str, name: str, overload: str) -> _Id:

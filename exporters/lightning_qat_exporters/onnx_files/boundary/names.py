@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from onnx import FunctionProto, GraphProto, ModelProto, StringStringEntryProto
 
+from lightning_qat_exporters.onnx_files.nested import subgraphs
+
 
 def check_names(proto: ModelProto, path: str) -> None:
     """Read every name once.
@@ -46,9 +48,8 @@ def _node_names(graph: GraphProto | FunctionProto) -> Iterator[str | bytes]:
         yield from _entries(node.metadata_props)
         for attribute in node.attribute:
             yield from (attribute.name, attribute.ref_attr_name)
-            subgraphs = [attribute.g] if attribute.HasField("g") else []
-            for subgraph in (*subgraphs, *attribute.graphs):
-                yield from _graph_names(subgraph)
+        for subgraph in subgraphs(node):
+            yield from _graph_names(subgraph)
 
 
 def _entries(entries: Iterable[StringStringEntryProto]) -> Iterator[str | bytes]:

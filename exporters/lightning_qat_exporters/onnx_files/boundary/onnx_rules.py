@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from lightning_qat_exporters.onnx_files.nested import all_nodes, subgraphs
+from lightning_qat_exporters.onnx_files.other_domains import OWN
 
 _LARGE = 1024
 """Bytes from which a tensor is left out: no operator's output shape follows from so many values."""
@@ -80,7 +83,7 @@ def _copy_without_large(source: GraphProto, target: GraphProto) -> None:
         if node.op_type == "Constant" and any(map(_is_large, values)) and len(node.output) == 1:
             target.node.append(_stub(node.output[0]))
             target.value_info.append(_typed(node.output[0], values[0]))
-        elif any(map(_has_graphs, node.attribute)):
+        elif any(subgraphs(node)):
             target.node.append(_with_small_graphs(node))
         else:
             target.node.append(node)
@@ -98,10 +101,6 @@ def _with_small_graphs(node: NodeProto) -> NodeProto:
         for graph in original.graphs:
             _copy_without_large(graph, attribute.graphs.add())
     return copy
-
-
-def _has_graphs(attribute: onnx.AttributeProto) -> bool:
-    return attribute.HasField("g") or bool(attribute.graphs)
 
 
 def _has_shape(value: onnx.ValueInfoProto) -> bool:
@@ -133,15 +132,6 @@ def _put_first(graph: GraphProto, nodes: list[NodeProto]) -> None:
 
 def _rename_unknown(nodes: Iterable[NodeProto]) -> None:
     """Move operators that onnx does not know out of its domain, in subgraphs as well."""
-    for node in _all(nodes):
-        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+    for node in all_nodes(nodes):
+        if node.domain in OWN and not onnx.defs.has(node.op_type):
             node.domain = _STUB
-
-
-def _all(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            graphs: list[GraphProto] = [attribute.g] if attribute.HasField("g") else []
-            for graph in (*graphs, *attribute.graphs):
-                yield from _all(graph.node)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from onnx import GraphProto, NodeProto
 
+from lightning_qat_exporters.onnx_files.nested import subgraphs
+
 
 def check_order(graph: GraphProto, path: str) -> None:
     """Check that nodes are sorted, have no cycle and make what is read, in subgraphs as well.
@@ -31,11 +33,8 @@ def _check(graph: GraphProto, made: set[str], path: str) -> None:
         for name in node.input:
             if name not in made:
                 raise ValueError(_unmade(node, name, graph, path))
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _check(attribute.g, made, path)
-            for subgraph in attribute.graphs:
-                _check(subgraph, made, path)
+        for subgraph in subgraphs(node):
+            _check(subgraph, made, path)
         for name in node.output:
             if name and name in made:
                 raise ValueError(

@@ -143,6 +143,8 @@ def _check_count(tensor: TensorProto, count: int, where: str) -> None:
 
 def _check_external(tensor: TensorProto, needed: int, where: str, path: Path) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    if any(isinstance(text, bytes) for entry in entries.items() for text in entry):
+        raise ValueError(f"{where} must name its external data in UTF-8; it has {entries}.")
     location = Path(entries.get("location", ""))
     file = path.parent / location
     if location.is_absolute() or ".." in location.parts or not location.parts:

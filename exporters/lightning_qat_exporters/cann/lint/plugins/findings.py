@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import onnx
-
 from lightning_qat.export.lint import Finding
 from lightning_qat_exporters.cann.deploy_file import DeployFile
 from lightning_qat_exporters.cann.lint.plugins.functions import FUNCTION_RULES
@@ -14,6 +12,8 @@ from lightning_qat_exporters.cann.lint.plugins.moves import MOVE_RULES
 from lightning_qat_exporters.cann.lint.plugins.pools import POOL_RULES
 from lightning_qat_exporters.cann.lint.plugins.registered import registration_findings
 from lightning_qat_exporters.cann.lint.plugins.rule import PluginNode, Rule
+from lightning_qat_exporters.onnx_files.nested import all_nodes
+from lightning_qat_exporters.onnx_files.other_domains import OWN
 
 _RULES: dict[str, list[Rule]] = {}
 for _rule in (*LAYER_RULES, *POOL_RULES, *MOVE_RULES, *FUNCTION_RULES):
@@ -23,17 +23,9 @@ for _rule in (*LAYER_RULES, *POOL_RULES, *MOVE_RULES, *FUNCTION_RULES):
 
 def plugin_findings(file: DeployFile, opset: int) -> Iterator[Finding]:
     """What the nodes of a file break, those in branches of If too."""
-    nodes = tuple(_all_nodes(file.proto.graph))
+    nodes = tuple(node for node in all_nodes(file.proto.graph.node) if node.domain in OWN)
     yield from registration_findings(nodes, opset)
     for proto in nodes:
         node = PluginNode(proto, file, opset)
         for rule in _RULES.get(proto.op_type, ()):
             yield from rule.findings(node)
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g)
