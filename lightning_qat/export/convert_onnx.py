@@ -56,6 +56,7 @@ class ConvertsOnnx(Protocol):
         *,
         float_bias: bool = False,
         grid_weights: bool = False,
+        max_bytes: int | None = None,
     ) -> Conversion:
         """Write the target's files; parameters as for ``convert_qat_model``."""
         ...
@@ -69,6 +70,7 @@ def convert_qat_model(
     target: str | ConvertsOnnx = "cann",
     float_bias: bool = False,
     grid_weights: bool = False,
+    max_bytes: int | None = None,
 ) -> Conversion:
     """Bring a quantized ONNX model of any tool to an integer target; AMCT's function of this name.
 
@@ -91,14 +93,18 @@ def convert_qat_model(
         grid_weights: Take float weights that are products of integers up to 127 and one scale per
             output channel, to float32's precision, as those integers; each is said. TensorFlow's
             converters write weights so.
+        max_bytes: Most bytes that the model's tensors may take in memory, those of its files and
+            those made of them, each counted once. By default 16 times the size of the files, and 1
+            GiB in any case: a file of 2 KB may ask for more than there is.
 
     Returns:
         What was converted, what stayed real and why, and the files.
 
     Raises:
         FileNotFoundError: There is no such model, or its external data is missing.
-        ValueError: The file is no quantized ONNX model, nothing in it can be quantized, or a
-            quantized part has no integer form; node and tensor are named. Nothing was written.
+        ValueError: The file is no quantized ONNX model or breaks a rule of ONNX, nothing in it can
+            be quantized, a quantized part has no integer form, or its tensors take more than
+            ``max_bytes``; node and tensor are named. Nothing was written.
         OSError: The files cannot be written.
     """
     exporter = load_exporter(target) if isinstance(target, str) else target
@@ -112,4 +118,5 @@ def convert_qat_model(
         None if record_file is None else Path(record_file),
         float_bias=float_bias,
         grid_weights=grid_weights,
+        max_bytes=max_bytes,
     )

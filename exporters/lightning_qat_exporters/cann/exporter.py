@@ -31,6 +31,7 @@ from lightning_qat_exporters.cann.normalize.recognise_grid_weights import FOUND
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SHIFT
 from lightning_qat_exporters.cann.products import check_product
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized, integer_outputs, joins
+from lightning_qat_exporters.cann.qdq_graph.quantized_constants import layer_weight_bytes
 from lightning_qat_exporters.cann.qdq_graph.types import (
     DEVICE_REMEDY,
     TARGET,
@@ -41,6 +42,7 @@ from lightning_qat_exporters.cann.read_back import deploy_differences
 from lightning_qat_exporters.cann.standard_operators.session import DeploySession, is_deploy
 from lightning_qat_exporters.cann.standard_operators.translate import NoStandardForm
 from lightning_qat_exporters.cann.write_files import WrittenFiles, file_paths, write_files
+from lightning_qat_exporters.onnx_files.boundary.memory import budget_of
 from lightning_qat_exporters.onnx_files.checked_run import checked_run
 from lightning_qat_exporters.onnx_files.read import load_proto, read_onnx, require_quantized
 from lightning_qat_exporters.onnx_files.run import OnnxSession, run_onnx
@@ -174,6 +176,7 @@ class CannExporter:
         *,
         float_bias: bool = False,
         grid_weights: bool = False,
+        max_bytes: int | None = None,
     ) -> Conversion:
         """Write the files for a quantized ONNX model of any tool; see ``convert_qat_model``.
 
@@ -183,6 +186,7 @@ class CannExporter:
             record_file: Where to write the record, if at all.
             float_bias: Keep biases in float and add them after the layers.
             grid_weights: Take float weights that lie on a grid as integers.
+            max_bytes: Most bytes that the model's tensors may take in memory.
 
         Raises:
             FileNotFoundError: There is no such model, or its external data is missing.
@@ -192,7 +196,7 @@ class CannExporter:
         """
         files = file_paths(path_prefix, record_file)
         with _collector_paused():
-            source = read_onnx(model_file)
+            source = read_onnx(model_file, max_bytes=max_bytes)
             if model_file.resolve() in {path.resolve() for path in files.values()}:
                 raise ValueError(
                     f"The files must not replace the model {str(model_file)!r} itself."
@@ -201,7 +205,9 @@ class CannExporter:
             require_quantized(source, model_file)
             # A device node has its biases in integers.
             recurrent = self.rnn == "device" and not float_bias
-            plain = normalize(source, grid_weights=grid_weights)
+            budget = budget_of(source)
+            plain = normalize(source, grid_weights=grid_weights, budget=budget)
+            budget.take(layer_weight_bytes(plain), "a weight of its own for each layer")
             found = find_quantized(plain, recurrent=recurrent)
             _require_something_quantized(found, model_file)
             written = write_files(

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lightning_qat_exporters.onnx_files.boundary.functions import check_functions
-from lightning_qat_exporters.onnx_files.boundary.memory import check_memory, memory_limit
+from lightning_qat_exporters.onnx_files.boundary.memory import BUDGET, MemoryBudget
 from lightning_qat_exporters.onnx_files.boundary.names import check_names
 from lightning_qat_exporters.onnx_files.boundary.onnx_rules import check_rules
 from lightning_qat_exporters.onnx_files.boundary.order import check_order
@@ -49,7 +49,7 @@ def load_with_data(path: Path) -> onnx.ModelProto:
     """
     proto = _parsed(path)
     needed = _check(proto, path, standard=False)
-    check_memory(needed, memory_limit(proto, path), path)
+    MemoryBudget(proto, path).take(needed, "what is stored")
     onnx.load_external_data_for_model(proto, str(path.parent))
     return proto
 
@@ -61,7 +61,7 @@ def read_onnx(path: Path, *, standard: bool = True, max_bytes: int | None = None
         path: The ONNX file, of opset 10 or newer; external data beside it.
         standard: Refuse operators that ONNX has not in its own domain, and types and shapes that
             contradict each other.
-        max_bytes: Most bytes that its tensors may take in memory; see ``memory_limit``.
+        max_bytes: Most bytes that its tensors may take in memory; see ``MemoryBudget``.
 
     Returns:
         The model, at opset 11 or newer.
@@ -74,7 +74,8 @@ def read_onnx(path: Path, *, standard: bool = True, max_bytes: int | None = None
     proto = _parsed(path)
     opset = _opset(proto, path)
     needed = _check(proto, path, standard=standard)
-    check_memory(needed, memory_limit(proto, path, max_bytes), path)
+    budget = MemoryBudget(proto, path, max_bytes)
+    budget.take(needed, "what is stored")
     if proto.graph.sparse_initializer:
         name = proto.graph.sparse_initializer[0].values.name
         raise ValueError(
@@ -89,6 +90,7 @@ def read_onnx(path: Path, *, standard: bool = True, max_bytes: int | None = None
         raise ValueError(f"{str(path)!r} is not a valid ONNX model: {error}") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     _hold_values_once(model)
+    model.meta[BUDGET] = budget
     # ONNX has two names for its own domain.
     if "ai.onnx" in model.opset_imports:
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")

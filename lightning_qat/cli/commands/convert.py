@@ -34,6 +34,13 @@ from lightning_qat.cli.targets import PRODUCT, with_product
     is_flag=True,
     help="Take float weights on a grid as integers; TensorFlow's converters write such.",
 )
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Most bytes that the model's tensors may take in memory.  "
+    "[default: 16 times its files, and 1 GiB in any case]",
+)
 @click.option("--product", metavar="SOC", help=PRODUCT)
 @json_option
 def convert(
@@ -43,6 +50,7 @@ def convert(
     record: Path | None,
     float_bias: bool,
     grid_weights: bool,
+    max_bytes: int | None,
     product: str | None,
     as_json: bool,
 ) -> int:
@@ -68,6 +76,7 @@ def convert(
         target=with_product(to, {}, product),
         float_bias=float_bias,
         grid_weights=grid_weights,
+        max_bytes=max_bytes,
     )
     print(json.dumps(asdict(done), indent=2, default=str) if as_json else done)
     return FINE

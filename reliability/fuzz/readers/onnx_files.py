@@ -234,7 +234,9 @@ def _nested() -> onnx.ModelProto:
     branch = helper.make_graph([helper.make_node("Neg", [y], ["t"])], "branch", [], types)
     other = helper.make_graph([helper.make_node("Abs", [y], ["t"])], "other", [], types)
     condition = numpy_helper.from_array(np.asarray(True), "condition")
-    model.graph.initializer.extend([condition, numpy_helper.from_array(np.array(0.5, np.float32), "s")])
+    model.graph.initializer.extend(
+        [condition, numpy_helper.from_array(np.array(0.5, np.float32), "s")]
+    )
     model.graph.node.extend(
         [
             helper.make_node(

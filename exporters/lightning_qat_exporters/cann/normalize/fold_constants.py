@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from lightning_qat.export.protocol import Array
+from lightning_qat_exporters.onnx_files.boundary.memory import MemoryBudget
 from lightning_qat_exporters.onnx_files.graph_writer import initializer
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -41,10 +42,11 @@ class FoldConstants(ir.passes.InPlacePass):
 
     Args:
         qparams_only: Only scales and zero points.
+        budget: What the computed tensors may take together.
     """
 
-    def __init__(self, qparams_only: bool = False) -> None:
-        self.qparams_only = qparams_only
+    def __init__(self, qparams_only: bool = False, budget: MemoryBudget | None = None) -> None:
+        self.qparams_only, self.budget = qparams_only, budget
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model`` in place; what depends on an input stays as it is."""
@@ -61,7 +63,7 @@ class FoldConstants(ir.passes.InPlacePass):
         ]
         constants: dict[ir.Value, ir.Value] = {}
         folded = dict.fromkeys(value for _, _, value in wanted)
-        for value, array in _computed(folded, determined, model.graph, limit):
+        for value, array in _computed(folded, determined, model.graph, limit, self.budget):
             constants[value] = initializer(model.graph, f"{value.name}.folded", array)
         for node, index, value in wanted:
             if value in constants:
@@ -89,7 +91,11 @@ def _determined(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _computed(
-    wanted: Iterable[ir.Value], determined: set[ir.Node], graph: ir.Graph, limit: int
+    wanted: Iterable[ir.Value],
+    determined: set[ir.Node],
+    graph: ir.Graph,
+    limit: int,
+    budget: MemoryBudget | None,
 ) -> Iterator[tuple[ir.Value, Array]]:
     """What constants alone determine, each node computed once; left out what is too large.
 
@@ -107,6 +113,8 @@ def _computed(
         results = None if missing else _run(node, inputs, opsets, limit)
         for index, output in enumerate(node.outputs):
             array = None if results is None else np.asarray(results[index])
+            if budget is not None and array is not None:
+                budget.take(array.nbytes, f"what {node.op_type} makes of constants")
             if output in wanted and array is not None:
                 yield output, array
             if readers[output]:

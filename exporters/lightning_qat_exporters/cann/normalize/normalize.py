@@ -16,6 +16,7 @@ from lightning_qat_exporters.cann.normalize.propagate_pairs import PropagatePair
 from lightning_qat_exporters.cann.normalize.recognise_grid_weights import RecogniseGridWeights
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SplitAsymmetricWeights
 from lightning_qat_exporters.cann.normalize.split_channel_scales import SplitChannelScales
+from lightning_qat_exporters.onnx_files.boundary.memory import MemoryBudget
 
 
 def with_plain_constants(model: ir.Model) -> ir.Model:
@@ -23,7 +24,9 @@ def with_plain_constants(model: ir.Model) -> ir.Model:
     return _rewritten(model, (*_plain(), FoldConstants(qparams_only=True)))
 
 
-def normalize(model: ir.Model, *, grid_weights: bool = False) -> ir.Model:
+def normalize(
+    model: ir.Model, *, grid_weights: bool = False, budget: MemoryBudget | None = None
+) -> ir.Model:
     """A copy that computes the same, with plain constants and a Q/DQ pair before every layer.
 
     What constants alone determine is computed, Identity removed, batch norms are folded into
@@ -33,10 +36,11 @@ def normalize(model: ir.Model, *, grid_weights: bool = False) -> ir.Model:
     Args:
         model: A QDQ model of any tool.
         grid_weights: Take float weights that lie on a grid as integers.
+        budget: What tensors computed of constants may take.
     """
     passes = (
         *_plain(),
-        FoldConstants(),
+        FoldConstants(budget=budget),
         common.IdentityEliminationPass(),
         DequantizeBeforeMoves(),
         PairIntegerSources(),

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lightning_qat.export.protocol import Array, CannotExpress
+from lightning_qat.ir.operators import LAYER_TYPES
 from lightning_qat_exporters.cann.qdq_graph.constants import (
     FOLLOWED,
     MOST_FOLLOWED,
@@ -94,6 +95,34 @@ def constant_integers(value: ir.Value | None) -> ConstantIntegers:
         integers, owners = _moved(integers, move), _moved(owners, move)
     axis, order = _channels(owners, scale.size)
     return ConstantIntegers(integers, scale.reshape(-1)[order], axis, stored.dtype)
+
+
+_WEIGHT_MAKERS = (*FOLLOWED, "Reshape", "DequantizeLinear", "QuantizeLinear", "Clip")
+
+
+def layer_weight_bytes(model: ir.Model) -> int:
+    """Bytes of the constant weights of all layers in float32, one that they share for each.
+
+    Files have a weight for every layer, in float32 in the simulation; none is computed here.
+    """
+    sizes: dict[ir.Value | None, int] = {}
+    total = 0
+    for node in model.graph:
+        value = node.inputs[1] if node.op_type in LAYER_TYPES and len(node.inputs) > 1 else None
+        passed = []
+        while value is not None and value not in sizes:
+            passed.append(value)
+            tensor = ir.convenience.get_const_tensor(value)
+            maker = value.producer()
+            if tensor is not None:
+                sizes[value] = tensor.size
+            elif maker is None or maker.op_type not in _WEIGHT_MAKERS:
+                sizes[value] = 0
+            else:
+                value = maker.inputs[0]
+        sizes.update(dict.fromkeys(passed, sizes.get(value, 0)))
+        total += 4 * sizes.get(value, 0)
+    return total
 
 
 def real_constant(value: ir.Value | None) -> Array | None:
