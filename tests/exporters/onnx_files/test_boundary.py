@@ -138,6 +138,7 @@ def external(folder: Path, size: int = 16, **entries: str) -> Path:
         (16, {"location": "/etc/passwd"}, r"must lie beside the model; .*'/etc/passwd'"),
         (16, {"location": "a/../../w.bin"}, r"must lie beside the model"),
         (16, {"location": "no.bin"}, r"no file is there"),
+        (16, {"location": "a" * 5000}, r"no file is there"),
     ],
 )
 def test_external_data_are_there_and_beside_the_model(

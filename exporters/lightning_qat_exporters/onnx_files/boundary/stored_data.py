@@ -151,7 +151,11 @@ def _check_external(tensor: TensorProto, needed: int, where: str, path: Path) ->
         raise ValueError(
             f"External data must lie beside the model; {_lower(where)} names {str(location)!r}."
         )
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError:  # no file can have such a name
+        found = False
+    if not found:
         raise FileNotFoundError(
             f"{where} has its data in {str(file)!r}; no file is there. Put it beside the model."
         )
