@@ -11,7 +11,8 @@ import pytest
 
 CORE: Mapping[str, str] = {
     # Room (a folder, or a file beside them): the rooms it imports. A room stands above all of them.
-    "atomic_write": "",
+    "work_folder": "",
+    "atomic_write": "work_folder",
     "numerics": "",
     "plain_data": "",
     "recipe": "plain_data",
@@ -20,7 +21,7 @@ CORE: Mapping[str, str] = {
     "function_hooks": "numerics model ir",
     "ir": "numerics model torch_files atomic_write",
     "quantizers": "numerics recipe model function_hooks ir",
-    "export": "numerics recipe model ir atomic_write",
+    "export": "numerics recipe model ir atomic_write work_folder",
     "layers": "numerics recipe model function_hooks quantizers",
     "training": "numerics recipe model function_hooks quantizers layers",
     "joins": "numerics recipe model function_hooks quantizers layers",
@@ -39,7 +40,7 @@ CORE: Mapping[str, str] = {
     "report": "numerics model ir export prepare insight atomic_write plain_data",
     "callback": (
         "numerics recipe model torch_files function_hooks ir quantizers export layers training "
-        "joins prepare convert checkpoint report"
+        "joins prepare convert checkpoint report atomic_write work_folder"
     ),
     "cli": (
         "numerics recipe model ir quantizers export convert checkpoint amct calibrate insight "

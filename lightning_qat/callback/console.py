@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lightning_qat.atomic_write import replacing
 
 MOST_LINES = 40
 """Longer lists are summarised."""
@@ -39,25 +39,13 @@ def say_list(text: str, summary: str, folder: Path | None, whole: str) -> None:
     elif folder is None:
         say(f"{summary}\n  all of it: print(callback.report)")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FULL_LIST).write_text(whole + "\n", encoding="utf-8")
+        try:
+            with replacing(folder / FULL_LIST) as temporary:
+                temporary.write_text(whole + "\n", encoding="utf-8")
+        except OSError as error:  # which the training does not depend on
+            say(f"{summary}\n  {FULL_LIST} could not be written: {error}")
+            return
         say(f"{summary}\n  all of it: {folder / FULL_LIST}")
-
-
-def say_interrupted(trainer: Trainer, module: str, targets: list[str], folder: object) -> None:
-    """Say that an interrupted run exports nothing, and how its last checkpoint is exported."""
-    saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    paths = [path for c in saved for path in (c.last_model_path, c.best_model_path) if path]
-    lines = ["from lightning_qat import convert, export, load_qat_checkpoint"]
-    if paths:
-        lines.append(f"module = load_qat_checkpoint({module}, {paths[0]!r})")
-    lines.append("quantized = convert(module, example_inputs)")
-    prefix = str(Path(str(folder), module.lower()))
-    lines += [f"export(quantized, {target!r}, {prefix!r})" for target in targets]
-    what = (
-        "The last checkpoint is exported by" if paths else "There is no checkpoint. In a notebook"
-    )
-    say("\n  ".join([f"interrupted, so nothing was exported. {what}:", *lines]))
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_qat.callback.console import say
-from lightning_qat.export.manifest import MANIFEST, ExportResult
+from lightning_qat.export.delivery.manifest import MANIFEST
+from lightning_qat.export.delivery.result import ExportResult
 from lightning_qat.model.torch_compile import is_compiled
 from lightning_qat.training.step_statistics import Statistics, StepStatistics
 

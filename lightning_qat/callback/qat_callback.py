@@ -13,9 +13,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.callback.common_plan import common_plan
-from lightning_qat.callback.console import say, say_interrupted, say_list
+from lightning_qat.callback.console import say, say_list
 from lightning_qat.callback.example_inputs import ExampleInputs
-from lightning_qat.callback.final_export import Export, ExportOptions
+from lightning_qat.callback.export.final_export import Export
+from lightning_qat.callback.export.options import ExportOptions, check_options
 from lightning_qat.callback.lightning_private import (
     after_configure_model,
     before_checkpoint_is_read,
@@ -40,8 +41,7 @@ from lightning_qat.callback.trainer_checks import (
 )
 from lightning_qat.callback.unseen_ranges import UnseenRanges
 from lightning_qat.checkpoint.contents import CALLBACK_KEY, STATE_VERSION, has_ranges
-from lightning_qat.export.load import check_names
-from lightning_qat.export.manifest import ExportResult
+from lightning_qat.export.delivery.result import ExportResult
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.function_hooks.running import forget_running
 from lightning_qat.joins.first_forward import finish_plan, is_waiting_for_forward
@@ -98,6 +98,10 @@ class QATCallback(PhaseHooks):
         log: Send the quantizers of every so many optimizer steps to the trainer's loggers: ranges,
             shares that are clipped, scales and SQNR of weights, and histograms where the logger has
             them, as ``qat/...``. By default nothing but the phase is logged.
+        export_timeout: Seconds that each target may take, its comparison included. Each then runs
+            in a process of its own, so that one that hangs or crashes costs only itself; that takes
+            a start of Python and the model's memory once more. By default there is no limit, and
+            exporters run in the training's process.
 
     Raises:
         ValueError: An unknown recipe, key or option.
@@ -124,24 +128,12 @@ class QATCallback(PhaseHooks):
         export_outputs: Sequence[str] | None = None,
         dynamic_shapes: Any = None,
         log: int | None = None,
+        export_timeout: float | None = None,
     ) -> None:
-        if isinstance(exporters, str):
-            raise ValueError(
-                f"exporters must be a list; got {exporters!r}. Write exporters=[{exporters!r}]."
-            )
-        check_names(exporters)
-        if export_from not in ("last", "best"):
-            raise ValueError(f"export_from must be 'last' or 'best'; got {export_from!r}.")
-        if on_export_error not in ("raise", "warn"):
-            raise ValueError(f"on_export_error must be 'raise' or 'warn'; got {on_export_error!r}.")
+        check_options(exporters, export_from, on_export_error, export_outputs, export_timeout)
         if float_learning_rate is not None and not float_learning_rate > 0:
             raise ValueError(
                 f"float_learning_rate must be positive or None; got {float_learning_rate!r}."
-            )
-        if isinstance(export_outputs, str):
-            raise ValueError(
-                f"export_outputs must be a list; got {export_outputs!r}. Write "
-                f"export_outputs=[{export_outputs!r}]."
             )
         check_memory(memory)
         check_interval(log)
@@ -158,6 +150,7 @@ class QATCallback(PhaseHooks):
         self.trial_export = trial_export
         self.export_outputs = export_outputs
         self.dynamic_shapes = dynamic_shapes
+        self.export_timeout = export_timeout
         self.report: PrepareReport | None = None
         """The layers and joins that are quantized, once ``fit`` has started."""
         self.delivered: tuple[ExportResult, ...] = ()
@@ -202,6 +195,7 @@ class QATCallback(PhaseHooks):
                     self.trial_export,
                     self.export_outputs,
                     self.dynamic_shapes,
+                    self.export_timeout,
                 )
             )
             problems += self._export.problems(trainer, pl_module)
@@ -367,21 +361,17 @@ class QATCallback(PhaseHooks):
         # Anew, with the weights that training ends with.
         self._unseen.calibrate(pl_module, self._inputs.training(), anew=True)
         self._unseen.report_calibrated()
-        error: Exception | None = None
+        error: BaseException | None = None
         if trainer.is_global_zero:
-            try:
-                self.delivered = self._export.make(
-                    trainer,
-                    pl_module,
-                    self._inputs.required(pl_module),
-                    self._inputs.training(),
-                    self.recipe,
-                    self.schedule.calibration_batches,
-                    partial(run_facts, report=self.report, record=self._record),
-                )
-                error = self._export.failure(self.delivered)
-            except Exception as caught:
-                error = caught
+            self.delivered, error = self._export.make(
+                trainer,
+                pl_module,
+                partial(self._inputs.required, pl_module),
+                self._inputs.training(),
+                self.recipe,
+                self.schedule.calibration_batches,
+                partial(run_facts, report=self.report, record=self._record),
+            )
         self._export.share_failure(trainer, error)
 
     def _refuse_no_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -403,9 +393,7 @@ class QATCallback(PhaseHooks):
     ) -> None:
         forget_running()
         if isinstance(exception, KeyboardInterrupt) and self._export and not self.delivered:
-            say_interrupted(
-                trainer, type(pl_module).__name__, self._export.targets, self._export.folder
-            )
+            self._export.say_interrupted(trainer, pl_module, self._inputs.known(pl_module))
         self._leave(pl_module)
 
     @override

@@ -30,8 +30,8 @@ def available(names: str) -> list[Exporter]:
     Raises:
         ValueError: Some are unknown, repeated, or lack a package; all of them are named.
     """
+    from lightning_qat.export.delivery.export_all import refuse_repeated
     from lightning_qat.export.load import load_exporter
-    from lightning_qat.export.manifest import refuse_repeated
 
     problems, loaded = [], []
     for name in filter(None, (part.strip() for part in names.split(","))):

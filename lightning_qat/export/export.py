@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_qat.export.delivery.artifact_check import checked_artifact
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.promises import with_broken_promises
 from lightning_qat.export.protocol import Artifact, Exporter
@@ -26,8 +27,8 @@ def export(
         The files, and in ``differences`` what is planned on integers and not in them.
 
     Raises:
-        TypeError: ``model`` is not a converted model.
-        ValueError: No such exporter.
+        TypeError: ``model`` is not a converted model, or the exporter returned no ``Artifact``.
+        ValueError: No such exporter, or it names files that it did not write.
         MissingDependency: The exporter needs a package that is not installed.
         UnsupportedByTarget: With everything the target cannot express; nothing was written.
     """
@@ -38,4 +39,6 @@ def export(
         )
     loaded = load_exporter(exporter)
     loaded.check_available()
-    return with_broken_promises(model, loaded.export(model, Path(path_prefix)))
+    prefix = Path(path_prefix)
+    artifact = checked_artifact(loaded.export(model, prefix), loaded.name, prefix.parent)
+    return with_broken_promises(model, artifact)

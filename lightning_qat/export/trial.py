@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_qat.export.delivery.guard import watched_interrupts
+from lightning_qat.export.delivery.one_target import Order, export_one
+from lightning_qat.export.delivery.own_process import export_apart
 from lightning_qat.export.protocol import Exporter
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.work_folder import work_folder
 
 SECONDS = 60.0
 """What a trial of all targets may take, about."""
@@ -27,7 +31,7 @@ class Trial:
         seconds: What it took.
     """
 
-    errors: dict[str, Exception]
+    errors: dict[str, BaseException]
     passed: tuple[str, ...]
     untried: tuple[str, ...]
     seconds: float
@@ -39,6 +43,7 @@ def try_exporters(
     *,
     began: float | None = None,
     seconds: float = SECONDS,
+    timeout: float | None = None,
 ) -> Trial:
     """Export a model to a temporary folder, for every target, without a word.
 
@@ -52,24 +57,33 @@ def try_exporters(
             default.
         seconds: No target is begun that would end later than this if it took what the capture
             took. One that is running is not stopped: its converter may hold global state.
+        timeout: As for ``export_all``.
     """
     began = time.monotonic() if began is None else began
-    errors: dict[str, Exception] = {}
+    errors: dict[str, BaseException] = {}
     passed, untried = [], []
     capture = time.monotonic() - began
-    with tempfile.TemporaryDirectory(prefix="qat_trial_") as folder, warnings.catch_warnings():
+    with (
+        work_folder(Path(tempfile.gettempdir())) as folder,
+        warnings.catch_warnings(),
+        watched_interrupts() as interrupts,
+    ):
         # The export after training says the same again, with final numbers.
         warnings.simplefilter("ignore")
+        if timeout is not None:
+            model.save(folder / "model.pt2")
         for exporter in exporters:
             if time.monotonic() - began + capture > seconds:
                 untried.append(exporter.name)
                 continue
-            try:
-                exporter.export(model, Path(folder, exporter.name))
-            except (OSError, MemoryError):
-                passed.append(exporter.name)
-            except Exception as error:
-                errors[exporter.name] = error
+            order = Order(folder / exporter.name, check=False)
+            if timeout is None:
+                error = export_one(model, exporter, order, interrupts).error
             else:
+                error = export_apart(folder / "model.pt2", exporter, order, timeout).error
+            of_machine = isinstance(error, OSError | MemoryError)
+            if error is None or (of_machine and not isinstance(error, TimeoutError)):
                 passed.append(exporter.name)
+            else:
+                errors[exporter.name] = error
     return Trial(errors, tuple(passed), tuple(untried), time.monotonic() - began)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lightning_qat.atomic_write import replacing
+from lightning_qat.atomic_write import late_errors, replacing
 from lightning_qat.ir.archive.check import Untrusted
 from lightning_qat.ir.archive.read import (
     EXTRA_FILE,
@@ -288,6 +288,9 @@ class QuantizedModel:
         """Write the model to one file, atomically; ``QuantizedModel.load`` reads it.
 
         What is read returns dicts in the place of named tuples.
+
+        Raises:
+            OSError: The file cannot be written; what was there before stays.
         """
         facts = {
             "format_version": FORMAT_VERSION,
@@ -298,8 +301,12 @@ class QuantizedModel:
             "unreached": self.unreached,
             "constant_layers": self.constant_layers,
         }
-        with replacing(Path(path)) as temporary, with_plain_outputs(self.program) as program:
-            torch.export.save(program, temporary, extra_files={EXTRA_FILE: json.dumps(facts)})
+        with (
+            replacing(Path(path)) as temporary,
+            with_plain_outputs(self.program) as program,
+            late_errors(temporary) as file,
+        ):
+            torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path, *, trust: bool = False) -> QuantizedModel:

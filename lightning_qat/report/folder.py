@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from lightning_qat.export.manifest import MANIFEST
+from lightning_qat.export.delivery.manifest import MANIFEST
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.plain_data.parse_json import parse_json
 from lightning_qat.plain_data.shape import as_shape

@@ -90,8 +90,8 @@ def report_or_reason(folder: Path, model: QuantizedModel, **options: Any) -> str
         write_report(folder, model, **options)
     except Exception as error:
         return (
-            f"{REPORT} is not written: {type(error).__name__}: {error}. The exports are complete. "
-            f"To make it later: lightning-qat report {folder}"
+            f"{REPORT} is not written: {type(error).__name__}: {error}. The exports do not depend "
+            f"on it. To make it later: lightning-qat report {folder}"
         )
     return None
 

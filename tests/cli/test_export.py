@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qat.checkpoint.contents import CALLBACK_KEY
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import MANIFEST
+from lightning_qat.export.delivery.manifest import MANIFEST
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.report.page import REPORT

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import export_all
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.cli.conftest import Command
 from tests.models import linear, trained

@@ -26,7 +26,7 @@ MODULE = importlib.import_module("lightning_qat.export.load")
 
 
 class Recording:
-    """An exporter that does nothing but say what it was asked."""
+    """An exporter that writes nothing into its file, and says what it was asked."""
 
     name = "recording"
 
@@ -41,6 +41,7 @@ class Recording:
 
     def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
         self.calls.append(path_prefix)
+        path_prefix.touch()
         return Artifact(self.name, {"model": path_prefix})
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_qat.callback.loggers import log_agreement
 from lightning_qat.convert.convert import convert
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat.export.export import export
-from lightning_qat.export.manifest import export_all
 from lightning_qat.export.promises import broken_promises, promises_of
 from lightning_qat.export.protocol import Artifact
 from lightning_qat.ir.quantized_model import QuantizedModel
@@ -102,7 +102,7 @@ def test_an_exporter_that_does_not_say_what_it_writes_is_believed(
 def test_differences_are_in_the_manifest_and_on_the_console(
     residual: QuantizedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    [result] = export_all(residual, [Reporting(("conv2.weight",))], tmp_path, "net")
+    [result] = export_all(residual, [Reporting(("conv2.weight",))], tmp_path, "net").results
     said = "conv2: planned on integers, computed in float in the file."
     found = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert found["targets"]["reporting"]["differences"] == [said]

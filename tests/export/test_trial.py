@@ -25,7 +25,8 @@ class Target:
         self.folders.append(path_prefix.parent)
         if self.error is not None:
             raise self.error
-        return Artifact(self.name, {})
+        path_prefix.touch()
+        return Artifact(self.name, {"model": path_prefix})
 
 
 @pytest.fixture(scope="module")

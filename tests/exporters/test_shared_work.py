@@ -12,8 +12,8 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 from lightning_qat import QuantizedModel, convert
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat.export.load import load_exporter
-from lightning_qat.export.manifest import export_all
 from lightning_qat.export.protocol import MissingDependency
 from lightning_qat_exporters import TFLiteExporter
 from lightning_qat_exporters.cann import CannExporter
@@ -63,7 +63,7 @@ def test_one_capture_and_one_translation_serve_all_exports_and_verification(
     captured: list[str], translated: list[int], tmp_path: Path
 ) -> None:
     exporters = [load_exporter(name) for name in ("fake_quant_onnx", "cann")]
-    delivered = export_all(model(), exporters, tmp_path, "net")
+    delivered = export_all(model(), exporters, tmp_path, "net").results
     assert [result.error for result in delivered] == [None, None]
     assert all(result.agreement is not None for result in delivered)
     assert captured == ["Sequential"]
@@ -74,7 +74,7 @@ def test_one_capture_and_one_translation_serve_all_exports_and_verification(
 def test_tflite_captures_nothing_of_ours_again(captured: list[str], tmp_path: Path) -> None:
     pytest.importorskip("litert_torch")
     quantized = model()
-    (delivered,) = export_all(quantized, [load_exporter("tflite")], tmp_path, "net")
+    (delivered,) = export_all(quantized, [load_exporter("tflite")], tmp_path, "net").results
     assert delivered.error is None
     # litert-torch takes modules only, so it captures the one that it is handed.
     assert captured in (["Sequential"], ["Sequential", "Lowered"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import export_all
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.recipe.specs import WeightSpec

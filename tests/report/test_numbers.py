@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import export_all
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat.numerics.multiplications import multiplications
 from lightning_qat.report.collect import collect
 from lightning_qat.report.data import ReportData

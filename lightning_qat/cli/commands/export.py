@@ -15,7 +15,7 @@ from lightning_qat.cli.converted import CheckpointOptions, is_converted, load_co
 from lightning_qat.cli.targets import available
 
 if TYPE_CHECKING:
-    from lightning_qat.export.manifest import ExportResult
+    from lightning_qat.export.delivery.result import Delivery, ExportResult
 
 
 @command("export")
@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 )
 @click.option("--name", help="Beginning of the files' names.  [default: the class, in lower case]")
 @trust_option
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="What each target may take, in a process of its own.  [default: no limit]",
+)
 @json_option
 def export(
     source: Path,
@@ -53,6 +59,7 @@ def export(
     example_inputs: str | None,
     name: str | None,
     trust: bool,
+    timeout: float | None,
     as_json: bool,
 ) -> int:
     """Export a QAT checkpoint, or a converted model, to files.
@@ -71,7 +78,8 @@ def export(
     exports to one more target, without the checkpoint. The exit code is 1 if a target fails, with
     the others written, or if a file's numbers are not the model's.
     """
-    from lightning_qat.export.manifest import MANIFEST, export_all
+    from lightning_qat.export.delivery.export_all import export_all
+    from lightning_qat.export.delivery.manifest import MANIFEST
     from lightning_qat.report.page import REPORT, report_or_reason
 
     exporters = available(to)
@@ -79,21 +87,39 @@ def export(
     model, default_name = load_converted(source, options)
     beginning = name or default_name
     out.mkdir(parents=True, exist_ok=True)
-    if not is_converted(source):
-        model.save(out / f"{beginning}.pt2")
     say(f"exporting to {', '.join(exporter.name for exporter in exporters)}")
-    results = export_all(model, exporters, out, beginning)
-    no_report = report_or_reason(out, model, name=beginning, exporters=exporters)
-    if no_report is not None:
-        print(f"lightning-qat export: {no_report}", file=sys.stderr)
-    if as_json:
+    saved = source if is_converted(source) else None
+    delivery = export_all(model, exporters, out, beginning, saved=saved, timeout=timeout)
+    has_manifest = MANIFEST not in delivery.unwritten
+    has_report = has_manifest and delivery.interrupt is None
+    if has_report:
+        no_report = report_or_reason(out, model, name=beginning, exporters=exporters)
+        if no_report is not None:
+            print(f"lightning-qat export: {no_report}", file=sys.stderr)
+            has_report = False
+    if as_json and has_manifest:
         print((out / MANIFEST).read_text(encoding="utf-8"), end="")
-    else:
-        print("\n".join(_lines(results)))
-        print(f"manifest: {out / MANIFEST}")
-        if no_report is None:
+    elif not as_json:
+        print("\n".join(_lines(delivery.results)))
+        if has_manifest:
+            print(f"manifest: {out / MANIFEST}")
+        if has_report:
             print(f"report: {out / REPORT}")
-    return FINE if all(map(_is_fine, results)) else FOUND
+    _say_what_failed(delivery)
+    if delivery.interrupt is not None:
+        raise delivery.interrupt
+    fine = all(map(_is_fine, delivery.results)) and not delivery.unwritten
+    return FINE if fine else FOUND
+
+
+def _say_what_failed(delivery: Delivery) -> None:
+    problem = delivery.problem()
+    if problem is not None:
+        saved = delivery.model_file
+        again = "the same command" if saved is None else f"lightning-qat export {saved}"
+        todo = ",".join(delivery.failed)
+        finish = f"To try what failed again: {again} --to {todo}\n" if todo else ""
+        print(f"lightning-qat export: {problem}\n{finish}", end="", file=sys.stderr)
 
 
 def _is_fine(result: ExportResult) -> bool:

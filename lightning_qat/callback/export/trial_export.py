@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_qat.callback.console import say
 from lightning_qat.convert.convert import convert_untrained
 from lightning_qat.convert.needed_inputs import needed_for_a_number
+from lightning_qat.export.delivery.result import error_text
 from lightning_qat.export.protocol import Cautioning, Exporter
 from lightning_qat.export.trial import Trial, try_exporters
 from lightning_qat.ir.quantized_model import QuantizedModel
@@ -31,6 +32,7 @@ def try_exports(
     tries: bool,
     dynamic_shapes: Any,
     export_outputs: Sequence[str] | None,
+    timeout: float | None,
 ) -> None:
     """Capture a prepared module and try exporters on it; the module and random state stay.
 
@@ -43,6 +45,7 @@ def try_exports(
         tries: Try the exporters; else only the capture is tried.
         dynamic_shapes: As for ``convert``.
         export_outputs: As for ``convert``.
+        timeout: As for ``export_all``.
 
     Raises:
         CaptureError: ``forward`` cannot be captured.
@@ -56,13 +59,13 @@ def try_exports(
             quantized = convert_untrained(
                 pl_module, inputs, dynamic_shapes=dynamic_shapes, export_outputs=export_outputs
             )
-        trial = try_exporters(quantized, exporters if tries else (), began=began)
+        trial = try_exporters(quantized, exporters if tries else (), began=began, timeout=timeout)
     hint = _hint(quantized)
     if trial.errors:
         lines = [
             f"{len(trial.errors)} of {len(exporters)} exports failed on the untrained model, and "
             "would fail after training (trial_export=False trains all the same).",
-            *(f"{target}: {type(e).__name__}: {e}" for target, e in trial.errors.items()),
+            *(f"{target}: {error_text(e)}" for target, e in trial.errors.items()),
         ]
         raise TrialFailed("\n".join([*lines, hint] if hint else lines))
     if exporters and tries:

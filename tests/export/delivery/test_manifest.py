@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import export_all
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat.export.protocol import Artifact, Unsupported, UnsupportedByTarget
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
@@ -62,7 +62,9 @@ def manifest(folder: Path) -> Any:
 def test_the_manifest_says_what_was_written_from_what(
     converted: QuantizedModel, tmp_path: Path
 ) -> None:
-    results = export_all(converted, [Text("Keep dry."), FakeQuantOnnxExporter()], tmp_path, "net")
+    results = export_all(
+        converted, [Text("Keep dry."), FakeQuantOnnxExporter()], tmp_path, "net"
+    ).results
     assert [(r.target, r.error) for r in results] == [("text", None), ("fake_quant_onnx", None)]
     found = manifest(tmp_path)
     assert Recipe.from_dict(found["recipe"]) == Recipe.load("w4a8")
@@ -94,13 +96,13 @@ def test_every_file_beside_the_manifest_is_in_it(converted: QuantizedModel, tmp_
         for target in manifest(tmp_path)["targets"].values()
         for file in target["files"].values()
     }
-    assert {p.name for p in tmp_path.iterdir()} == {*listed, "manifest.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {*listed, "net.pt2", "manifest.json"}
 
 
 def test_a_target_that_fails_does_not_stop_the_others(
     converted: QuantizedModel, tmp_path: Path
 ) -> None:
-    results = export_all(converted, [Failing(), Text()], tmp_path, "net")
+    results = export_all(converted, [Failing(), Text()], tmp_path, "net").results
     assert isinstance(results[0].error, UnsupportedByTarget)
     assert results[0].artifact is None
     assert results[1].error is None
@@ -115,7 +117,7 @@ def test_a_target_that_fails_does_not_stop_the_others(
 def test_a_check_that_fails_is_an_error_beside_the_files(
     converted: QuantizedModel, tmp_path: Path
 ) -> None:
-    (result,) = export_all(converted, [Unverifiable()], tmp_path, "net")
+    (result,) = export_all(converted, [Unverifiable()], tmp_path, "net").results
     assert isinstance(result.error, OSError)
     assert result.artifact is not None
     entry = manifest(tmp_path)["targets"]["unverifiable"]
@@ -125,13 +127,13 @@ def test_a_check_that_fails_is_an_error_beside_the_files(
 
 
 def test_checking_can_be_left_out(converted: QuantizedModel, tmp_path: Path) -> None:
-    (result,) = export_all(converted, [Unverifiable()], tmp_path, "net", check=False)
+    (result,) = export_all(converted, [Unverifiable()], tmp_path, "net", check=False).results
     assert (result.error, result.agreement) == (None, None)
 
 
 def test_the_inputs_to_check_with_may_be_given(converted: QuantizedModel, tmp_path: Path) -> None:
     x = inputs_for("linear", 9)
-    (result,) = export_all(converted, [FakeQuantOnnxExporter()], tmp_path, "net", inputs=x)
+    (result,) = export_all(converted, [FakeQuantOnnxExporter()], tmp_path, "net", inputs=x).results
     assert result.agreement is not None
     assert result.agreement.samples == 9
 

@@ -1,0 +1,1 @@
+"""All targets of one model: each tried and checked, whatever another one does; one manifest."""
