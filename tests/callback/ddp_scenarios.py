@@ -4,6 +4,7 @@ Started by torchrun as two nodes of one process each, and for ``test_ddp_nccl.py
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_qat.export.protocol import Artifact
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.training.range_sync import activation_quantizers
 from tests.callback.tiny import Net
+from tests.export.delivery.odd import Text, hangs
 
 SCHEDULE = Schedule(calibration_batches=2, freeze_observers=2, freeze_batchnorm=2)
 EPOCHS = 4
@@ -102,6 +104,18 @@ class PlannedNet(Net):
         self.example_input_array = torch.zeros(2, 1, 6, 6)
 
 
+class Interrupted:
+    """An exporter during which someone presses Ctrl-C, on this process alone."""
+
+    name = "interrupted"
+
+    def check_available(self) -> None: ...
+
+    def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+
 class Failing:
     """An exporter that fails."""
 
@@ -125,6 +139,8 @@ def fit(
     ckpt: Path | None = None,
     exporters: tuple[Any, ...] = (),
     ddp: dict[str, Any] | None = None,
+    timeout: float | None = None,
+    trial: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """One run; what there is to say of it."""
@@ -134,7 +150,12 @@ def fit(
     collectives = Collectives()
     dist.all_reduce = collectives
     callback = QATCallback(
-        recipe, schedule=SCHEDULE, exporters=exporters, export_dir=folder / "out"
+        recipe,
+        schedule=SCHEDULE,
+        exporters=exporters,
+        export_dir=folder / "out",
+        trial_export=trial,
+        export_timeout=timeout,
     )
     strategy = DDPStrategy(process_group_backend=backend, **(ddp or {}))
     alone = nodes * devices == 1 and backend == "gloo"
@@ -154,7 +175,7 @@ def fit(
     error = ""
     try:
         trainer.fit(net, Data(samples), ckpt_path=ckpt)
-    except Exception as caught:
+    except (Exception, SystemExit) as caught:
         error = f"{type(caught).__name__}: {caught}"
     dist.all_reduce = collectives.original
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -187,6 +208,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "other path": {"kind": OtherPath},
     "failing export": {"exporters": (Failing(),), "max_epochs": 3},
+    # An exporter of a class that a process of its own imports.
+    "hanging export": {
+        "exporters": (Text("hangs", hangs),),
+        "max_epochs": 1,
+        "timeout": 0.2,
+        "trial": False,
+    },
+    # Last: Lightning ignores Ctrl-C from then on.
+    "interrupted export": {"exporters": (Interrupted(),), "max_epochs": 1, "trial": False},
 }
 
 

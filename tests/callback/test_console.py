@@ -1,5 +1,6 @@
 """What a run prints: lines survive progress bars, long lists are summarised, Ctrl-C speaks."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,12 +9,12 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_qat import QATCallback
 from lightning_qat.callback.console import MOST_LINES
+from lightning_qat.cli import main
 from tests.callback.test_interruptions import Stop
 from tests.callback.tiny import Net, Planned, loader, qat
 
@@ -98,14 +99,20 @@ def test_ctrl_c_says_how_the_last_checkpoint_is_exported(
     saves = ModelCheckpoint(tmp_path / "saved", save_last=True)
     run = trainer(callback, saves, Stop(KeyboardInterrupt()), enable_checkpointing=True)
     with pytest.raises(SystemExit):
-        run.fit(Net(), loader())
+        run.fit(Planned(), loader())
     (text,) = [m for m in caplog.messages if "interrupted" in m]
     first, *lines = text.splitlines()
     assert first == (
-        "QAT: interrupted, so nothing was exported. The last checkpoint is exported by:"
+        "QAT: interrupted, so nothing was exported. Saved: the newest checkpoint is "
+        f"'{tmp_path}/saved/last.ckpt', of step 4 of 6. The trained module is still in memory "
+        "while this process lives (in a notebook, or where fit is called within try): "
+        "trainer.save_checkpoint('trained.ckpt') saves it."
     )
-    exec("\n".join(map(str.strip, lines)), {"Net": Net, "example_inputs": torch.randn(4, 1, 6, 6)})
-    assert (tmp_path / "out" / "net_qdq.onnx").is_file()
+    assert lines[0] == "To finish the export:"
+    command = shlex.split(lines[1])
+    assert command[:2] == ["lightning-qat", "export"]
+    assert main(command[2:]) == 0
+    assert (tmp_path / "out" / "planned_qdq.onnx").is_file()
 
 
 @pytest.mark.parametrize(

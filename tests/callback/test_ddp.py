@@ -173,8 +173,20 @@ def test_only_the_first_process_exports(results: Results) -> None:
 def test_an_export_that_fails_is_an_error_on_every_process(results: Results) -> None:
     first, second = (result["failing export"]["error"] for result in results)
     assert "1 of 1 exports failed" in first
-    assert first.endswith("failing: OSError: disk full")
+    assert "\nfailing: OSError: disk full\nSaved: the converted model is" in first
     assert second.startswith("RuntimeError: The export on the first process failed: 1 of 1")
+
+
+def test_an_export_that_hangs_is_ended_and_told_to_every_process(results: Results) -> None:
+    first, second = (result["hanging export"]["error"] for result in results)
+    assert "\nhangs: TimeoutError: the export took longer than its timeout of 0.2 s" in first
+    assert "\nhangs: TimeoutError: the export took longer than its timeout of 0.2 s" in second
+
+
+def test_ctrl_c_during_the_export_on_one_process_ends_all(results: Results) -> None:
+    first, second = (result["interrupted export"]["error"] for result in results)
+    assert first.startswith("SystemExit")
+    assert second == "RuntimeError: The export on the first process failed: KeyboardInterrupt"
 
 
 def test_processes_that_plan_other_tensors_are_told_so_all_of_them(results: Results) -> None:

@@ -70,7 +70,7 @@ def how_to_finish(
     if known and checkpoint is not None:
         commands.append(_from_checkpoint(checkpoint, pl_module, inputs, known, prefix, trainer))
     if commands:
-        lines.append("To finish the export once its folder can be written to:")
+        lines.append("To finish the export:")
         lines.append("\n  or, from the checkpoint:\n".join(f"  {c}" for c in commands))
     source = None if model_file is None else f"QuantizedModel.load({str(model_file)!r})"
     if source is None and checkpoint is not None:
