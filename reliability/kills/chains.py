@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reliability.kills import look
 from reliability.kills.children import Ended, in_child, value_of
-from reliability.kills.victim import train
+from reliability.kills.victim import import_all, train
 
 SIGNALS = (*[signal.SIGKILL] * 8, signal.SIGTERM, signal.SIGINT)
 """What is sent, as often as it stands here."""
@@ -60,6 +60,7 @@ def run_chains(count: int, base: Path, chance: random.Random, say: Callable[[str
         chance: Chooses signals and moments.
         say: Called with a line after each chain.
     """
+    import_all()
     whole = base / "uninterrupted"
     ended = _train(whole, None)
     if ended.code != 0 or ended.told is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_qat import QATCallback, Schedule
+from lightning_qat import QATCallback, Schedule, export, prepare
+from lightning_qat.convert.convert import convert_untrained
 
 EPOCHS, BATCHES = 3, 8
 OUT, SAVED = "out", "saved"
@@ -64,6 +66,16 @@ class Told(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training is over."""
         self.tell()
+
+
+def import_all() -> None:
+    """Import what a run imports, by exporting once, so that its forks need not."""
+    with tempfile.TemporaryDirectory() as folder:
+        module = Victim()
+        prepare(module, "int8", module.example_input_array)
+        model = convert_untrained(module, module.example_input_array)
+        for target in TARGETS:
+            export(model, target, Path(folder, target))
 
 
 def train(folder: Path, exporting: Callable[[], None] = lambda: None) -> None:
