@@ -70,7 +70,7 @@ def in_child(
                     due = now + 120  # One that does not end is sent the signal again.
                 else:
                     due = None
-            time.sleep(0.0005)
+            time.sleep(0.002)
     finally:
         os.close(reader)
     return Ended(

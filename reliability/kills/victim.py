@@ -72,8 +72,9 @@ def import_all() -> None:
     """Import what a run imports, by exporting once, so that its forks need not."""
     with tempfile.TemporaryDirectory() as folder:
         module = Victim()
-        prepare(module, "int8", module.example_input_array)
-        model = convert_untrained(module, module.example_input_array)
+        inputs = torch.zeros(2, 1, 6, 6)
+        prepare(module, "int8", inputs)
+        model = convert_untrained(module, inputs)
         for target in TARGETS:
             export(model, target, Path(folder, target))
 
