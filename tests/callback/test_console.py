@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_the_last_checkpoint_is_exported(
     assert lines[0] == "To finish the export:"
     command = shlex.split(lines[1])
     assert command[:2] == ["lightning-qat", "export"]
-    assert main(command[2:]) == 0
+    assert main(command[1:]) == 0
     assert (tmp_path / "out" / "planned_qdq.onnx").is_file()
 
 

@@ -11,6 +11,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -274,12 +275,19 @@ class Interrupted(Own):
     name = "interrupted"
 
     def export(self, model: QuantizedModel, path_prefix: Path) -> Artifact:
-        import signal
-
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("it went on")
 
 
+@pytest.fixture
+def heeded_ctrl_c() -> Iterator[None]:
+    """Lightning leaves Ctrl-C ignored once it has ended a run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_ctrl_c")
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
 def test_ctrl_c_during_the_export_ends_the_run_and_tells_the_truth(
     trainer: Callable[..., L.Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture

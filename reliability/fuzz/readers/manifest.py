@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_qat.convert.convert import convert
-from lightning_qat.export.manifest import export_all
+from lightning_qat.export.delivery.export_all import export_all
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.report.collect import collect
