@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch import Tensor
 from lightning_qat.callback.export.options import ExportOptions
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import Exporter
+from lightning_qat.torch_files.load import UntrustedObjects, load_saved, load_without_objects
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,15 @@ def _checkpoint(trainer: Trainer, source: str) -> Checkpoint | None:
 
 
 def _read(path: str) -> Checkpoint:
-    """A checkpoint of this run: what is in it is trusted."""
-    for plain in (True, False):
+    plain = True
+    try:
         try:
-            read = torch.load(path, map_location="cpu", mmap=True, weights_only=plain)
-            return Checkpoint(path, int(read.get("global_step", -1)), plain)
-        except pickle.UnpicklingError:
-            continue
-        except Exception:  # such as a file that is not read by mmap
-            break
-    return Checkpoint(path, -1, True)
+            read = load_saved(path)
+        except UntrustedObjects:
+            read, plain = load_without_objects(path), False
+        return Checkpoint(path, int(read.get("global_step", -1)), plain)
+    except Exception:  # whatever it is, the message must not fail on it
+        return Checkpoint(path, -1, plain)
 
 
 def _by_command(
