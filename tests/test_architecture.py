@@ -29,8 +29,8 @@ CORE: Mapping[str, str] = {
     "convert": "numerics recipe model function_hooks ir quantizers layers joins",
     "checkpoint": "recipe model torch_files quantizers layers prepare",
     "amct": (
-        "recipe model torch_files ir export quantizers layers prepare convert checkpoint "
-        "atomic_write"
+        "numerics plain_data recipe model torch_files ir export quantizers layers prepare "
+        "convert checkpoint atomic_write"
     ),
     "calibrate": "recipe model quantizers training prepare",
     "insight": (

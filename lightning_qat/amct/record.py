@@ -8,17 +8,17 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
+from lightning_qat.amct.layer_record import LayerRecord, record_problems, refuse_problems
+from lightning_qat.plain_data.text import decoded, read_bytes
 from lightning_qat.recipe.protobuf_schema import Field, message_class
 
 # offset_w comes once per scale_w and is always 0: weights are symmetric. The schema's other fields
@@ -39,36 +39,9 @@ _MESSAGES = {
         Field("offset_r", "int32", "repeated", 24),
     ),
 }
+_MOST_BYTES = 64 * 2**20
 BINARY_SUFFIX = ".pb"
 """A record file of such a name is written in binary."""
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """The factors of one layer; every scale is a float32 value.
-
-    Attributes:
-        name: The layer's name, the entry's key.
-        scale_d: Scale of the input.
-        offset_d: The zero point of the input: the integer of real zero.
-        scale_w: Scale of the weight, one or one per output channel, with batch
-            norm folded.
-        act_type: Type of the input's integers.
-        wts_type: Type of the weight's integers.
-        scale_h: For LSTM and GRU, as ``scale_d`` for the hidden state.
-        offset_h: For LSTM and GRU, as ``offset_d`` for the hidden state.
-        scale_r: For LSTM and GRU, as ``scale_w`` for the recurrent weight.
-    """
-
-    name: str
-    scale_d: float
-    offset_d: int
-    scale_w: tuple[float, ...]
-    act_type: str = "INT8"
-    wts_type: str = "INT8"
-    scale_h: float | None = None
-    offset_h: int | None = None
-    scale_r: tuple[float, ...] = ()
 
 
 def format_record(records: Iterable[LayerRecord]) -> str:
@@ -128,28 +101,49 @@ def read_record(path: str | Path) -> tuple[LayerRecord, ...]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no such message; see ``parse_record``.
+        ValueError: The file is no such message, is larger than 64 MB, or names no layer; see
+            ``parse_record``.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There must be a record file at {str(path)!r}; no file is there.")
-    data = path.read_bytes()
-    message = _record_class()()
-    # The first byte of a binary record is that of its first field, which is also a line feed.
-    if data.startswith(b"\n"):
-        try:
-            message.ParseFromString(data)
-        except DecodeError:
-            pass
-        else:
-            return _records(message)
+    data = read_bytes(path, _MOST_BYTES)
     try:
-        return parse_record(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
+        # The first byte of a binary record is that of its first field, which is also a line feed.
+        records = _parse_binary(data) if data.startswith(b"\n") else None
+        if records is None:
+            records = parse_record(_text(data, path))
+    except ValueError as error:
+        raise ValueError(f"Record file {str(path)!r}: {error}") from error
+    if not records:
+        raise ValueError(
+            f"A record file must name one layer at least; {str(path)!r} names none. It may have "
+            "been cut off: write it again."
+        )
+    return records
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return decoded(data, path)
+    except ValueError as error:
         raise ValueError(
             f"A record file must be a ScaleOffsetRecord as protobuf text or binary; {str(path)!r} "
-            "is neither. Write it with the exporter or take AMCT's own."
+            f"is neither: {error} Write it with the exporter or take AMCT's own."
         ) from error
+
+
+def _parse_binary(data: bytes) -> tuple[LayerRecord, ...] | None:
+    """The records; ``None``: the bytes are no such message."""
+    message = _record_class()()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        return None
+    try:
+        return _records(message)
+    except UnicodeDecodeError as error:
+        raise ValueError("Names and types in a record file must be UTF-8; some are not.") from error
 
 
 def parse_record(text: str) -> tuple[LayerRecord, ...]:
@@ -162,12 +156,14 @@ def parse_record(text: str) -> tuple[LayerRecord, ...]:
         One record per entry, in the file's order.
 
     Raises:
-        ValueError: The text is no such message, a layer comes twice or lacks a field, an offset of
-            a weight is not 0, or a scale is not positive and finite.
+        ValueError: The text is no such message; or a layer comes twice or lacks a field, an offset
+            of a weight is not 0, an offset is outside of its type's integers, a scale is no
+            positive, normal float32, a type is unknown, or counts do not fit. All such places are
+            named.
     """
     try:
         message: Any = text_format.Parse(text, _record_class()())
-    except text_format.ParseError as error:
+    except (text_format.ParseError, RecursionError) as error:
         raise ValueError(
             f"A record file must be a ScaleOffsetRecord in protobuf text; got {error}. "
             "Write it with the exporter or take AMCT's own."
@@ -176,55 +172,66 @@ def parse_record(text: str) -> tuple[LayerRecord, ...]:
 
 
 def _records(message: Any) -> tuple[LayerRecord, ...]:
-    _require_known("the file", message)
-    records: dict[str, LayerRecord] = {}
+    problems = [*_unknown("the file", message)]
+    records = []
     for entry in message.record:
-        name, value = entry.key, entry.value
-        _require_known(f"layer {name!r}", entry, value)
-        if name in records:
-            raise ValueError(f"A record file must name a layer once; {name!r} comes twice.")
-        missing = [f for f in ("scale_d", "offset_d") if not value.HasField(f)]
-        missing += [] if value.scale_w else ["scale_w"]
-        if missing:
-            raise ValueError(
-                f"A record must have scale_d, offset_d and scale_w; layer {name!r} lacks {missing}."
-            )
-        if any(value.offset_w) or any(value.offset_r):
-            raise ValueError(
-                f"Weights must be symmetric (offset_w and offset_r all 0); layer {name!r} is not."
-            )
-        hidden = value.HasField("scale_h")
-        _require_scales(name, "scale_d", [value.scale_d])
-        _require_scales(name, "scale_w", value.scale_w)
-        _require_scales(name, "scale_h", [value.scale_h] if hidden else [])
-        _require_scales(name, "scale_r", value.scale_r)
-        records[name] = LayerRecord(
-            name=name,
-            scale_d=value.scale_d,
-            offset_d=value.offset_d,
-            scale_w=tuple(value.scale_w),
-            act_type=value.act_type or "INT8",
-            wts_type=value.wts_type or "INT8",
-            scale_h=value.scale_h if hidden else None,
-            offset_h=value.offset_h if hidden else None,
-            scale_r=tuple(value.scale_r),
-        )
-    return tuple(records.values())
+        missing = [*_missing(entry)]
+        problems += [*missing, *_field_problems(f"layer {entry.key!r}", entry)]
+        if not missing:
+            records.append(_record(entry))
+    problems += record_problems(records)
+    refuse_problems("A record must be of a quantized model:", problems)
+    return tuple(records)
 
 
-def _require_known(what: str, *parts: Any) -> None:
+def _record(entry: Any) -> LayerRecord:
+    value = entry.value
+    return LayerRecord(
+        name=entry.key,
+        scale_d=value.scale_d,
+        offset_d=value.offset_d,
+        scale_w=tuple(value.scale_w),
+        act_type=value.act_type or "INT8",
+        wts_type=value.wts_type or "INT8",
+        scale_h=value.scale_h if value.HasField("scale_h") else None,
+        offset_h=value.offset_h if value.HasField("offset_h") else None,
+        scale_r=tuple(value.scale_r),
+    )
+
+
+def _missing(entry: Any) -> Iterator[str]:
+    if not entry.HasField("key"):  # in binary, where required fields may be left out
+        yield "an entry must have a key, the name of its layer"
+        return
+    missing = [f for f in ("scale_d", "offset_d") if not entry.value.HasField(f)]
+    missing += [] if entry.value.scale_w else ["scale_w"]
+    if missing:
+        yield f"layer {entry.key!r} lacks {missing}; it must have scale_d, offset_d and scale_w"
+
+
+def _field_problems(where: str, entry: Any) -> Iterator[str]:
+    """What a ``LayerRecord`` does not hold."""
+    value = entry.value
+    yield from _unknown(where, entry, value)
+    for letter in "wr":
+        scales, offsets = getattr(value, f"scale_{letter}"), getattr(value, f"offset_{letter}")
+        if any(offsets):
+            wrong = next(offset for offset in offsets if offset)
+            yield f"{where}: offset_{letter} must be 0, for weights are symmetric; got {wrong}"
+        if offsets and len(offsets) != len(scales):
+            yield (
+                f"{where}: offset_{letter} must come once per scale_{letter}, {len(scales)} times; "
+                f"got {len(offsets)}"
+            )
+
+
+def _unknown(what: str, *parts: Any) -> Iterator[str]:
     unknown = [field.field_number for part in parts for field in UnknownFieldSet(part)]
     if unknown:
-        raise ValueError(
-            "A record file must hold nothing but scales, offsets and types of layers; "
-            f"{what} has the fields number {unknown}, of AMCT's other tools. Write it without them."
+        yield (
+            f"{what} has the fields number {unknown[:20]}, of AMCT's other tools; a record must "
+            "hold nothing but scales, offsets and types of layers. Write it without them"
         )
-
-
-def _require_scales(name: str, field: str, scales: Sequence[float]) -> None:
-    bad = [s for s in scales if not (np.isfinite(s) and s > 0)]
-    if bad:
-        raise ValueError(f"{field} must be positive and finite; layer {name!r} has {bad[0]!r}.")
 
 
 @cache

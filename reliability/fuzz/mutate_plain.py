@@ -112,7 +112,9 @@ def _change(root: list[Any], holder: Any, key: Any, generator: random.Random) ->
     elif choice == 4:
         holder[key] = generator.choice(([value], {"a": value}, str(value)[:1000]))
     elif choice == 5 and isinstance(value, (int, float)) and not isinstance(value, bool):
-        holder[key] = generator.choice((-value, value + 1, value * 1e-3, value * 1e6, str(value)))
+        small = isinstance(value, float) or abs(value) < 2**64  # a float takes no larger int
+        scaled = (value * 1e-3, value * 1e6, str(value)) if small else (value // 3,)
+        holder[key] = generator.choice((-value, value + 1, *scaled))
     elif choice == 6 and isinstance(value, str):
         place = generator.randrange(len(value) + 1)
         holder[key] = generator.choice(

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_qat.amct.apply_record import apply_record
-from lightning_qat.amct.record import LayerRecord, parse_record
+from lightning_qat.amct.layer_record import LayerRecord
+from lightning_qat.amct.record import parse_record
 from lightning_qat.convert.convert import convert
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat_exporters import CannExporter
@@ -21,7 +22,9 @@ def test_a_model_that_is_prepared_already_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     prepare(model)
     record = [LayerRecord("0", 0.1, 0, (0.1, 0.1))]
-    with pytest.raises(ValueError, match=r"takes a float model.*'0' is quantized already"):
+    with pytest.raises(
+        ValueError, match=r"'0' is quantized already; apply_record takes a float model"
+    ):
         apply_record(model, record, torch.zeros(1, 3))
     # The remedy works.
     apply_record(nn.Sequential(nn.Linear(3, 2)), record, torch.zeros(1, 3))
@@ -70,9 +73,19 @@ def test_amct_s_record_of_a_recurrent_layer_gives_amct_s_record(name: str, tmp_p
     [
         (nn.LSTM(3, 2, num_layers=2), {}, "one layer of one direction.*num_layers 2"),
         (nn.GRU(3, 2, bidirectional=True), {}, "bidirectional True"),
-        (nn.LSTM(3, 2), {"scale_h": None}, "must have scale_h and scale_r.*LSTM"),
-        (nn.Linear(3, 2), {}, "and no other.*'0' is a Linear"),
+        (
+            nn.LSTM(3, 2),
+            {"scale_h": None},
+            "an LSTM or GRU must have scale_h, offset_h and scale_r",
+        ),
+        (
+            nn.LSTM(3, 2),
+            {"scale_h": None, "offset_h": None, "scale_r": ()},
+            "must have scale_h and scale_r if it is an LSTM.*it is a LSTM and has scale_h None",
+        ),
+        (nn.Linear(3, 2), {}, "'0' must have .* no other layer has them; it is a Linear"),
         (nn.GRU(3, 2), {"scale_w": (0.1,) * 5}, r"one per gate \(3\) or one per row \(6\).*has 5"),
+        (nn.GRU(3, 2), {"scale_r": (0.1,) * 4}, r"'0': scale_r must have one number"),
     ],
 )
 def test_records_that_do_not_fit_a_recurrent_layer_are_refused(

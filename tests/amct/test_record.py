@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_qat import convert, convert_qat_model, export, prepare
 from lightning_qat.amct.apply_record import apply_record
-from lightning_qat.amct.record import LayerRecord, encode_record, format_record, read_record
+from lightning_qat.amct.layer_record import LayerRecord
+from lightning_qat.amct.record import encode_record, format_record, read_record
 from lightning_qat.recipe.recipe import Recipe
 from lightning_qat_exporters import FakeQuantOnnxExporter
 from tests.join_networks import train_steps
@@ -48,17 +49,16 @@ def test_a_record_that_does_not_fit_the_model_is_refused() -> None:
     def entry(name: str, *scales: float, **changes: object) -> LayerRecord:
         return LayerRecord(name, 0.1, 0, scales, **changes)  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match=r"must be a module of the model; '7' is none"):
+    with pytest.raises(ValueError, match=r"layer '7' must be a module of the model; it is none"):
         apply_record(network(), [entry("7", 0.1)], x)
-    with pytest.raises(ValueError, match=r"one per output channel \(6\); '0' has 5"):
+    with pytest.raises(ValueError, match=r"'0': .*one per output channel \(6\); it has 5"):
         apply_record(network(), [entry("0", *[0.1] * 5)], x)
-    with pytest.raises(ValueError, match=r"Types must be among .*; '0' has 'INT3'"):
+    with pytest.raises(ValueError, match=r"'0': wts_type must be one of .*; got 'INT3'"):
         apply_record(network(), [entry("0", 0.1, wts_type="INT3")], x)
-    with pytest.raises(
-        ValueError, match=r"and no other, must have scale_h.*'0' is a Conv2d and has scale_h 0.1"
-    ):
-        apply_record(network(), [entry("0", 0.1, scale_h=0.1)], x)
-    with pytest.raises(ValueError, match=r"must have a weight; '2' has none"):
+    hidden = entry("0", 0.1, scale_h=0.1, offset_h=0, scale_r=(0.1,))
+    with pytest.raises(ValueError, match=r"'0' must have scale_h.*if it is an LSTM.*is a Conv2d"):
+        apply_record(network(), [hidden], x)
+    with pytest.raises(ValueError, match=r"'2' must have a weight; ReLU has none"):
         apply_record(network(), [entry("2", 0.1)], x)
 
 
@@ -109,7 +109,9 @@ def test_a_binary_record_of_other_tools_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "record.pb"
     # skip_fusion = 9 in the layer, prune_record = 2 in the file
     path.write_bytes(file_of(VALUE + bytes.fromhex("48 01")))
-    with pytest.raises(ValueError, match=r"layer 'fc' has the fields number \[9\]"):
+    with pytest.raises(
+        ValueError, match=r"layer 'fc' has the fields number \[9\], of AMCT's other"
+    ):
         read_record(path)
     path.write_bytes(file_of(VALUE) + bytes.fromhex("12 00"))
     with pytest.raises(ValueError, match=r"the file has the fields number \[2\]"):

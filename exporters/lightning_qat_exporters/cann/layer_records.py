@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_qat.amct.record import LayerRecord
+from lightning_qat.amct.layer_record import LayerRecord
 from lightning_qat_exporters.cann.qdq_graph.types import (
     IntegerLayer,
     IntegerRecurrent,

@@ -11,6 +11,7 @@ READERS: dict[str, str] = {
         "manifest",
         "quantized_model",
         "recipe",
+        "record",
         "sensitivity_state",
     )
 }

@@ -11,7 +11,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from lightning_qat.amct.record import LayerRecord, parse_record
+from lightning_qat.amct.layer_record import LayerRecord
+from lightning_qat.amct.record import parse_record
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "amct"
 CASES = (

@@ -364,9 +364,9 @@ def test_a_record_that_cannot_be_true_is_refused() -> None:
         parse_record(good * 2)
     with pytest.raises(ValueError, match=r"'fc' lacks \['offset_d'\]"):
         parse_record(good.replace("offset_d: -128", ""))
-    with pytest.raises(ValueError, match=r"symmetric .* 'fc' is not"):
+    with pytest.raises(ValueError, match=r"'fc': offset_w must be 0.*symmetric; got 1"):
         parse_record(good.replace("offset_w: 0", "offset_w: 1"))
-    with pytest.raises(ValueError, match="scale_w must be positive and finite; layer 'fc'"):
+    with pytest.raises(ValueError, match="'fc': scale_w must be positive and finite"):
         parse_record(good.replace("0.25", "0.0"))
     with pytest.raises(ValueError, match="must be a ScaleOffsetRecord in protobuf text"):
         parse_record(good.replace("scale_d", "scale_x"))
