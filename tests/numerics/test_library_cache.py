@@ -68,6 +68,21 @@ def test_processes_at_once_compile_once(runs: Callable[[], int]) -> None:
     assert runs() == 1
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next_that_builds(
+    runs: Callable[[], int],
+) -> None:
+    assert load()
+    left = entry().with_name(f".{entry().stem}abcdefgh")
+    other = entry().with_name(".another_keyabcdefgh")
+    left.touch()
+    other.touch()
+    entry().unlink()
+    assert load()
+    assert runs() == 2
+    assert not left.exists()
+    assert other.exists()  # Who writes it may live.
+
+
 def test_other_flags_are_another_library(
     runs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _store(path: Path, binary: bytes) -> None:
-    """Write a library with its digest behind it, which loaders ignore; at once or not at all."""
+    """Write a library with its digest behind it, which loaders ignore; at once or not at all.
+
+    The lock is held: what else begins with this name was left by a process that was killed.
+    """
+    for left in path.parent.glob(f".{path.stem}*"):
+        left.unlink(missing_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}")
     try:
         with os.fdopen(descriptor, "wb") as file:
