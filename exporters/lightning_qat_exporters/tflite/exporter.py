@@ -215,7 +215,11 @@ class TFLiteExporter:
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the file with the model's: integers, scales, biases."""
-        return tflite_differences(model, read(artifact.files["model"].read_bytes()))
+        path = artifact.files["model"]
+        try:
+            return tflite_differences(model, read(path.read_bytes()))
+        except (ValueError, LookupError) as error:  # an operator may lack what its kind reads
+            raise ValueError(f"{str(path)!r} must be a whole TFLite file: {error}") from error
 
     def _refuse(self, problems: tuple[Unsupported, ...]) -> None:
         if problems:

@@ -28,16 +28,16 @@ def inspect_tflite(path: Path) -> Inspection:
         ValueError: The file is cut off or damaged.
     """
     try:
-        file = read(path.read_bytes())
+        return _inspection(read(path.read_bytes()), path)
     except ImportError as error:
         raise MissingDependency(
             "Reading a TFLite file needs ai-edge-litert: pip install 'lightning-qat[tflite]'."
         ) from error
-    except Exception as error:  # flatbuffers reads whatever the offsets say
-        raise ValueError(
-            f"{str(path)!r} must be a TFLite file; it is cut off or damaged "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    except (ValueError, LookupError) as error:  # an operator may lack what its kind reads
+        raise ValueError(f"{str(path)!r} must be a whole TFLite file: {error}") from error
+
+
+def _inspection(file: TFLiteFile, path: Path) -> Inspection:
     in_float = {id(operator) for operator in file.float_operators}
     layers = tuple(
         InspectedLayer(_name(file, op), op.kind, id(op) not in in_float, _macs(file, op))

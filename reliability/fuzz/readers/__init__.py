@@ -13,6 +13,7 @@ READERS: dict[str, str] = {
         "recipe",
         "record",
         "sensitivity_state",
+        "tflite",
     )
 }
 """Name on the command line, to the module. Modules are imported by the processes that read."""

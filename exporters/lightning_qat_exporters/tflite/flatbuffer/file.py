@@ -11,7 +11,9 @@ its writer does not align constants to 16 bytes, and its reader drops and renumb
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lightning_qat.export.protocol import Array
+from lightning_qat_exporters.tflite.flatbuffer.bounded import bounded_schema, budget
 
 METADATA = "lightning_qat"
 """Name of the metadata entry that we write: JSON."""
@@ -35,6 +38,10 @@ DTYPES: Mapping[str, Any] = {
     "BOOL": np.bool_,
 }
 """LiteRT's names of types that NumPy has."""
+
+
+_MOST_ELEMENTS = 2**31
+"""Of a tensor: LiteRT counts bytes in 31 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +118,13 @@ class TFLiteFile:
 
 
 def read(content: bytes) -> TFLiteFile:
-    """Read the main graph of a file."""
-    return view(unpack(content))
+    """Read the main graph of a file of anyone.
+
+    Raises:
+        ValueError: It is cut off or damaged, or claims to hold more than it does.
+    """
+    with _refusing_damage():
+        return view(unpack(content))
 
 
 def view(model: Any) -> TFLiteFile:
@@ -123,22 +135,40 @@ def view(model: Any) -> TFLiteFile:
     for entry in model.metadata or ():
         if entry.name == METADATA.encode():
             facts = json.loads(bytes(model.buffers[entry.buffer].data))
-    return TFLiteFile(
-        tuple(_tensor(model, tensor) for tensor in graph.tensors),
-        tuple(
-            FileOperator(kind_of(model, op), _indices(op.inputs), _indices(op.outputs))
-            for op in graph.operators
-        ),
-        inputs,
-        outputs,
-        facts,
+    if not isinstance(facts, dict):
+        raise ValueError(f"its metadata entry {METADATA!r} must be a table; got {facts!r}")
+    operators = tuple(
+        FileOperator(kind_of(model, op), _indices(op.inputs), _indices(op.outputs))
+        for op in graph.operators
     )
+    named = [*inputs.values(), *outputs.values(), *_indices(graph.inputs), *_indices(graph.outputs)]
+    read_and_written = [i for op in operators for i in (*op.inputs, *op.outputs) if i != -1]
+    _require_indices([*named, *read_and_written], len(graph.tensors))
+    tensors = tuple(_tensor(model, tensor) for tensor in graph.tensors)
+    return TFLiteFile(tensors, operators, inputs, outputs, facts)
 
 
 def unpack(content: bytes) -> Any:
-    """The file as LiteRT's ``ModelT``."""
+    """The file as LiteRT's ``ModelT``.
+
+    Raises:
+        ValueError: As ``read``.
+    """
     s = schema()
-    return s.ModelT.InitFromObj(s.Model.GetRootAsModel(content, 0))
+    with _refusing_damage(), budget(len(content)):
+        return s.ModelT.InitFromObj(s.Model.GetRootAsModel(content, 0))
+
+
+@contextmanager
+def _refusing_damage() -> Iterator[None]:
+    """Turn what flatbuffers and views of a file without sense raise into one kind of error."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # flatbuffers reads whatever the offsets say
+        told = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"The TFLite file is cut off or damaged ({told}).") from error
 
 
 def pack(model: Any) -> bytes:
@@ -179,15 +209,9 @@ def prune(model: Any) -> None:
         entry.tensorIndex = place[int(entry.tensorIndex)]
 
 
-@cache
 def schema() -> Any:
-    """LiteRT's schema: a module with one class per table of the file format.
-
-    Imported when it is needed, because ai-edge-litert is an optional dependency.
-    """
-    from ai_edge_litert import schema_py_generated
-
-    return schema_py_generated
+    """LiteRT's schema: a module with one class per table of the file format."""
+    return bounded_schema()
 
 
 def kind_of(model: Any, operator: Any) -> str:
@@ -261,12 +285,20 @@ def _signature(model: Any, graph: Any) -> tuple[dict[str, int], dict[str, int]]:
     return inputs, outputs
 
 
+def _require_indices(indices: Sequence[int], count: int) -> None:
+    for index in indices:
+        if not 0 <= index < count:
+            raise ValueError(f"an operator or a signature names tensor {index} of {count}")
+
+
 def _tensor(model: Any, tensor: Any) -> FileTensor:
     quantization = tensor.quantization
     scale = None if quantization is None else quantization.scale
     zero_point = None if quantization is None else quantization.zeroPoint
     kind = _names("TensorType")[tensor.type]
     shape, dtype = _indices(tensor.shape), DTYPES.get(kind)
+    if any(size < 0 for size in shape) or math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"a tensor has shape {[*shape]}")
     content = model.buffers[tensor.buffer].data
     data = None
     if content is not None and dtype is not None:
