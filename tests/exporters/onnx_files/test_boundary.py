@@ -263,9 +263,21 @@ def test_inputs_and_outputs_without_a_shape_are_taken(tmp_path: Path) -> None:
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.ClearField("shape")
     read_onnx(saved(proto, tmp_path))
-    for value in (*proto.graph.input, *proto.graph.output):
+    for value in proto.graph.output:
         value.ClearField("type")
     read_onnx(saved(proto, tmp_path))
+
+
+def test_what_onnx_runtime_demands_beyond_the_checker_is_said(tmp_path: Path) -> None:
+    untyped = model()
+    untyped.graph.input[0].ClearField("type")
+    with pytest.raises(ValueError, match=r"Inputs must have a type; 'x' .* has none"):
+        read_onnx(saved(untyped, tmp_path))
+    path = external(tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.initializer[0].external_data.add(key="location", value="w.bin")
+    with pytest.raises(ValueError, match=r"say once where .* \['location', 'location'\]"):
+        load_proto(saved(proto, tmp_path))
 
 
 def test_the_checker_gets_no_copy_of_large_tensors(

@@ -28,12 +28,22 @@ def check_rules(proto: ModelProto, path: str, *, standard: bool) -> None:
     Raises:
         ValueError: A rule is broken; the message is the checker's.
     """
+    if standard:
+        _check_inputs(proto.graph, path)
     try:
         onnx.checker.check_model(_outline(proto, standard=standard), full_check=standard)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         lines = (line.strip() for line in str(error).splitlines())
         said = " ".join(line for line in lines if line)
         raise ValueError(f"{path!r} breaks a rule of ONNX: {said}") from error
+
+
+def _check_inputs(graph: GraphProto, path: str) -> None:
+    """ONNX Runtime demands a type, where onnx's checker wants a shape as well."""
+    constants = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        if value.name not in constants and value.type.WhichOneof("value") is None:
+            raise ValueError(f"Inputs must have a type; {value.name!r} of {path!r} has none.")
 
 
 def _outline(proto: ModelProto, *, standard: bool) -> ModelProto:

@@ -145,6 +145,9 @@ def _check_external(tensor: TensorProto, needed: int, where: str, path: Path) ->
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if any(isinstance(text, bytes) for entry in entries.items() for text in entry):
         raise ValueError(f"{where} must name its external data in UTF-8; it has {entries}.")
+    if len(entries) < len(tensor.external_data):
+        keys = [entry.key for entry in tensor.external_data]
+        raise ValueError(f"{where} must say once where its external data lie; it has {keys}.")
     location = Path(entries.get("location", ""))
     file = path.parent / location
     if location.is_absolute() or ".." in location.parts or not location.parts:
