@@ -40,7 +40,9 @@ def affine_qparams(low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor
         (tensor(0.0100), tensor(-28.))
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = _usable(_divided(high - low, grid.qmax - grid.qmin))
+    # By halves, which changes no bit: the width of a range may be beyond float32.
+    width = torch.sub(high * 0.5, low, alpha=0.5)
+    scale = _usable(_divided(width, (grid.qmax - grid.qmin) / 2))
     return scale, zero_point_of(low, scale, grid)
 
 

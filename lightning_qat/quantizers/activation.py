@@ -230,7 +230,10 @@ class ActivationQuantizer(RangeObserver):
         """
         if not self.calibrated:
             return self.why_unknown
-        if bool(torch.isfinite(self.scale_and_zero_point()[0])):
+        scale, zero_point = self.scale_and_zero_point()
+        # At the end of float32 a finite scale may still have a last step beyond it.
+        ends = [(end - zero_point) * scale for end in (self.grid.qmin, self.grid.qmax)]
+        if all(bool(torch.isfinite(value)) for value in (scale, *ends)):
             return None
         return "its range is not finite: NaN or infinity came in, or training has diverged"
 

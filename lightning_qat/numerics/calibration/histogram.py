@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.arithmetic import range_qparams, rounded
+from lightning_qat.numerics.calibration.powers_of_two import exponent_of, times_power
 from lightning_qat.numerics.calibration.search import SAMPLES, sampled
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -13,7 +14,7 @@ from lightning_qat.numerics.qparams import IntegerGrid
 HISTOGRAM_BINS = 8192
 """Bins of a histogram, over values of both signs: a quarter of them at least is in use."""
 
-SMALLEST_REACH = 2.0**-60
+SMALLEST_REACH = torch.finfo(torch.float32).tiny
 """Where a histogram starts; powers of two of it make wider ones."""
 
 
@@ -25,18 +26,19 @@ def add_to_histogram(counts: Tensor, reach: Tensor, x: Tensor, samples: int = SA
 
     Args:
         counts: Values per bin, int64, shape ``(HISTOGRAM_BINS,)``.
-        reach: Float32 scalar, a power of two.
+        reach: Float32 scalar, a power of two; the largest float32 stands for 2**128.
         x: Values of any shape and floating dtype, at least one.
         samples: See ``percentile_range``.
     """
     values, whole = sampled(x, samples), batch_range(x)
     finite = torch.isfinite(whole).all()
-    largest = torch.where(finite, whole.abs().amax(), 0.0).clamp(min=SMALLEST_REACH)
-    wider = torch.maximum(reach, torch.exp2(torch.ceil(torch.log2(largest))))
-    moved = torch.zeros_like(counts).index_add_(0, _bin(_centres(reach), wider), counts)
-    index = _bin(torch.where(finite, values, 0.0), wider)
+    before = exponent_of(reach)
+    wider = torch.maximum(before, exponent_of(torch.where(finite, whole.abs().amax(), 0.0)))
+    places = _bin(times_power(_centres(counts), before - wider))
+    moved = torch.zeros_like(counts).index_add_(0, places, counts)
+    index = _bin(times_power(torch.where(finite, values, 0.0), -wider))
     counts.copy_(moved.index_add_(0, index, finite.to(torch.int64).expand(len(index))))
-    reach.copy_(wider)
+    reach.copy_(times_power(torch.ones_like(reach), wider))
 
 
 def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric: bool) -> Tensor:
@@ -51,12 +53,12 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
         grid: The integers in use.
         symmetric: Zero point 0.
     """
-    centres, weights = _centres(reach), counts.to(torch.float32)
-    half = reach / HISTOGRAM_BINS
+    # In units of the reach: squares of small and large values are no float32.
+    centres, weights = _centres(counts), counts.to(torch.float32)
+    half = 1.0 / HISTOGRAM_BINS
     seen = counts > 0
-    zero = torch.zeros_like(reach)
-    low = torch.where(seen, centres - half, torch.inf).amin().clamp(max=zero)
-    high = torch.where(seen, centres + half, -torch.inf).amax().clamp(min=zero)
+    low = torch.where(seen, centres - half, torch.inf).amin().clamp(max=0.0)
+    high = torch.where(seen, centres + half, -torch.inf).amax().clamp(min=0.0)
     shares = torch.arange(1, 101, device=counts.device, dtype=torch.float32) / 100
 
     def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,14 +72,17 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
         low, high = best(low.expand(100), highest * shares)
         low, high = best(lowest * shares, high.expand(100))
     # A tensor of zeros gives no range.
-    return torch.stack((-low, high)) * (reach > SMALLEST_REACH)
+    found = torch.stack((-low, high)) * (reach > SMALLEST_REACH)
+    return times_power(found, exponent_of(reach))
 
 
-def _centres(reach: Tensor) -> Tensor:
-    steps = torch.arange(HISTOGRAM_BINS, device=reach.device, dtype=torch.float32)
-    return (steps + 0.5 - HISTOGRAM_BINS / 2) * (2 * reach / HISTOGRAM_BINS)
+def _centres(counts: Tensor) -> Tensor:
+    """The middle of each bin, in units of the reach."""
+    steps = torch.arange(HISTOGRAM_BINS, device=counts.device, dtype=torch.float32)
+    return (steps + 0.5 - HISTOGRAM_BINS / 2) * (2 / HISTOGRAM_BINS)
 
 
-def _bin(values: Tensor, reach: Tensor) -> Tensor:
-    bins = torch.floor(values / (2 * reach / HISTOGRAM_BINS)) + HISTOGRAM_BINS / 2
+def _bin(values: Tensor) -> Tensor:
+    """The bin of each value, which is in units of the reach."""
+    bins = torch.floor(values * (HISTOGRAM_BINS / 2)) + HISTOGRAM_BINS / 2
     return bins.clamp(0, HISTOGRAM_BINS - 1).to(torch.int64)

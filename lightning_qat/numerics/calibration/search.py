@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, range_qparams, rounded
+from lightning_qat.numerics.calibration.powers_of_two import exponent_of, times_power
 from lightning_qat.numerics.min_max import batch_range, spacing
 from lightning_qat.numerics.qparams import IntegerGrid
 
@@ -20,6 +21,9 @@ SAMPLES = 2**15
 
 _BINS = 2048
 
+_MOST_FOR_QUANTILE = 2**23
+"""torch.quantile takes no more than 16 million values."""
+
 
 def percentile_range(
     x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = SAMPLES
@@ -29,10 +33,10 @@ def percentile_range(
     Of larger tensors at most ``samples`` evenly spaced values stand for all, here and below; what
     is not finite is seen wherever it is.
     """
-    values, whole = sampled(x, samples), batch_range(x)
+    values, whole, exponent = _near_one(x, min(samples, _MOST_FOR_QUANTILE))
     low = torch.quantile(values, 1.0 - PERCENTILE)
     high = torch.quantile(values, PERCENTILE)
-    return _unless_not_finite(whole, torch.stack((-low, high)))
+    return _range_of(torch.stack((-low, high)), whole, exponent)
 
 
 def least_squares_range(
@@ -43,14 +47,14 @@ def least_squares_range(
     Searched from 0.1 to 1.2 of the range in steps of 0.01, both ends together, as AMCT's IFMR does
     around its percentiles.
     """
-    values, whole = sampled(x, samples), batch_range(x)
+    values, whole, exponent = _near_one(x, samples)
 
     def squared_error(share: float) -> Tensor:
         low, high = -whole[0] * share, whole[1] * share
         scale, zero_point = range_qparams(low, high, grid, symmetric)
         return (rounded(values, scale, zero_point, grid) - values).square().sum()
 
-    return _unless_not_finite(whole, whole * least_squares_share(squared_error))
+    return _range_of(whole * least_squares_share(squared_error), whole, exponent)
 
 
 def least_squares_scale(
@@ -72,11 +76,13 @@ def least_squares_scale(
         >>> least_squares_scale(x, torch.tensor(1.4), IntegerGrid(-1, 1))
         tensor(1.1340)
     """
-    x = x.detach().to(torch.float32)
+    exponent = exponent_of(scale)
+    x = times_power(x.detach().to(torch.float32), along_axis(-exponent, x.dim(), axis))
+    near_one = times_power(scale, -exponent)
     others = [a for a in range(x.dim()) if a != axis]
 
     def squared_error(share: float) -> Tensor:
-        wide = along_axis((scale * share).clamp(min=MIN_SCALE), x.dim(), axis)
+        wide = along_axis(near_one * share, x.dim(), axis)
         error = (rounded(x, wide, 0.0, grid) - x).square()
         if axis is None:
             return error.sum()
@@ -112,11 +118,12 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
     has, differs least from the histogram by Kullback and Leibler's measure. Source: the calibration
     of TensorRT (Migacz, GTC 2017).
     """
-    values, whole = sampled(x, samples).abs(), batch_range(x)
+    values, whole, exponent = _near_one(x, samples)
+    values = values.abs()
     levels = min((grid.qmax - grid.qmin + 1) // (2 if symmetric else 1), _BINS // 2)
     largest = values.max().nan_to_num(nan=0.0, posinf=0.0)
     if not bool(torch.isfinite(whole).all()) or not bool(largest > 0):
-        return whole
+        return _range_of(whole, whole, exponent)
     counts = torch.histc(values, _BINS, 0.0, float(largest)).to(torch.float64)
     best, least = _BINS, torch.inf
     for kept in range(levels, _BINS + 1, max(1, (_BINS - levels) // 100)):
@@ -133,15 +140,23 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
         distance = float((p[seen] * (p[seen] / q[seen].clamp(min=1e-12)).log()).sum())
         if distance < least:
             best, least = kept, distance
-    return torch.minimum(whole, largest * (best / _BINS))
+    return _range_of(torch.minimum(whole, largest * (best / _BINS)), whole, exponent)
 
 
 def sampled(x: Tensor, samples: int) -> Tensor:
-    """At most ``samples`` evenly spaced values of a tensor, float32, one dimension."""
     """About ``samples`` evenly spaced values of a tensor, flat, as float32."""
     flat = x.detach().reshape(-1)
     return flat[:: spacing(flat.numel(), samples)].to(torch.float32)
 
 
-def _unless_not_finite(whole: Tensor, found: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(whole).all(), found, whole)
+def _near_one(x: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample and the range of a tensor over a power of two, and the exponent of that."""
+    whole = batch_range(x)
+    exponent = exponent_of(whole.abs().amax())
+    unit = torch.where(torch.isfinite(whole), times_power(whole, -exponent), whole)
+    return times_power(sampled(x, samples), -exponent), unit, exponent
+
+
+def _range_of(found: Tensor, whole: Tensor, exponent: Tensor) -> Tensor:
+    """A range found near 1 as that of the tensor; one that is not finite is the whole one."""
+    return torch.where(torch.isfinite(whole).all(), times_power(found, exponent), whole)

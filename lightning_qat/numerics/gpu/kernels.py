@@ -64,7 +64,8 @@ def _scale_and_zero_point(
     if RULE == _RANGE:
         low = tl.where(first > 0.0, 0.0, first)
         high = tl.where(second < 0.0, 0.0, second)
-        scale = _or_one(tl.div_rn(high - low, QMAX * 1.0 - QMIN), _MIN_SCALE)
+        # By halves: the width of a range may be beyond float32.
+        scale = _or_one(tl.div_rn(high * 0.5 - low * 0.5, (QMAX * 1.0 - QMIN) / 2.0), _MIN_SCALE)
         zero = _zero_point(low, scale, QMIN, QMAX)
     elif RULE == _RANGE_FROM_ZERO:
         high = tl.where(second < 0.0, 0.0, second)
@@ -317,12 +318,12 @@ def learned_finish(
     else:
         low = tl.where(first > 0.0, 0.0, first)
         high = tl.where(second < 0.0, 0.0, second)
-        width, steps = high - low, QMAX * 1.0 - QMIN
+        half, steps = high * 0.5 - low * 0.5, QMAX * 1.0 - QMIN
         if RULE == _RANGE_FROM_ZERO:
-            width = high
+            half = high * 0.5
         elif RULE == _SYMMETRIC_CLIP:
-            width, steps = high, QMAX * 1.0
-        of_end = tl.where(tl.div_rn(width, steps) < _MIN_SCALE, 0.0, of_scale / steps)
+            half, steps = high * 0.5, QMAX * 1.0
+        of_end = tl.where(tl.div_rn(half, steps / 2.0) < _MIN_SCALE, 0.0, of_scale / steps)
         tl.store(of_second_ptr + row, tl.where(second < 0.0, 0.0, of_end).to(tl.float32))
         if RULE == _RANGE:
             of_low = tl.where(first > 0.0, 0.0, of_low - of_end)
