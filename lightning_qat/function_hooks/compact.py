@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_qat.function_hooks.relu_fusion import CLAMP_CALLS
 from lightning_qat.numerics.bitmask import masked, pack_between
 from lightning_qat.numerics.int_repr import saving_int_repr
+from lightning_qat.numerics.transforms import is_transforming
 
 
 def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +30,7 @@ def compactly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _clamp(x: Tensor, low: float, high: float, in_place: bool) -> Tensor:
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if is_transforming() or not (x.requires_grad and torch.is_grad_enabled()):
         return x.clamp_(low, high) if in_place else x.clamp(low, high)
     result: Tensor = _Clamp.apply(x, low, high, in_place)  # type: ignore[no-untyped-call]
     return result

@@ -9,7 +9,8 @@ One function chooses among the ways to do it, which give the same numbers:
   the input again, one vectorised pass (``hardtanh_backward``);
 * otherwise operations of torch, in place over one temporary where backward keeps a bit per element,
   and as few as possible on other devices than CPUs, where backward keeps a byte;
-* while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse.
+* while ``torch.compile`` or ``torch.export`` traces: plain tensor operations, for it to fuse;
+* in a transform of ``torch.func``: operations that it can differentiate and batch, ``transforms``.
 
 ATen's own fake-quantize kernels are not vectorised on CPUs (``benchmarks/step.py --kernels`` prints
 the times of all).
@@ -43,6 +44,7 @@ from lightning_qat.numerics.rounding import (
     round_to_steps,
     run_call,
 )
+from lightning_qat.numerics.transforms import is_transforming, transformed_fake_quantize
 
 
 def fake_quantize(
@@ -99,6 +101,10 @@ def fake_quantize(
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
+    if is_transforming():
+        if observe is not None:
+            observe(batch_range(x))
+        return transformed_fake_quantize(x, scale, zero_point, grid, gradient_everywhere)
     if suits(x) and (scale.numel() == 1 or gradient_everywhere) and rows_of(x, scale) is not None:
         return quantize_on_device(
             x,
@@ -207,7 +213,7 @@ def _clamped(
 
 def clamps(x: Tensor, zero_point: Tensor, ends: tuple[float, float]) -> bool:
     """Whether ``clamp_and_quantize`` can quantize such a tensor with such a zero point."""
-    if is_compiling() or zero_point.numel() > 1:
+    if is_compiling() or is_transforming() or zero_point.numel() > 1:
         return False
     if suits(x):
         return all(_is_exact(end, x.dtype) for end in ends)
@@ -229,7 +235,8 @@ def fake_quantizer(
 
     Its numbers are looked up once, and no call goes through Python in backward.
     """
-    zero_point_number = zero_point if is_compiling() else as_number(zero_point)
+    plainly = is_compiling() or is_transforming()
+    zero_point_number = zero_point if plainly else as_number(zero_point)
     if isinstance(zero_point_number, Tensor):
         return lambda x: fake_quantize(x, scale, zero_point, grid, saves_input=True)
     step_min, step_max = grid.qmin - zero_point_number, grid.qmax - zero_point_number

@@ -17,6 +17,7 @@ from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import GradientMask
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import as_number, gradient_edges, round_to_steps
+from lightning_qat.numerics.transforms import is_transforming, transformed_learned_fake_quantize
 
 
 def learned_fake_quantize(
@@ -116,17 +117,21 @@ def learned_fake_quantizer(
     factor = 1.0
     if values is not None:
         factor = gradient_factor(values // scale.numel(), grid, has_low=low is not None)
+    plainly = is_compiling() or is_transforming()
     # Without a lower end it is 0 on every device.
     zero_point: Any = 0.0
     if low is not None:
         with torch.no_grad():
             zero_point = zero_point_of(low, scale, grid)
-        zero_point = zero_point if is_compiling() else as_number(zero_point)
+        zero_point = zero_point if plainly else as_number(zero_point)
     step = None
-    if scale.numel() == 1 and scale.device.type == "cpu" and not is_compiling():
+    if scale.numel() == 1 and scale.device.type == "cpu" and not plainly:
         step = float(scale.detach())
 
     def call(x: Tensor) -> Tensor:
+        if is_transforming() and not is_compiling():
+            shaped = along_axis(scale, x.dim(), axis)
+            return transformed_learned_fake_quantize(x, shaped, low, grid, zero_point, factor)
         wide = along_axis(scale.detach(), x.dim(), axis)
         fake = _LearnedGrid(wide, zero_point, grid, axis, step)
         if clamped is not None:

@@ -44,6 +44,8 @@ def batch_range(
         if found is not None:
             return found
     values = _in_memory_order(x.detach())
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.float32)  # torch has no extremes of 8-bit floats
     if samples is not None and not everything:
         values = _runs(values.reshape(-1), samples)
     low, high = torch.aminmax(values)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
+from lightning_qat.numerics.arithmetic import range_qparams
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.fake_quantize import (
     clamp_and_quantize,
@@ -21,6 +22,7 @@ from lightning_qat.numerics.gpu.launch import runs_kernels, suits
 from lightning_qat.numerics.gpu.straight_through import quantize_on_device
 from lightning_qat.numerics.min_max import Observe, batch_range
 from lightning_qat.numerics.qparams import QParams
+from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.range_observer import RangeObserver
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
@@ -132,6 +134,8 @@ class ActivationQuantizer(RangeObserver):
         return CALIBRATIONS[self.spec.calibration].min_max_only and self.observes_later()
 
     def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
+        if x.layout is not torch.strided or not x.is_floating_point() or x.is_nested:
+            raise TypeError(_not_quantizable(x, self.place))
         if not is_compiling():
             if x.device != self.min_val.device:
                 x = self._brought_here(x)
@@ -284,6 +288,10 @@ class ParameterQuantizer(ActivationQuantizer):
         """Never in one pass with a relu before it: its range must be known first."""
 
     def _quantize(self, x: Tensor, saves_input: bool, observes: bool = True) -> Tensor:
+        if is_transforming() and self.quantizing and x.numel():
+            low, high = batch_range(x)
+            numbers = range_qparams(-low, high, self.grid, symmetric=True)
+            return fake_quantize(x, *numbers, self.grid)
         if x.numel():
             self.measure(x)
         return super()._quantize(x, saves_input, observes)
@@ -296,3 +304,15 @@ class ParameterQuantizer(ActivationQuantizer):
         self.max_val.copy_(high)
         self.batches.fill_(1.0)
         self.range_changed()
+
+
+def _not_quantizable(x: Tensor, place: str) -> str:
+    kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+    remedy = "x.to_dense()" if not x.is_nested else "x.to_padded_tensor(0.0)"
+    if not x.is_floating_point():
+        remedy = "torch.view_as_real(x)" if x.is_complex() else "x.float()"
+    return (
+        "A quantizer takes dense tensors of real floating-point numbers; "
+        f"{place or 'a quantizer'!r} got a {kind} tensor of {x.dtype}. Give it {remedy}, or leave "
+        "its module out of quantization by the recipe's exclude."
+    )

@@ -15,6 +15,7 @@ from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.learned_fake_quantize import gradient_factor, learned_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.recipe.specs import WeightSpec
 
@@ -49,7 +50,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.ready = False
 
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
-        if not self.ready and self.in_training:
+        if not self.ready and self.in_training and not is_transforming():
             self._start(weight)
         if isinstance(known, Tensor):
             known, _ = self._rows(known)

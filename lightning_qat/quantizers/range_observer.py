@@ -26,6 +26,7 @@ from lightning_qat.numerics.gpu.launch import runs_kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.rounding import as_number
+from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.weight_cache import tensor_state
 from lightning_qat.recipe.specs import ActivationSpec
@@ -100,12 +101,14 @@ class RangeObserver(Quantizer):
     def observe_values(self, x: Tensor) -> None:
         """Observe a tensor that a forward quantizes, if this forward is observed."""
         if self.is_observing and x.numel():
+            self._refuse_in_transform()
             self.observe(self.range_of(x))
 
     def observe(self, batch: Tensor) -> None:
         """Note the ``(-min, max)`` of a tensor, shape ``(2,)``; it counts once it is committed."""
         if self.spec.clip is not None:
             return
+        self._refuse_in_transform()
         if is_in_backward():
             # Activation checkpointing runs the forward again in backward: it has been counted, and
             # its range must stay what it was.
@@ -123,6 +126,21 @@ class RangeObserver(Quantizer):
         self.commit(seen)
         if forward is not None:
             forward.note_taken(self, seen)
+
+    def _refuse_in_transform(self) -> None:
+        """Refuse to observe in a function that must have no effects but its result.
+
+        Raises:
+            RuntimeError: A transform of torch.func runs.
+        """
+        if self.spec.clip is None and is_transforming():
+            raise RuntimeError(
+                "A range cannot follow the data in torch.func's transforms (vmap, grad, jvp, ...) "
+                "or in forward-mode differentiation, which let a function change nothing outside; "
+                f"the quantizer at {self.place or 'an unknown place'!r} observes. Run batches "
+                "without the transform first, then fix the ranges: model.eval(), or "
+                "lightning_qat.training.phases.finish(model) to go on in training mode."
+            )
 
     def observes_later(self) -> bool:
         """Whether what is observed now leaves the range of this forward as it is."""
@@ -189,7 +207,7 @@ class RangeObserver(Quantizer):
         other devices than CPUs looking at them would wait: there by what torch can see, and
         whoever lets go of an average says so, see ``forget_qparams``.
         """
-        if is_compiling():
+        if is_compiling() or is_transforming():
             return self._qparams_and_limits()
         state = self._range_state()
         if self._cached_qparams is None or self._cached_qparams[0] != state:
@@ -206,7 +224,8 @@ class RangeObserver(Quantizer):
 
     def _qparams_and_limits(self) -> GridNumbers:
         scale, zero_point = self.scale_and_zero_point()
-        number = zero_point if is_compiling() else as_number(zero_point)
+        plainly = is_compiling() or is_transforming()
+        number = zero_point if plainly else as_number(zero_point)
         return scale, zero_point, self.grid.qmin - number, self.grid.qmax - number
 
     def forget_qparams(self) -> None:

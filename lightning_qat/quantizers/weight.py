@@ -19,6 +19,7 @@ from lightning_qat.numerics.gpu.weights import Channels
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.min_max import channel_ranges
 from lightning_qat.numerics.qparams import IntegerGrid, QParams
+from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.base import Quantizer
 from lightning_qat.quantizers.torch_onnx_export import is_exporting_onnx, quantize_dequantize
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache, WeightGroup, tensor_state
@@ -79,7 +80,7 @@ class WeightQuantizer(Quantizer):
         if is_exporting_onnx():
             return self._exported(weight)
         with hide_from_hooks():
-            if self.cache is None or is_compiling() or not _lasts(weight):
+            if self.cache is None or is_compiling() or is_transforming() or not _lasts(weight):
                 return self._fake_quantize(weight, None)
             state = self.compact, tensor_state(weight, *self.parameters())
             known = self.cache.get(self, state)

@@ -26,6 +26,7 @@ from lightning_qat.numerics.gpu.weights import (
 )
 from lightning_qat.numerics.int_repr import IntRepr, int_repr_of
 from lightning_qat.numerics.qparams import IntegerGrid
+from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.recipe.specs import WeightSpec
 
 
@@ -135,7 +136,11 @@ class WeightGroup:
 
     def quantized(self, quantizer: WeightRounding, weight: Tensor) -> KnownWeight | None:
         """A weight on its grid; ``None``: it has to be quantized by itself."""
-        if is_compiling() or (weight.is_cpu and not runs_kernels(weight.device)):
+        if (
+            is_compiling()
+            or is_transforming()
+            or (weight.is_cpu and not runs_kernels(weight.device))
+        ):
             return None
         with_kernels = suits(weight)
         if not weight.numel() or (with_kernels and not fits(weight, quantizer.channels)):

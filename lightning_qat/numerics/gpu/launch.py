@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_qat.numerics.kernels.build import RUN
+from lightning_qat.numerics.transforms import is_transforming
 
 OLDEST_TRITON = 3, 4
 """The first version that can round a division as IEEE 754 does on every device, by name."""
@@ -78,6 +79,8 @@ def suits(x: Tensor) -> bool:
         x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and type(x) in (Tensor, nn.Parameter)
         and not is_compiling()
+        and not is_transforming()
+        and not x.is_neg()  # A view whose memory holds the negated values.
         and runs_kernels(x.device)
     )
 

@@ -27,6 +27,7 @@ from lightning_qat.numerics.memory_layout import (
     room_for_bits,
     rows_of,
 )
+from lightning_qat.numerics.transforms import is_transforming
 
 ALL = -math.inf, math.inf
 """A clamp range that changes nothing."""
@@ -244,6 +245,8 @@ def _suits(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> boo
         and x.dtype in dtypes
         and type(x) in (Tensor, nn.Parameter)
         and not is_compiling()
+        and not is_transforming()
+        and not x.is_neg()  # A view whose memory holds the negated values.
         and fills_its_memory(x)
         and x.data_ptr() != 0  # Nothing, or what torch knows to be zeros.
         and compiled_loops() is not None
