@@ -94,6 +94,10 @@ def fake_quantize(
         >>> y.detach(), x.grad
         (tensor([-2.0000,  0.2500,  0.5000]), tensor([0., 1., 1.]))
     """
+    if is_transforming():
+        if observe is not None:
+            observe(batch_range(x))
+        return transformed_fake_quantize(x, scale, zero_point, grid, gradient_everywhere)
     if is_compiling():
         if observe is not None:
             observe(batch_range(x))
@@ -101,10 +105,6 @@ def fake_quantize(
             x, scale, zero_point, grid.qmin, grid.qmax, gradient_everywhere
         )
         return result
-    if is_transforming():
-        if observe is not None:
-            observe(batch_range(x))
-        return transformed_fake_quantize(x, scale, zero_point, grid, gradient_everywhere)
     if suits(x) and (scale.numel() == 1 or gradient_everywhere) and rows_of(x, scale) is not None:
         return quantize_on_device(
             x,

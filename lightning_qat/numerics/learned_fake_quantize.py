@@ -129,7 +129,7 @@ def learned_fake_quantizer(
         step = float(scale.detach())
 
     def call(x: Tensor) -> Tensor:
-        if is_transforming() and not is_compiling():
+        if is_transforming():
             shaped = along_axis(scale, x.dim(), axis)
             return transformed_learned_fake_quantize(x, shaped, low, grid, zero_point, factor)
         wide = along_axis(scale.detach(), x.dim(), axis)

@@ -18,16 +18,19 @@ from torch.autograd import forward_ad
 from lightning_qat.numerics.qparams import IntegerGrid
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
-_LEVEL: Callable[[], int | None] = getattr(_functorch, "maybe_current_level", lambda: None)
+_TRANSFORM: Any = getattr(_functorch, "CInterpreter", ())
+_innermost: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
 
 
 def is_transforming() -> bool:
     """Whether a transform of torch.func runs, or a level of forward-mode differentiation is open.
 
-    Uses ``torch._C._functorch.maybe_current_level`` and ``forward_ad._current_level``. Without them
-    the answer is always False, and transforms fail with an error of torch about data pointers.
+    Also while ``torch.compile`` traces one. Uses ``torch._C._functorch.peek_interpreter_stack``,
+    ``CInterpreter`` beside it, and ``forward_ad._current_level``. Without them the answer is always
+    False, and transforms fail with an error of torch about data pointers.
     """
-    return _LEVEL() is not None or getattr(forward_ad, "_current_level", -1) >= 0
+    # torch.compile knows the type of what it finds there, and not whether that is None.
+    return isinstance(_innermost(), _TRANSFORM) or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def transformed_fake_quantize(

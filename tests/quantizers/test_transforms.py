@@ -189,7 +189,7 @@ def test_on_a_torch_without_the_private_parts_nothing_else_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, x = trained("layers"), torch.randn(5, 4)
-    monkeypatch.setattr(transforms, "_LEVEL", lambda: None)
+    monkeypatch.setattr(transforms, "_innermost", lambda: None)
     monkeypatch.delattr(forward_ad, "_current_level")
     assert not transforms.is_transforming()
     assert model(x).shape == (5, 3)
@@ -226,3 +226,20 @@ def test_modes_of_torch_change_no_value(network: str, surroundings: str) -> None
         with torch.device("meta"):
             found = model(x)
     assert found.tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_compiled_transform_and_a_transformed_graph_give_the_derivatives() -> None:
+    """torch.compile drops the gradient of ``autograd.Function`` where it traces ``jvp``."""
+    model, x, direction = trained("layers"), torch.randn(5, 4), torch.randn(5, 4)
+    graph = torch.compile(model, backend="aot_eager")
+
+    def tangent(call: Any) -> Tensor:
+        result: Tensor = jvp(call, (x,), (direction,))[1]
+        return result
+
+    expected = tangent(model)
+    torch.testing.assert_close(tangent(graph), expected)
+    for transformed, value in ((tangent, expected), (lambda m: vmap(m)(x), model(x))):
+        compiled = torch.compile(transformed, backend="aot_eager")(model)
+        torch.testing.assert_close(compiled, value)

@@ -55,7 +55,7 @@ def cached_library(key: str, compile_library: Callable[[], bytes]) -> ctypes.CDL
             if library is not None:
                 return library
         except OSError as error:
-            _log.debug("Compiled loops are not kept for other processes: %s.", error)
+            _say_not_kept(error)
             path = None
         binary = compile_library()
         if path is not None:
@@ -65,8 +65,17 @@ def cached_library(key: str, compile_library: Callable[[], bytes]) -> ctypes.CDL
                 if library is not None:
                     return library
             except OSError as error:
-                _log.debug("Compiled loops are not kept for other processes: %s.", error)
+                _say_not_kept(error)
     return _load_temporarily(binary)
+
+
+def _say_not_kept(error: OSError) -> None:
+    _log.warning(
+        "The loops of quantizers cannot be kept for other processes, so each process compiles them "
+        "anew when it starts, which takes about a second: %s. Name a directory of your own in the "
+        "environment variable XDG_CACHE_HOME.",
+        error,
+    )
 
 
 def private_folder() -> Path:
@@ -80,6 +89,8 @@ def private_folder() -> Path:
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # By the specification of XDG a relative path is to be ignored.
     base = configured if configured.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    if not base.is_absolute():
+        raise OSError("there is no home directory")
     folder = base / "lightning-qat"
     base.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
