@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_qat.convert.capture import capture_program, export_program
-from lightning_qat.convert.finalize import finalized_copy, refuse_unknown_ranges
+from lightning_qat.convert.finalize import (
+    finalized_copy,
+    refuse_broken_constants,
+    refuse_unknown_ranges,
+)
 from lightning_qat.convert.fold_batchnorm import fold_batchnorms
 from lightning_qat.convert.needed_inputs import keep_outputs, output_slots
 from lightning_qat.convert.recurrences import mark_recurrences, take_recurrences
@@ -79,7 +83,8 @@ def convert(
 
     Raises:
         ValueError: The model has no QAT layers, or its forward runs layers whose range was never
-            observed, or some weights are not finite; all of them are named. ``export_outputs``
+            observed, or some weights, biases or statistics of batch norm are not finite; all of
+            them are named. ``export_outputs``
             names no output.
         CaptureError: ``forward`` cannot be captured; the message says in which module and line.
     """
@@ -135,6 +140,7 @@ def _converted(
     else:
         program = export_program(final, args, kwargs, dynamic_shapes)
     refuse_unknown_ranges(final)
+    refuse_broken_constants(program)
     unreached = _unreached(final, program)
     keep_outputs(program, export_outputs)
     for rewrite in PASSES:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from lightning_qat.convert.capture import CaptureError
 from lightning_qat.convert.final_weights import finalize_weights
 from lightning_qat.function_hooks.hooks import hooks_of
+from lightning_qat.ir.finite import STATISTICS, not_finite
 from lightning_qat.joins.apply import forget_plan, plan_of
 from lightning_qat.joins.first_forward import finish_plan
 from lightning_qat.joins.held import held_by
@@ -49,7 +51,7 @@ def finalized_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     if problems:
         # Whether the forward runs what has no range is not known yet.
         unknown = _why_not_final({q: key for q, key in quantizers.items() if not q.calibrated})
-        raise ValueError(_not_final(unknown + problems))
+        raise ValueError(_not_final(unknown + problems + _other_problems(model)))
     final = detached_copy(model)
     return finalize_model(final, args, kwargs)
 
@@ -65,6 +67,17 @@ def refuse_broken_weights(model: nn.Module) -> None:
         raise ValueError(_not_final(problems))
 
 
+def refuse_broken_constants(program: ExportedProgram) -> None:
+    """Refuse a captured model whose biases, statistics or other constants are not finite.
+
+    Raises:
+        ValueError: All of them are named.
+    """
+    problems = not_finite(program)
+    if problems:
+        raise ValueError(_not_final(problems))
+
+
 def _weight_problems(model: nn.Module) -> list[str]:
     problems = []
     for one in quantized_weights(model):
@@ -73,6 +86,20 @@ def _weight_problems(model: nn.Module) -> list[str]:
         elif not one.quantizer.has_finite_scale(one.weight):
             problems.append(f"{one.path}: the learned scale of its {one.name} is not finite")
     return problems
+
+
+def _other_problems(model: nn.Module) -> list[str]:
+    """What else is not finite, of a model that is refused anyway; see ``not_finite``."""
+    named = {id(one.weight) for one in quantized_weights(model)}
+    values: list[tuple[str, Tensor]] = [
+        *((name, p) for name, p in model.named_parameters() if id(p) not in named),
+        *((name, b) for name, b in model.named_buffers() if name.endswith(STATISTICS)),
+    ]
+    return [
+        f"{path or 'the model'}: its {own} is not finite"
+        for (path, _, own), value in ((name.rpartition("."), v) for name, v in values)
+        if "quantizer" not in path and not bool(torch.isfinite(value).all())
+    ]
 
 
 def _why_not_final(quantizers: Mapping[ActivationQuantizer, str]) -> list[str]:
@@ -115,7 +142,8 @@ def _not_final(problems: Sequence[str]) -> str:
     if any("not finite" in problem for problem in problems):
         remedies.append(
             "What is not finite has diverged: lower the learning rate; in half precision Adam's "
-            "eps is zero, so use precision='bf16-true' or a mixed one"
+            "eps is zero, so use precision='bf16-true' or a mixed one. An infinite constant, such "
+            "as a mask, belongs in a buffer"
         )
     return (
         "Every quantized tensor needs an observed range, and ranges and weights must be finite. "

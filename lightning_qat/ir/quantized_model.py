@@ -25,6 +25,7 @@ from lightning_qat.ir.archive.read import (
     told,
 )
 from lightning_qat.ir.exported_program import Constants, with_plain_outputs
+from lightning_qat.ir.finite import not_finite
 from lightning_qat.ir.ops import (
     as_dequantize,
     as_fake_quantize,
@@ -35,7 +36,7 @@ from lightning_qat.ir.quantize_calls import QuantizeCall, quantize_calls, run_wa
 from lightning_qat.ir.recurrence import Recurrence, recurrences_of_old_file
 from lightning_qat.ir.shapes import Size, input_shapes
 from lightning_qat.numerics.arithmetic import channel_groups
-from lightning_qat.numerics.qparams import QParams
+from lightning_qat.numerics.qparams import IntegerGrid, QParams
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,8 @@ class QuantizedModel:
         constant_layers: Layers that depend on no input; the program holds their results.
 
     Raises:
-        ValueError: The program breaks a rule of ``QParams`` or ``QuantizedTensor``.
+        ValueError: The program breaks a rule of ``QParams`` or ``QuantizedTensor``, or holds
+            weights, biases or other constants that are not finite; all of those are named.
     """
 
     program: ExportedProgram
@@ -126,6 +128,17 @@ class QuantizedModel:
 
     def __post_init__(self) -> None:
         _ = self.tensors
+        problems = not_finite(self.program)
+        problems += [
+            f"{layer.name}: its bias is not finite once batch norm is folded into it"
+            for layer in self.layers
+            if layer.bias is not None and not bool(torch.isfinite(layer.bias).all())
+        ]
+        if problems:
+            raise ValueError(
+                f"Every constant of a converted model must be finite: {'; '.join(problems)}. "
+                "Training has diverged, or the file is damaged."
+            )
 
     @cached_property
     def tensors(self) -> Mapping[str, QuantizedTensor]:
@@ -138,13 +151,13 @@ class QuantizedModel:
                 key = activation.key
                 scale = _constant(constants, activation.scale, key)
                 zero_point = _constant(constants, activation.zero_point, key)
-                qparams = QParams(scale, zero_point, activation.grid)
+                qparams = _qparams(key, scale, zero_point, activation.grid)
                 found[key] = QuantizedTensor(key, "activation", qparams)
             elif weight is not None and weight.key not in found:
                 key = weight.key
                 scale = _constant(constants, weight.scale, key)
                 zero_point = torch.zeros_like(scale, dtype=torch.int32)
-                qparams = QParams(scale, zero_point, weight.grid, weight.axis)
+                qparams = _qparams(key, scale, zero_point, weight.grid, weight.axis)
                 integers = _constant(constants, weight.integers, key)
                 found[key] = QuantizedTensor(key, "weight", qparams, integers)
         return found
@@ -384,3 +397,12 @@ def _constant(constants: Constants, node: object, key: str) -> Tensor:
     if value is None:
         raise ValueError(f"{key!r}: scale, zero point and integers must be constants.")
     return value
+
+
+def _qparams(
+    key: str, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None = None
+) -> QParams:
+    try:
+        return QParams(scale, zero_point, grid, axis)
+    except ValueError as error:
+        raise ValueError(f"{key!r}: {error}") from error
