@@ -13,6 +13,7 @@ CORE: Mapping[str, str] = {
     # Room (a folder, or a file beside them): the rooms it imports. A room stands above all of them.
     "work_folder": "",
     "atomic_write": "work_folder",
+    "out_of_memory": "",
     "numerics": "",
     "plain_data": "",
     "recipe": "plain_data",
@@ -21,12 +22,12 @@ CORE: Mapping[str, str] = {
     "function_hooks": "numerics model ir",
     "ir": "numerics model torch_files atomic_write",
     "quantizers": "numerics recipe model function_hooks ir",
-    "export": "numerics recipe model ir atomic_write work_folder",
+    "export": "out_of_memory numerics recipe model ir atomic_write work_folder",
     "layers": "numerics recipe model function_hooks quantizers",
-    "training": "numerics recipe model function_hooks quantizers layers",
+    "training": "out_of_memory numerics recipe model function_hooks quantizers layers",
     "joins": "numerics recipe model function_hooks quantizers layers",
-    "prepare": "recipe model quantizers layers training joins",
-    "convert": "numerics recipe model function_hooks ir quantizers layers joins",
+    "prepare": "out_of_memory recipe model quantizers layers training joins",
+    "convert": "out_of_memory numerics recipe model function_hooks ir quantizers layers joins",
     "checkpoint": "recipe model torch_files quantizers layers prepare",
     "amct": (
         "numerics plain_data recipe model torch_files ir export quantizers layers prepare "
@@ -34,8 +35,8 @@ CORE: Mapping[str, str] = {
     ),
     "calibrate": "recipe model quantizers training prepare",
     "insight": (
-        "numerics recipe model function_hooks ir quantizers export layers training joins prepare "
-        "convert calibrate atomic_write plain_data"
+        "out_of_memory numerics recipe model function_hooks ir quantizers export layers training "
+        "joins prepare convert calibrate atomic_write plain_data"
     ),
     "report": "numerics model ir export prepare insight atomic_write plain_data",
     "callback": (
@@ -55,7 +56,7 @@ EXPORTERS: Mapping[str, str] = {
     "cann": "onnx_files qdq",
     "tflite": "quiet",
 }
-OPEN_TO_EXPORTERS = {"numerics", "ir", "export", "atomic_write", "amct"}
+OPEN_TO_EXPORTERS = {"numerics", "ir", "export", "atomic_write", "out_of_memory", "amct"}
 """What of the core exporters may import: final numbers, the converted model, records."""
 LIGHTNING_DOOR = {"callback"}
 LIGHTNING = {"lightning", "pytorch_lightning"}

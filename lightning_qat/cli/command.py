@@ -73,7 +73,7 @@ class Command(WithHelp):
             # As of ``| head``: the reader has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FINE
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, MemoryError) as error:
             print(f"{ctx.command_path}: {error}", file=sys.stderr)
             return WRONG
         return code

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_qat.convert.batch_check import has_dynamic_input, settle_sizes, takes_other_batches
 from lightning_qat.convert.module_paths import use_module_paths
 from lightning_qat.function_hooks.running import forget_running
+from lightning_qat.out_of_memory import memory_error_in
 
 
 class CaptureError(RuntimeError):
@@ -120,6 +121,8 @@ def export_program(
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             forget_running()
+            if memory_error_in(error) is not None:
+                raise  # Whoever asked for the capture says what ran out.
             where = running[-1] if running else "the model's forward"
             raise CaptureError(
                 f"torch.export could not capture {type(model).__name__}.forward: it failed in "

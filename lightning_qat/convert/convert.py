@@ -30,8 +30,14 @@ from lightning_qat.ir.ops import key_of
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.containers import without_dataclasses
 from lightning_qat.model.inputs import Inputs, as_call
+from lightning_qat.out_of_memory import EXPORT_LATER, naming_memory_errors
 from lightning_qat.quantizers.final import FinalActivation, FinalWeight, UnknownRange
 from lightning_qat.recipe.recipe import Recipe
+
+WAY_ON = (
+    "Give it a smaller example batch, or free memory: it works on a copy on the CPU. "
+    + EXPORT_LATER
+)
 
 PASSES = (
     fold_constants,
@@ -48,6 +54,10 @@ batch norm stands right behind its layer.
 """
 
 
+@naming_memory_errors(
+    "converting the model",
+    WAY_ON,
+)
 def convert(
     model: nn.Module,
     example_inputs: Inputs,
@@ -86,6 +96,7 @@ def convert(
             observed, or some weights, biases or statistics of batch norm are not finite; all of
             them are named. ``export_outputs``
             names no output.
+        OutOfMemory: Memory ran out; the message says how to go on.
         CaptureError: ``forward`` cannot be captured; the message says in which module and line.
     """
     args, kwargs = as_call(example_inputs)
@@ -93,6 +104,10 @@ def convert(
     return _converted(final, example_inputs, recipe, dynamic_batch, dynamic_shapes, export_outputs)
 
 
+@naming_memory_errors(
+    "converting the model for a trial",
+    WAY_ON,
+)
 def convert_untrained(
     model: nn.Module,
     example_inputs: Inputs,
@@ -168,6 +183,10 @@ def _converted(
     )
 
 
+@naming_memory_errors(
+    "trying whether the model can be captured",
+    WAY_ON,
+)
 def check_capture(model: nn.Module, example_inputs: Inputs) -> None:
     """Find out before training whether ``convert`` will be able to capture the model.
 

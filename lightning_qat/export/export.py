@@ -9,6 +9,7 @@ from lightning_qat.export.load import load_exporter
 from lightning_qat.export.promises import with_broken_promises
 from lightning_qat.export.protocol import Artifact, Exporter
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.out_of_memory import EXPORT_LATER, naming_memory_errors
 
 
 def export(
@@ -30,6 +31,7 @@ def export(
         TypeError: ``model`` is not a converted model, or the exporter returned no ``Artifact``.
         ValueError: No such exporter, or it names files that it did not write.
         MissingDependency: The exporter needs a package that is not installed.
+        OutOfMemory: Memory ran out; the message says how to go on.
         UnsupportedByTarget: With everything the target cannot express; nothing was written.
     """
     if not isinstance(model, QuantizedModel):
@@ -40,5 +42,9 @@ def export(
     loaded = load_exporter(exporter)
     loaded.check_available()
     prefix = Path(path_prefix)
-    artifact = checked_artifact(loaded.export(model, prefix), loaded.name, prefix.parent)
-    return with_broken_promises(model, artifact)
+    with naming_memory_errors(
+        f"writing the files of target {loaded.name!r}",
+        f"No half-written file is left. Free memory, or write this target alone. {EXPORT_LATER}",
+    ):
+        artifact = checked_artifact(loaded.export(model, prefix), loaded.name, prefix.parent)
+        return with_broken_promises(model, artifact)

@@ -12,12 +12,17 @@ import numpy as np
 from lightning_qat.atomic_write import replacing
 from lightning_qat.export.load import load_exporter
 from lightning_qat.export.protocol import Array
+from lightning_qat.out_of_memory import naming_memory_errors
 
 
 @runtime_checkable
 class RunsFiles(Protocol):
     """An exporter that runs files of its format, whoever wrote them."""
 
+    @naming_memory_errors(
+        "running the file",
+        "Give it smaller inputs, or run it where there is more memory",
+    )
     def run_file(self, path: str | Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a file on a batch: outputs by name.
 

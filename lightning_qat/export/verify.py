@@ -25,6 +25,7 @@ from lightning_qat.export.protocol import (
 from lightning_qat.export.trace import Traceable
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call, first_samples
+from lightning_qat.out_of_memory import naming_memory_errors
 
 _EXPLAINED = 1.5
 """More steps than this are looked into: one is a rounding that fell the other way."""
@@ -139,6 +140,11 @@ class Agreement:
         return "\n".join([*lines, *(f"  {remark}" for remark in remarks if remark)])
 
 
+@naming_memory_errors(
+    "comparing a file with the model",
+    "The file is written. Compare it with fewer inputs (verify(..., inputs=...)), or later, "
+    "where there is more memory: lightning-qat verify",
+)
 def verify(
     model: QuantizedModel,
     artifact: Artifact,

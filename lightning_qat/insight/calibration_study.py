@@ -21,6 +21,7 @@ from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.torch_compile import unwrapped
 from lightning_qat.numerics.arithmetic import rounded
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
+from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.base import Quantizer
@@ -111,6 +112,10 @@ class CalibrationStudy:
         lines(path, layers, curves, title="inputs of layers by calibration", label="SQNR (dB)")
 
 
+@naming_memory_errors(
+    "comparing calibrations",
+    "Give it smaller or fewer batches",
+)
 def calibration_study(
     model: nn.Module,
     data: Any,

@@ -11,8 +11,13 @@ from lightning_qat.export.protocol import Artifact, Exporter
 from lightning_qat.insight.compare_float import compare_converted, compare_trained
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.model.inputs import Inputs, as_call
+from lightning_qat.out_of_memory import naming_memory_errors
 
 
+@naming_memory_errors(
+    "comparing two models",
+    "Give it a smaller batch: compare keeps every tensor of both models",
+)
 def compare(
     model: nn.Module | QuantizedModel,
     other: Artifact | nn.Module | None = None,

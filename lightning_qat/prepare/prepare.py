@@ -13,6 +13,7 @@ from lightning_qat.layers.table import LAYERS
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import require_support, trace_hooks, unwrapped
+from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat.prepare.plan_joins import plan_joins
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.prepare.swap import choose_layers, end_layers, swap
@@ -20,6 +21,10 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.training.phases import check_memory, set_compact
 
 
+@naming_memory_errors(
+    "looking for what to quantize in one forward",
+    "Give prepare a smaller example batch; any size shows the same layers and joins",
+)
 def prepare(
     model: nn.Module,
     recipe: Recipe | Mapping[str, Any] | str | Path = "int8",

@@ -8,12 +8,17 @@ from torch import nn
 
 from lightning_qat.model.dry_run import call_of, unchanged_afterwards
 from lightning_qat.model.inputs import Inputs
+from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat.quantizers.names import place
 from lightning_qat.quantizers.observation_gate import ObservationGate
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.training.range_sync import activation_quantizers, commit_pending
 
 
+@naming_memory_errors(
+    "calibrating what training did not run",
+    "Give it a smaller batch",
+)
 def calibrate_unseen(
     model: nn.Module, inputs: Inputs, again: Collection[str] = (), *, agree: bool = True
 ) -> tuple[str, ...]:

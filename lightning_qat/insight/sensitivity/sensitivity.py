@@ -32,6 +32,7 @@ from lightning_qat.joins.apply import plan_of
 from lightning_qat.model.inputs import Call, Inputs
 from lightning_qat.model.paths import ModelPaths
 from lightning_qat.model.torch_compile import unwrapped
+from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.swap import choose_layers, end_layers
 from lightning_qat.quantizers.base import Quantizer
@@ -39,6 +40,11 @@ from lightning_qat.recipe.recipe import Recipe
 from lightning_qat.training.range_sync import activation_quantizers
 
 
+@naming_memory_errors(
+    "measuring sensitivity",
+    "Give it smaller or fewer batches. What was measured is kept where path= was given, and the "
+    "same call goes on from there",
+)
 def sensitivity(
     model: nn.Module,
     recipe: Recipe | Mapping[str, Any] | str | Path = "int8",

@@ -20,6 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from lightning_qat.ir.operators import LAYER_TYPES
+from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat_exporters.cann.executor import recurrent as cells
 from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array
 from lightning_qat_exporters.cann.executor.gather import GatherElements
@@ -76,6 +77,10 @@ class AscendExecutor:
         self.output_names = tuple(value.name for value in proto.graph.output)
         self._evaluator = ReferenceEvaluator(_resolved(proto, device_fp16), new_ops=list(_OPS))
 
+    @naming_memory_errors(
+        "running a deploy file",
+        "Give it a smaller batch: it computes in NumPy and keeps every tensor",
+    )
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Compute the model's outputs.
 
