@@ -1,7 +1,8 @@
-"""A seed for every test, and everything process-wide as it was afterwards."""
+"""A seed for every test, everything process-wide as it was afterwards, and no network."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,17 @@ import torch
 
 from lightning_qat.function_hooks.running import forget_running, running
 from tests import torch_once
+from tests.no_network.sitecustomize import block_network
+
+block_network()
+
+
+def pytest_configure() -> None:
+    # A Python that a test starts imports ``sitecustomize``, which blocks its network, too.
+    folder = str(Path(__file__).parent / "no_network")
+    given = os.environ.get("PYTHONPATH")
+    if folder not in (given or "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, given)))
 
 
 def pytest_collection_finish() -> None:

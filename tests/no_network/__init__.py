@@ -1,0 +1,1 @@
+"""What keeps tests, and every Python that they start, from the network."""
