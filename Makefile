@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # What pip is given besides the project: the developers' pins, or other versions (see ci.yml).
 PIP_ARGS ?= -c constraints.txt
+# LOCKED=1 installs only files whose hashes stand in requirements-dev.lock; Python 3.11 or newer.
 # loadgroup: tests of one group share a worker, and what they have imported and converted.
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-gpu test fuzz docs lint check-format check-ruff check-mypy check-pyright format clean
+.PHONY: help setup lock audit demo bench bench-gpu test fuzz docs lint check-format check-ruff check-mypy check-pyright format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -20,8 +21,24 @@ setup: $(STAMP) ## make the virtual environment and install the project in it
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/python -m pip install --require-hashes --no-deps -r requirements-dev.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+else
 	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
+endif
 	@touch $@
+
+lock: setup ## write requirements-dev.lock anew: every version, with the hashes of its files
+	$(BIN)/python -m pip install $(PIP_ARGS) uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-annotate \
+		--custom-compile-command "make lock" \
+		--extra dev --extra docs -c constraints.txt -o requirements-dev.lock pyproject.toml
+
+audit: setup ## ask the advisory database about every version of requirements-dev.lock; needs the internet
+	$(BIN)/python -m pip install $(PIP_ARGS) pip-audit
+	$(BIN)/pip-audit --disable-pip --require-hashes -r requirements-dev.lock
 
 demo: setup ## train, quantize and export a small network
 	$(BIN)/python examples/digits.py
