@@ -33,7 +33,7 @@ CORE: Mapping[str, str] = {
         "numerics plain_data recipe model torch_files ir export quantizers layers prepare "
         "convert checkpoint atomic_write"
     ),
-    "calibrate": "recipe model quantizers training prepare",
+    "calibrate": "out_of_memory recipe model quantizers training prepare",
     "insight": (
         "out_of_memory numerics recipe model function_hooks ir quantizers export layers training "
         "joins prepare convert calibrate atomic_write plain_data"

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_qat.calibrate.batches import as_batches, observe, run_batch, without_range
 from lightning_qat.model.inputs import Inputs
 from lightning_qat.model.torch_compile import unwrapped
+from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat.prepare.prepare import prepare
 from lightning_qat.prepare.report import PrepareReport
 from lightning_qat.quantizers.base import Quantizer
@@ -23,6 +24,7 @@ from lightning_qat.training.phases import finish
 from lightning_qat.training.range_sync import activation_quantizers
 
 
+@naming_memory_errors("calibrating the model", "Give it smaller or fewer batches.")
 def calibrate(
     model: nn.Module,
     data: Any,
