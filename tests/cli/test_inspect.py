@@ -164,6 +164,9 @@ def test_a_float_model_computes_nothing_on_integers_and_its_external_data_count(
     assert "no file is there. Put it beside the model" in done.err
 
 
+OUTSIDE = b'record { key: "fc" value { scale_d: 1 offset_d: 300 scale_w: 1 offset_w: 0 } }'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -174,6 +177,9 @@ def test_a_float_model_computes_nothing_on_integers_and_its_external_data_count(
         ("net.ckpt", b"text", "must be a whole checkpoint"),
         ("net.ckpt", b"", "must be a whole checkpoint"),
         ("net.txt", b"text", "A record file must be a ScaleOffsetRecord"),
+        ("empty.txt", b"", "A record file must name one layer at least"),
+        ("grid.txt", OUTSIDE, "layer 'fc': offset_d must be in -128..127 for INT8; got 300"),
+        ("other.txt", OUTSIDE.decode().encode("utf-16"), "it is UTF-16"),
         ("net.bin", b"text", "no exporter knows it"),
     ],
 )
