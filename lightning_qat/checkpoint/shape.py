@@ -71,7 +71,9 @@ def state_problems(state: Any) -> Iterator[str]:
         return
     if not state:
         return
-    counts = {"version": state.get("version", 0), "batches_seen": state.get("batches_seen")}
+    counts = {"version": state.get("version", 0), "batches_seen": 0}
+    if "phase" in state:
+        counts["batches_seen"] = state.get("batches_seen")
     start = state.get("start", [0, 0])
     if not isinstance(start, list | tuple) or len(start) != 2:
         yield f"{CALLBACK_KEY}: 'start' must be an epoch and a step; got {start!r}"

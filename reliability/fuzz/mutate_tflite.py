@@ -55,5 +55,7 @@ def _other(value: Any, generator: random.Random) -> Any:
             items.insert(place, generator.choice(items))
         elif not hasattr(items[place], "Pack"):
             items[place] = generator.choice(_NUMBERS)
-        return np.asarray(items, value.dtype) if isinstance(value, np.ndarray) else items
+        if isinstance(value, np.ndarray):
+            return np.asarray(items, np.float64).astype(value.dtype)
+        return items
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_qat.convert.convert import convert
 from lightning_qat.export.export import export
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.recipe.recipe import Recipe
+from lightning_qat.recipe.schedule import Phase
 from tests.cli.checkpoints import write_checkpoint
 from tests.cli.conftest import Command
 from tests.models import trained
@@ -101,7 +103,8 @@ def test_for_people_names_and_shares_are_in_words(
 
 def test_a_checkpoint_shows_its_quantizers(command: Command, tmp_path: Path) -> None:
     module: Any = trained(TinyModule(), torch.randn(4, 1, 8, 8))
-    state = {"version": 1, "recipe": Recipe().to_dict(), "phase": {"quantizing": True}}
+    phase = asdict(Phase("quantize", True, True, False))
+    state = {"version": 1, "recipe": Recipe().to_dict(), "phase": phase, "batches_seen": 4}
     path = write_checkpoint(
         tmp_path / "last.ckpt", module, epoch=3, callbacks={CALLBACK_KEY: state}
     )

@@ -218,7 +218,7 @@ class TFLiteExporter:
         path = artifact.files["model"]
         try:
             return tflite_differences(model, read(path.read_bytes()))
-        except (ValueError, LookupError) as error:  # an operator may lack what its kind reads
+        except (ValueError, LookupError, RuntimeError) as error:  # sizes that do not fit, too few
             raise ValueError(f"{str(path)!r} must be a whole TFLite file: {error}") from error
 
     def _refuse(self, problems: tuple[Unsupported, ...]) -> None:
