@@ -30,7 +30,7 @@ def example_inputs(source: str) -> Inputs:
     """
     import torch
 
-    from lightning_qat.export.run_file import read_arrays
+    from lightning_qat.export.named_arrays import read_arrays
 
     if _SHAPE.fullmatch(source):
         sizes = [int(size) for size in re.split("[,x]", source)]
@@ -56,7 +56,7 @@ def model_inputs(model: QuantizedModel, path: Path) -> Inputs:
     from torch import Tensor
     from torch.utils import _pytree as pytree
 
-    from lightning_qat.export.run_file import read_arrays
+    from lightning_qat.export.named_arrays import read_arrays
     from lightning_qat.model.inputs import Call
 
     arrays = read_arrays(path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
 from lightning_qat.atomic_write import replacing
 from lightning_qat.export.load import load_exporter
+from lightning_qat.export.named_arrays import read_arrays
 from lightning_qat.export.protocol import Array
 from lightning_qat.out_of_memory import naming_memory_errors
 
@@ -59,27 +60,3 @@ def run_file(model: Path, inputs: Path, out: Path) -> dict[str, Array]:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
     return outputs
-
-
-def read_arrays(path: Path) -> dict[str, Array]:
-    """The arrays of an ``.npz`` file by name.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no file of named arrays.
-    """
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file)
-            if isinstance(loaded, np.lib.npyio.NpzFile):
-                return dict(loaded)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"There must be an .npz file with the inputs at {str(path)!r}; no file is there."
-        ) from error
-    except (ValueError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{_WANTED}; {str(path)!r} cannot be read ({error})") from error
-    raise ValueError(f"{_WANTED}; {str(path)!r} is one array without a name")
-
-
-_WANTED = "The inputs must be a file of named arrays, as np.savez('inputs.npz', name=array) writes"

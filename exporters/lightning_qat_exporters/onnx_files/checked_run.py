@@ -31,7 +31,7 @@ def checked_run(
     """
     try:
         session = open_session()
-        problems = [*_problems(session.inputs, inputs)]
+        problems = [*input_problems(session.inputs, inputs)]
         if problems:
             lines = "".join(f"\n  {problem}" for problem in problems)
             raise ValueError(f"The inputs must be those of {str(path)!r}:{lines}")
@@ -42,18 +42,25 @@ def checked_run(
         raise ValueError(f"ONNX Runtime cannot run {str(path)!r}: {error}") from error
 
 
-def _problems(
-    wanted: Mapping[str, tuple[str, Sequence[int | str | None]]], given: Mapping[str, Array]
+def input_problems(
+    wanted: Mapping[str, tuple[str, Sequence[int | str | None] | None]], given: Mapping[str, Array]
 ) -> Iterator[str]:
-    """What is missing, unknown or of another type or shape."""
+    """What is missing, unknown or of another type or shape.
+
+    Args:
+        wanted: Type in ONNX Runtime's words, and shape, by name; ``None``: any shape.
+        given: The arrays.
+    """
     for name, (type_, shape) in wanted.items():
         if not type_.startswith("tensor("):
             yield f"{name!r} is a {type_}, which is no array; only the Python API takes it"
             continue
         dtype = type_[len("tensor(") : -1]
         dtype = _DTYPES.get(dtype, dtype)
-        sizes = ", ".join("?" if size is None else str(size) for size in shape)
-        must = f"{name!r} must be {dtype} [{sizes}]"
+        must = f"{name!r} must be {dtype}"
+        if shape is not None:
+            sizes = ", ".join("?" if size is None else str(size) for size in shape)
+            must = f"{must} [{sizes}]"
         if name not in given:
             yield f"{must}; it is missing"
             continue
@@ -61,7 +68,7 @@ def _problems(
         got = f"{array.dtype} {list(array.shape)}"
         if array.dtype != np.dtype(dtype):
             yield f"{must}; got {got}: array.astype('{dtype}') changes the type"
-        elif not _fits(array.shape, shape):
+        elif shape is not None and not _fits(array.shape, shape):
             yield f"{must}; got {got}"
     for name in sorted(given.keys() - wanted.keys()):
         yield f"{name!r} is not an input of the model"

@@ -4,14 +4,17 @@ READERS: dict[str, str] = {
     name: f"reliability.fuzz.readers.{name}"
     for name in (
         "amct_config",
+        "arrays",
         "checkpoint",
         "convert",
+        "executor",
         "lightning_config",
         "lint",
         "manifest",
         "quantized_model",
         "recipe",
         "record",
+        "run_file",
         "sensitivity_state",
         "tflite",
     )

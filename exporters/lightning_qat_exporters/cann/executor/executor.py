@@ -8,13 +8,14 @@ device: many of its kernels quantize in float16, which ``device_fp16`` simulates
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -22,7 +23,8 @@ from onnx.reference.op_run import OpRun
 from lightning_qat.ir.operators import LAYER_TYPES
 from lightning_qat.out_of_memory import naming_memory_errors
 from lightning_qat_exporters.cann.executor import recurrent as cells
-from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array
+from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array, NodeRefused
+from lightning_qat_exporters.cann.executor.evaluate import Evaluation
 from lightning_qat_exporters.cann.executor.gather import GatherElements
 from lightning_qat_exporters.cann.executor.layers import (
     BatchNormalization,
@@ -37,6 +39,8 @@ from lightning_qat_exporters.cann.executor.quantize_ops import (
     AscendDequant,
     AscendQuant,
 )
+from lightning_qat_exporters.cann.executor.rules import check_deploy
+from lightning_qat_exporters.onnx_files.checked_run import input_problems
 from lightning_qat_exporters.onnx_files.read import load_with_data
 
 
@@ -54,6 +58,7 @@ class AscendExecutor:
         model: Path of a deploy model, or the model itself.
         device_fp16: Quantize as AscendQuant's kernels without float32 do: data, scale and offset
             become float16, and so do their product and their sum, which is rounded last.
+        max_bytes: Most bytes that all tensors may take which are there at one time; 8 GiB.
 
     Raises:
         ValueError: An operator asks for what is not defined here: an unknown ``round_mode`` or
@@ -66,6 +71,7 @@ class AscendExecutor:
         model: str | PathLike[str] | onnx.ModelProto | ir.Model,
         *,
         device_fp16: bool = False,
+        max_bytes: int = 2**33,
     ) -> None:
         if isinstance(model, ir.Model):
             proto = ir.to_proto(model)
@@ -73,9 +79,21 @@ class AscendExecutor:
             proto = model
         else:
             proto = load_with_data(Path(fspath(model)))
-        self.input_names = tuple(value.name for value in proto.graph.input)
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        check_deploy(proto)
+        stored = {tensor.name for tensor in proto.graph.initializer}
+        names = (value.name for value in proto.graph.input)
+        self.input_names = tuple(name for name in names if name not in stored)
         self.output_names = tuple(value.name for value in proto.graph.output)
-        self._evaluator = ReferenceEvaluator(_resolved(proto, device_fp16), new_ops=list(_OPS))
+        self._max_bytes = max_bytes
+        self._wanted = dict(_wanted(proto))
+        try:
+            self._evaluator = ReferenceEvaluator(_resolved(proto, device_fp16), new_ops=list(_OPS))
+        except NodeRefused:
+            raise
+        except Exception as error:  # onnx raises many kinds
+            raise ValueError(f"The deploy model cannot be run: {error}") from error
 
     @naming_memory_errors(
         "running a deploy file",
@@ -98,8 +116,35 @@ class AscendExecutor:
             raise ValueError(
                 f"The inputs must be {sorted(self.input_names)}; got {sorted(inputs)}."
             )
-        outputs = self._evaluator.run(None, dict(inputs))
+        problems = [*input_problems(self._wanted, inputs)]
+        if problems:
+            raise ValueError(
+                "The inputs must be the model's:" + "".join(f"\n  {p}" for p in problems)
+            )
+        outputs = Evaluation(self._max_bytes).outputs(self._evaluator, inputs)
         return [np.array(output, order="C") for output in outputs]
+
+
+def _wanted(
+    model: onnx.ModelProto,
+) -> Iterator[tuple[str, tuple[str, list[int | str | None] | None]]]:
+    """Type and shape of each input, by name."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        if value.name in stored or not kind.elem_type:
+            continue
+        if kind.elem_type not in onnx.TensorProto.DataType.values():
+            raise ValueError(
+                f"The input {value.name!r} must have a type of ONNX; got the number "
+                f"{kind.elem_type}."
+            )
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+        sizes: list[int | str | None] = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+            for dim in kind.shape.dim
+        ]
+        yield value.name, (f"tensor({dtype})", sizes if kind.HasField("shape") else None)
 
 
 def _resolved(model: onnx.ModelProto, device_fp16: bool) -> onnx.ModelProto:

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-from lightning_qat_exporters.cann.executor.domain import _EXACT_IN_FLOAT32, _INT32, DOMAIN, Array
+from lightning_qat_exporters.cann.executor.domain import (
+    _EXACT_IN_FLOAT32,
+    _INT32,
+    DOMAIN,
+    Array,
+    NodeRefused,
+    require_room,
+)
 from lightning_qat_exporters.cann.executor.windows import filled_attribute, pads_of, with_padding
 from lightning_qat_exporters.cann.int4_packing import unpacked
 
@@ -40,7 +47,7 @@ class Conv(OpRun):
         if group == 1:
             weight = unpacked(weight, 1, x.shape[1])
         if x.shape[1] != weight.shape[1] * group:
-            raise ValueError(
+            raise NodeRefused(
                 f"{label!r} has {x.shape[1]} input channels and a weight for "
                 f"{weight.shape[1] * group}."
             )
@@ -76,7 +83,7 @@ class ConvTranspose(OpRun):
         strides: Sequence[int] | None = None,
     ) -> tuple[Array]:
         if auto_pad != "NOTSET" or output_shape is not None:
-            raise ValueError(
+            raise NodeRefused(
                 f"{label!r} must give its padding by 'pads' and 'output_padding'; got auto_pad "
                 f"{auto_pad!r} and output_shape {output_shape!r}."
             )
@@ -85,13 +92,9 @@ class ConvTranspose(OpRun):
         rank = len(kernel)
         strides, dilations = filled_attribute(strides, kernel), filled_attribute(dilations, kernel)
         data, weight, added = _operands(x, weight, bias, offset, channel_axis=1)
-        spread = np.zeros(
-            (
-                *data.shape[:2],
-                *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)),
-            ),
-            data.dtype,
-        )
+        apart = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
+        require_room("the spread data", (*data.shape[:2], *apart), data.itemsize)
+        spread = np.zeros((*data.shape[:2], *apart), data.dtype)
         spread[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = data
         reach = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
         pads = pads or [0] * 2 * rank
@@ -126,7 +129,7 @@ class Gemm(OpRun):
         transB: int = 0,  # noqa: N803
     ) -> tuple[Array]:
         if (alpha, beta, transA) != (1.0, 1.0, 0):
-            raise ValueError(
+            raise NodeRefused(
                 f"An integer Gemm must have alpha = beta = 1 and transA = 0; {label!r} has "
                 f"alpha {alpha}, beta {beta}, transA {transA}."
             )
@@ -168,7 +171,9 @@ class BatchNormalization(OpRun):
         training_mode: int = 0,
     ) -> tuple[Array]:
         if training_mode:
-            raise ValueError(f"{label!r} must normalize with stored statistics; got training_mode.")
+            raise NodeRefused(
+                f"{label!r} must normalize with stored statistics; got training_mode."
+            )
         shape = (-1, *[1] * (x.ndim - 2))
         factor = gamma / np.sqrt(var + x.dtype.type(epsilon))
         return ((x - mean.reshape(shape)) * factor.reshape(shape) + beta.reshape(shape),)
@@ -195,6 +200,7 @@ def _correlate(
     flat = kernels.reshape(group, kernels.shape[0] // group, -1)
     # Every position of the kernel sees the data shifted; [c, k..., out..., n] are all of them.
     seen = (x.shape[1], *kernel, *out)
+    require_room("an image's windows", seen, x.itemsize)
     block = max(1, _BLOCK_BYTES // max(1, math.prod(seen) * x.itemsize))
     parts = []
     for first in range(0, max(1, x.shape[0]), block):
@@ -258,7 +264,7 @@ def _accumulated(
     # In float32 it was bounded before.
     wide = result.dtype == np.float64 and result.size
     if wide and (result.min() < _INT32.min or result.max() > _INT32.max):
-        raise ValueError(
+        raise NodeRefused(
             f"The accumulator of {label!r} must fit int32; it runs from {result.min():.0f} to "
             f"{result.max():.0f}."
         )

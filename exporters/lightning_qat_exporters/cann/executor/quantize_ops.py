@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array, require
+from lightning_qat_exporters.cann.executor.domain import DOMAIN, Array, NodeRefused, require
 
 _DTYPES: Mapping[str, np.dtype[np.signedinteger[Any]]] = {
     "INT8": np.dtype(np.int8),
@@ -47,12 +47,12 @@ class AscendQuant(OpRun):
         require(label, "dst_type", dst_type, _DTYPES)
         require(label, "round_mode", round_mode, _ROUND)
         if np.isnan(x).any():
-            raise ValueError(f"{label!r} cannot quantize NaN; its input holds some.")
+            raise NodeRefused(f"{label!r} cannot quantize NaN; its input holds some.")
         # A device's floats become infinite and saturate where they are too large.
         with np.errstate(over="ignore"):
             real = np.dtype(np.float16 if half else np.float32).type
             if not np.isfinite(real(scale)):
-                raise ValueError(f"The scale of {label!r} must fit float16; got {scale:g}.")
+                raise NodeRefused(f"The scale of {label!r} must fit float16; got {scale:g}.")
             steps = x.astype(real) * real(scale)
             if sqrt_mode:
                 steps = steps * real(scale)
@@ -109,7 +109,7 @@ class AscendDequant(OpRun):
         require(label, "dtype", dtype, _REALS)
         bits = param.astype(np.uint64)
         if (bits >> np.uint64(32)).any():
-            raise ValueError(
+            raise NodeRefused(
                 f"The parameter of {label!r} must be a float32 in the low 32 bits; the high bits "
                 "hold an offset or a shift, which this executor does not know."
             )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_qat_exporters.cann.executor.domain import NodeRefused
 from lightning_qat_exporters.cann.int4_packing import RNN_INPUT_AXIS, unpacked
 
 Array = NDArray[Any]
@@ -109,7 +110,7 @@ class _Products:
         label = attributes["label"]
         for name, value in _FIXED.items():
             if attributes.get(name, value) != value:
-                raise ValueError(f"{name} of {label!r} must be {value}; got {attributes[name]}.")
+                raise NodeRefused(f"{name} of {label!r} must be {value}; got {attributes[name]}.")
         rows, (inputs, hidden) = weight.shape[1], sizes
         scales = param.astype(np.uint64).astype(np.uint32).view(np.float32)
         parts = np.split(scales, 2)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from lightning_qat_exporters.cann.executor.domain import Array
+from lightning_qat_exporters.cann.executor.domain import Array, require_room
 
 
 def filled_attribute(values: Sequence[int] | None, kernel: Sequence[int]) -> list[int]:
@@ -48,6 +48,7 @@ def with_padding(x: Array, begin: Sequence[int], end: Sequence[int], fill: float
         return x
     sizes = x.shape[2:]
     around = [b + size + e for size, (b, e) in zip(sizes, widths, strict=True)]
+    require_room("the padded data", (x.shape[0], x.shape[1], *around), x.itemsize)
     # Images last in memory, as in ``_correlate``.
     padded = np.moveaxis(np.full((x.shape[1], *around, x.shape[0]), fill, x.dtype), -1, 0)
     inside = (slice(b, b + size) for size, (b, _) in zip(sizes, widths, strict=True))
@@ -60,6 +61,12 @@ def windows_of(
 ) -> Array:
     """All windows of padded data, as ``[N, C, out..., kernel...]``; a view."""
     axes = tuple(range(2, x.ndim))
+    sizes = [
+        *((n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, strides, strict=True)),
+        *((span - 1) // d + 1 for span, d in zip(spans, dilations, strict=True)),
+    ]
+    # A view, but all of it is read.
+    require_room("all windows", (*x.shape[:2], *sizes), 1)
     view: Array = sliding_window_view(x, tuple(spans), axes)
     steps = (slice(None, None, s) for s in (*strides, *dilations))
     return view[(slice(None), slice(None), *steps)]

@@ -1,0 +1,146 @@
+"""Compute a graph node by node: what does not fit names the node, and memory has a limit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from lightning_qat_exporters.cann.executor.domain import Array, NodeRefused, allocate_at_most
+
+_FEW = 64
+"""Numbers in a tensor that may be a size."""
+
+
+class Evaluation:
+    """One computation of a graph.
+
+    Args:
+        max_bytes: Most bytes that all tensors may take which are there at one time.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+
+    def outputs(self, graph: ReferenceEvaluator, given: Mapping[str, Array]) -> list[Array]:
+        """Compute the outputs of a graph.
+
+        Raises:
+            ValueError: A node cannot be computed from what it reads, or would make more than
+                ``max_bytes``; it is named.
+        """
+        values: dict[str, Any] = {"": None, **graph.rt_inits_, **given}
+        readers = Counter(name for node in graph.rt_nodes_ for name in _read_by(node.onnx_node))
+        readers.update(graph.output_names)
+        for node in graph.rt_nodes_:
+            proto = node.onnx_node
+            inputs = [values[name] for name in node.input]
+            for name, value in zip(node.output, self._made(node, inputs, values), strict=False):
+                values[name] = value
+            for name in _read_by(proto):
+                readers[name] -= 1
+                if not readers[name] and name and name not in graph.rt_inits_:
+                    values.pop(name, None)
+        return [values[name] for name in graph.output_names]
+
+    def _made(
+        self, node: Any, inputs: list[Any], values: Mapping[str, Any]
+    ) -> Iterable[Array | None]:
+        label = node.onnx_node.name or next(iter(node.output), "") or node.op_type
+        taken = sum(_bytes(value) for value in values.values())
+        try:
+            if node.op_type == "If":
+                return self._branch(node, inputs[0], values)
+            left = self._max_bytes - taken
+            needed = _bytes_made(node, inputs)
+            if needed > left:
+                raise NodeRefused(
+                    f"All tensors may take at most {self._max_bytes} bytes; {label!r} "
+                    f"({node.op_type}) would make one of {needed}. If that is meant, allow it: "
+                    "AscendExecutor(model, max_bytes=...)."
+                )
+            with allocate_at_most(left), np.errstate(all="ignore"):
+                made: Iterable[Array | None] = node.run(*inputs)
+            return made
+        except (NodeRefused, MemoryError):
+            raise
+        # NumPy and onnx's operators raise many kinds, for one and the same reason.
+        except Exception as error:
+            told = ", ".join(map(_told, inputs))
+            raise NodeRefused(
+                f"{label!r} ({node.op_type}) cannot be computed from {told}: {_first_line(error)}"
+            ) from error
+
+    def _branch(self, node: Any, condition: Array, values: Mapping[str, Any]) -> list[Array]:
+        if np.size(condition) != 1:
+            raise ValueError("the condition of If must be one truth value")
+        branch = node.then_branch if np.asarray(condition).item() else node.else_branch
+        # A branch may read everything outside it, and its own tensors count with those.
+        return self.outputs(branch, {name: v for name, v in values.items() if name})
+
+
+def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node reads, its branches as well."""
+    yield from node.input
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
+        for graph in graphs:
+            yield from (value.name for value in graph.output)
+            for inner in graph.node:
+                yield from _read_by(inner)
+
+
+def _bytes_made(node: Any, inputs: list[Any]) -> int:
+    """Bytes of what a node will make, as ONNX's inference of shapes tells; 0 where it does not."""
+    proto = node.onnx_node
+    if not onnx.defs.has(proto.op_type):
+        return 0  # Ascend's keep their input's shape
+    version = node.run_params["opsets"].get("", 1)
+    plain = onnx.NodeProto()
+    plain.CopyFrom(proto)
+    plain.domain = ""
+    types, data = {}, {}
+    for name, value in zip(proto.input, inputs, strict=True):
+        if not name or not isinstance(value, np.ndarray | np.generic):
+            continue
+        kind = onnx.TensorProto.FLOAT if value.dtype.kind in "iu" else 0
+        if node.op_domain == "" or not kind:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        types[name] = onnx.helper.make_tensor_type_proto(kind, value.shape)
+        if value.size <= _FEW:
+            data[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
+    try:
+        schema = onnx.defs.get_schema(proto.op_type, version)
+        made = onnx.shape_inference.infer_node_outputs(
+            schema, plain, types, data, opset_imports=[onnx.helper.make_opsetid("", version)]
+        )
+    except Exception:  # what does not fit, the computation says in terms of the arrays
+        return 0
+    return sum(_declared_bytes(type_.tensor_type) for type_ in made.values())
+
+
+def _declared_bytes(tensor: onnx.TypeProto.Tensor) -> int:
+    sizes = [d.dim_value for d in tensor.shape.dim]
+    # Not known in advance: no more than what is read.
+    return 8 * math.prod(sizes) if all(size >= 0 for size in sizes) else 0
+
+
+def _bytes(value: Any) -> int:
+    return value.nbytes if isinstance(value, np.ndarray | np.generic) else 0
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{value.dtype} {list(value.shape)}"
+    return "nothing" if value is None else type(value).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    text = str(cause).strip().partition("\n")[0]
+    return text[:200] or type(cause).__name__
