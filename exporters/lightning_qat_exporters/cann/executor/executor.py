@@ -90,7 +90,7 @@ class AscendExecutor:
         self._wanted = dict(_wanted(proto))
         try:
             self._evaluator = ReferenceEvaluator(_resolved(proto, device_fp16), new_ops=list(_OPS))
-        except NodeRefused:
+        except (NodeRefused, MemoryError):
             raise
         except Exception as error:  # onnx raises many kinds
             raise ValueError(f"The deploy model cannot be run: {error}") from error
