@@ -45,18 +45,21 @@ def mutate_json(content: bytes, generator: random.Random) -> bytes:
     """Change the tree of a JSON file, now and then its text."""
     if generator.random() < 0.2:
         return mutate_text(content, generator)
-    return json.dumps(mutate_plain(json.loads(content), generator)).encode()
+    try:
+        return json.dumps(mutate_plain(json.loads(content), generator)).encode()
+    except RecursionError:  # what was nested is nested again
+        return b"[" * 5000 + content
 
 
 def mutate_yaml(content: bytes, generator: random.Random) -> bytes:
     """Change the tree of a YAML file, or its text."""
     if generator.random() < 0.4:
         return mutate_text(content, generator)
-    tree: Any = mutate_plain(yaml.safe_load(content), generator)
     try:
+        tree: Any = mutate_plain(yaml.safe_load(content), generator)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode()
-    except RecursionError:  # JSON is YAML, too
-        return json.dumps(tree).encode()
+    except RecursionError:  # what is nested so deep cannot be written by PyYAML
+        return b"[" * generator.choice((60, 500, 5000)) + content
 
 
 def _line(text: str, generator: random.Random) -> str:
