@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock audit demo bench bench-gpu test fuzz docs lint check-format check-ruff check-mypy check-pyright format clean
+.PHONY: help setup lock audit demo bench bench-gpu test fuzz matrix soak docs lint check-format check-ruff check-mypy check-pyright format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,12 @@ test: setup ## run the tests and doctests
 
 fuzz: setup ## give every reader of files broken ones for a minute each
 	$(BIN)/python -m reliability.fuzz
+
+matrix: setup ## try the supported versions of other packages, an environment each; prints what passed
+	$(BIN)/python -m reliability.matrix
+
+soak: setup ## train, export and start for hours; prints what grows
+	$(BIN)/python -m reliability.soak
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; its warnings and broken links are errors
 	$(BIN)/python docs/build.py

@@ -153,7 +153,8 @@ def _opset(proto: onnx.ModelProto, path: Path) -> int:
     if not OLDEST_OPSET <= versions[0] <= newest:
         raise ValueError(
             f"The opset must be from {OLDEST_OPSET}, the first with QuantizeLinear, to {newest}, "
-            f"the newest that onnx {onnx.__version__} knows; {str(path)!r} has {versions[0]}."
+            f"the newest that onnx {onnx.__version__} knows; {str(path)!r} has {versions[0]}. "
+            "Install a newer onnx for a newer opset, or save the model with one in between."
         )
     return int(versions[0])
 

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime as ort
 
 from lightning_qat.export.protocol import Array
+from lightning_qat_exporters.onnx_files.half_rounding import refuse_cut_halves
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -26,9 +27,13 @@ class OnnxSession:
         file: The ONNX file, or its bytes.
         optimize: ONNX Runtime's default graph optimizations; without them every node is computed
             as it is written.
+
+    Raises:
+        CannotRun: The installed ONNX Runtime is known to compute the file wrongly.
     """
 
     def __init__(self, file: Path | bytes, *, optimize: bool) -> None:
+        refuse_cut_halves(file)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if not optimize:

@@ -306,8 +306,13 @@ def half_net(casts: bool) -> Qdq:
     return net
 
 
+ROUNDS_HALVES = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 30)
+
+
 @pytest.mark.parametrize("casts", [False, True])
 def test_float16_networks_stay_float16_between_the_integers(casts: bool, tmp_path: Path) -> None:
+    if not casts and not ROUNDS_HALVES:
+        pytest.skip("this ONNX Runtime cuts float16 off where QuantizeLinear rounds")
     net = half_net(casts)
     # Two float16 results around 8 apart by an ulp, 2**-7, and a step of 0.25 on top.
     done = agreeing(
@@ -320,7 +325,9 @@ def test_float16_networks_stay_float16_between_the_integers(casts: bool, tmp_pat
     assert helper.get_node_attr_value(dequant, "dtype") == 1
 
 
-@pytest.mark.parametrize("opset", [10, 11, 13, 17, 19, 21, 23])
+@pytest.mark.parametrize(
+    "opset", [o for o in (10, 11, 13, 17, 19, 21, 23) if o <= onnx.defs.onnx_opset_version()]
+)
 def test_every_opset_with_quantizelinear(opset: int, tmp_path: Path) -> None:
     net = Qdq([1, 2, 4, 4], opset)
     integers = net.constant(rng().integers(-9, 9, (3, 2, 3, 3)), np.int8)

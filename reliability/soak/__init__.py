@@ -1,0 +1,1 @@
+"""Long runs: what grows, what slows down, what races."""
