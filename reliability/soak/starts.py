@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -107,8 +106,10 @@ def killed(folder: Path, processes: int = PROCESSES) -> Started:
             raise TimeoutError("No process called the compiler.")
         time.sleep(0.05)
     (first,) = machine.compilers()
-    os.kill(first, signal.SIGKILL)
-    return machine.ended([process for process in started if process.pid != first])
+    (victim,) = (process for process in started if process.pid == first)
+    victim.kill()
+    victim.wait()
+    return machine.ended([process for process in started if process is not victim])
 
 
 def without_cache(folder: Path, processes: int = PROCESSES) -> Started:
