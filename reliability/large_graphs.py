@@ -31,10 +31,10 @@ class Graph:
         self._shape = list(shape)
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, NDArray[np.generic]] = {
-            "scale": np.float32(0.05),  # type: ignore[dict-item]  # a scalar is an array of rank 0
-            "zero": np.int8(3),  # type: ignore[dict-item]
-            "weight_scale": np.float32(0.01),  # type: ignore[dict-item]
-            "weight_zero": np.int8(0),  # type: ignore[dict-item]
+            "scale": np.array(0.05, np.float32),
+            "zero": np.array(3, np.int8),
+            "weight_scale": np.array(0.01, np.float32),
+            "weight_zero": np.array(0, np.int8),
         }
 
     def __len__(self) -> int:

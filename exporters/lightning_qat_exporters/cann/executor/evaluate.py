@@ -36,7 +36,8 @@ class Evaluation:
         """
         values: dict[str, Any] = {"": None, **graph.rt_inits_, **given}
         readers = Counter(name for node in graph.rt_nodes_ for name in _read_by(node.onnx_node))
-        readers.update(graph.output_names)
+        names = list(map(str, graph.output_names))
+        readers.update(names)
         for node in graph.rt_nodes_:
             proto = node.onnx_node
             inputs = [values[name] for name in node.input]
@@ -46,7 +47,7 @@ class Evaluation:
                 readers[name] -= 1
                 if not readers[name] and name and name not in graph.rt_inits_:
                     values.pop(name, None)
-        return [values[name] for name in graph.output_names]
+        return [values[name] for name in names]
 
     def _made(
         self, node: Any, inputs: list[Any], values: Mapping[str, Any]
