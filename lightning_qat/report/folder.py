@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -49,7 +50,8 @@ def _outside(manifest: StoredManifest) -> Iterator[str]:
             path = PurePosixPath(file["path"])
             # A drive, a stream or a folder of Windows is none of ours either.
             odd = set(file["path"]) & {"\\", ":", "\0"}
-            if path.is_absolute() or ".." in path.parts or not path.name or odd:
+            long = len(file["path"]) > 1000 or any(len(os.fsencode(p)) > 255 for p in path.parts)
+            if path.is_absolute() or ".." in path.parts or not path.name or odd or long:
                 yield file["path"][:200]
 
 

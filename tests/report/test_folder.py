@@ -50,7 +50,9 @@ def test_what_no_export_writes_is_named_with_its_place(
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc/hosts", "a/../../b", "C:x", "a\\b", "", "a\0"])
+@pytest.mark.parametrize(
+    "path", ["../secret", "/etc/hosts", "a/../../b", "C:x", "a\\b", "", "a\0", "x" * 300]
+)
 def test_a_manifest_reads_no_file_outside_of_its_folder(tmp_path: Path, path: str) -> None:
     files = {"model": {"path": path, "bytes": 1, "sha256": ""}}
     (tmp_path / "manifest.json").write_text(json.dumps({"targets": {"a": {"files": files}}}))
