@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 
 from tests.interpreters import printed
-from tests.no_network.sitecustomize import NetworkBlocked
 
 # An address that belongs to nobody, for documentation: RFC 5737.
 ELSEWHERE = "192.0.2.1", 9
@@ -28,7 +27,7 @@ LEAVING: dict[str, Callable[[], object]] = {
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", LEAVING)
 def test_another_machine_cannot_be_reached(way: str) -> None:
-    with pytest.raises(NetworkBlocked, match="Tests must work without a network"):
+    with pytest.raises(RuntimeError, match="Tests must work without a network"):
         LEAVING[way]()
 
 
@@ -38,13 +37,13 @@ def test_a_thread_cannot_either() -> None:
     def leave() -> None:
         try:
             socket.create_connection(ELSEWHERE, timeout=1)
-        except NetworkBlocked as error:
+        except RuntimeError as error:
             caught.append(error)
 
     thread = threading.Thread(target=leave)
     thread.start()
     thread.join()
-    assert len(caught) == 1
+    assert [type(error).__name__ for error in caught] == ["NetworkBlocked"]
 
 
 def test_a_python_that_a_test_starts_cannot_either() -> None:

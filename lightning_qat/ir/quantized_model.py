@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -296,6 +297,10 @@ class QuantizedModel:
         """The tensor outputs of a call by name."""
         tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
         return dict(zip(self.output_names, tensors, strict=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        """Copy the model, without what was computed of it: that holds nodes of this program."""
+        return replace(self, program=copy.deepcopy(self.program, memo))
 
     def save(self, path: str | Path) -> None:
         """Write the model to one file, atomically; ``QuantizedModel.load`` reads it.

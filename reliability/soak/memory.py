@@ -32,8 +32,16 @@ def live_tensors() -> tuple[int, int]:
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
     real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-    storages = (tensor.untyped_storage() for tensor in real if tensor.layout is torch.strided)
-    return len(tensors), sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    storages = {}
+    for tensor in real:
+        if tensor.layout is not torch.strided:
+            continue
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # a wrapper of torch.func that an earlier transform left
+            continue
+        storages[storage.data_ptr()] = storage.nbytes()
+    return len(tensors), sum(storages.values())
 
 
 def objects() -> Counter[str]:

@@ -316,7 +316,11 @@ DATA = {"class_path": "project.Data", "init_args": {"batch_size": 16}}
         ({}, ("--metric", "acc"), "must log 'acc' in validation; it logs 'val_acc', 'val_loss'"),
         ({}, ("--metric", "val_nan"), "'val_nan' must be a finite number; got nan (measured: the"),
         ({"data": None}, (), "Net has no val_dataloader, so its data must be named: --datamodule"),
-        ({"data": 3}, ("--datamodule", "project.Data"), "The key 'data' of"),
+        (
+            {"data": 3},
+            ("--datamodule", "project.Data"),
+            "['data'] must be a mapping or null; got 3",
+        ),
         ({"data": {**DATA, "class_path": "project.Net"}}, (), "does not fit Net"),
         ({"data": {"class_path": "project.Net"}}, (), "must be a LightningDataModule; got Net"),
         ({"data": {"class_path": "project.Data"}}, (), "missing 1 required positional argument"),

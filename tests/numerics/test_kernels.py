@@ -351,7 +351,7 @@ def test_the_steps_of_a_sequence_are_one_loop_each(calls: list[str]) -> None:
         ("there-is-no-such-compiler", "no C compiler was found (looked for there-is-no-such"),
         ("false", "false could not compile loops.c: it said nothing"),
         ("gcc -Drow=1", "error: "),  # Its first line only says where.
-        ("true", "loops.so"),
+        ("true", "true could not compile loops.c: it said nothing"),
     ],
 )
 def test_without_a_compiler_a_line_says_what_to_do(

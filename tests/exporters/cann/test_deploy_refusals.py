@@ -56,10 +56,27 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert str(error.value).count("the_AscendQuant") == 6
 
 
-def test_a_loop_is_refused_for_it_may_not_end() -> None:
-    body = helper.make_graph([], "body", [], [])
-    with pytest.raises(ValueError, match=r"'the_Loop' \(Loop\): it repeats its body"):
-        executor_of(node("Loop", "", "", "x", body=body))
+@pytest.mark.parametrize(("count", "fits"), [(3, True), (2**62, False), (None, False)])
+def test_a_loop_is_run_so_many_times_and_no_more(count: int | None, fits: bool) -> None:
+    kinds = (("i", TensorProto.INT64), ("goes_on", TensorProto.BOOL), ("sum", TensorProto.FLOAT))
+    inputs = [helper.make_tensor_value_info(n, kind, None) for n, kind in kinds]
+    outputs = [
+        helper.make_tensor_value_info("still", TensorProto.BOOL, None),
+        helper.make_tensor_value_info("more", TensorProto.FLOAT, None),
+    ]
+    steps = [
+        helper.make_node("Identity", ["goes_on"], ["still"]),
+        helper.make_node("Add", ["sum", "sum"], ["more"]),
+    ]
+    body = helper.make_graph(steps, "body", inputs, outputs)
+    given = "" if count is None else "count"
+    constants = {} if count is None else {"count": np.asarray(count, dtype=np.int64)}
+    loop = executor_of(node("Loop", given, "", "x", body=body), **constants)
+    if fits:
+        np.testing.assert_array_equal(loop.run({"x": f32([1, 2])})[0], [8, 16])
+    else:
+        with pytest.raises(ValueError, match="repeats its body more than 20000 times"):
+            loop.run({"x": f32([1, 2])})
 
 
 def test_shapes_that_do_not_fit_name_the_node_and_what_it_reads() -> None:

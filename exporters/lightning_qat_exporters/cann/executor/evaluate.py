@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from lightning_qat_exporters.cann.executor.domain import Array, NodeRefused, allocate_at_most
 
+MOST_REPEATS = 20_000
+"""A Loop may repeat its body so many times: that of EmbeddingBag does once for each bag."""
 _FEW = 64
 """Numbers in a tensor that may be a size."""
 
@@ -66,6 +69,8 @@ class Evaluation:
                     "AscendExecutor(model, max_bytes=...)."
                 )
             with allocate_at_most(left), np.errstate(all="ignore"):
+                if node.op_type == "Loop":
+                    return _loop(node, inputs, values)
                 made: Iterable[Array | None] = node.run(*inputs)
             return made
         except (NodeRefused, MemoryError):
@@ -83,6 +88,33 @@ class Evaluation:
         branch = node.then_branch if np.asarray(condition).item() else node.else_branch
         # A branch may read everything outside it, and its own tensors count with those.
         return self.outputs(branch, {name: v for name, v in values.items() if name})
+
+
+def _loop(node: Any, inputs: list[Any], values: Mapping[str, Any]) -> Iterable[Array | None]:
+    count, condition, *carried = inputs
+    # No condition is one that holds; the body may read everything outside it.
+    condition = np.asarray(True) if condition is None else condition
+    outside = {name: value for name, value in values.items() if name}
+    with _repeated_at_most(node, MOST_REPEATS):
+        made: Iterable[Array | None] = node.run(count, condition, *carried, context=outside)
+    return made
+
+
+@contextmanager
+def _repeated_at_most(node: Any, times: int) -> Iterator[None]:
+    """Let the body of a Loop run so many times, inside a ``with`` block."""
+    run, left = node._run_body, iter(range(times))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if next(left, None) is None:
+            raise ValueError(f"it repeats its body more than {times} times")
+        return run(*args, **options)
+
+    node._run_body = counted
+    try:
+        yield
+    finally:
+        node._run_body = run
 
 
 def _read_by(node: onnx.NodeProto) -> Iterator[str]:

@@ -56,7 +56,7 @@ _OPERATORS: Mapping[str, _Operator] = {
     "BasicGRUInplaceFillWindowCache": _Operator(4, 8, _RNN, _RNN_NEEDED),
 }
 _AT_LEAST_ONE = ("strides", "dilations", "kernel_shape", "group", "hidden_size")
-_ENDLESS = ("Loop", "Scan", "SequenceMap")
+_REPEATING = ("Scan", "SequenceMap")
 _WORDS: Mapping[int, str] = {
     _FLOAT: "a number",
     _INT: "an integer",
@@ -92,8 +92,8 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _problems(node: NodeProto) -> Iterator[str]:
-    if node.op_type in _ENDLESS:
-        yield "it repeats its body as often as the data say; CANN has no plugin for it either"
+    if node.op_type in _REPEATING:
+        yield "it repeats its body; CANN has no plugin for it either"
     operator = _OPERATORS.get(node.op_type)
     own_domain = node.domain in ("", "ai.onnx")
     if operator is None and (not own_domain or not onnx.defs.has(node.op_type)):
