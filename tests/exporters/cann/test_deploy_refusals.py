@@ -79,6 +79,13 @@ def test_a_loop_is_run_so_many_times_and_no_more(count: int | None, fits: bool) 
             loop.run({"x": f32([1, 2])})
 
 
+def test_an_output_without_a_name_is_read_by_no_input_without_one() -> None:
+    split = helper.make_node("Split", ["x"], ["", "right"], name="split", axis=0)
+    clip = helper.make_node("Clip", ["right", "", "most"], ["y"], name="clip")
+    model = executor_of(split, clip, most=f32(9))
+    np.testing.assert_array_equal(model.run({"x": f32([5, 1])})[0], [1])
+
+
 def test_shapes_that_do_not_fit_name_the_node_and_what_it_reads() -> None:
     add = executor_of(node("Add", "x", "c"), c=f32([1, 2, 3]))
     with pytest.raises(

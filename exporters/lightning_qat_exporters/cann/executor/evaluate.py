@@ -41,22 +41,26 @@ class Evaluation:
         readers = Counter(name for node in graph.rt_nodes_ for name in _read_by(node.onnx_node))
         names = list(map(str, graph.output_names))
         readers.update(names)
+        # Kept as a number: adding all tensors up for each node takes time with their square.
+        taken = sum(map(_bytes, values.values()))
         for node in graph.rt_nodes_:
             proto = node.onnx_node
             inputs = [values[name] for name in node.input]
-            for name, value in zip(node.output, self._made(node, inputs, values), strict=False):
-                values[name] = value
+            made = self._made(node, inputs, values, taken)
+            for name, value in zip(node.output, made, strict=False):
+                if name:  # else nobody reads it, and an input without a name stays nothing
+                    taken += _bytes(value) - _bytes(values.get(name))
+                    values[name] = value
             for name in _read_by(proto):
                 readers[name] -= 1
                 if not readers[name] and name and name not in graph.rt_inits_:
-                    values.pop(name, None)
+                    taken -= _bytes(values.pop(name, None))
         return [values[name] for name in names]
 
     def _made(
-        self, node: Any, inputs: list[Any], values: Mapping[str, Any]
+        self, node: Any, inputs: list[Any], values: Mapping[str, Any], taken: int
     ) -> Iterable[Array | None]:
         label = node.onnx_node.name or next(iter(node.output), "") or node.op_type
-        taken = sum(_bytes(value) for value in values.values())
         try:
             if node.op_type == "If":
                 return self._branch(node, inputs[0], values)
