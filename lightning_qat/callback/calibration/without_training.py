@@ -37,7 +37,7 @@ class WithoutTraining:
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
-                return self._run(lambda: step(*args, **kwargs))
+                return self._run(lambda: step(*args, **kwargs), pl_module.device)
 
         def optimizer_step(epoch: int, batch: int, optimizer: Any, closure: Any = None) -> None:
             if closure is not None:
@@ -96,13 +96,16 @@ class WithoutTraining:
         self._put_back = []
         self._correction = None
 
-    def _run(self, step: Callable[[], Any]) -> Any:
+    def _run(self, step: Callable[[], Any], device: torch.device) -> Any:
         if self._correction is None:
             return step()
         results = []
 
+        # Of its own device alone: torch warns of states of many that nobody named.
+        devices = [device] if device.type == "cuda" else []
+
         def same_numbers() -> None:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices):
                 results.append(step())
 
         with self._correction:
