@@ -18,12 +18,15 @@ def mutate_archive(
     """Return the archive with one to three members changed, all stored without compression.
 
     Args:
-        content: A whole archive.
+        content: The archive; one that is broken already gets other bytes.
         generator: What is drawn comes from here.
         mutate_member: Breaks the content of a member; gets its name.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):  # broken before
+        return mutate_bytes(content, generator)
     for _ in range(generator.choice((1, 1, 1, 2, 3))):
         if not members:
             break

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from lightning_qat.ir.operators import LAYER_TYPES
 from lightning_qat_exporters.cann.standard_operators.recurrent import RECURRENT
+from lightning_qat_exporters.onnx_files.boundary.inference import check_inference
 
 _SAME_SHAPE = ("AscendQuant", "AscendDequant", "AscendAntiQuant")
 _FEW = 64
@@ -29,7 +30,9 @@ def input_channels(model: ir.Model) -> dict[ir.Node, int]:
             data[node] = value
     found = {node: _channels(node, _sizes(value.shape or ())) for node, value in data.items()}
     if None in found.values():
-        inferred = onnx.shape_inference.infer_shapes(_shapes_only(model), data_prop=True)
+        shapes_only = _shapes_only(model)
+        check_inference(shapes_only, "the deploy model")
+        inferred = onnx.shape_inference.infer_shapes(shapes_only, data_prop=True)
         dims = {v.name: v.type.tensor_type.shape.dim for v in inferred.graph.value_info}
         for node, value in data.items():
             if found[node] is None:

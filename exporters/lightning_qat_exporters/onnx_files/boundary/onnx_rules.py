@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from lightning_qat_exporters.onnx_files.boundary.inference import check_inference
 from lightning_qat_exporters.onnx_files.nested import all_nodes, subgraphs
 from lightning_qat_exporters.onnx_files.other_domains import OWN
 
@@ -26,12 +27,15 @@ def check_rules(proto: ModelProto, path: str, *, standard: bool) -> None:
             contradict each other. Ascend's deploy models have both.
 
     Raises:
-        ValueError: A rule is broken; the message is the checker's.
+        ValueError: A rule is broken; the message is the checker's. Or onnx's inference of shapes
+            would end the process.
     """
     if standard:
         _check_inputs(proto.graph, path)
+    outline = _outline(proto, standard=standard)
+    check_inference(outline, path)
     try:
-        onnx.checker.check_model(_outline(proto, standard=standard), full_check=standard)
+        onnx.checker.check_model(outline, full_check=standard)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         lines = (line.strip() for line in str(error).splitlines())
         said = " ".join(line for line in lines if line)
