@@ -59,6 +59,11 @@ class ActivationQuantizer(RangeObserver):
         self.identity = object()
 
     @property
+    def is_clipping(self) -> bool:
+        """Whether forwards clip to the range now."""
+        return self.quantizing
+
+    @property
     def idle(self) -> bool:
         """Whether it returns its input now, and takes no note of it."""
         observes = self.is_observing and self.spec.clip is None

@@ -22,6 +22,7 @@ from lightning_qat.numerics.calibration.histogram import (
     histogram_range,
 )
 from lightning_qat.numerics.calibration.search import SAMPLES
+from lightning_qat.numerics.calibration.updates import widened
 from lightning_qat.numerics.gpu.launch import runs_kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -92,6 +93,11 @@ class RangeObserver(Quantizer):
     def is_observing(self) -> bool:
         """Whether the tensors of this forward are observed."""
         return self.observing and self.follows_data and self.in_training
+
+    @property
+    def is_clipping(self) -> bool:
+        """Whether forwards clip to the range now; then it never waits for an average to widen."""
+        return False
 
     @property
     def follows_data(self) -> bool:
@@ -175,8 +181,10 @@ class RangeObserver(Quantizer):
             batch: ``(-min, max)``, finite, shape ``(2,)``; see ``batch_range``.
         """
         self.pending = None
-        update = CALIBRATIONS[self.spec.calibration].update
-        update(self.min_val, self.max_val, batch, self.batches)
+        calibration = CALIBRATIONS[self.spec.calibration]
+        calibration.update(self.min_val, self.max_val, batch, self.batches)
+        if calibration.averages and self.is_clipping:
+            widened(self.min_val, self.max_val, batch)
         self.batches += 1
         self.range_changed()
 
@@ -360,7 +368,15 @@ def commit_together(
     kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
     before = [torch.stack(buffers) for buffers in kept]
     low, high = before[0].clone(), before[1].clone()
-    CALIBRATIONS[quantizers[0].spec.calibration].update(low, high, batch, before[2])
+    calibration = CALIBRATIONS[quantizers[0].spec.calibration]
+    calibration.update(low, high, batch, before[2])
+    clipping = [q.is_clipping for q in quantizers]
+    if calibration.averages and any(clipping):
+        if not all(clipping):
+            # Minus infinity widens nothing: those that only observe keep the average.
+            rest = torch.tensor(clipping, device=batch.device).logical_not()
+            batch = batch.masked_fill(rest, -torch.inf)
+        widened(low, high, batch)
     after = [low, high, before[2] + 1]
     if accepted is not None:
         after = [torch.where(accepted, new, old) for new, old in zip(after, before, strict=True)]

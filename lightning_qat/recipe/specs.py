@@ -111,7 +111,8 @@ class ActivationSpec:
             first 100 batches, then weight 0.01 for the newest), or the ``minmax`` over all batches;
             or the moving average of each batch's ``percentile`` (99.99 %), of its range with the
             least squared error (``mse``) or with most of its information (``entropy``); or
-            ``histogram``, the range with the least squared error over all batches together.
+            ``histogram``, the range with the least squared error over all batches together. While
+            values are quantized, a batch that is wider than its average widens it at once.
         fixed_min: ``True`` pins the lower end at 0, for inputs that are never negative; otherwise
             the data decide.
         clip: A given range ``(low, high)``, used from the start and never observed; learned

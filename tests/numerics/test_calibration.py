@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_qat import Recipe, prepare
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
@@ -19,6 +20,7 @@ from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.activation import ActivationQuantizer
+from lightning_qat.quantizers.range_observer import commit_together
 from lightning_qat.recipe.specs import ActivationSpec
 
 
@@ -286,3 +288,54 @@ def test_a_histogram_is_resumed_and_never_changed_in_eval_mode() -> None:
         resumed(batch)
     assert resumed.qparams().equal(whole.qparams())
     assert torch.equal(resumed.histogram, whole.histogram)
+
+
+AVERAGES = ("moving_average", "percentile", "mse", "entropy")
+
+
+def test_averages_are_those_of_one_batch_at_a_time() -> None:
+    assert [name for name, one in CALIBRATIONS.items() if one.averages] == [*AVERAGES]
+
+
+@pytest.mark.parametrize("calibration", AVERAGES)
+def test_a_wider_batch_widens_an_average_at_once_while_values_are_clipped(calibration: str) -> None:
+    """Mean of 1 and 3 while nothing is quantized; 2 + (8 - 2) / 3 = 4, but 8 at once otherwise."""
+    quantizer = ActivationQuantizer(ActivationSpec(calibration=calibration))
+    quantizer.quantizing = False
+    for high in (1.0, 3.0):
+        quantizer.commit(torch.tensor([0.0, high]))
+    assert float(quantizer.max_val) == 2.0
+    quantizer.quantizing = True
+    quantizer.commit(torch.tensor([6.0, 8.0]))
+    assert (float(quantizer.min_val), float(quantizer.max_val)) == (-6.0, 8.0)
+    quantizer.commit(torch.tensor([2.0, 4.0]))
+    assert (float(quantizer.min_val), float(quantizer.max_val)) == (-5.0, 7.0)
+
+
+def test_quantizers_that_clip_and_others_are_committed_together() -> None:
+    several = [ActivationQuantizer(ActivationSpec()) for _ in range(3)]
+    several[1].quantizing = False
+    for high in (1.0, 3.0):
+        commit_together(several, torch.tensor([[0.0] * 3, [high] * 3]))
+    assert [float(q.max_val) for q in several] == [3.0, 2.0, 3.0]
+    accepted = torch.tensor([True, True, False])
+    commit_together(several, torch.tensor([[2.0] * 3, [9.0] * 3]), accepted)
+    assert [float(q.min_val) for q in several] == pytest.approx([-2.0, -2 / 3, 0.0])
+    assert [float(q.max_val) for q in several] == pytest.approx([9.0, 13 / 3, 3.0])
+
+
+@pytest.mark.parametrize("calibration", ["moving_average", "percentile"])
+def test_an_output_that_grows_from_nothing_reaches_its_target(calibration: str) -> None:
+    """An average alone stays behind, and what it clips gets no gradient: 9 % of the error stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    x = torch.randn(64, 4)
+    target = 100 * x[:, :1] * x[:, 1:2]
+    prepare(model, Recipe(activation=ActivationSpec(calibration=calibration)), x)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    assert loss < 0.02 * target.square().mean()

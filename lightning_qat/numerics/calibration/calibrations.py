@@ -25,6 +25,7 @@ class Calibration:
         search: Finds the range of a batch; called as ``least_squares_range``. ``None``: the
             minimum and maximum.
         histogram: The range is searched over a histogram of all batches.
+        averages: The range is an average over batches, narrower than some of them.
         min_max_only: Nothing of a batch but its minimum and maximum is needed, so that the pass
             that quantizes can find them.
     """
@@ -32,9 +33,11 @@ class Calibration:
     update: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     search: Callable[[Tensor, IntegerGrid, bool, int], Tensor] | None = None
     histogram: bool = False
+    averages: bool = field(init=False)
     min_max_only: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "averages", self.update is moving_average)
         object.__setattr__(self, "min_max_only", self.search is None and not self.histogram)
 
 

@@ -26,6 +26,16 @@ def moving_average(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) ->
     high.lerp_(batch[1], weight)
 
 
+def widened(low: Tensor, high: Tensor, batch: Tensor) -> None:
+    """Widen ``low`` and ``high`` at once to the range of a batch, in place; arguments as above.
+
+    An average alone follows growing values too slowly: what lies outside is clipped and gets no
+    gradient, so that an output beyond its range never comes back.
+    """
+    torch.minimum(low, -batch[0], out=low)
+    torch.maximum(high, batch[1], out=high)
+
+
 def minmax(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
     """Widen ``low`` and ``high`` to the range of one batch, in place; arguments as above.
 
