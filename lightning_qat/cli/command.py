@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,6 +24,9 @@ EXIT_CODES = (
 
 FILE = click.Path(path_type=Path)
 """A path; what is wrong with it the reader of the file says, in its own words."""
+
+_STDOUT = f"{__name__}.stdout"
+"""Where a command finds the standard output that ``--json`` keeps for it alone."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -65,9 +70,12 @@ class Command(WithHelp):
     """A command that says in one message what is wrong with its input."""
 
     def invoke(self, ctx: click.Context) -> int:
-        """Run it; the exit code."""
+        """Run it; the exit code. With ``--json`` libraries print to the standard error."""
+        ctx.meta[_STDOUT] = sys.stdout
+        apart = redirect_stdout(sys.stderr) if ctx.params.get("as_json") else nullcontext()
         try:
-            code: int = super().invoke(ctx)
+            with apart:
+                code: int = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
             # As of ``| head``: the reader has seen enough.
@@ -82,6 +90,12 @@ class Command(WithHelp):
 def command(name: str) -> Callable[[Callable[..., int]], click.Command]:
     """Make a command of a function whose docstring is its help and which returns an exit code."""
     return click.command(name, cls=Command)
+
+
+def print_json(values: object) -> None:
+    """Print what a command has found, as JSON; what JSON has not, as text."""
+    text = json.dumps(values, indent=2, default=str)
+    print(text, file=click.get_current_context().meta[_STDOUT])
 
 
 def inputs_option(function: _Function) -> _Function:

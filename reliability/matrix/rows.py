@@ -39,7 +39,7 @@ _FILES = ("core", "convert", "onnx", "cann", "cli")
 # The lower bounds of pyproject.toml; change both together.
 _OLD_LIBRARIES = (
     *("lightning==2.5.0", "numpy==1.26.4", "onnx==1.17.0", "onnx-ir==0.1.16"),
-    *("onnxruntime==1.22.0", "onnxscript==0.6.2", "PyYAML==6.0.1", "jsonargparse==4.37.0"),
+    *("onnxruntime==1.22.0", "onnxscript==0.6.2", "PyYAML==6.0.1", "jsonargparse==4.40.0"),
 )
 _OLDEST = (*_OLD_LIBRARIES, "protobuf==4.25.0", "click==8.2.0", "rich==13.7.0", "Jinja2==3.1.0")
 
@@ -74,11 +74,5 @@ ROWS = (
     ),
     *(Row(f"Python {version}", python=version) for version in ("3.10", "3.12", "3.13", "3.14")),
     Row("numpy 1.26.4", ("numpy==1.26.4",), parts=_FILES),
-    Row(
-        "oldest tflite",
-        ("ai-edge-litert==2.1.0", "litert-torch==0.10.0"),
-        parts=("tflite",),
-        extras=("cli", "tflite"),
-    ),
 )
 """Every row has a name of its own, and differs from the development pins in what it names."""

@@ -234,3 +234,20 @@ def test_a_converted_model_takes_no_options_of_checkpoints(
     code, _, err = command("export", tmp_path / "net.pt2", *MODULE, *to)
     assert code == 2
     assert "is a converted model, which needs no module" in err
+
+
+def test_what_libraries_print_is_not_in_the_json(
+    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As onnxscript 0.6 does, of the rules that it has applied."""
+    export = torch.onnx.export
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        print("Applied 1 of general pattern rewrite rules.")
+        return export(*arguments, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", talkative)
+    target = ("--to", "fake_quant_onnx", "--out", tmp_path, *SHAPE)
+    done = command("export", checkpoint, *MODULE, *target, "--json")
+    assert done.json["targets"]["fake_quant_onnx"]["files"]
+    assert "Applied 1" in done.err

@@ -33,8 +33,14 @@ def test_aten_has_every_aten_name(operator: Operator) -> None:
     assert [name for name in operator.aten if not hasattr(torch.ops.aten, name)] == []
 
 
+NEWEST = ("scaled_dot_product_attention", "rms_norm", "silu")
+"""Operators of ONNX's opsets 23 and 24."""
+
+
 @ROWS
 def test_onnx_has_every_operator_type(operator: Operator) -> None:
+    if onnx.defs.onnx_opset_version() < 24 and operator.name in NEWEST:
+        pytest.skip("this onnx is older than the operator")
     assert [name for name in operator.onnx if not onnx.defs.has(name)] == []
 
 

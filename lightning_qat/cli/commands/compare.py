@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from lightning_qat.cli.command import (
     command,
     inputs_option,
     json_option,
+    print_json,
     trust_option,
 )
 from lightning_qat.cli.console import say
@@ -49,5 +49,8 @@ def compare(model: Path, file: Path, inputs: Path | None, trust: bool, as_json: 
     say(f"comparing {file}")
     with compared(file, model):
         found = comparison_of(converted, artifact, given)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print(found)
     return FOUND if found.departure is not None or found.numbers else FINE

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, command, json_option
+from lightning_qat.cli.command import FILE, FINE, command, json_option, print_json
 from lightning_qat.cli.targets import PRODUCT, with_product
 
 
@@ -78,5 +77,8 @@ def convert(
         grid_weights=grid_weights,
         max_bytes=max_bytes,
     )
-    print(json.dumps(asdict(done), indent=2, default=str) if as_json else done)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        print(done)
     return FINE

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from lightning_qat.cli.command import FINE, command, json_option
+from lightning_qat.cli.command import FINE, command, json_option, print_json
 from lightning_qat.cli.console import print_table, say
 
 _PACKAGES = (
@@ -59,7 +58,7 @@ def doctor(as_json: bool) -> int:
     say("looking at packages, targets and devices")
     checks = [*_packages(), *_targets(), *_devices()]
     if as_json:
-        print(json.dumps([asdict(check) for check in checks], indent=2))
+        print_json([asdict(check) for check in checks])
         return FINE
     rows = [(c.kind, c.name, "yes" if c.works else "no", c.found) for c in checks]
     print_table(("", "what", "works", "found"), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option, trust_option
+from lightning_qat.cli.command import (
+    FILE,
+    FINE,
+    FOUND,
+    command,
+    json_option,
+    print_json,
+    trust_option,
+)
 from lightning_qat.cli.console import say
 from lightning_qat.cli.converted import CheckpointOptions, is_converted, load_converted
 from lightning_qat.cli.targets import available
@@ -98,7 +107,7 @@ def export(
             print(f"lightning-qat export: {no_report}", file=sys.stderr)
             has_report = False
     if as_json and has_manifest:
-        print((out / MANIFEST).read_text(encoding="utf-8"), end="")
+        print_json(json.loads((out / MANIFEST).read_text(encoding="utf-8")))
     elif not as_json:
         print("\n".join(_lines(delivery.results)))
         if has_manifest:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, command, json_option, trust_option
+from lightning_qat.cli.command import FILE, FINE, command, json_option, print_json, trust_option
 from lightning_qat.cli.console import print_table
 from lightning_qat.cli.own_formats import inspect_own
 
@@ -46,7 +45,7 @@ def inspect(file: Path, trust: bool, as_json: bool) -> int:
             "(.ckpt) or AMCT's record (.txt, .pb); no exporter knows it."
         )
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
         return FINE
     print("\n".join(_summary(found)))
     if found.tensors:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option
+from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option, print_json
 from lightning_qat.cli.targets import PRODUCT, with_product
 
 _RULES: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -52,7 +51,7 @@ def lint(model: Path, rules: str, product: str | None, as_json: bool) -> int:
     findings = target.lint(model)
     counts = {s: sum(f.severity == s for f in findings) for s in ("error", "warning", "advice")}
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print_json([asdict(finding) for finding in findings])
     else:
         told = (
             f"{counts['error']} errors, {counts['warning']} warnings, {counts['advice']} pieces of "

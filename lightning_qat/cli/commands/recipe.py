@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 import click
 
-from lightning_qat.cli.command import FINE, command, json_option
+from lightning_qat.cli.command import FINE, command, json_option, print_json
 from lightning_qat.cli.console import print_table
 
 
@@ -40,13 +39,15 @@ def recipe(source: str | None, to: Literal["yaml", "json"], as_json: bool) -> in
     as_json |= to == "json"
     if source is None:
         if as_json:
-            print(json.dumps({name: r.to_dict() for name, r in PRESETS.items()}, indent=2))
+            print_json({name: r.to_dict() for name, r in PRESETS.items()})
         else:
             print_table(("preset", "weights", "activations", "else"), [*map(_row, PRESETS)])
         return FINE
     values = Recipe.load(source).to_dict()
-    text = json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False)
-    print(text.rstrip())
+    if as_json:
+        print_json(values)
+    else:
+        print(yaml.safe_dump(values, sort_keys=False).rstrip())
     return FINE
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from lightning_qat.cli.command import (
     command,
     inputs_option,
     json_option,
+    print_json,
     trust_option,
 )
 from lightning_qat.cli.console import say
@@ -56,7 +56,7 @@ def report(
     say(f"reporting on {path}")
     written, gone = write_report(folder, converted, name=path.stem, inputs=given)
     if as_json:
-        print(json.dumps({"report": str(written), "files": list(gone)}, indent=2))
+        print_json({"report": str(written), "files": list(gone)})
     else:
         print("\n".join([*gone, f"report: {written}"]))
     return FOUND if gone else FINE

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, command, json_option
+from lightning_qat.cli.command import FILE, FINE, command, json_option, print_json
 
 
 @command("run")
@@ -41,7 +40,7 @@ def run(model: Path, inputs: Path, out: Path, as_json: bool) -> int:
     arrays = run_file(model, inputs, out)
     if as_json:
         shapes = {n: {"dtype": str(a.dtype), "shape": [*a.shape]} for n, a in arrays.items()}
-        print(json.dumps({"outputs": shapes, "file": str(out)}, indent=2))
+        print_json({"outputs": shapes, "file": str(out)})
         return FINE
     for name, array in arrays.items():
         print(f"{name}: {array.dtype} {list(array.shape)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lightning_qat.cli.command import FILE, FINE, FOUND, command, json_option, trust_option
+from lightning_qat.cli.command import (
+    FILE,
+    FINE,
+    FOUND,
+    command,
+    json_option,
+    print_json,
+    trust_option,
+)
 from lightning_qat.cli.console import say
 from lightning_qat.cli.module_class import LightningConfig
 from lightning_qat.cli.trained_module import (
@@ -323,4 +330,4 @@ def _show(result: Sensitivity, found: Suggestion | None, *, as_json: bool, is_me
             "bops": found.bops,
             "recipe": found.recipe.to_dict(),
         }
-    print(json.dumps(values, indent=2))
+    print_json(values)

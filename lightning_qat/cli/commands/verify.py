@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from lightning_qat.cli.command import (
     command,
     inputs_option,
     json_option,
+    print_json,
     trust_option,
 )
 from lightning_qat.cli.console import say
@@ -56,7 +56,7 @@ def verify(
         with compared(artifact.files["model"], model):
             found.append(agreement_of(converted, artifact, given, source=source))
     if as_json:
-        print(json.dumps([agreement.to_dict() for agreement in found], indent=2))
+        print_json([agreement.to_dict() for agreement in found])
     else:
         print("\n".join(map(str, found)))
     return FOUND if any(agreement.parameter_differences for agreement in found) else FINE

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from lightning_qat_exporters.onnx_files.boundary.functions import DEEPEST
 from lightning_qat_exporters.onnx_files.read import load_proto, load_with_data, read_onnx
 
+OLD_ONNX = onnx.__version__.startswith("1.17.")
 WEIGHT = np.ones((2, 2), np.float32)
 
 
@@ -108,7 +109,8 @@ def test_data_of_every_type_are_taken_as_onnx_writes_them(tmp_path: Path) -> Non
     for number, name in {n: name for name, n in TensorProto.DataType.items() if n}.items():
         values: Any = [b"a", b"b", b"c"] if name == "STRING" else [1, 0, 1]
         proto.graph.initializer.append(helper.make_tensor(name, number, [3], values))
-        if name != "STRING":
+        # onnx 1.17 does not read the complex tensors that it makes.
+        if name != "STRING" and not (name.startswith("COMPLEX") and OLD_ONNX):
             raw = numpy_helper.from_array(numpy_helper.to_array(proto.graph.initializer[-1]))
             raw.name = f"{name}.raw"
             proto.graph.initializer.append(raw)
