@@ -2,13 +2,15 @@
 
     python benchmarks/sequence.py             # 5 seeds, some minutes
     python benchmarks/sequence.py --small     # 1 seed, about a minute
+    python benchmarks/sequence.py --from-nothing   # random weights, every calibration, 3 seeds
 
 The adding problem (Hochreiter and Schmidhuber, 1997): a sequence of random numbers in [0, 1], two
 of them marked; the target is their sum, here measured with a noise of standard deviation 0.1. A
 network that remembers nothing ends at a squared error of 0.177, none gets below 0.01. (Without
 noise the float error goes to zero, and a ratio to it says nothing.) A float network is trained;
 then it and its quantized copies are trained on, on the same batches. Errors are those of fresh
-sequences.
+sequences. With ``--from-nothing`` the quantized networks start from the random weights of the float
+one, and quantize from the second batch on.
 
 A training step is compared with a float loop over cells written out by hand, which is what any
 quantization inside of a layer needs, and with torch's own layer, one kernel for all steps that
@@ -28,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat import prepare
+from lightning_qat import ActivationSpec, Recipe, prepare
 from lightning_qat.layers import GRUQAT, LSTMQAT
+from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 
 STEPS, HIDDEN, BATCH = 20, 32, 64
 NOISE = 0.1
@@ -100,6 +103,28 @@ def errors(kind: Kind, seeds: int, updates: int) -> None:
         mean = statistics.mean(found)
         each = " ".join(f"{value:.5f}" for value in found)
         print(f"  {name:6} {mean:.5f}  {mean / reference - 1:+.1%} of float  ({each})")
+
+
+def errors_from_nothing(kind: Kind, seeds: int, updates: int) -> None:
+    """Print the errors of 8 bits without a trained start, for every calibration."""
+    recipes: dict[str, Recipe | None] = {"float": None}
+    for calibration in CALIBRATIONS:
+        recipes[calibration] = Recipe.from_dict({"activation": {"calibration": calibration}})
+    recipes["learned"] = Recipe(activation=ActivationSpec(quantizer="learned"))
+    print(f"{kind.__name__} from nothing: squared error after {updates} updates")
+    reference: list[float] = []
+    for name, recipe in recipes.items():
+        found = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            net = Adder(kind)
+            if recipe is not None:
+                prepare(net, recipe, sequences(2, torch.Generator())[0])
+            found.append(train(net, seed, updates, 1e-2))
+        reference = reference or found
+        ratio = statistics.mean(found) / statistics.mean(reference)
+        each = " ".join(f"{value:.5f}" for value in found)
+        print(f"  {name:14} {ratio - 1:+.1%} of float  ({each})", flush=True)
 
 
 def parameters(rnn: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -193,5 +218,13 @@ if __name__ == "__main__":
         description="Quantized recurrent layers: errors on the adding problem, cost of a step."
     )
     parser.add_argument("--small", action="store_true", help="one seed, about a minute")
+    parser.add_argument(
+        "--from-nothing", action="store_true", help="every calibration from random weights"
+    )
     options = parser.parse_args()
-    main(1 if options.small else 5, 1000, 15)
+    if options.from_nothing:
+        torch.set_num_threads(1)
+        for kind in (nn.LSTM, nn.GRU):
+            errors_from_nothing(kind, 1 if options.small else 3, 800)
+    else:
+        main(1 if options.small else 5, 1000, 15)

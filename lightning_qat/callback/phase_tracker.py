@@ -96,9 +96,10 @@ class PhaseTracker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state: calibration continues, and what was frozen stays frozen."""
-        self.batches_seen = int(state["batches_seen"])
+        # A state of the recipe alone says nothing of a phase: calibration begins.
+        self.batches_seen = int(state.get("batches_seen", 0))
         # A checkpoint of an earlier version has none: it counts from the first epoch.
         epoch, step = state.get("start", (0, 0))
         self.start = int(epoch), int(step)
-        phase = state["phase"]
+        phase = state.get("phase")
         self.phase = None if phase is None else Phase(**phase)

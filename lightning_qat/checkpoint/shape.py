@@ -74,6 +74,8 @@ def state_problems(state: Any) -> Iterator[str]:
     counts = {"version": state.get("version", 0), "batches_seen": 0}
     if "phase" in state:
         counts["batches_seen"] = state.get("batches_seen")
+    elif "batches_seen" in state:
+        yield f"{CALLBACK_KEY}: 'phase' must be a phase of the schedule; it is missing"
     start = state.get("start", [0, 0])
     if not isinstance(start, list | tuple) or len(start) != 2:
         yield f"{CALLBACK_KEY}: 'start' must be an epoch and a step; got {start!r}"

@@ -329,6 +329,15 @@ def without_batches(checkpoint: dict[str, Any]) -> None:
     del checkpoint["callbacks"]["QATCallback"]["batches_seen"]
 
 
+def without_phase(checkpoint: dict[str, Any]) -> None:
+    del checkpoint["callbacks"]["QATCallback"]["phase"]
+
+
+def with_a_recipe_alone(checkpoint: dict[str, Any]) -> None:
+    state = checkpoint["callbacks"]["QATCallback"]
+    checkpoint["callbacks"]["QATCallback"] = {name: state[name] for name in ("version", "recipe")}
+
+
 def with_texts_for_weights(checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"]["conv.weight"] = "weight"
 
@@ -337,6 +346,7 @@ def with_texts_for_weights(checkpoint: dict[str, Any]) -> None:
     ("change", "text"),
     [
         (without_batches, "QATCallback: 'batches_seen' must be a count; got None"),
+        (without_phase, "QATCallback: 'phase' must be a phase of the schedule; it is missing"),
         (with_texts_for_weights, "'conv.weight' in 'state_dict' must be a tensor; got str"),
     ],
 )
@@ -345,3 +355,11 @@ def test_resuming_a_checkpoint_that_lacks_a_part_names_the_part(
 ) -> None:
     with pytest.raises(MisconfigurationException, match=text):
         trainer(qat(), max_epochs=3).fit(Net(), loader(), ckpt_path=edited(checkpoint, change))
+
+
+def test_a_run_resumed_from_a_recipe_alone_calibrates(
+    trainer: Callable[..., L.Trainer], checkpoint: Path
+) -> None:
+    run = trainer(qat(), max_epochs=3)
+    run.fit(Net(), loader(), ckpt_path=edited(checkpoint, with_a_recipe_alone))
+    assert run.current_epoch == 3
