@@ -13,6 +13,7 @@ from lightning_qat.callback.console import say
 from lightning_qat.callback.lightning_private import is_fitting
 from lightning_qat.callback.loggers import QuantizationLog
 from lightning_qat.callback.phase_tracker import DESCRIPTIONS, PhaseTracker
+from lightning_qat.callback.watch.training_watch import TrainingWatch
 from lightning_qat.checkpoint.contents import has_ranges
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.observation_gate import ObservationGate
@@ -50,6 +51,7 @@ class PhaseHooks(Callback):
         self._commits = RangeCommits()
         self._gate = ObservationGate()
         self._record = RunRecord()
+        self._watch = TrainingWatch()
 
     def on_phase_change(
         self, trainer: Trainer, pl_module: LightningModule, old: Phase | None, new: Phase
@@ -79,7 +81,7 @@ class PhaseHooks(Callback):
         use_weight_cache(pl_module, self._weights if pl_module.automatic_optimization else None)
         self._gate.open = False
         self._phases.leave_phase()
-        self._record = RunRecord()
+        self._record, self._watch = RunRecord(), TrainingWatch()
         self._calibration.start(trainer, pl_module)
         self._enter_phase(trainer, pl_module)
 
@@ -96,6 +98,7 @@ class PhaseHooks(Callback):
         self._weights.open = True
         self._gate.open, self._gate.trains_in_eval = True, not pl_module.training
         self._log.start(trainer, pl_module)
+        self._watch.start(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -125,6 +128,7 @@ class PhaseHooks(Callback):
             self._enter_phase(trainer, pl_module)
         self._log.finish(trainer)
         self._record.add(trainer.global_step, outputs)
+        self._watch.finish(pl_module, outputs)
 
     def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
         old = self._phases.phase
@@ -138,6 +142,7 @@ class PhaseHooks(Callback):
                 f"({DESCRIPTIONS[new.name]})"
             )
             self._record.enter(trainer.global_step, new.name)
+            self._watch.enter(new.name)
             # To the loggers, at the change: self.log at every step costs more than the ranges.
             for logger in trainer.loggers:
                 logger.log_metrics({"qat/phase": float(new.index)}, step=trainer.global_step)
@@ -213,6 +218,7 @@ class PhaseHooks(Callback):
         """Let go of the module: its quantizers, cached weights and frozen batch norms."""
         self._calibration.end()
         self._log.cancel()
+        self._watch.cancel()
         self._quantizers = {}
         self._commits = RangeCommits()
         self._weights = QuantizedWeightCache()

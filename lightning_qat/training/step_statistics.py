@@ -46,10 +46,11 @@ class StepStatistics:
 
     Args:
         model: A prepared model; until ``finish`` its quantizers carry hooks.
+        weights: Look at the weights as well, which quantizes each once more.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, *, weights: bool = True) -> None:
+        self._model, self._weights = model, weights
         self._clipped: dict[str, list[Tensor]] = defaultdict(list)
         self._samples: dict[str, Tensor] = {}
         self._quantizers = {
@@ -68,7 +69,11 @@ class StepStatistics:
         """Take the hooks off, and read everything; waits for the device once."""
         self.cancel()
         with torch.no_grad(), hide_from_hooks():
-            weights = [one for one in quantized_weights(self._model) if one.quantizer.quantizing]
+            weights = [
+                one
+                for one in (quantized_weights(self._model) if self._weights else ())
+                if one.quantizer.quantizing
+            ]
             tensors = dict(self._numbers(weights))
         if not tensors:
             return Statistics({}, {})
