@@ -12,6 +12,7 @@ from lightning_qat.cli.command import WRONG, WithHelp
 
 COMMANDS: Mapping[str, str] = {
     "export": "export a QAT checkpoint, or a converted model, to files",
+    "calibrate": "quantize a float checkpoint without training, and export it",
     "inspect": "show what a file quantizes and what it leaves float",
     "verify": "compare exported files with the converted model",
     "compare": "say where an exported file departs from the converted model",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +20,11 @@ from lightning_qat.cli.command import (
 )
 from lightning_qat.cli.console import say
 from lightning_qat.cli.converted import CheckpointOptions, is_converted, load_converted
+from lightning_qat.cli.delivered import is_fine, lines_of
 from lightning_qat.cli.targets import available
 
 if TYPE_CHECKING:
-    from lightning_qat.export.delivery.result import Delivery, ExportResult
+    from lightning_qat.export.delivery.result import Delivery
 
 
 @command("export")
@@ -109,7 +109,7 @@ def export(
     if as_json and has_manifest:
         print_json(json.loads((out / MANIFEST).read_text(encoding="utf-8")))
     elif not as_json:
-        print("\n".join(_lines(delivery.results)))
+        print("\n".join(lines_of(delivery.results)))
         if has_manifest:
             print(f"manifest: {out / MANIFEST}")
         if has_report:
@@ -117,7 +117,7 @@ def export(
     _say_what_failed(delivery)
     if delivery.interrupt is not None:
         raise delivery.interrupt
-    fine = all(map(_is_fine, delivery.results)) and not delivery.unwritten
+    fine = all(map(is_fine, delivery.results)) and not delivery.unwritten
     return FINE if fine else FOUND
 
 
@@ -129,22 +129,3 @@ def _say_what_failed(delivery: Delivery) -> None:
         todo = ",".join(delivery.failed)
         finish = f"To try what failed again: {again} --to {todo}\n" if todo else ""
         print(f"lightning-qat export: {problem}\n{finish}", end="", file=sys.stderr)
-
-
-def _is_fine(result: ExportResult) -> bool:
-    agreement = result.agreement
-    return result.error is None and not (agreement and agreement.parameter_differences)
-
-
-def _lines(results: Sequence[ExportResult]) -> list[str]:
-    lines = []
-    for result in results:
-        if result.agreement is not None:
-            lines.append(str(result.agreement))
-        if result.error is not None:
-            lines.append(f"{result.target}: failed: {type(result.error).__name__}: {result.error}")
-        if result.artifact is not None:
-            told = (*result.artifact.differences, *result.artifact.notes)
-            lines += [f"  {note}" for note in told]
-            lines += [f"  {role}: {path}" for role, path in result.artifact.files.items()]
-    return lines
