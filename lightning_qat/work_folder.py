@@ -46,7 +46,7 @@ def work_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder / _FILES
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -135,11 +135,18 @@ def _remove_abandoned(folder: Path) -> bool:
         told = lock is not None and f".{_machine()}." in folder.name
         if not told and time.time() - _last_change(folder) < STALE_SECONDS:
             return False
-        shutil.rmtree(folder)
+        _remove(folder)
         return True
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _remove(folder: Path, *, ignore_errors: bool = False) -> None:
+    """The lock goes last: a process that is killed meanwhile leaves a folder that tells."""
+    if (folder / _FILES).exists():
+        shutil.rmtree(folder / _FILES, ignore_errors=ignore_errors)
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _is_free(lock: int) -> bool:

@@ -148,3 +148,40 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(
         assert sweep(tmp_path) == ()
         assert folder.is_dir()
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("victim", ["the writer", "the sweep"])
+def test_a_process_that_is_killed_while_it_removes_a_folder_leaves_the_lock(
+    victim: str, tmp_path: Path
+) -> None:
+    """A folder without a lock would stay for a day."""
+    code = """
+import os, pathlib, sys
+from lightning_qat.work_folder import sweep, work_folder
+parent, victim = pathlib.Path(sys.argv[1]), sys.argv[2]
+unlink = os.unlink
+
+def killed(*arguments, **options):
+    unlink(*arguments, **options)
+    os._exit(9)
+
+block = work_folder(parent)
+folder = block.__enter__()
+for name in ("a", "b"):
+    (folder / name).write_text("unfinished")
+if victim == "the writer":
+    os.unlink = killed
+    block.__exit__(None, None, None)
+os._exit(0)
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path), victim]
+    writer = subprocess.run(arguments, check=False)
+    assert writer.returncode == (9 if victim == "the writer" else 0)
+    if victim == "the sweep":
+        sweeping = code.partition("block =")[0] + "os.unlink = killed\nsweep(parent)"
+        done = subprocess.run([*arguments[:2], sweeping, *arguments[3:]], check=False)
+        assert done.returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert (left / "lock").exists()
+    assert sweep(tmp_path) == (left,)
+    assert [*tmp_path.iterdir()] == []

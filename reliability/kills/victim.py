@@ -95,7 +95,9 @@ def train(folder: Path, exporting: Callable[[], None] = lambda: None) -> None:
         folder / SAVED,
         save_last=True,
         save_top_k=-1,
-        every_n_train_steps=2,
+        # Never in the last batch of an epoch but the last: resumed from there, and once more within
+        # the next epoch, Lightning 2.6.6 trains too many steps, also without QAT.
+        every_n_train_steps=3,
         enable_version_counter=False,
     )
     qat = QATCallback(
