@@ -157,10 +157,18 @@ def _require_same_meaning(node: ir.Node, source: int, target: int) -> None:
         if index >= len(new.inputs) and not variadic:
             raise CannotExpress(f"has no input {old.inputs[index].name!r} yet")
         formal = new.inputs[min(index, len(new.inputs) - 1)]
-        if value.dtype is not None and _type_name(value.dtype) not in formal.types:
+        if value.dtype is not None and _type_name(value.dtype) not in _types(new, formal):
             raise CannotExpress(
                 f"does not take {value.dtype.name} for its input {formal.name!r} yet"
             )
+
+
+def _types(schema: onnx.defs.OpSchema, formal: onnx.defs.OpSchema.FormalParameter) -> set[str]:
+    """The types of an input; onnx 1.20 raises a TypeError for ``formal.types``."""
+    for constraint in schema.type_constraints:
+        if constraint.type_param_str == formal.type_str:
+            return set(constraint.allowed_type_strs)
+    return {formal.type_str}
 
 
 def _default(schema: onnx.defs.OpSchema, name: str) -> Any:
