@@ -138,9 +138,7 @@ class LightningConfig:
         try:
             parser.add_class_arguments(cls, key, instantiate=False, fail_untyped=False)
             parsed = parser.parse_object({key: dict(given)})
-            # instantiate_classes before version 4.49
-            name = "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes"
-            made = getattr(parser, name)(parsed)[key]
+            made = parser.instantiate(parsed)[key]
             return {name: made[name] for name in given}
         except Exception as error:  # jsonargparse's, and those of classes that it makes
             raise ValueError(

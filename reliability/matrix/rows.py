@@ -39,7 +39,7 @@ _FILES = ("core", "convert", "onnx", "cann", "cli")
 # The lower bounds of pyproject.toml; change both together.
 _OLD_LIBRARIES = (
     *("lightning==2.5.0", "numpy==1.26.4", "onnx==1.17.0", "onnx-ir==0.1.16"),
-    *("onnxruntime==1.22.0", "onnxscript==0.6.2", "PyYAML==6.0.1", "jsonargparse==4.40.0"),
+    *("onnxruntime==1.22.0", "onnxscript==0.6.2", "PyYAML==6.0.1", "jsonargparse==4.50.0"),
 )
 _OLDEST = (*_OLD_LIBRARIES, "protobuf==4.25.0", "click==8.2.0", "rich==13.7.0", "Jinja2==3.1.0")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_qat import QATCallback
 from lightning_qat.training.range_sync import activation_quantizers
-from tests.callback.tiny import BATCHES, Net, Planned, loader, qat, ranges, same
+from tests.callback.tiny import BATCHES, Net, Planned, followed, loader, qat, ranges, same
 
 BF16 = torch.bfloat16
 
@@ -51,8 +51,8 @@ def test_quantizers_stay_float32_and_the_file_agrees(
     # The first range is the data's own, in the precision that the data had.
     low, high = ranges(net)[0]
     data = [x.to(BF16) if precision == "bf16-true" else x for x, _ in loader()] * 2
-    assert low == pytest.approx(sum(float(x.min()) for x in data) / len(data), rel=1e-6)
-    assert high == pytest.approx(sum(float(x.max()) for x in data) / len(data), rel=1e-6)
+    expected = followed([(float(x.min()), float(x.max())) for x in data])
+    assert (low, high) == pytest.approx(expected, rel=1e-6)
 
 
 def test_layers_made_in_half_precision_are_refused(trainer: Callable[..., L.Trainer]) -> None:

@@ -71,6 +71,18 @@ def loader(scale: float = 1.0, seed: int = 0, batch_size: int = 8) -> DataLoader
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
+def followed(batches: list[tuple[float, float]]) -> tuple[float, float]:
+    """Where the range of a moving average ends with ``SHORT``, in double precision."""
+    low, high = batches[0]
+    for seen, (least, most) in enumerate(batches[1:], 1):
+        low += (least - low) / (seen + 1)
+        high += (most - high) / (seen + 1)
+        if seen >= SHORT.calibration_batches:
+            # Values are quantized: a wider batch counts at once.
+            low, high = min(low, least), max(high, most)
+    return low, high
+
+
 def ranges(module: nn.Module) -> list[tuple[float, float]]:
     """Of every activation quantizer, the input's first."""
     return [(float(q.min_val), float(q.max_val)) for q in activation_quantizers(module).values()]

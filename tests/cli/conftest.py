@@ -43,6 +43,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
     """Run the program with arguments."""
 
     def command(*arguments: object) -> Done:
+        capfd.readouterr()  # what the test has printed before
         try:
             code = cli.main([*map(str, arguments)])
         except SystemExit as end:
