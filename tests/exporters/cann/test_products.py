@@ -60,7 +60,8 @@ def test_a_product_without_antiquant_gets_float_operators_of_the_same_values(
     np.testing.assert_array_equal(found, expected)
     agreement = verify(model, artifact, (x,), exporter)
     assert agreement.parameters_equal
-    assert agreement.max_steps <= 1
+    # One step, as a quotient of float32.
+    assert agreement.max_steps <= 1.001
     assert not [f for f in exporter.lint(artifact.files["model"]) if f.severity == "error"]
     errors = [f for f in exporter.lint(usual.files["model"]) if f.severity == "error"]
     assert errors
