@@ -115,6 +115,32 @@ def json_option(function: _Function) -> _Function:
     )
 
 
+def project_options(function: _Function) -> _Function:
+    """Add ``--config``, ``--module``, ``--datamodule`` and ``--init-args``: the user's code."""
+    options = (
+        click.option(
+            "--config",
+            type=FILE,
+            metavar="FILE.yaml",
+            help="LightningCLI's configuration: the module and the data, with their arguments.",
+        ),
+        click.option(
+            "--module", metavar="PKG.CLASS", help="The LightningModule, if no class is there."
+        ),
+        click.option(
+            "--datamodule", metavar="PKG.CLASS", help="The LightningDataModule, likewise."
+        ),
+        click.option(
+            "--init-args",
+            metavar="JSON",
+            help="Arguments of the module's constructor: JSON, YAML, a file.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def trust_option(function: _Function) -> _Function:
     """Add ``--trust``, which loads a file without a look at it."""
     return click.option(

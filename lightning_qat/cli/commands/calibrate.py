@@ -17,6 +17,7 @@ from lightning_qat.cli.command import (
     command,
     json_option,
     print_json,
+    project_options,
     trust_option,
 )
 from lightning_qat.cli.console import say
@@ -34,17 +35,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", type=FILE, metavar="CKPT")
 @click.option("--to", required=True, metavar="TARGETS", help="Targets with commas: cann,tflite.")
 @click.option("--out", required=True, type=FILE, metavar="FOLDER", help="Where the files go.")
-@click.option(
-    "--config",
-    type=FILE,
-    metavar="FILE.yaml",
-    help="LightningCLI's configuration: the module and the data, with their arguments.",
-)
-@click.option("--module", metavar="PKG.CLASS", help="The LightningModule, if no class is there.")
-@click.option("--datamodule", metavar="PKG.CLASS", help="The LightningDataModule, likewise.")
-@click.option(
-    "--init-args", metavar="JSON", help="Arguments of the module's constructor: JSON, YAML, a file."
-)
+@project_options
 @click.option(
     "--recipe",
     default="int8",

@@ -20,6 +20,7 @@ from lightning_qat.cli.command import (
     command,
     json_option,
     print_json,
+    project_options,
     trust_option,
 )
 from lightning_qat.cli.console import say
@@ -61,17 +62,7 @@ def _bits(
 
 @command("sensitivity")
 @click.argument("checkpoint", type=FILE, metavar="CKPT")
-@click.option(
-    "--config",
-    type=FILE,
-    metavar="FILE.yaml",
-    help="LightningCLI's configuration: the module and the data, with their arguments.",
-)
-@click.option("--module", metavar="PKG.CLASS", help="The LightningModule, if no class is there.")
-@click.option("--datamodule", metavar="PKG.CLASS", help="The LightningDataModule, likewise.")
-@click.option(
-    "--init-args", metavar="JSON", help="Arguments of the module's constructor: JSON, YAML, a file."
-)
+@project_options
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
