@@ -114,7 +114,8 @@ def test_data_of_every_type_are_taken_as_onnx_writes_them(tmp_path: Path) -> Non
             raw = numpy_helper.from_array(numpy_helper.to_array(proto.graph.initializer[-1]))
             raw.name = f"{name}.raw"
             proto.graph.initializer.append(raw)
-    assert len(load_proto(saved(proto, tmp_path)).graph.initializer) >= 40
+    # Two complex and two packed types less, as raw data.
+    assert len(load_proto(saved(proto, tmp_path)).graph.initializer) > (36 if OLD_ONNX else 40)
 
 
 def external(folder: Path, size: int = 16, **entries: str) -> Path:
