@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 MB = 2**20
 
@@ -27,20 +28,22 @@ def resident() -> int:
 def live_tensors() -> tuple[int, int]:
     """The number of tensors that Python reaches, and their bytes; storages are counted once.
 
-    Fake tensors, which ``torch.export`` leaves behind, hold no bytes and count.
+    Meta, fake and functional tensors, of which ``torch.export`` leaves some, count without bytes.
     """
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
-    real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
     storages = {}
-    for tensor in real:
-        if tensor.layout is not torch.strided:
+    for tensor in tensors:
+        if isinstance(tensor, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(tensor):
+            continue
+        if tensor.is_meta or tensor.layout is not torch.strided:
             continue
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:  # a wrapper of torch.func that an earlier transform left
             continue
-        storages[storage.data_ptr()] = storage.nbytes()
+        # Not by the address of its data, which a storage without data refuses to give.
+        storages[storage._cdata] = storage.nbytes()
     return len(tensors), sum(storages.values())
 
 
