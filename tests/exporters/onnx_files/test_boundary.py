@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from lightning_qat_exporters.onnx_files.boundary import inference
 from lightning_qat_exporters.onnx_files.boundary.functions import DEEPEST
 from lightning_qat_exporters.onnx_files.read import load_proto, load_with_data, read_onnx
 
@@ -360,6 +361,30 @@ def test_a_size_on_which_onnx_ends_the_process_is_refused(case: str, tmp_path: P
     for read in (read_onnx, load_proto):
         with pytest.raises(ValueError, match=rf"A Slice of .* must read sizes of zero.*{match}"):
             read(path)
+
+
+def test_the_process_that_tries_a_slice_needs_only_the_c_code_of_onnx_or_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(BELOW_ZERO["declared"][0], tmp_path)
+    run = "import onnx, sys; onnx.shape_inference.infer_shapes(onnx.load(sys.argv[1]))"
+    if subprocess.run([sys.executable, "-c", run, path], capture_output=True).returncode == 0:
+        pytest.skip("onnx was built without assertions")
+    begun = list[list[str]]()
+    starts = subprocess.run
+
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        # No installed package can be imported here.
+        begun.append([command[0], "-I", "-S", *command[1:]] if alone else command)
+        return starts(begun[-1], **options)
+
+    monkeypatch.setattr(inference.subprocess, "run", start)
+    for alone in (True, False):
+        if not alone:
+            monkeypatch.setattr(inference.onnx_cpp2py_export, "__file__", str(tmp_path / "gone.so"))
+        with pytest.raises(ValueError, match="must read sizes of zero"):
+            read_onnx(path)
+    assert len(begun) == 2
 
 
 def test_a_slice_of_known_sizes_is_read(tmp_path: Path) -> None:
