@@ -15,6 +15,7 @@ from lightning_qat.function_hooks.running import running
 from lightning_qat.model.torch_private import is_in_backward
 from lightning_qat.numerics.arithmetic import range_qparams
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
+from lightning_qat.numerics.calibration.clipping import widened_if_narrow
 from lightning_qat.numerics.calibration.histogram import (
     HISTOGRAM_BINS,
     SMALLEST_REACH,
@@ -170,6 +171,9 @@ class RangeObserver(Quantizer):
             add_to_histogram(self.histogram, self.reach, x, self.spec.samples or SAMPLES)
         found = histogram_range(self.histogram, self.reach, self.grid, self.spec.symmetric)
         whole = batch_range(x)
+        if self.is_clipping:
+            # All batches before may say nothing of what the network computes by now.
+            found = widened_if_narrow(found, whole, x, self.grid)
         # Not finite: for the commit to refuse.
         return torch.where(torch.isfinite(whole).all(), found, whole)
 

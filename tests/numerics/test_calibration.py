@@ -324,6 +324,18 @@ def test_quantizers_that_clip_and_others_are_committed_together() -> None:
     assert [float(q.max_val) for q in several] == pytest.approx([9.0, 13 / 3, 3.0])
 
 
+def test_a_histogram_of_old_batches_clips_no_more_than_its_share_of_a_new_one() -> None:
+    """6.3 % at 4 bits: 5 of 100 values may be clipped, 8 may not."""
+    quantizer = ActivationQuantizer(ActivationSpec(bits=4, calibration="histogram"))
+    quantizer(torch.linspace(0.0, 1.0, 100_000))
+    for large, quantizing, whole in ((5, True, False), (8, False, False), (8, True, True)):
+        quantizer.quantizing = quantizing
+        batch = torch.linspace(0.0, 1.0, 100)
+        batch[:large] = 3.0
+        quantizer(batch)
+        assert (float(quantizer.max_val) == 3.0) == whole
+
+
 @pytest.mark.parametrize("calibration", ["moving_average", "percentile"])
 def test_an_output_that_grows_from_nothing_reaches_its_target(calibration: str) -> None:
     """An average alone stays behind, and what it clips gets no gradient: 9 % of the error stay."""
