@@ -27,27 +27,24 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.accuracy import (
-    BATCH,
-    EPOCHS,
-    RATE,
-    accuracy,
+from benchmarks.accuracy.digits import DIGITS
+from benchmarks.accuracy.protocol import (
     batches,
     calibrate,
     calibration,
-    data,
-    learned,
-    network,
     train,
+    trained_in_float,
     with_error,
 )
+from benchmarks.accuracy.task import BATCH, Data, score
+from benchmarks.accuracy.tools import learned
 from lightning_qat import Recipe, prepare
 from lightning_qat.quantizers.factory import quantizer_parameters
 from lightning_qat.recipe.schedule import Phase
 from lightning_qat.training.phases import apply_phase
 from lightning_qat.training.range_sync import commit_ranges
 
-Batches = tuple[Tensor, Tensor, Tensor, Tensor]
+EPOCHS, RATE = DIGITS.epochs, DIGITS.rate
 
 
 @dataclass(frozen=True)
@@ -114,22 +111,22 @@ def changed(weight: int, activation: int) -> dict[str, Setting]:
     }
 
 
-def run(setting: Setting, checkpoint: nn.Module, pictures: Batches, seed: int) -> float:
+def run(setting: Setting, checkpoint: nn.Module, pictures: Data, seed: int) -> float:
     """Train one network; its accuracy on the test pictures."""
-    x, y, x_test, y_test = pictures
+    x, y = pictures.x, pictures.y
     model = copy.deepcopy(checkpoint)
     prepare(model, setting.recipe, x[:2])
     calibrate(model, x, seed)
     fit(setting, model, copy.deepcopy(checkpoint).eval(), x, y, seed)
     if setting.batchnorm_again:
         estimate_batchnorms(model, x)
-    return accuracy(model, x_test, y_test)
+    return score(DIGITS, model, pictures)
 
 
 def fit(
     setting: Setting, model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, seed: int
 ) -> None:
-    """The training of ``benchmarks.accuracy.train``, with what a setting changes."""
+    """The training of ``benchmarks.accuracy.protocol``, with what a setting changes."""
     generator = torch.Generator().manual_seed(seed)
     own = [*quantizer_parameters(model)]
     others = [p for p in model.parameters() if all(p is not q for q in own)]
@@ -235,10 +232,10 @@ class HandLayer(nn.Module):
 
 
 def by_hand(
-    weight: int, activation: int, checkpoint: nn.Module, pictures: Batches, seed: int
+    weight: int, activation: int, checkpoint: nn.Module, pictures: Data, seed: int
 ) -> float:
     """Train with the quantizers of this file."""
-    x, y, x_test, y_test = pictures
+    x = pictures.x
     model = copy.deepcopy(checkpoint).eval()
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
@@ -254,21 +251,18 @@ def by_hand(
         for name, child in [*parent.named_children()]:
             if child in seen:
                 setattr(parent, name, HandLayer(child, weight, activation, torch.cat(seen[child])))
-    train(model, x, y, EPOCHS, RATE, seed)
-    return accuracy(model, x_test, y_test)
+    train(DIGITS, model, pictures, EPOCHS, RATE, seed)
+    return score(DIGITS, model, pictures)
 
 
 def results(seed: int, only: str) -> dict[str, float]:
     """The accuracy of every setting, for one seed."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    pictures = data(seed)
-    x, y, x_test, y_test = pictures
-    checkpoint = network()
-    train(checkpoint, x, y, 40, 3e-3, seed)
+    pictures = DIGITS.data(seed)
+    checkpoint = trained_in_float(DIGITS, pictures, seed)
     longer = copy.deepcopy(checkpoint)
-    train(longer, x, y, EPOCHS, RATE, seed)
-    found = {"float": accuracy(longer, x_test, y_test)}
+    train(DIGITS, longer, pictures, EPOCHS, RATE, seed)
+    found = {"float": score(DIGITS, longer, pictures)}
     trials: dict[str, Callable[[], float]] = {}
     for weight, activation in ((4, 4), (2, 4)):
         bits = f"W{weight}A{activation}"

@@ -88,6 +88,7 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
         Uint8ActPerTensorFloat,
     )
 
+    kinds = {nn.Conv1d: qnn.QuantConv1d, nn.Conv2d: qnn.QuantConv2d}
     options: dict[str, Any] = {
         "weight_quant": Int8WeightPerChannelFloat,
         "weight_bit_width": weight,
@@ -99,10 +100,11 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
     for name, layer in list(model.named_modules()):
         new: nn.Module
         bias = getattr(layer, "bias", None) is not None
-        if isinstance(layer, nn.Conv2d):
-            sizes = layer.in_channels, layer.out_channels, layer.kernel_size
-            new = qnn.QuantConv2d(
-                *sizes,
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            new = kinds[type(layer)](
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,
                 stride=layer.stride,
                 padding=layer.padding,
                 groups=layer.groups,

@@ -28,7 +28,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -38,8 +37,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import accuracy as digits
-from benchmarks.accuracy import EPOCHS, RATE, accuracy, calibrate, train, with_error
+from benchmarks.accuracy.digits import DIGITS
+from benchmarks.accuracy.mnist1d import MNIST1D
+from benchmarks.accuracy.protocol import calibrate, train, trained_in_float, with_error
+from benchmarks.accuracy.task import Data, Task, score
 from benchmarks.nets import resnet18
 from lightning_qat import Recipe, WeightSpec, convert, export, prepare
 from lightning_qat.export.protocol import Array, Artifact
@@ -52,53 +53,7 @@ from lightning_qat_exporters.onnx_files.run import has_vnni
 EXACT = "session.x64quantprecision"
 
 
-class Task(NamedTuple):
-    """Data, and a network for them.
-
-    Args:
-        data: Of a seed: train inputs and labels, test inputs and labels.
-        network: An untrained one.
-        epochs: Of the training in float that comes first.
-    """
-
-    data: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
-    network: Callable[[], nn.Module]
-    epochs: int
-
-
-def mnist1d_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST-1D by its authors' generator."""
-    try:
-        from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-not-found]
-    except ImportError as error:
-        text = f"{error}. The task mnist1d needs pip install 'lightning-qat[bench]'."
-        raise SystemExit(text) from error
-    arguments = get_dataset_args()
-    arguments.num_samples, arguments.train_split, arguments.seed = 8000, 0.5, seed
-    made = make_dataset(arguments)
-    x, x_test = (torch.tensor(made[k], dtype=torch.float32)[:, None] for k in ("x", "x_test"))
-    y, y_test = (torch.tensor(made[k]) for k in ("y", "y_test"))
-    return x, y, x_test, y_test
-
-
-def mnist1d_network(width: int = 32) -> nn.Module:
-    """Four convolutions over a line of 40 numbers, to 10 classes."""
-    sizes = [(1, width, 5, 1), (width, 2 * width, 3, 2), *[(2 * width, 2 * width, 3, 2)] * 2]
-    blocks = [
-        nn.Sequential(
-            nn.Conv1d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-            nn.BatchNorm1d(outputs),
-            nn.ReLU(),
-        )
-        for inputs, outputs, kernel, stride in sizes
-    ]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(2 * width * 5, 10))
-
-
-TASKS = {
-    "digits": Task(digits.data, digits.network, 40),
-    "mnist1d": Task(mnist1d_data, mnist1d_network, 10),
-}
+TASKS = {"digits": DIGITS, "mnist1d": MNIST1D}
 
 
 def session(path: Path, *, optimize: bool = True, exact: bool = False) -> ort.InferenceSession:
@@ -136,13 +91,13 @@ def runs(artifact: Artifact) -> dict[str, Callable[[Tensor], Array]]:
     return ways
 
 
-def quantized(checkpoint: nn.Module, x: Tensor, y: Tensor, bits: int, seed: int) -> nn.Module:
+def quantized(task: Task, checkpoint: nn.Module, data: Data, bits: int, seed: int) -> nn.Module:
     """A float network trained on with ``bits`` bits for weights and every tensor quantized."""
     model = copy.deepcopy(checkpoint)
-    prepare(model, Recipe(weight=WeightSpec(bits=bits)), x[:2])
-    calibrate(model, x, seed)
+    prepare(model, Recipe(weight=WeightSpec(bits=bits)), data.x[:2])
+    calibrate(model, data.x, seed)
     apply_phase(model, Phase("quantize", True, True, False))
-    train(model, x, y, EPOCHS, RATE, seed)
+    train(task, model, data, task.epochs, task.rate, seed)
     return model.eval()
 
 
@@ -151,15 +106,14 @@ def accuracies_of(task: Task, seeds: int, folder: Path) -> Table:
     found: dict[str, list[tuple[float, float, float, float]]] = {}
     floats = []
     for seed in track(range(seeds), "seeds"):
-        torch.manual_seed(seed)
-        x, y, x_test, y_test = task.data(seed)
-        checkpoint = task.network()
-        train(checkpoint, x, y, task.epochs, 3e-3, seed)
+        data = task.data(seed)
+        x_test, y_test = data.x_test, data.y_test
+        checkpoint = trained_in_float(task, data, seed)
         longer = copy.deepcopy(checkpoint)
-        train(longer, x, y, EPOCHS, RATE, seed)
-        floats.append(accuracy(longer, x_test, y_test))
+        train(task, longer, data, task.epochs, task.rate, seed)
+        floats.append(score(task, longer, data))
         for bits in (8, 7):
-            model = convert(quantized(checkpoint, x, y, bits, seed), x_test[:4])
+            model = convert(quantized(task, checkpoint, data, bits, seed), x_test[:4])
             artifact = export(model, "fake_quant_onnx", folder / f"w{bits}_{seed}")
             (step,) = model.output_steps.values()
             outputs = {name: run(x_test) for name, run in runs(artifact).items()}

@@ -87,12 +87,13 @@ def _set_layer(factors: LayerFactors) -> None:
 @torch.no_grad()
 def _set_activation(quantizer: Any, scale: float, offset: int) -> None:
     assert isinstance(quantizer, LearnedStepActivation)  # the recipe asks for it
-    quantizer.scale.fill_(scale)
-    low = (quantizer.grid.qmin - offset) * quantizer.scale
+    step = torch.full_like(quantizer.min_val, scale)
+    quantizer.start_from_step(step)
+    low = (quantizer.grid.qmin - offset) * step
     if quantizer.low is not None:
         quantizer.low.copy_(low)
     quantizer.min_val.copy_(low)
-    quantizer.max_val.copy_((quantizer.grid.qmax - offset) * quantizer.scale)
+    quantizer.max_val.copy_((quantizer.grid.qmax - offset) * step)
     quantizer.batches.fill_(1)
     quantizer.calibrated = True
 

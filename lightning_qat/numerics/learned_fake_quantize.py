@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lightning_qat.numerics.arithmetic import along_axis, zero_point_of
+from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, zero_point_of
 from lightning_qat.numerics.int_repr import IntRepr, attach_int_repr
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.kernels.loops import GradientMask
@@ -164,6 +164,54 @@ def gradient_factor(values: int, grid: IntegerGrid, *, has_low: bool) -> float:
     highest = grid.qmax - grid.qmin if has_low else grid.qmax
     factor: float = (max(values, 1) * highest) ** -0.5
     return factor
+
+
+def step_of_half_width(half_width: Tensor, grid: IntegerGrid) -> Tensor:
+    """The step of a grid from a parameter that is half as wide as the grid.
+
+    ``scale = max(|half_width| / half_count, MIN_SCALE)``. The gradient of the scale is passed on as
+    it is, not divided by ``half_count``: LSQ has made it as large as those of weights. Plain
+    gradient descent moves the scale by ``1 / half_count`` of what it would move a scale, and an
+    optimizer whose steps are as long as its learning rate (Adam) moves a range by that, where it
+    would move a scale by more than a whole step of 8 bits.
+
+    Args:
+        half_width: Parameter of any shape, float32.
+        grid: The integers in use.
+
+    Returns:
+        The scale, positive, in the same shape.
+
+    Example:
+        >>> width = torch.tensor(64.0, requires_grad=True)
+        >>> scale = step_of_half_width(width, IntegerGrid.activation(8))
+        >>> scale.backward()
+        >>> scale.item(), width.grad.item()
+        (0.5, 1.0)
+    """
+    if is_compiling() or is_transforming():
+        scale = (half_width.abs() / grid.half_count).clamp(min=MIN_SCALE)
+        # Adds zero, and the rest of the gradient.
+        rest = torch.where(scale > MIN_SCALE, half_width.sign(), 0.0)
+        rest = rest * (1 - 1 / grid.half_count)
+        return scale + (half_width - half_width.detach()) * rest.detach()
+    result: Tensor = _StepOfHalfWidth.apply(half_width, grid.half_count)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StepOfHalfWidth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, half_width: Tensor, half_count: float) -> Tensor:
+        scale = (half_width.abs() / half_count).clamp_(min=MIN_SCALE)
+        ctx.save_for_backward(half_width)
+        ctx.half_count = half_count
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (half_width,) = ctx.saved_tensors
+        too_small = half_width.abs() < MIN_SCALE * ctx.half_count
+        return grads[0] * half_width.sign().masked_fill_(too_small, 0.0), None
 
 
 class _LearnedGrid:

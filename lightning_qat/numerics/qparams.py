@@ -57,6 +57,11 @@ class IntegerGrid:
         return cls(-full.qmax, full.qmax) if bits >= 8 else full
 
     @property
+    def half_count(self) -> float:
+        """Half the number of integers: with all those of its bits, a power of two."""
+        return (self.qmax - self.qmin + 1) / 2
+
+    @property
     def symmetric(self) -> IntegerGrid:
         """The grid whose ends the largest absolute value touches: -127 .. 127 of -128 .. 127."""
         return IntegerGrid(-self.qmax, self.qmax)

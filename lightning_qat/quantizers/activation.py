@@ -69,6 +69,9 @@ class ActivationQuantizer(RangeObserver):
         observes = self.is_observing and self.spec.clip is None
         return not (observes or (self.quantizing and self.calibrated))
 
+    def count_batch(self) -> None:
+        """Called once for a batch whose ranges were committed, alike on all processes."""
+
     def forward(self, x: Tensor, saves_input: bool = False) -> Tensor:
         """Observe (in training), then fake-quantize; any shape, the dtype of ``x`` is kept.
 

@@ -1,23 +1,32 @@
-"""Activation quantizers whose scale and range ends are parameters."""
+"""Activation quantizers whose range is a matter of parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from lightning_qat.model.torch_private import is_in_backward
 from lightning_qat.numerics.arithmetic import affine_qparams, symmetric_scale, zero_point_of
+from lightning_qat.numerics.calibration.clipping import too_narrow
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
 from lightning_qat.numerics.gpu.launch import runs_kernels, suits
 from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_on_device
-from lightning_qat.numerics.learned_fake_quantize import gradient_factor, learned_fake_quantizer
-from lightning_qat.numerics.min_max import Observe
+from lightning_qat.numerics.learned_fake_quantize import (
+    gradient_factor,
+    learned_fake_quantizer,
+    step_of_half_width,
+)
+from lightning_qat.numerics.min_max import Observe, batch_range
+from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.activation import ActivationQuantizer
-from lightning_qat.quantizers.learned_weight import positive_scale
 from lightning_qat.recipe.specs import ActivationSpec
+
+LOOKS_EVERY = 16
+"""A learned range is compared with every so many batches, and with each of the first ones."""
 
 
 class LearnedActivation(ActivationQuantizer):
@@ -25,7 +34,14 @@ class LearnedActivation(ActivationQuantizer):
 
     The range is observed until fake quantization begins: during the calibration phase of a
     schedule, and in the first ``calibration_batches`` training batches. From then on it is a matter
-    of gradients: what was learned is never calibrated again.
+    of gradients: what was learned is never calibrated again. But a range that clips too much of a
+    batch (``too_narrow``), which gradients would widen by steps of the learning rate while nothing
+    comes back through what is clipped, is widened to that batch at once, while ranges are observed.
+    Looking at a batch takes a pass of its own, so 15 of 16 batches are not looked at.
+
+    Attributes:
+        seen: The number of training batches; while it learns, ``batches`` has it in a state_dict.
+        looking: Whether the next batch is compared with the range.
     """
 
     _normalized: ClassVar[bool] = True
@@ -35,11 +51,21 @@ class LearnedActivation(ActivationQuantizer):
         super().__init__(spec)
         # Not derived from `batches`: that would wait for the device at every commit.
         self.seen = 0
+        self.looking = True
+        self._pending_version = -1
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether the range is a matter of gradients by now."""
+        return self.calibrated and self.quantizing
 
     @property
     def follows_data(self) -> bool:
-        """Until learning starts."""
-        return not (self.calibrated and self.quantizing)
+        """Until learning starts, and then in the batches that are looked at."""
+        if not self.is_learning:
+            return True
+        # A compiled forward that commits for itself would have to count.
+        return self.looking and (self.deferred or not is_compiling())
 
     @property
     def follows_range(self) -> bool:
@@ -49,9 +75,73 @@ class LearnedActivation(ActivationQuantizer):
     @property
     def learns_from_range(self) -> bool:
         """Until learning starts."""
-        return self.pending is not None
+        return self.pending is not None and not self.is_learning
 
-    # What is fake-quantized here no longer follows the data, so ``observe`` is None.
+    def count_batch(self) -> None:
+        """Count a batch in which the range was learned; for whoever commits ranges."""
+        if self.is_learning:
+            self.seen += 1
+            self.looking = self.seen < LOOKS_EVERY or self.seen % LOOKS_EVERY == 0
+
+    def range_of(self, x: Tensor) -> Tensor:
+        """The range of a tensor for which the learned one is too narrow; else minus infinity."""
+        if not self.is_learning:
+            return super().range_of(x)
+        self._widen_after_step()
+        low, high = self._ends()
+        narrow = too_narrow(x, torch.stack((-low, high)), self.grid)
+        return torch.where(narrow, batch_range(x), -torch.inf)
+
+    def observe(self, batch: Tensor) -> None:
+        """Note what ``range_of`` found; alone, until the optimizer has taken its step.
+
+        Backward needs the parameters of this forward.
+        """
+        if self.deferred or not self.is_learning:
+            super().observe(batch)
+        elif not is_in_backward():
+            self.pending = batch if self.pending is None else torch.maximum(self.pending, batch)
+            self._pending_version = self._first_parameter()._version
+            self.count_batch()
+
+    def _widen_after_step(self) -> None:
+        """Widen to what was noted in a loop that commits nothing, once that is safe."""
+        if self.pending is None or self.deferred or is_compiling() or is_transforming():
+            return
+        if self._first_parameter()._version != self._pending_version:
+            pending, self.pending = self.pending, None
+            self.widen(pending)
+
+    def _first_parameter(self) -> nn.Parameter:
+        return next(iter(self.parameters(recurse=False)))
+
+    @torch.no_grad()
+    def commit(self, batch: Tensor) -> None:
+        """Take one batch into the range; see ``RangeObserver.commit``, and ``widen``."""
+        if not self.is_learning:
+            super().commit(batch)
+            return
+        self.pending = None
+        self.widen(batch)
+
+    @torch.no_grad()
+    def widen(self, batch: Tensor) -> None:
+        """Widen the learned range to ``(-min, max)``, if that is wider."""
+        low, high = self._ends()
+        wider = (-batch[0] < low) | (batch[1] > high)
+        known = [p.clone() for p in self.parameters(recurse=False)]
+        self._start(torch.minimum(low, -batch[0]), torch.maximum(high, batch[1]))
+        for parameter, before in zip(self.parameters(recurse=False), known, strict=True):
+            parameter.copy_(torch.where(wider, parameter, before))
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest number of the grid."""
+        scale, zero_point = self.scale_and_zero_point()
+        return (self.grid.qmin - zero_point) * scale, (self.grid.qmax - zero_point) * scale
+
+    def _observes_later(self) -> bool:
+        """Looking at a batch takes a pass of its own."""
+        return not self.is_learning and super()._observes_later()
 
     def _fake_quantize(self, x: Tensor, saves_input: bool, observe: Observe | None) -> Tensor:
         return self._fake_quantizer(x.numel(), saves_input, self.compact)(x)
@@ -75,6 +165,10 @@ class LearnedActivation(ActivationQuantizer):
         carries_int_repr: bool,
         clamped: tuple[float, float] | None = None,
     ) -> Callable[[Tensor], Tensor]:
+        if self.in_training and not is_compiling():
+            self._widen_after_step()
+            if not (self.deferred or self.looking):
+                self.count_batch()
         if not runs_kernels(self.min_val.device) or is_compiling():
             return self._by_autograd(values, saves_input, carries_int_repr, clamped)
         symmetric, factor = self.spec.symmetric, 1.0
@@ -132,7 +226,7 @@ class LearnedActivation(ActivationQuantizer):
     def forget_range(self) -> None:
         """Forget what was learned, too: the next batches start it anew."""
         super().forget_range()
-        self.seen = 0
+        self.seen, self.looking = 0, True
 
     def range_changed(self) -> None:
         """Start learning from the range, once enough batches have given it."""
@@ -148,8 +242,14 @@ class LearnedActivation(ActivationQuantizer):
             return super().why_unknown
         return f"only {self.seen} of {wanted} calibration batches have passed through it"
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_learning:
+            self.batches.fill_(self.seen)
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _has_range(self) -> bool:
         self.seen = int(self.batches)
+        self.looking = self.seen < LOOKS_EVERY or self.seen % LOOKS_EVERY == 0
         return self.spec.clip is not None or self.seen >= self.spec.calibration_batches
 
     def _start(self, low: Tensor, high: Tensor) -> None:
@@ -162,18 +262,22 @@ class LearnedStepActivation(LearnedActivation):
     The zero point follows from the lower end and is an integer, so that real zero stays on the grid
     and every target can store it; see ``learned_fake_quantize`` for the gradients.
 
+    The parameter is the step times half the number of integers: half of the range. Adam's steps are
+    as long as the learning rate, which is more than a whole step of 8 bits, but little of a range.
+    Its gradient is that of the step; see ``step_of_half_width``.
+
     Args:
         spec: With ``quantizer="learned"``; ``clip`` is the range that learning starts from.
 
     Attributes:
-        scale: Parameter, scalar: its absolute value is the step.
+        half_width: Parameter, scalar: its absolute value is ``2 ** (bits - 1)`` steps.
         low: Parameter, scalar: lower end of the range; ``None`` when it is symmetric or
             ``fixed_min`` pins it at 0.
     """
 
     def __init__(self, spec: ActivationSpec) -> None:
         super().__init__(spec)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.half_width = nn.Parameter(torch.ones(()))
         self.low = nn.Parameter(torch.zeros(())) if _has_low(spec) else None
         if spec.clip is not None:
             self._start(self.min_val, self.max_val)
@@ -182,25 +286,41 @@ class LearnedStepActivation(LearnedActivation):
     def _start(self, low: Tensor, high: Tensor) -> None:
         if self.spec.symmetric:
             largest = torch.maximum(low.abs(), high.abs())
-            self.scale.copy_(symmetric_scale(largest, self.grid.symmetric))
+            self.start_from_step(symmetric_scale(largest, self.grid.symmetric))
             return
         low = torch.zeros_like(low) if self.low is None else low.clamp(max=0.0)
-        self.scale.copy_(affine_qparams(low, high, self.grid)[0])
+        self.start_from_step(affine_qparams(low, high, self.grid)[0])
         if self.low is not None:
             self.low.copy_(low)
 
+    @torch.no_grad()
+    def start_from_step(self, scale: Tensor) -> None:
+        """Let the step be a scale, to the bit."""
+        largest = torch.finfo(torch.float32).max
+        self.half_width.copy_((scale * self.grid.half_count).clamp(max=largest))
+
     def device_grid(self) -> DeviceGrid:
         """Where a kernel finds the parameters."""
+        width = self.half_width
         if self.low is not None:
-            return DeviceGrid(GridRule.STEP_AND_LOW, self.scale, self.low, self.grid)
-        rule = GridRule.STEP if self.spec.symmetric else GridRule.STEP_FROM_ZERO
-        return DeviceGrid(rule, self.scale, self.scale, self.grid)
+            return DeviceGrid(GridRule.HALF_WIDTH_AND_LOW, width, self.low, self.grid)
+        rule = GridRule.HALF_WIDTH if self.spec.symmetric else GridRule.HALF_WIDTH_FROM_ZERO
+        return DeviceGrid(rule, width, width, self.grid)
 
     def _low_and_scale(self) -> tuple[Tensor | None, Tensor]:
         low: Tensor | None = self.low
         if low is None and not self.spec.symmetric:
-            low = torch.zeros_like(self.scale)
-        return low, positive_scale(self.scale)
+            low = torch.zeros_like(self.half_width)
+        return low, step_of_half_width(self.half_width, self.grid)
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Any, prefix: str, *args: Any
+    ) -> None:
+        stored = state_dict.pop(f"{prefix}scale", None)
+        if isinstance(stored, Tensor):
+            # Earlier versions learned the step itself.
+            state_dict[f"{prefix}half_width"] = stored * self.grid.half_count
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LearnedClipActivation(LearnedActivation):

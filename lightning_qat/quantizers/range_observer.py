@@ -105,6 +105,15 @@ class RangeObserver(Quantizer):
         """Whether observations still change the range; a learned one follows gradients instead."""
         return True
 
+    @property
+    def is_learning(self) -> bool:
+        """Whether the range is a matter of gradients, and a commit can only widen it."""
+        return False
+
+    def widen(self, batch: Tensor) -> None:
+        """Widen a range that is learned to ``(-min, max)``; minus infinity widens nothing."""
+        raise NotImplementedError
+
     def observe_values(self, x: Tensor) -> None:
         """Observe a tensor that a forward quantizes, if this forward is observed."""
         if self.is_observing and x.numel():
@@ -194,7 +203,7 @@ class RangeObserver(Quantizer):
 
     @torch.no_grad()
     def forget_range(self) -> None:
-        """Forget the range and all observations; a fixed range stays."""
+        """Forget the range and all observations; a fixed one stays."""
         self.pending = None
         if self.spec.clip is None:
             for buffer in self.buffers(recurse=False):
@@ -369,6 +378,16 @@ def commit_together(
         batch: ``(-min, max)`` of each by column, shape ``(2, quantizers)``.
         accepted: Those whose range changes, bool ``(quantizers,)``; ``None``: all.
     """
+    learning = [index for index, quantizer in enumerate(quantizers) if quantizer.is_learning]
+    if learning:
+        wanted = batch if accepted is None else batch.where(accepted, -torch.inf)
+        for index in learning:
+            quantizers[index].widen(wanted[:, index])
+        others = sorted({*range(len(quantizers))} - {*learning})
+        if others:
+            columns = None if accepted is None else accepted[others]
+            commit_together([quantizers[index] for index in others], batch[:, others], columns)
+        return
     kept = [[getattr(q, name) for q in quantizers] for name in ("min_val", "max_val", "batches")]
     before = [torch.stack(buffers) for buffers in kept]
     low, high = before[0].clone(), before[1].clone()

@@ -40,7 +40,9 @@ def commit_ranges(model: nn.Module) -> None:
     Raises:
         ValueError: An observed range is not finite; every such layer is named, none is changed.
     """
-    commit_pending(activation_quantizers(model))
+    quantizers = activation_quantizers(model)
+    commit_pending(quantizers)
+    _count(quantizers)
 
 
 def commit_pending(quantizers: Mapping[str, ActivationQuantizer], *, agree: bool = True) -> None:
@@ -86,10 +88,14 @@ class RangeCommits:
             ValueError: A range of this batch or of the one before is not finite.
         """
         self.check()
-        # The same ones on all processes: a learned range begins when the ranges of all are taken.
-        quantizers = {name: q for name, q in quantizers.items() if q.follows_data}
-        if not quantizers:
-            return
+        # The same ones on all processes: a learned range begins when the ranges of all are taken,
+        # and the batches it is compared with are counted.
+        following = {name: q for name, q in quantizers.items() if q.follows_data}
+        if following:
+            self._take(following)
+        _count(quantizers)
+
+    def _take(self, quantizers: Mapping[str, ActivationQuantizer]) -> None:
         if any(map(_must_look, quantizers.values())):
             commit_pending(quantizers)
             return
@@ -130,6 +136,12 @@ def _pending_of_all(quantizers: Iterable[ActivationQuantizer], *, agree: bool) -
     if agree and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     return flat
+
+
+def _count(quantizers: Mapping[str, ActivationQuantizer]) -> None:
+    for quantizer in quantizers.values():
+        if quantizer.deferred:
+            quantizer.count_batch()
 
 
 def _must_look(quantizer: ActivationQuantizer) -> bool:

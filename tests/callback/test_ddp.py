@@ -149,10 +149,11 @@ def test_learned_ranges_start_alike_and_learn_alike(results: Results) -> None:
     assert first["ranges"] == second["ranges"]
     assert first["weights"] == second["weights"]
     assert first["losses"] != second["losses"]
-    # Two batches calibrate; then gradients move the scales, which DDP averages itself.
-    assert {seen for _, _, seen in first["ranges"].values()} == {2}
+    # Two batches calibrate; then gradients move the scales, which DDP averages itself, and while
+    # ranges are observed, each of the first batches may widen them.
+    assert {seen for _, _, seen in first["ranges"].values()} == {FREEZE}
     numbers = 2 * len(first["ranges"])
-    assert first["counted"][:2] == [[numbers]] * 2
+    assert first["counted"][:FREEZE] == [[numbers]] * FREEZE
     assert first["counted"][FREEZE:] == [[]] * (EPOCHS * BATCHES - FREEZE)
 
 

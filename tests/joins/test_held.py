@@ -109,17 +109,17 @@ def test_what_goes_through_all_parts_of_a_model_goes_through_them() -> None:
     assert len(joins) > 3
     assert all(model.get_submodule(path) is q for path, q in joins.items())
     learned = {id(p) for p in quantizer_parameters(model)}
-    assert {id(q.scale) for q in joins.values()} <= learned
+    assert {id(q.half_width) for q in joins.values()} <= learned
     # An optimizer of a part gets what the part learns.
     part = {id(p) for p in model[0].parameters()}
-    assert all((id(q.scale) in part) == path.startswith("0.") for path, q in joins.items())
+    assert all((id(q.half_width) in part) == path.startswith("0.") for path, q in joins.items())
     model.eval()
     assert not any(q.training for q in joins.values())
     model.train().requires_grad_(False).to("meta")
     for q in joins.values():
         assert q.training
-        assert not q.scale.requires_grad
-        assert q.scale.is_meta
+        assert not q.half_width.requires_grad
+        assert q.half_width.is_meta
         assert q.min_val.is_meta
     visited: list[nn.Module] = []
     model.apply(visited.append)
@@ -173,8 +173,8 @@ def test_assigned_states_are_the_tensors_of_the_state() -> None:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     assert (
-        model[0].qat_joins["add_0_1"].scale.data_ptr()
-        == state["0.qat_joins.add_0_1.scale"].data_ptr()
+        model[0].qat_joins["add_0_1"].half_width.data_ptr()
+        == state["0.qat_joins.add_0_1.half_width"].data_ptr()
     )
 
 

@@ -168,10 +168,11 @@ def test_a_learned_scale_s_gradient_is_divided_by_all_steps_that_share_it(
             setattr(layer, name, nn.Identity())
         elif name == "input_quantizer":
             quantizer.quantizing = quantizer.observing = False
-    scale = layer.hidden_quantizer_l0.scale
+    width = layer.hidden_quantizer_l0.half_width
     with torch.no_grad():
         # Some states lie outside.
-        scale.mul_(0.7)
+        width.mul_(0.7)
+    scale = width / 128
     given = x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
     output = layer(given)[0]
     (output if lengths is None else output.data).square().sum().backward()
@@ -198,7 +199,7 @@ def test_a_learned_scale_s_gradient_is_divided_by_all_steps_that_share_it(
     loss.backward()
     assert wide.grad is not None
     assert abs(float(wide.grad)) > 1e-3
-    torch.testing.assert_close(scale.grad, wide.grad.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(width.grad, wide.grad.float(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", ["learned", "ulq"])

@@ -325,7 +325,7 @@ def test_quantizers_that_clip_and_others_are_committed_together() -> None:
 
 
 def test_a_histogram_of_old_batches_clips_no_more_than_its_share_of_a_new_one() -> None:
-    """6.3 % at 4 bits: 5 of 100 values may be clipped, 8 may not."""
+    """A sixteenth at 4 bits: 5 of 100 values may be clipped, 8 may not."""
     quantizer = ActivationQuantizer(ActivationSpec(bits=4, calibration="histogram"))
     quantizer(torch.linspace(0.0, 1.0, 100_000))
     for large, quantizing, whole in ((5, True, False), (8, False, False), (8, True, True)):

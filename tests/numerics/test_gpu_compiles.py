@@ -57,7 +57,14 @@ CASES = {
         "fake_quantize",
         ACTIVATION,
         "i32 i32 i32 f32 f32",
-        {**INT8, "RULE": GridRule.STEP_AND_LOW, "BITS": 0, "CODES": 0, "OBSERVE": 0, "RUNS": RUNS},
+        {
+            **INT8,
+            "RULE": GridRule.HALF_WIDTH_AND_LOW,
+            "BITS": 0,
+            "CODES": 0,
+            "OBSERVE": 0,
+            "RUNS": RUNS,
+        },
     ),
     "more than 2**31 values": OBSERVING._replace(numbers="i64 i32 i32 f32 f32"),
     "one program, a size of one": Case(
@@ -80,13 +87,13 @@ CASES = {
         "learned_backward",
         "T T f32 f32 T f32",
         "i32 i32 f32",
-        {**INT8, "RULE": GridRule.STEP_AND_LOW, "CLAMPED": 1, "RUNS": RUNS},
+        {**INT8, "RULE": GridRule.HALF_WIDTH_AND_LOW, "CLAMPED": 1, "RUNS": RUNS},
     ),
     "learned finish": Case(
         "learned_finish",
         "f32 f32 f32 f32 f32",
         "i32 f32",
-        {**INT8, "RULE": GridRule.STEP_AND_LOW, "BLOCK": 1024},
+        {**INT8, "RULE": GridRule.HALF_WIDTH_AND_LOW, "BLOCK": 1024},
     ),
     "learned finish of one program": Case(
         "learned_finish",

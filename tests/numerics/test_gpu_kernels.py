@@ -110,18 +110,28 @@ def test_the_numbers_of_a_range(ends: tuple[float, float], symmetric: bool) -> N
 
 
 def test_the_numbers_of_a_learned_step() -> None:
-    """A step of -0.5 counts as 0.5; from a lower end of -3 zero lies six steps up the grid."""
-    step, low, grid = torch.tensor(-0.5), torch.tensor(-3.0), GRIDS["int8"]
+    """A step of -0.5 counts as 0.5; from a lower end of -3 zero lies six steps up the grid.
+
+    128 steps of 0.5 are half a width of 64.
+    """
+    step, width, low, grid = *map(torch.tensor, (-0.5, -64.0, -3.0)), GRIDS["int8"]
+    firsts = {
+        GridRule.STEP: step,
+        GridRule.HALF_WIDTH: width,
+        GridRule.HALF_WIDTH_FROM_ZERO: width,
+        GridRule.HALF_WIDTH_AND_LOW: width,
+    }
     numbers = {
         rule: gpu.fake_quantize(
-            torch.zeros(1), DeviceGrid(rule, step, low, grid), keeps_codes=True
+            torch.zeros(1), DeviceGrid(rule, first, low, grid), keeps_codes=True
         ).numbers
-        for rule in (GridRule.STEP, GridRule.STEP_FROM_ZERO, GridRule.STEP_AND_LOW)
+        for rule, first in firsts.items()
     }
     assert {rule: n.flatten().tolist() for rule, n in numbers.items() if n is not None} == {
         GridRule.STEP: [0.5, 0.0],
-        GridRule.STEP_FROM_ZERO: [0.5, -128.0],
-        GridRule.STEP_AND_LOW: [0.5, -122.0],
+        GridRule.HALF_WIDTH: [0.5, 0.0],
+        GridRule.HALF_WIDTH_FROM_ZERO: [0.5, -128.0],
+        GridRule.HALF_WIDTH_AND_LOW: [0.5, -122.0],
     }
     assert zero_point_of(low, step.abs(), grid) == -122.0
 
@@ -216,9 +226,10 @@ def test_an_operation_keeps_integers_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 LEARNED: dict[str, tuple[GridRule, float, float]] = {
-    "LSQ, symmetric": (GridRule.STEP, -0.07, -0.07),
-    "LSQ, from zero": (GridRule.STEP_FROM_ZERO, 0.03, 0.03),
-    "LSQ+": (GridRule.STEP_AND_LOW, 0.04, -1.3),
+    "LSQ, step": (GridRule.STEP, -0.07, -0.07),
+    "LSQ, symmetric": (GridRule.HALF_WIDTH, -8.96, -8.96),
+    "LSQ, from zero": (GridRule.HALF_WIDTH_FROM_ZERO, 3.84, 3.84),
+    "LSQ+": (GridRule.HALF_WIDTH_AND_LOW, 5.12, -1.3),
     "ULQ": (GridRule.RANGE, -2.0, 3.1),
     "ULQ, from zero": (GridRule.RANGE_FROM_ZERO, 3.1, 3.1),
     "ULQ, symmetric": (GridRule.SYMMETRIC_CLIP, 3.1, 3.1),
@@ -227,8 +238,11 @@ LEARNED: dict[str, tuple[GridRule, float, float]] = {
 
 def scale_of(rule: GridRule, first: Tensor, second: Tensor, grid: IntegerGrid) -> Tensor:
     """The scale that the two tensors of a learned grid stand for."""
-    if rule in (GridRule.STEP, GridRule.STEP_FROM_ZERO, GridRule.STEP_AND_LOW):
+    if rule is GridRule.STEP:
         return first.abs()
+    if "HALF_WIDTH" in rule.name:
+        # The gradient of the step is passed on as it is.
+        return first.abs() / 128 + (1 - 1 / 128) * (first.abs() - first.abs().detach())
     if rule is GridRule.RANGE:
         return (second - first) / (grid.qmax - grid.qmin)
     return second / (grid.qmax - grid.qmin if "ZERO" in rule.name else grid.qmax)
@@ -246,7 +260,7 @@ def by_formula(
     scale32 = scale_of(rule, first.detach().float(), second.detach().float(), grid)
     steps = (x.detach().float() / scale32).round().double()
     rounded = x / scale + (steps - x / scale).detach()
-    low = {GridRule.STEP_AND_LOW: second, GridRule.RANGE: first}.get(rule)
+    low = {GridRule.HALF_WIDTH_AND_LOW: second, GridRule.RANGE: first}.get(rule)
     if low is None:
         zero_point = qmin if "ZERO" in rule.name else 0.0
         return rounded.clamp(qmin - zero_point, qmax - zero_point) * scale

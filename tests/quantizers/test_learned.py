@@ -21,7 +21,11 @@ from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.learned_fake_quantize import learned_fake_quantize
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.factory import activation_quantizer, quantizer_parameters
-from lightning_qat.quantizers.learned_activation import LearnedClipActivation, LearnedStepActivation
+from lightning_qat.quantizers.learned_activation import (
+    LearnedActivation,
+    LearnedClipActivation,
+    LearnedStepActivation,
+)
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat.recipe.schedule import Phase
 from lightning_qat.training.phases import apply_phase
@@ -298,7 +302,7 @@ def test_every_quantizer_parameter_gets_a_gradient_and_is_listed() -> None:
     model.train()(x).square().mean().backward()
     listed = quantizer_parameters(model)
     names = [n for n, p in model.named_parameters() if any(p is q for q in listed)]
-    assert all(n.endswith((".scale", ".low")) for n in names)
+    assert all(n.endswith((".scale", ".half_width", ".low")) for n in names)
     assert {n.split(".")[0] for n in names} == {"conv", "deep", "head", "qat_joins"}
     assert all(p.grad is not None and bool(torch.isfinite(p.grad)) for p in listed if not p.dim())
 
@@ -365,5 +369,146 @@ def test_learned_quantizers_compile_to_the_same_numbers(
         call(x).square().mean().backward()
     for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert one.grad is not None, name
-        tolerance = 1e-5 if loops and name.endswith((".scale", ".low")) else 0.0
+        tolerance = 1e-5 if loops and name.endswith((".scale", ".half_width", ".low")) else 0.0
         torch.testing.assert_close(one.grad, two.grad, rtol=tolerance, atol=0)
+
+
+# Ranges that are too narrow
+
+
+def learning(quantizer: str = "learned", **spec: Any) -> Any:
+    """A quantizer that has seen a batch from 0 to 1, and learns from there."""
+    chosen: Any = quantizer
+    made = activation_quantizer(ActivationSpec(quantizer=chosen, **spec)).train()
+    made(torch.linspace(0.0, 1.0, 1000))
+    assert isinstance(made, LearnedActivation)
+    assert made.is_learning
+    return made
+
+
+def highest(quantizer: Any) -> float:
+    scale, zero_point = quantizer.scale_and_zero_point()
+    return float((quantizer.grid.qmax - zero_point) * scale)
+
+
+def batch_with(outside: int) -> Tensor:
+    """So many of 1000 values are 3, the others lie between 0 and 1."""
+    x = torch.linspace(0.0, 1.0, 1000)
+    x[:outside] = 3.0
+    return x
+
+
+SPECS = {"affine": {}, "from zero": {"fixed_min": True}, "symmetric": {"symmetric": True}}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", ["learned", "ulq"])
+def test_a_learned_range_widens_at_once_to_a_batch_of_which_it_clips_too_much(
+    kind: str, spec: str
+) -> None:
+    """More than 1 of 256 values at 8 bits; committed for all processes together."""
+    quantizer = learning(kind, **SPECS[spec])
+    quantizer.deferred = True
+    before = [p.detach().clone() for p in quantizer.parameters()]
+    quantizer(batch_with(3))
+    commit_ranges(quantizer)
+    assert all(torch.equal(p, old) for p, old in zip(quantizer.parameters(), before, strict=True))
+    quantizer(batch_with(4))
+    assert highest(quantizer) == pytest.approx(1.0, rel=0.01), "The step must end as it began."
+    commit_ranges(quantizer)
+    assert highest(quantizer) == pytest.approx(3.0, rel=0.01)
+    # Gradients come back from there, and the range may learn to be narrower again.
+    x = batch_with(4).requires_grad_()
+    quantizer(x).sum().backward()
+    assert x.grad is not None
+    assert float(x.grad[0]) == 1.0
+
+
+def test_fewer_integers_may_clip_more() -> None:
+    quantizer = learning(bits=4)
+    quantizer.deferred = True
+    for outside, high in ((62, 1.0), (63, 3.0)):
+        quantizer(batch_with(outside))
+        commit_ranges(quantizer)
+        assert highest(quantizer) == pytest.approx(high, rel=0.01)
+
+
+def test_a_loop_that_commits_nothing_widens_after_the_optimizer_s_step() -> None:
+    """Backward needs the parameters as they were."""
+    quantizer = learning()
+    optimizer = torch.optim.SGD(quantizer.parameters(), 1e-6)
+    x = batch_with(500).requires_grad_()
+    for high in (1.0, 3.0):
+        # Twice in a forward, as a module that is called twice.
+        loss = quantizer(x).sum() + quantizer(2 * x).sum()
+        assert highest(quantizer) == pytest.approx(high if high == 1 else 6.0, rel=0.01)
+        loss.backward()
+        optimizer.step()
+
+
+def test_frozen_ranges_are_not_widened() -> None:
+    quantizer = learning()
+    quantizer.deferred, quantizer.observing = True, False
+    quantizer(batch_with(900))
+    commit_ranges(quantizer)
+    assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
+
+
+def test_one_batch_of_sixteen_is_looked_at_and_a_checkpoint_knows_which() -> None:
+    quantizer = learning()
+    quantizer.deferred = True
+    looked = []
+    for number in range(1, 40):
+        if quantizer.looking:
+            looked.append(number)
+        quantizer(batch_with(0))
+        commit_ranges(quantizer)
+        if number == 20:
+            other = activation_quantizer(quantizer.spec)
+            other.load_state_dict(quantizer.state_dict())
+            other.deferred = True
+            quantizer = other.train()
+    assert looked == [*range(1, 16), 16, 32]
+
+
+def test_a_range_learned_from_random_weights_reaches_a_target_far_away() -> None:
+    """The first outputs are below 1, the targets up to 200."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    x = torch.randn(64, 4)
+    target = 100 * x[:, :1] * x[:, 1:2]
+    prepare(model, Recipe(activation=ActivationSpec(quantizer="learned")), x)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02 * target.square().mean()
+
+
+def test_half_a_width_has_the_gradient_of_the_step() -> None:
+    """And so does a negative one with the other sign; 64 stands for a step of 0.5."""
+    x, grid = values(400).float(), IntegerGrid.activation(8)
+    step = torch.tensor(0.5, requires_grad=True)
+    learned_fake_quantize(x, step, None, grid).square().sum().backward()
+    assert step.grad is not None
+    quantizer = learning(symmetric=True)
+    quantizer.looking = False
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            quantizer.half_width.fill_(sign * 64.0)
+        quantizer.zero_grad()
+        quantizer(x).square().sum().backward()
+        torch.testing.assert_close(quantizer.half_width.grad, sign * step.grad)
+
+
+def test_a_checkpoint_that_learned_the_step_itself_loads_to_the_bit() -> None:
+    quantizer = learning()
+    scale, zero_point = quantizer.scale_and_zero_point()
+    state = quantizer.state_dict()
+    del state["half_width"]
+    other = activation_quantizer(quantizer.spec)
+    other.load_state_dict({**state, "scale": scale})
+    assert torch.equal(other.scale_and_zero_point()[0], scale)
+    assert torch.equal(other.scale_and_zero_point()[1], zero_point)

@@ -16,6 +16,7 @@ from lightning_qat.numerics.gpu.launch import count_launches
 from lightning_qat.numerics.int_repr import int_repr_of
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.factory import activation_quantizer, weight_quantizer
+from lightning_qat.quantizers.learned_activation import LOOKS_EVERY, LearnedActivation
 from lightning_qat.quantizers.weight import WeightQuantizer
 from lightning_qat.quantizers.weight_cache import WeightGroup
 from lightning_qat.recipe.specs import ActivationSpec, WeightSpec
@@ -40,6 +41,9 @@ def calibrated(**spec: Any) -> ActivationQuantizer:
     quantizer = activation_quantizer(ActivationSpec(**spec)).train()
     quantizer(torch.randn(3, 7, 50) * 2)
     quantizer.deferred = True
+    if isinstance(quantizer, LearnedActivation):
+        for _ in range(LOOKS_EVERY):
+            quantizer.count_batch()
     return quantizer
 
 

@@ -29,10 +29,12 @@ class GridRule(IntEnum):
     """Upper end of a symmetric range, twice."""
     STEP = 5
     """A learned step of a symmetric grid, twice; its absolute value counts."""
-    STEP_FROM_ZERO = 6
-    """A learned step of a grid that begins at zero, twice."""
-    STEP_AND_LOW = 7
-    """A learned step, and the lower end of the range."""
+    HALF_WIDTH = 6
+    """Half the width of a symmetric grid, learned, twice; see ``step_of_half_width``."""
+    HALF_WIDTH_FROM_ZERO = 7
+    """The same of a grid that begins at zero, twice."""
+    HALF_WIDTH_AND_LOW = 8
+    """Half the width, and the lower end of the range."""
 
 
 class DeviceGrid(NamedTuple):

@@ -24,8 +24,9 @@ _RANGE_FROM_ZERO = tl.constexpr(int(GridRule.RANGE_FROM_ZERO))
 _SYMMETRIC_RANGE = tl.constexpr(int(GridRule.SYMMETRIC_RANGE))
 _SYMMETRIC_CLIP = tl.constexpr(int(GridRule.SYMMETRIC_CLIP))
 _STEP = tl.constexpr(int(GridRule.STEP))
-_STEP_FROM_ZERO = tl.constexpr(int(GridRule.STEP_FROM_ZERO))
-_STEP_AND_LOW = tl.constexpr(int(GridRule.STEP_AND_LOW))
+_HALF_WIDTH = tl.constexpr(int(GridRule.HALF_WIDTH))
+_HALF_WIDTH_FROM_ZERO = tl.constexpr(int(GridRule.HALF_WIDTH_FROM_ZERO))
+_HALF_WIDTH_AND_LOW = tl.constexpr(int(GridRule.HALF_WIDTH_AND_LOW))
 
 _MIN_SCALE = tl.constexpr(2.0**-126)
 _AMCT_MIN_SCALE = tl.constexpr(2.0**-23)
@@ -80,13 +81,20 @@ def _scale_and_zero_point(
         high = tl.where(second < 0.0, 0.0, second)
         scale = _or_one(tl.div_rn(high, QMAX * 1.0), _MIN_SCALE)
         zero = 0.0
-    elif RULE == _STEP or RULE == _STEP_FROM_ZERO or RULE == _STEP_AND_LOW:
+    elif (
+        RULE == _STEP
+        or RULE == _HALF_WIDTH
+        or RULE == _HALF_WIDTH_FROM_ZERO
+        or RULE == _HALF_WIDTH_AND_LOW
+    ):
         scale = tl.abs(first)
+        if RULE != _STEP:
+            scale = tl.div_rn(scale, (QMAX * 1.0 - QMIN + 1.0) / 2.0)
         scale = tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale)
         zero = 0.0
-        if RULE == _STEP_FROM_ZERO:
+        if RULE == _HALF_WIDTH_FROM_ZERO:
             zero = QMIN * 1.0
-        elif RULE == _STEP_AND_LOW:
+        elif RULE == _HALF_WIDTH_AND_LOW:
             zero = _zero_point(second, scale, QMIN, QMAX)
     else:
         scale = first
@@ -306,14 +314,22 @@ def learned_finish(
         outside += tl.load(sums + 1, mask=at < chunks, other=0.0).to(tl.float64)
     of_scale = tl.sum(moved, axis=0) / scale.to(tl.float64) * factor
     of_low = tl.sum(outside, axis=0) * factor
-    if RULE == _STEP_AND_LOW or RULE == _RANGE:
+    if RULE == _HALF_WIDTH_AND_LOW or RULE == _RANGE:
         # The lower end takes along what lies outside.
         of_scale -= (QMIN - zero).to(tl.float64) * of_low
-    if RULE == _STEP or RULE == _STEP_FROM_ZERO or RULE == _STEP_AND_LOW:
+    if (
+        RULE == _STEP
+        or RULE == _HALF_WIDTH
+        or RULE == _HALF_WIDTH_FROM_ZERO
+        or RULE == _HALF_WIDTH_AND_LOW
+    ):
         sign = tl.where(first > 0.0, 1.0, tl.where(first < 0.0, -1.0, 0.0))
-        of_scale = tl.where(tl.abs(first) < _MIN_SCALE, 0.0, of_scale * sign.to(tl.float64))
+        smallest = _MIN_SCALE
+        if RULE != _STEP:
+            smallest = _MIN_SCALE * ((QMAX * 1.0 - QMIN + 1.0) / 2.0)
+        of_scale = tl.where(tl.abs(first) < smallest, 0.0, of_scale * sign.to(tl.float64))
         tl.store(of_first_ptr + row, of_scale.to(tl.float32))
-        if RULE == _STEP_AND_LOW:
+        if RULE == _HALF_WIDTH_AND_LOW:
             tl.store(of_second_ptr + row, of_low.to(tl.float32))
     else:
         low = tl.where(first > 0.0, 0.0, first)

@@ -150,9 +150,15 @@ def learned_backward(
     return of_x, of_first, of_second
 
 
-_LEARNS_FIRST = (GridRule.STEP, GridRule.STEP_FROM_ZERO, GridRule.STEP_AND_LOW, GridRule.RANGE)
+_LEARNS_FIRST = (
+    GridRule.STEP,
+    GridRule.HALF_WIDTH,
+    GridRule.HALF_WIDTH_FROM_ZERO,
+    GridRule.HALF_WIDTH_AND_LOW,
+    GridRule.RANGE,
+)
 _LEARNS_SECOND = (
-    GridRule.STEP_AND_LOW,
+    GridRule.HALF_WIDTH_AND_LOW,
     GridRule.RANGE,
     GridRule.RANGE_FROM_ZERO,
     GridRule.SYMMETRIC_CLIP,
