@@ -68,7 +68,7 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
             quant_max=2 ** (weight - 1) - 1,
         ),
     )
-    mapping = ao.QConfigMapping().set_global(config)
+    mapping = ao.QConfigMapping().set_global(config).set_object_type(nn.Embedding, None)
     model: nn.Module = prepare_qat_fx(copy.deepcopy(net).train(), mapping, (batches[0],))
     _run(model.eval(), batches)
     return model.train()
@@ -85,6 +85,7 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
     import brevitas.nn as qnn
     from brevitas.quant import (
         Int8WeightPerChannelFloat,
+        ShiftedUint8ActPerTensorFloat,
         Uint8ActPerTensorFloat,
     )
 
@@ -92,13 +93,15 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
     options: dict[str, Any] = {
         "weight_quant": Int8WeightPerChannelFloat,
         "weight_bit_width": weight,
-        "input_quant": Uint8ActPerTensorFloat,
         "input_bit_width": activation,
         "input_collect_stats_steps": len(batches),
     }
     model = copy.deepcopy(net)
+    unsigned = _reads_nothing_negative(net, batches)
     for name, layer in list(model.named_modules()):
         new: nn.Module
+        own = Uint8ActPerTensorFloat if name in unsigned else ShiftedUint8ActPerTensorFloat
+        options["input_quant"] = own
         bias = getattr(layer, "bias", None) is not None
         if isinstance(layer, nn.Conv1d | nn.Conv2d):
             new = kinds[type(layer)](
@@ -126,7 +129,7 @@ def modelopt(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
     """NVIDIA ModelOpt: ranges of the calibration, static from there on."""
     import modelopt.torch.quantization as mtq
 
-    config = {
+    config: dict[str, Any] = {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
             {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": weight, "axis": 0}},
@@ -134,10 +137,31 @@ def modelopt(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
         ],
         "algorithm": "max",
     }
+    for name in _reads_nothing_negative(net, batches):
+        of_input = {"num_bits": activation, "axis": None, "unsigned": True}
+        config["quant_cfg"].append({"quantizer_name": f"{name}.input_quantizer", "cfg": of_input})
     model: nn.Module = mtq.quantize(
         copy.deepcopy(net).eval(), config, lambda model: _run(model, batches)
     )
     return model.train()
+
+
+def _reads_nothing_negative(net: nn.Module, batches: Sequence[Tensor]) -> set[str]:
+    """The names of layers that read no number below zero: pictures, or what relu gives."""
+    lowest: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            lowest[name] = min(lowest.get(name, 0.0), float(inputs[0].min()))
+
+        return note
+
+    model = copy.deepcopy(net).eval()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+            layer.register_forward_pre_hook(watch(name))
+    _run(model, batches)
+    return {name for name, low in lowest.items() if low >= 0.0}
 
 
 def _batchnorms_held(model: nn.Module) -> nn.Module:

@@ -14,6 +14,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 MB = 2**20
 
+is_functional = torch._is_functional_tensor  # pyright: ignore[reportPrivateImportUsage]
+
 
 def resident() -> int:
     """Bytes of memory that the process has in RAM.
@@ -34,7 +36,7 @@ def live_tensors() -> tuple[int, int]:
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
     storages = {}
     for tensor in tensors:
-        if isinstance(tensor, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(tensor):
+        if isinstance(tensor, FakeTensor | FunctionalTensor) or is_functional(tensor):
             continue
         if tensor.is_meta or tensor.layout is not torch.strided:
             continue
