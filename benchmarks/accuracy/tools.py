@@ -58,6 +58,11 @@ def learned(weight: int, activation: int, first_last: int | None = None) -> Reci
     )
 
 
+def first_last(weight: int, activation: int) -> Recipe:
+    """``learned``, with 8 bits for the first and the last layer, as is usual at few bits."""
+    return learned(weight, activation, 8)
+
+
 def observed(weight: int, activation: int) -> Recipe:
     """Scales that follow the data and the weights."""
     return Recipe(
@@ -98,6 +103,7 @@ def tools() -> Iterator[tuple[str, Tool]]:
     own = version("lightning-qat")
     for name, recipe, points in (
         ("learned", learned, POINTS),
+        ("first_last", first_last, ((4, 4), (2, 4))),
         ("observed", observed, ((8, 8),)),
         ("whole", whole, ((8, 8),)),
     ):

@@ -135,6 +135,7 @@ def fit(
     backend: str = "gloo",
     kind: type[Net] = Net,
     recipe: Any = "int8",
+    schedule: Schedule = SCHEDULE,
     samples: int = SAMPLES,
     ckpt: Path | None = None,
     exporters: tuple[Any, ...] = (),
@@ -151,7 +152,7 @@ def fit(
     dist.all_reduce = collectives
     callback = QATCallback(
         recipe,
-        schedule=SCHEDULE,
+        schedule=schedule,
         exporters=exporters,
         export_dir=folder / "out",
         trial_export=trial,
@@ -196,6 +197,14 @@ def fit(
 
 LEARNED = {"activation": {"quantizer": "learned"}, "weight": {"quantizer": "learned"}}
 
+CALIBRATED: dict[str, Any] = {
+    "recipe": {"weight": {"bits": 2}},
+    "schedule": Schedule.calibrate(2),
+    "exporters": ("fake_quant_onnx",),
+    "max_epochs": 1,
+}
+"""Two bits, so that there is something to correct."""
+
 SCENARIOS: dict[str, dict[str, Any]] = {
     "default": {"exporters": ("fake_quant_onnx",)},
     "resumed": {},
@@ -206,6 +215,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     # Learned parameters get no gradient from the batches that calibrate.
     "learned": {"recipe": LEARNED, "kind": PlannedNet, "ddp": {"find_unused_parameters": True}},
     "bf16-mixed": {"precision": "bf16-mixed"},
+    "calibrated": CALIBRATED,
     "other path": {"kind": OtherPath},
     "failing export": {"exporters": (Failing(),), "max_epochs": 3},
     # An exporter of a class that a process of its own imports.

@@ -1,6 +1,8 @@
 """A fit that only calibrates: ranges and corrected biases, and not a single training step."""
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,44 @@ def test_weights_stay_and_the_fit_stops_after_its_batches(tmp_path: Path) -> Non
     assert all(quantizer.calibrated for quantizer in activation_quantizers(module).values())
     assert module.training
     assert "training_step" not in vars(module)
+
+
+class BatchAlone(TinyModule):
+    """Its ``training_step`` has no number of the batch."""
+
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+
+def logged(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Decorated(TinyModule):
+    """Lightning looks through one decorator."""
+
+    @logged
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+
+class AnyArguments(TinyModule):
+    """Gets all that Lightning has."""
+
+    def training_step(self, *args: Any) -> Tensor:  # type: ignore[override]
+        batch, number = args
+        return super().training_step(batch, number)
+
+
+@pytest.mark.parametrize("kind", [BatchAlone, Decorated, AnyArguments])
+def test_a_training_step_gets_what_it_gets_in_training(tmp_path: Path, kind: Any) -> None:
+    module = kind()
+    trainer(tmp_path, QATCallback(schedule=Schedule.calibrate(2))).fit(module, random_loader())
+    assert all(quantizer.calibrated for quantizer in activation_quantizers(module).values())
 
 
 def test_biases_are_those_of_the_function(tmp_path: Path) -> None:

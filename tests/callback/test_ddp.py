@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_qat import Schedule
 from tests.callback import ddp_scenarios
 from tests.callback.ddp_scenarios import EPOCHS, SAMPLES
 
@@ -155,6 +157,27 @@ def test_learned_ranges_start_alike_and_learn_alike(results: Results) -> None:
     numbers = 2 * len(first["ranges"])
     assert first["counted"][:FREEZE] == [[numbers]] * FREEZE
     assert first["counted"][FREEZE:] == [[]] * (EPOCHS * BATCHES - FREEZE)
+
+
+def test_a_network_that_is_only_calibrated_is_that_of_one_process_on_the_whole_batches(
+    results: Results, tmp_path: Path
+) -> None:
+    first, second = (result["calibrated"] for result in results)
+    assert (first["error"], second["error"]) == ("", "")
+    assert first["weights"] == second["weights"]
+    assert first["ranges"] == second["ranges"]
+    assert first["delivered"] == ["fake_quant_onnx"]
+    whole = ddp_scenarios.fit(tmp_path / "whole", **ddp_scenarios.CALIBRATED)
+    only_ranges = Schedule.calibrate(2, correct_biases=False)
+    uncorrected = ddp_scenarios.fit(
+        tmp_path / "uncorrected", **{**ddp_scenarios.CALIBRATED, "schedule": only_ranges}
+    )
+    assert (whole["error"], uncorrected["error"]) == ("", "")
+    shared, own, before = (
+        torch.tensor(result["weights"]) for result in (first, whole, uncorrected)
+    )
+    # Means are those over all samples; ratios of variances are averaged over parts of a batch.
+    assert (shared - own).norm() < 0.05 * (before - own).norm()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_on_every_process(results: Results) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class WithoutTraining:
         def training_step(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
                 return self._run(lambda: step(*args, **kwargs), pl_module.device)
+
+        # Lightning decides by the parameters, below one decorator, whether it passes the batch's
+        # number and that of the data loader.
+        update_wrapper(training_step, getattr(step, "__wrapped__", step))
 
         def optimizer_step(epoch: int, batch: int, optimizer: Any, closure: Any = None) -> None:
             if closure is not None:
