@@ -16,6 +16,9 @@ WINDOW = 20
 _FIRST, _LAST = 3, 4
 """Batches at both ends of the calibration, which is short."""
 
+Problem = tuple[str, str]
+"""What is wrong in a word, and a message."""
+
 _REMEDIES = {
     "quantize": (
         "Lower the learning rate, give the first and last layer 8 bits (Recipe.first_last), or ask "
@@ -31,13 +34,10 @@ class LossWatch:
 
     A loss has risen when its median over ``WINDOW`` batches is more than twice the median before,
     and farther from it than four times the distance between the quartiles there; of a negative
-    loss, by its magnitude.
-
-    Every message is given once in a run.
+    loss, by its magnitude. A problem is what is wrong in a word, and a message.
     """
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
         self._phase: str | None = None
         self._losses: deque[Tensor] = deque(maxlen=WINDOW)
         self._count = 0
@@ -45,7 +45,7 @@ class LossWatch:
         self._lowest: list[float] = []
         self._first: list[Tensor] = []
 
-    def enter(self, phase: str) -> Iterator[str]:
+    def enter(self, phase: str) -> Iterator[Problem]:
         """A phase begins; what is to be said of the one before."""
         if self._phase == "calibrate":
             yield from self._learning_rate()
@@ -57,7 +57,7 @@ class LossWatch:
         self._lowest = []
         self._losses.clear()
 
-    def add(self, outputs: Any) -> Iterator[str]:
+    def add(self, outputs: Any) -> Iterator[Problem]:
         """A batch has ended; what is to be said of it.
 
         Args:
@@ -75,7 +75,7 @@ class LossWatch:
             return
         recent = torch.stack([loss.float() for loss in self._losses]).tolist()
         if not all(map(math.isfinite, recent)):
-            yield from self._once(
+            yield (
                 "not finite",
                 f"the loss is not finite in phase {self._phase!r}: the run has diverged. Lower the "
                 "learning rate, clip gradients, or train in bfloat16 instead of float16",
@@ -84,7 +84,7 @@ class LossWatch:
         if self._count == WINDOW and self._before and self._phase in _REMEDIES:
             yield from self._jump(recent)
         if self._lowest and _has_risen(self._lowest, recent):
-            yield from self._once(
+            yield (
                 "diverged",
                 f"the loss rises in phase {self._phase!r}: {_median(recent)} now, "
                 f"{_median(self._lowest)} at its best. Lower the learning rate and anneal it",
@@ -92,30 +92,25 @@ class LossWatch:
         if not self._lowest or statistics.median(recent) < statistics.median(self._lowest):
             self._lowest = recent
 
-    def _learning_rate(self) -> Iterator[str]:
+    def _learning_rate(self) -> Iterator[Problem]:
         last = [float(loss) for loss in self._losses][-_LAST:]
         first = [float(loss) for loss in self._first]
         if len(last) == _LAST and len(self._losses) >= _FIRST + _LAST and _has_risen(first, last):
-            yield from self._once(
+            yield (
                 "learning rate",
                 f"the loss rose from {_median(first)} to {_median(last)} while nothing was "
                 "quantized: the learning rate is too high to fine-tune. About 1 % of the float "
                 "training's, annealed to 0, is where to begin",
             )
 
-    def _jump(self, recent: list[float]) -> Iterator[str]:
+    def _jump(self, recent: list[float]) -> Iterator[Problem]:
         if _has_risen(self._before, recent):
             assert self._phase is not None
-            yield from self._once(
+            yield (
                 self._phase,
                 f"the loss went from {_median(self._before)} to {_median(recent)} when phase "
                 f"{self._phase!r} began. {_REMEDIES[self._phase]}",
             )
-
-    def _once(self, kind: str, message: str) -> Iterator[str]:
-        if kind not in self._told:
-            self._told.add(kind)
-            yield message
 
 
 def _has_risen(before: list[float], after: list[float]) -> bool:

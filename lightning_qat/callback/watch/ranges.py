@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.callback.watch.losses import Problem
 from lightning_qat.model.torch_compile import plain_path
 from lightning_qat.quantizers.names import place
 from lightning_qat.training.range_sync import activation_quantizers
@@ -22,7 +23,7 @@ _FEWEST_VALUES = 256
 _NAMED = 3
 
 
-def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[tuple[str, str]]:
+def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[Problem]:
     """One message for the tensors that are clipped most, and one for those on few integers.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qat.callback.console import say
-from lightning_qat.callback.watch.losses import LossWatch
+from lightning_qat.callback.watch.losses import LossWatch, Problem
 from lightning_qat.callback.watch.ranges import range_problems
 from lightning_qat.training.step_statistics import StepStatistics
 
@@ -40,10 +40,7 @@ class TrainingWatch:
         """After a batch."""
         looks, self._looks = self._looks, None
         if looks is not None:
-            for kind, message in range_problems(pl_module, looks.finish()):
-                if kind not in self._said:
-                    self._said.add(kind)
-                    self._say([message])
+            self._say(range_problems(pl_module, looks.finish()))
         self._say(self._losses.add(outputs))
 
     def cancel(self) -> None:
@@ -52,6 +49,8 @@ class TrainingWatch:
             self._looks.cancel()
         self._looks = None
 
-    def _say(self, messages: Iterable[str]) -> None:
-        for message in messages:
-            say(f"warning: {message}.")
+    def _say(self, problems: Iterable[Problem]) -> None:
+        for kind, message in problems:
+            if kind not in self._said:
+                self._said.add(kind)
+                say(f"warning: {message}.")

@@ -3,16 +3,19 @@
 import pytest
 import torch
 
+from lightning_qat.callback.watch import training_watch
 from lightning_qat.callback.watch.losses import WINDOW, LossWatch
+from lightning_qat.callback.watch.training_watch import TrainingWatch
 
 
 def said(*phases: tuple[str, list[float]]) -> list[str]:
-    watch = LossWatch()
-    found: list[str] = []
-    for name, losses in phases:
-        found += watch.enter(name)
-        for loss in losses:
-            found += watch.add({"loss": torch.tensor(loss)})
+    watch, found = TrainingWatch(), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_watch, "say", found.append)
+        for name, losses in phases:
+            watch.enter(name)
+            for loss in losses:
+                watch.finish(torch.nn.Identity(), {"loss": torch.tensor(loss)})  # type: ignore[arg-type]
     return found
 
 
