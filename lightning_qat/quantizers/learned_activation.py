@@ -36,8 +36,9 @@ class LearnedActivation(ActivationQuantizer):
     schedule, and in the first ``calibration_batches`` training batches. From then on it is a matter
     of gradients: what was learned is never calibrated again. But a range that clips too much of a
     batch (``too_narrow``), which gradients would widen by steps of the learning rate while nothing
-    comes back through what is clipped, is widened to that batch at once, while ranges are observed.
-    Looking at a batch takes a pass of its own, so 15 of 16 batches are not looked at.
+    comes back through what is clipped, is widened to that batch at once, while ranges are observed:
+    not a range that was given (``clip``), nor parameters that do not require gradients. Looking at
+    a batch takes a pass of its own, so 15 of 16 batches are not looked at.
 
     Attributes:
         seen: The number of training batches; while it learns, ``batches`` has it in a state_dict.
@@ -64,8 +65,11 @@ class LearnedActivation(ActivationQuantizer):
         """Until learning starts, and then in the batches that are looked at."""
         if not self.is_learning:
             return True
+        if not self.looking or self.spec.clip is not None or is_transforming():
+            return False
         # A compiled forward that commits for itself would have to count.
-        return self.looking and (self.deferred or not is_compiling())
+        counts = self.deferred or not is_compiling()
+        return counts and self._first_parameter().requires_grad
 
     @property
     def follows_range(self) -> bool:
@@ -106,7 +110,7 @@ class LearnedActivation(ActivationQuantizer):
 
     def _widen_after_step(self) -> None:
         """Widen to what was noted in a loop that commits nothing, once that is safe."""
-        if self.pending is None or self.deferred or is_compiling() or is_transforming():
+        if self.pending is None or self.deferred or is_compiling():
             return
         if self._first_parameter()._version != self._pending_version:
             pending, self.pending = self.pending, None

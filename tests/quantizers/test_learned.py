@@ -454,6 +454,28 @@ def test_frozen_ranges_are_not_widened() -> None:
     assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
 
 
+def test_a_range_that_was_given_or_is_held_is_not_widened() -> None:
+    given = activation_quantizer(ActivationSpec(quantizer="learned", clip=(0.0, 1.0))).train()
+    held = learning()
+    held.requires_grad_(False)
+    for quantizer in (given, held):
+        for deferred in (False, True):
+            quantizer.deferred = deferred
+            for _ in range(2):
+                quantizer(batch_with(900))
+                commit_ranges(quantizer)
+        assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
+
+
+def test_per_sample_gradients_are_those_of_a_range_that_is_not_looked_at() -> None:
+    """A transform of torch.func must have no effects."""
+    quantizer = learning()
+    x = torch.full((4, 1000), 3.0)
+    gradients = torch.func.vmap(torch.func.grad(lambda row: quantizer(row).sum()))(x)
+    assert torch.equal(gradients, torch.zeros_like(x))
+    assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
+
+
 def test_one_batch_of_sixteen_is_looked_at_and_a_checkpoint_knows_which() -> None:
     quantizer = learning()
     quantizer.deferred = True
