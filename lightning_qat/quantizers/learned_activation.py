@@ -53,7 +53,9 @@ class LearnedActivation(ActivationQuantizer):
         # Not derived from `batches`: that would wait for the device at every commit.
         self.seen = 0
         self.looking = True
-        self._pending_version = -1
+        # Not buffers: DistributedDataParallel would overwrite them with the first process's.
+        self._wished: Tensor | None = None
+        self._observed_version = -1
 
     @property
     def is_learning(self) -> bool:
@@ -97,36 +99,49 @@ class LearnedActivation(ActivationQuantizer):
         return torch.where(narrow, batch_range(x), -torch.inf)
 
     def observe(self, batch: Tensor) -> None:
-        """Note what ``range_of`` found; alone, until the optimizer has taken its step.
-
-        Backward needs the parameters of this forward.
-        """
-        if self.deferred or not self.is_learning:
+        """Note what ``range_of`` found."""
+        if not self.is_learning or is_in_backward():
             super().observe(batch)
-        elif not is_in_backward():
-            self.pending = batch if self.pending is None else torch.maximum(self.pending, batch)
-            self._pending_version = self._first_parameter()._version
-            self.count_batch()
-
-    def _widen_after_step(self) -> None:
-        """Widen to what was noted in a loop that commits nothing, once that is safe."""
-        if self.pending is None or self.deferred or is_compiling():
             return
-        if self._first_parameter()._version != self._pending_version:
-            pending, self.pending = self.pending, None
-            self.widen(pending)
-
-    def _first_parameter(self) -> nn.Parameter:
-        return next(iter(self.parameters(recurse=False)))
+        # Backward needs the parameters of this forward.
+        self._observed_version = self._parameter_version() if torch.is_grad_enabled() else -1
+        if self.deferred:
+            super().observe(batch)
+        else:
+            self._wish(batch)
+            self.count_batch()
 
     @torch.no_grad()
     def commit(self, batch: Tensor) -> None:
         """Take one batch into the range; see ``RangeObserver.commit``, and ``widen``."""
-        if not self.is_learning:
+        if self.is_learning:
+            self.pending = None
+            self._wish(batch)
+        else:
             super().commit(batch)
+
+    def _wish(self, batch: Tensor) -> None:
+        """Widen to ``(-min, max)``, now or after the optimizer's next step."""
+        wished = self._wished
+        self._wished = batch if wished is None else torch.maximum(wished, batch)
+        self._widen_after_step()
+
+    def _widen_after_step(self) -> None:
+        """Widen to what is wished if the graph that needs the parameters is gone.
+
+        It is when the optimizer has changed them since.
+        """
+        if self._wished is None or is_compiling() or is_transforming():
             return
-        self.pending = None
-        self.widen(batch)
+        if self._parameter_version() != self._observed_version:
+            wished, self._wished = self._wished, None
+            self.widen(wished)
+
+    def _parameter_version(self) -> int:
+        return self._first_parameter()._version
+
+    def _first_parameter(self) -> nn.Parameter:
+        return next(iter(self.parameters(recurse=False)))
 
     @torch.no_grad()
     def widen(self, batch: Tensor) -> None:
@@ -230,7 +245,7 @@ class LearnedActivation(ActivationQuantizer):
     def forget_range(self) -> None:
         """Forget what was learned, too: the next batches start it anew."""
         super().forget_range()
-        self.seen, self.looking = 0, True
+        self.seen, self.looking, self._wished = 0, True, None
 
     def range_changed(self) -> None:
         """Start learning from the range, once enough batches have given it."""
@@ -247,6 +262,7 @@ class LearnedActivation(ActivationQuantizer):
         return f"only {self.seen} of {wanted} calibration batches have passed through it"
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._widen_after_step()
         if self.is_learning:
             self.batches.fill_(self.seen)
         super()._save_to_state_dict(*args, **kwargs)

@@ -110,10 +110,6 @@ class RangeObserver(Quantizer):
         """Whether the range is a matter of gradients, and a commit can only widen it."""
         return False
 
-    def widen(self, batch: Tensor) -> None:
-        """Widen a range that is learned to ``(-min, max)``; minus infinity widens nothing."""
-        raise NotImplementedError
-
     def observe_values(self, x: Tensor) -> None:
         """Observe a tensor that a forward quantizes, if this forward is observed."""
         if self.is_observing and x.numel():
@@ -382,7 +378,7 @@ def commit_together(
     if learning:
         wanted = batch if accepted is None else batch.where(accepted, -torch.inf)
         for index in learning:
-            quantizers[index].widen(wanted[:, index])
+            quantizers[index].commit(wanted[:, index])
         others = sorted({*range(len(quantizers))} - {*learning})
         if others:
             columns = None if accepted is None else accepted[others]

@@ -398,6 +398,15 @@ def batch_with(outside: int) -> Tensor:
     return x
 
 
+def after_step(quantizer: Any) -> Any:
+    """As an optimizer leaves it, but for its numbers; then what was seen is committed."""
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.add_(0.0)
+    commit_ranges(quantizer)
+    return quantizer
+
+
 SPECS = {"affine": {}, "from zero": {"fixed_min": True}, "symmetric": {"symmetric": True}}
 
 
@@ -411,11 +420,11 @@ def test_a_learned_range_widens_at_once_to_a_batch_of_which_it_clips_too_much(
     quantizer.deferred = True
     before = [p.detach().clone() for p in quantizer.parameters()]
     quantizer(batch_with(3))
-    commit_ranges(quantizer)
+    after_step(quantizer)
     assert all(torch.equal(p, old) for p, old in zip(quantizer.parameters(), before, strict=True))
     quantizer(batch_with(4))
     assert highest(quantizer) == pytest.approx(1.0, rel=0.01), "The step must end as it began."
-    commit_ranges(quantizer)
+    after_step(quantizer)
     assert highest(quantizer) == pytest.approx(3.0, rel=0.01)
     # Gradients come back from there, and the range may learn to be narrower again.
     x = batch_with(4).requires_grad_()
@@ -429,7 +438,7 @@ def test_fewer_integers_may_clip_more() -> None:
     quantizer.deferred = True
     for outside, high in ((62, 1.0), (63, 3.0)):
         quantizer(batch_with(outside))
-        commit_ranges(quantizer)
+        after_step(quantizer)
         assert highest(quantizer) == pytest.approx(high, rel=0.01)
 
 
@@ -446,11 +455,30 @@ def test_a_loop_that_commits_nothing_widens_after_the_optimizer_s_step() -> None
         optimizer.step()
 
 
+@pytest.mark.parametrize("kind", ["learned", "ulq"])
+def test_ranges_may_be_committed_before_backward_and_before_the_last_of_several_batches(
+    kind: str,
+) -> None:
+    """Backward needs the parameters of the forward; a checkpoint has what they become."""
+    quantizer = learning(kind)
+    quantizer.deferred = True
+    optimizer = torch.optim.SGD(quantizer.parameters(), 1e-6)
+    for outside in (900, 0):
+        loss = quantizer(batch_with(outside)).sum()
+        commit_ranges(quantizer)
+        assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
+        loss.backward()
+    optimizer.step()
+    saved = activation_quantizer(quantizer.spec)
+    saved.load_state_dict(quantizer.state_dict())
+    assert highest(saved) == highest(quantizer) == pytest.approx(3.0, rel=0.01)
+
+
 def test_frozen_ranges_are_not_widened() -> None:
     quantizer = learning()
     quantizer.deferred, quantizer.observing = True, False
     quantizer(batch_with(900))
-    commit_ranges(quantizer)
+    after_step(quantizer)
     assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
 
 
@@ -463,7 +491,7 @@ def test_a_range_that_was_given_or_is_held_is_not_widened() -> None:
             quantizer.deferred = deferred
             for _ in range(2):
                 quantizer(batch_with(900))
-                commit_ranges(quantizer)
+                after_step(quantizer)
         assert highest(quantizer) == pytest.approx(1.0, rel=0.01)
 
 
