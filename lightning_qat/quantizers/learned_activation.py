@@ -103,8 +103,9 @@ class LearnedActivation(ActivationQuantizer):
         if not self.is_learning or is_in_backward():
             super().observe(batch)
             return
-        # Backward needs the parameters of this forward.
-        self._observed_version = self._parameter_version() if torch.is_grad_enabled() else -1
+        # Backward needs the parameters of this forward; torch.compile knows no versions.
+        waits = torch.is_grad_enabled() and not is_compiling()
+        self._observed_version = self._parameter_version() if waits else -1
         if self.deferred:
             super().observe(batch)
         else:

@@ -562,3 +562,22 @@ def test_a_checkpoint_that_learned_the_step_itself_loads_to_the_bit() -> None:
     other.load_state_dict({**state, "scale": scale})
     assert torch.equal(other.scale_and_zero_point()[0], scale)
     assert torch.equal(other.scale_and_zero_point()[1], zero_point)
+
+
+def test_a_compiled_forward_looks_at_the_same_batches() -> None:
+    """Counting is left to whoever commits: a graph that looks, and one that does not."""
+    torch._dynamo.reset()
+    graphs = list[torch.fx.GraphModule]()
+
+    def count(graph: torch.fx.GraphModule, example_inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    quantizer = learning()
+    quantizer.deferred = True
+    call = torch.compile(quantizer, backend=count, fullgraph=True)
+    for outside, high in ((0, 1.0), (900, 3.0), *[(0, 3.0)] * 40):
+        call(batch_with(outside)).sum().backward()
+        after_step(quantizer)
+        assert highest(quantizer) == pytest.approx(high, rel=0.01)
+    assert len(graphs) == 2
