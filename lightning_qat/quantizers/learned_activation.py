@@ -104,8 +104,7 @@ class LearnedActivation(ActivationQuantizer):
             super().observe(batch)
             return
         # Backward needs the parameters of this forward; torch.compile knows no versions.
-        waits = torch.is_grad_enabled() and not is_compiling()
-        self._observed_version = self._parameter_version() if waits else -1
+        self._observed_version = -1 if is_compiling() else self._parameter_version()
         if self.deferred:
             super().observe(batch)
         else:
