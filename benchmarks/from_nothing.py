@@ -24,12 +24,11 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.accuracy.protocol import train
+from benchmarks.accuracy.runs import FLOAT
 from benchmarks.accuracy.task import Data, Task, test_outputs
 from benchmarks.accuracy.tasks import TASKS
 from lightning_qat import ActivationSpec, Recipe, prepare
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
-
-FLOAT = "float"
 
 
 def recipes() -> Mapping[str, Recipe | None]:

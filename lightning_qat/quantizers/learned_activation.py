@@ -86,8 +86,12 @@ class LearnedActivation(ActivationQuantizer):
     def count_batch(self) -> None:
         """Count a batch in which the range was learned; for whoever commits ranges."""
         if self.is_learning:
-            self.seen += 1
-            self.looking = self.seen < LOOKS_EVERY or self.seen % LOOKS_EVERY == 0
+            self._count_to(self.seen + 1)
+
+    def _count_to(self, seen: int) -> None:
+        # A bool beside the number: torch.compile would compile anew for every number.
+        self.seen = seen
+        self.looking = seen < LOOKS_EVERY or seen % LOOKS_EVERY == 0
 
     def range_of(self, x: Tensor) -> Tensor:
         """The range of a tensor for which the learned one is too narrow; else minus infinity."""
@@ -245,7 +249,8 @@ class LearnedActivation(ActivationQuantizer):
     def forget_range(self) -> None:
         """Forget what was learned, too: the next batches start it anew."""
         super().forget_range()
-        self.seen, self.looking, self._wished = 0, True, None
+        self._count_to(0)
+        self._wished = None
 
     def range_changed(self) -> None:
         """Start learning from the range, once enough batches have given it."""
@@ -268,8 +273,7 @@ class LearnedActivation(ActivationQuantizer):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _has_range(self) -> bool:
-        self.seen = int(self.batches)
-        self.looking = self.seen < LOOKS_EVERY or self.seen % LOOKS_EVERY == 0
+        self._count_to(int(self.batches))
         return self.spec.clip is not None or self.seen >= self.spec.calibration_batches
 
     def _start(self, low: Tensor, high: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 
 from lightning_qat.callback.watch import training_watch
 from lightning_qat.callback.watch.losses import WINDOW, LossWatch
@@ -15,7 +16,7 @@ def said(*phases: tuple[str, list[float]]) -> list[str]:
         for name, losses in phases:
             watch.enter(name)
             for loss in losses:
-                watch.finish(torch.nn.Identity(), {"loss": torch.tensor(loss)})  # type: ignore[arg-type]
+                watch.finish(LightningModule(), {"loss": torch.tensor(loss)})
     return found
 
 
