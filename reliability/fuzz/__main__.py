@@ -6,10 +6,12 @@
     python -m reliability.fuzz convert --show           tracebacks of what was found
 
 The files that a reader neither read nor refused are kept in the folder --keep, one per place. An
-input follows from its number and --seed, so a run repeats. Ends with 1 if anything was found.
+input follows from its number and --seed, so a run repeats. A run that is stopped counts what it has
+read so far. Ends with 1 if anything was found, with 130 if it was stopped.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,31 +29,41 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     names = options.reader or sorted(READERS)
     console = Console()
-    outcomes = []
+    outcomes: dict[str, Outcome] = {}
+    stopped = False
     with tempfile.TemporaryDirectory() as scratch, _progress(console) as progress:
-        for name in names:
-            total = options.count or options.seconds
-            task = progress.add_task(name, total=total, inputs=0, found=0)
-            outcome = fuzz(
-                READERS[name],
-                Path(scratch) / name,
-                count=options.count,
-                seconds=None if options.count else options.seconds,
-                seed=options.seed,
-                jobs=options.jobs,
-                progress=lambda outcome, task=task: _show(progress, task, outcome, options.count),  # type: ignore[misc]
-            )
-            outcomes.append(outcome)
-            _keep(outcome, options.keep)
-    console.print(_table(outcomes))
-    for outcome in outcomes:
+        try:
+            for name in names:
+                total = options.count or options.seconds
+                task = progress.add_task(name, total=total, inputs=0, found=0)
+
+                def show(outcome: Outcome, task: TaskID = task) -> None:
+                    outcomes[outcome.reader] = outcome
+                    _show(progress, task, outcome, options.count)
+
+                fuzz(
+                    READERS[name],
+                    Path(scratch) / name,
+                    count=options.count,
+                    seconds=None if options.count else options.seconds,
+                    seed=options.seed,
+                    jobs=options.jobs,
+                    progress=show,
+                )
+        except KeyboardInterrupt:
+            stopped = True
+    console.print(_table([*outcomes.values()]))
+    for outcome in outcomes.values():
+        _keep(outcome, options.keep)
         for place, found in sorted(outcome.found.items()):
             console.print(
                 f"{outcome.reader}: {len(found)} x {place}", markup=False, highlight=False
             )
             if options.show:
                 console.print(found[0].detail, markup=False, highlight=False)
-    return 1 if any(outcome.found for outcome in outcomes) else 0
+    if stopped:
+        return 130
+    return 1 if any(outcome.found for outcome in outcomes.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,4 +129,5 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # counts are shown then as well
     sys.exit(main())

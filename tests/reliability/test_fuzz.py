@@ -3,13 +3,14 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("resource", reason="the fuzzer limits memory as Unix does")
 
 from reliability.fuzz.__main__ import main
-from reliability.fuzz.run import fuzz
+from reliability.fuzz.run import Outcome, fuzz
 from reliability.fuzz.worker import make_input, write_seeds
 from tests.reliability.toy_reader import KINDS, READER
 
@@ -48,6 +49,22 @@ def test_the_command_ends_with_1_and_keeps_what_it_found(
     assert "KeyError" in capsys.readouterr().out
     kept = [path.read_bytes() for path in (tmp_path / "kept").glob("*KeyError*.txt")]
     assert kept == [b"undocumented"]
+
+
+def test_a_run_that_is_stopped_counts_what_it_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(module: str, folder: Path, **options: Any) -> Outcome:
+        def progress(outcome: Outcome) -> None:
+            options["progress"](outcome)
+            raise KeyboardInterrupt
+
+        return fuzz(module, folder, **{**options, "progress": progress, "hang_s": 0.2})
+
+    monkeypatch.setattr("reliability.fuzz.__main__.READERS", {"toy": TOY})
+    monkeypatch.setattr("reliability.fuzz.__main__.fuzz", stopped)
+    assert main(["toy", "--count", "24", "--jobs", "1", "--keep", str(tmp_path)]) == 130
+    assert "toy" in capsys.readouterr().out
 
 
 def test_a_reader_that_refuses_its_own_file_is_broken(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lightning_qat_exporters.cann.normalize.dequantize_before_moves import Dequa
 from lightning_qat_exporters.cann.normalize.explicit_pads import ExplicitPads
 from lightning_qat_exporters.cann.normalize.fold_batchnorm import FoldBatchNorm
 from lightning_qat_exporters.cann.normalize.fold_constants import FoldConstants
+from lightning_qat_exporters.cann.normalize.inline_functions import InlineFunctions
 from lightning_qat_exporters.cann.normalize.integer_sources import PairIntegerSources
 from lightning_qat_exporters.cann.normalize.propagate_pairs import PropagatePairs
 from lightning_qat_exporters.cann.normalize.recognise_grid_weights import RecogniseGridWeights
@@ -57,7 +58,7 @@ def normalize(
 
 def _plain() -> tuple[ir.passes.InPlacePass, ...]:
     return (
-        common.InlinePass(),
+        InlineFunctions(),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )

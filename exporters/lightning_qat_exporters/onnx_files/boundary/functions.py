@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 from onnx import FunctionProto, ModelProto, NodeProto
 
+from lightning_qat_exporters.onnx_files.boundary.order import check_function_order
 from lightning_qat_exporters.onnx_files.nested import all_nodes
 
 MOST_NODES = 1_000_000
@@ -22,8 +24,9 @@ def check_functions(proto: ModelProto, path: str) -> None:
     """Check that functions are defined once and end, before they are inlined.
 
     Raises:
-        ValueError: A function calls itself, directly or not, calls are nested too deep, or the
-            inlined model would be too large; the function is named.
+        ValueError: A function calls itself, directly or not, calls are nested too deep, a call
+            has more inputs or outputs than its function, a body is out of order, or the inlined
+            model would be too large; the function is named.
     """
     functions: dict[_Id, FunctionProto] = {}
     for function in proto.functions:
@@ -33,8 +36,14 @@ def check_functions(proto: ModelProto, path: str) -> None:
                 f"Every function must be defined once; {path!r} has {_told(key)} twice."
             )
         functions[key] = function
+        check_function_order(function, path)
     if not functions:
         return
+    bodies = (proto.graph.node, *(function.node for function in proto.functions))
+    for node in chain.from_iterable(map(all_nodes, bodies)):
+        called = functions.get(_key_of(node))
+        if called is not None:
+            _check_call(node, called, path)
     measured: dict[_Id, _Inlined] = {}
     for key in functions:
         _measure(key, functions, measured, (), path)
@@ -63,8 +72,8 @@ def _measure(
     if key in measured:
         return measured[key]
     if key in callers:
-        chain = " -> ".join(map(_told, (*callers[callers.index(key) :], key)))
-        raise ValueError(f"Functions must not call themselves; in {path!r} {chain} does.")
+        cycle = " -> ".join(map(_told, (*callers[callers.index(key) :], key)))
+        raise ValueError(f"Functions must not call themselves; in {path!r} {cycle} does.")
     nodes, depth = 0, 1 + len(callers)
     if depth <= DEEPEST:
         depth = 1
@@ -85,7 +94,24 @@ def _measure(
 
 def _called(nodes: Iterable[NodeProto]) -> Iterator[_Id]:
     """The operators of nodes, in subgraphs as well."""
-    return (_key(node.domain, node.op_type, node.overload) for node in all_nodes(nodes))
+    return map(_key_of, all_nodes(nodes))
+
+
+def _check_call(node: NodeProto, function: FunctionProto, path: str) -> None:
+    """What a call leaves out at its end is empty; more than the function has, nothing takes."""
+    for kind, given, own in (
+        ("inputs", node.input, function.input),
+        ("outputs", node.output, function.output),
+    ):
+        if len(given) > len(own):
+            raise ValueError(
+                f"A call must have at most the {len(own)} {kind} of its function "
+                f"{_told(_key_of(node))}; the node {node.name!r} of {path!r} has {len(given)}."
+            )
+
+
+def _key_of(node: NodeProto) -> _Id:
+    return _key(node.domain, node.op_type, node.overload)
 
 
 def _key(domain: str, name: str, overload: str) -> _Id:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from onnx import GraphProto, NodeProto
+from onnx import FunctionProto, GraphProto, NodeProto
 
 from lightning_qat_exporters.onnx_files.nested import subgraphs
 
@@ -17,41 +17,74 @@ def check_order(graph: GraphProto, path: str) -> None:
         path: Its file, for messages.
 
     Raises:
-        ValueError: Nodes are not sorted, or a tensor is made twice or by nothing; node and tensor
-            are named.
+        ValueError: Nodes are not sorted, a tensor is made twice or by nothing, or an input or
+            output has no name; node and tensor are named.
     """
-    _check(graph, {""}, path)
+    _check_graph(graph, {""}, repr(path))
 
 
-def _check(graph: GraphProto, made: set[str], path: str) -> None:
+def check_function_order(function: FunctionProto, path: str) -> None:
+    """Check the nodes of a function, which reads nothing from outside.
+
+    Raises:
+        ValueError: As `check_order`; or an output of the function is one of its inputs.
+    """
+    place = f"the function {function.name!r} of {path!r}"
+    if "" in function.input:
+        raise ValueError(f"Every input must have a name; one of {place} has none.")
+    made = {"", *function.input}
+    _check_nodes(function.node, made, set(), place)
+    for name in function.output:
+        if name in function.input:
+            raise ValueError(
+                f"A function must make its outputs; {place} gives its input {name!r} back. Write "
+                "an Identity node between them."
+            )
+        _check_output(name, made, place)
+
+
+def _check_graph(graph: GraphProto, made: set[str], place: str) -> None:
     """Check one graph; what it makes is taken out of ``made`` again."""
+    if any(not value.name for value in graph.input):
+        raise ValueError(f"Every input must have a name; one of {place} has none.")
     own = {value.name for value in (*graph.input, *graph.initializer)}
     own |= {tensor.values.name for tensor in graph.sparse_initializer}
     own -= made
     made |= own
-    for node in graph.node:
+    _check_nodes(graph.node, made, own, place)
+    for value in graph.output:
+        _check_output(value.name, made, place)
+    made -= own - {""}
+
+
+def _check_nodes(nodes: Sequence[NodeProto], made: set[str], own: set[str], place: str) -> None:
+    """Check nodes in their order, and add what they make to ``made`` and ``own``."""
+    for node in nodes:
         for name in node.input:
             if name not in made:
-                raise ValueError(_unmade(node, name, graph, path))
+                raise ValueError(_unmade(node, name, nodes, place))
         for subgraph in subgraphs(node):
-            _check(subgraph, made, path)
+            _check_graph(subgraph, made, place)
         for name in node.output:
             if name and name in made:
                 raise ValueError(
-                    f"Every tensor must be made once; in {path!r} the node {_name(node)} makes "
+                    f"Every tensor must be made once; in {place} the node {_name(node)} makes "
                     f"{name!r}, which is there already."
                 )
             made.add(name)
             own.add(name)
-    for value in graph.output:
-        if value.name not in made:
-            raise ValueError(f"Nothing in {path!r} makes the output {value.name!r}.")
-    made -= own - {""}
 
 
-def _unmade(node: NodeProto, name: str, graph: GraphProto, path: str) -> str:
-    maker = {output: node for node in graph.node for output in node.output}
-    reads = f"In {path!r} the node {_name(node)} reads the tensor {name!r}, "
+def _check_output(name: str, made: set[str], place: str) -> None:
+    if not name:
+        raise ValueError(f"Every output must have a name; one of {place} has none.")
+    if name not in made:
+        raise ValueError(f"Nothing in {place} makes the output {name!r}.")
+
+
+def _unmade(node: NodeProto, name: str, nodes: Sequence[NodeProto], place: str) -> str:
+    maker = {output: node for node in nodes for output in node.output}
+    reads = f"In {place} the node {_name(node)} reads the tensor {name!r}, "
     if name not in maker:
         return f"{reads}which nothing makes."
     if _reaches(node, maker[name], maker):
