@@ -16,11 +16,13 @@ from lightning_qat_exporters.onnx_files.boundary.order import check_order
 from lightning_qat_exporters.onnx_files.boundary.stored_data import check_stored_data
 from lightning_qat_exporters.onnx_files.boundary.values import check_values
 from lightning_qat_exporters.onnx_files.foreign_quantizers import foreign_quantization
+from lightning_qat_exporters.onnx_files.nested import all_nodes
 
 OLDEST_OPSET = 10
 """The first opset with QuantizeLinear."""
 
 _FIRST_WITHOUT_CLIP_ATTRIBUTES = 11
+_DEVICES = "device_configurations"
 LARGEST_FILE = 2**31 - 1
 """Bytes of the largest message that protobuf reads."""
 
@@ -82,6 +84,7 @@ def read_onnx(path: Path, *, standard: bool = True, max_bytes: int | None = None
             f"Tensors must be dense; {str(path)!r} has the sparse initializer {name!r}. Store it "
             "as a dense one."
         )
+    _forget_devices(proto)
     try:
         if opset < _FIRST_WITHOUT_CLIP_ATTRIBUTES:
             proto = onnx.version_converter.convert_version(proto, _FIRST_WITHOUT_CLIP_ATTRIBUTES)
@@ -122,6 +125,14 @@ def _check(proto: onnx.ModelProto, path: Path, *, standard: bool) -> int:
     check_functions(proto, str(path))
     check_rules(proto, str(path), standard=standard)
     return needed
+
+
+def _forget_devices(proto: onnx.ModelProto) -> None:
+    """Drop how a model is spread over several devices: what is made of it is for one."""
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in all_nodes(nodes):
+            if _DEVICES in node.DESCRIPTOR.fields_by_name:  # onnx 1.18 has it first
+                node.ClearField(_DEVICES)
 
 
 def require_quantized(model: ir.Model, path: Path) -> None:

@@ -28,7 +28,7 @@ def f32(values: Any) -> Array:
 class Qdq:
     """Builds a QDQ model node by node; every method returns the name of a value."""
 
-    def __init__(self, shape: Sequence[int], opset: int = 18) -> None:
+    def __init__(self, shape: Sequence[int] | None, opset: int = 18) -> None:
         self.shape, self.opset = shape, opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}

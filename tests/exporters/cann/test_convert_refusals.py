@@ -68,6 +68,29 @@ def test_factors_and_weights_that_are_computed_are_refused_or_listed(tmp_path: P
     )
 
 
+def test_a_convolution_without_a_window_is_listed(tmp_path: Path) -> None:
+    """ONNX checks the axes of a weight only where the shape of the input is known."""
+    net = Qdq(None)
+    y = net.node("Conv", net.fake("x", 0.5), net.weight([[1, 2], [3, 4]], 0.5), name="conv")
+    y = net.node("Relu", y)
+    y = net.node("MatMul", net.fake(y, 0.5), net.weight([[1, 2], [3, 4]], 0.5), name="fc")
+    done = convert_qat_model(net_file(net, tmp_path, y), tmp_path / "out")
+    assert done.layers == ("fc",)
+    assert done.left_float == (
+        "'conv': its weight must have two axes and one or more of a window; got shape [2, 2].",
+    )
+
+
+def test_how_nodes_are_spread_over_devices_is_not_written(tmp_path: Path) -> None:
+    source = net_file(fc(), tmp_path, "v3")
+    proto = onnx.load(source)
+    if "device_configurations" not in proto.graph.node[0].DESCRIPTOR.fields_by_name:
+        pytest.skip(f"onnx {onnx.__version__} has no device configurations")
+    proto.graph.node[0].device_configurations.add()
+    done = convert_qat_model(saved(proto, tmp_path), tmp_path / "out")
+    assert not any(n.device_configurations for n in onnx.load(done.files["model"]).graph.node)
+
+
 def graph_file(folder: Path, nodes: Sequence[onnx.NodeProto], **options: Any) -> Path:
     graph = helper.make_graph(
         nodes,

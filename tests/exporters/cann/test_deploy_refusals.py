@@ -111,6 +111,7 @@ HUGE = np.array([2**20, 2**20])
         (node("Pad", "x", "n"), {"n": np.array([0, 0, 2**20, 2**20])}),
         (node("Resize", "x", "e", "f"), {"e": f32([]), "f": f32([2**20, 2**20])}),
         (node("Add", "x", "c"), {"c": np.zeros((2**11, 1), np.float32)}),
+        (node("GatherND", "x", "i"), {"i": np.zeros((2**11, 1), np.int64)}),
     ],
     ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else "",
 )
@@ -118,7 +119,7 @@ def test_what_would_be_too_large_is_refused_before_it_is_made(
     large: onnx.NodeProto, constants: dict[str, Array]
 ) -> None:
     executor = executor_of(large, **constants)
-    x = np.zeros((1, 2**11 if large.op_type == "Add" else 1), np.float32)
+    x = np.zeros((1, 2**11 if large.op_type in ("Add", "GatherND") else 1), np.float32)
     with pytest.raises(ValueError, match=rf"at most 1048576 bytes; 'the_{large.op_type}' "):
         executor.run({"x": x})
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from lightning_qat_exporters.onnx_files.boundary import inference
 from lightning_qat_exporters.onnx_files.boundary.functions import DEEPEST
 from lightning_qat_exporters.onnx_files.read import load_proto, load_with_data, read_onnx
 
@@ -320,78 +317,3 @@ def test_tensors_that_share_their_data_do_not_take_more_than_is_allowed(tmp_path
     ):
         read_onnx(path, max_bytes=15)
     read_onnx(path, max_bytes=16)
-
-
-def sliced(maker: onnx.NodeProto, x: list[int], step: int = 1, **inits: list[int]) -> ModelProto:
-    """``maker`` makes t of x; a Slice along axis 2 reads it."""
-    constants = {"start": [0], "end": [1], "axis": [2], "step": [step], **inits}
-    cut = helper.make_node("Slice", ["t", "start", "end", "axis", "step"], ["y"])
-    graph = helper.make_graph(
-        [maker, cut],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.array(v), name) for name, v in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-BELOW_ZERO = {
-    "declared": (sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, -1, 8]), "'x' .* -1"),
-    "window": (
-        sliced(helper.make_node("MaxPool", ["x"], ["t"], kernel_shape=[9, 1]), [1, 1, 4, 8]),
-        "'t' has the shape .1, 1, -4, 8.",
-    ),
-    "padding": (
-        sliced(helper.make_node("Pad", ["x", "p"], ["t"]), [1, 1, 4, 8], p=[0, 0, -5] + [0] * 5),
-        "'t' has the shape .1, 1, -1, 8.",
-    ),
-    "empty and backwards": (sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, 0, 8], -1), ""),
-}
-
-
-def onnx_ends_on(path: Path) -> bool:
-    """Whether onnx's inference ends its process on a file, as builds with assertions do."""
-    infer = "import sys, onnx; onnx.shape_inference.infer_shapes(onnx.load(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", infer, path], capture_output=True)
-    return done.returncode != 0
-
-
-@pytest.mark.parametrize("case", BELOW_ZERO)
-def test_a_size_on_which_onnx_ends_the_process_is_refused(case: str, tmp_path: Path) -> None:
-    proto, match = BELOW_ZERO[case]
-    path = saved(proto, tmp_path)
-    if not onnx_ends_on(path):
-        read_onnx(path)  # onnx was built without assertions
-        return
-    for read in (read_onnx, load_proto):
-        with pytest.raises(ValueError, match=rf"A Slice of .* must read sizes of zero.*{match}"):
-            read(path)
-
-
-def test_the_process_that_tries_a_slice_needs_only_the_c_code_of_onnx_or_all_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = saved(BELOW_ZERO["declared"][0], tmp_path)
-    if not onnx_ends_on(path):
-        pytest.skip("onnx was built without assertions")
-    begun = list[list[str]]()
-    starts = subprocess.run
-
-    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        # No installed package can be imported here.
-        begun.append([command[0], "-I", "-S", *command[1:]] if alone else command)
-        return starts(begun[-1], **options)
-
-    monkeypatch.setattr(inference.subprocess, "run", start)
-    for alone in (True, False):
-        if not alone:
-            monkeypatch.setattr(inference.onnx_cpp2py_export, "__file__", str(tmp_path / "gone.so"))
-        with pytest.raises(ValueError, match="must read sizes of zero"):
-            read_onnx(path)
-    assert len(begun) == 2
-
-
-def test_a_slice_of_known_sizes_is_read(tmp_path: Path) -> None:
-    for shape in ([1, 1, 4, 8], [1, 1, 0, 8]):
-        read_onnx(saved(sliced(helper.make_node("Relu", ["x"], ["t"]), shape), tmp_path))

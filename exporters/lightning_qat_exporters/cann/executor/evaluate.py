@@ -18,6 +18,10 @@ MOST_REPEATS = 20_000
 """A Loop may repeat its body so many times: that of EmbeddingBag does once for each bag."""
 _FEW = 64
 """Numbers in a tensor that may be a size."""
+_NO_MORE_THAN_READ = frozenset(
+    {"EyeLike", "LayerNormalization", "RegexFullMatch", "Slice", "Split"}
+)
+"""Operators on which onnx's inference may end the process, as on GatherND, if arrays do not fit."""
 
 
 class Evaluation:
@@ -135,8 +139,10 @@ def _read_by(node: onnx.NodeProto) -> Iterator[str]:
 def _bytes_made(node: Any, inputs: list[Any]) -> int:
     """Bytes of what a node will make, as ONNX's inference of shapes tells; 0 where it does not."""
     proto = node.onnx_node
-    if not onnx.defs.has(proto.op_type):
+    if not onnx.defs.has(proto.op_type) or proto.op_type in _NO_MORE_THAN_READ:
         return 0  # Ascend's keep their input's shape
+    if proto.op_type == "GatherND":
+        return _bytes_gathered(*inputs[:2])
     version = node.run_params["opsets"].get("", 1)
     plain = onnx.NodeProto()
     plain.CopyFrom(proto)
@@ -159,6 +165,13 @@ def _bytes_made(node: Any, inputs: list[Any]) -> int:
     except Exception:  # what does not fit, the computation says in terms of the arrays
         return 0
     return sum(_declared_bytes(type_.tensor_type) for type_ in made.values())
+
+
+def _bytes_gathered(data: Array, indices: Array) -> int:
+    """A slice of the data for each row of indices; as much as the data at most."""
+    picked = indices.shape[-1] if indices.ndim else 0
+    rows = indices.size // picked if picked else indices.size
+    return int(rows * data.itemsize * math.prod(data.shape[picked:]))
 
 
 def _declared_bytes(tensor: onnx.TypeProto.Tensor) -> int:

@@ -93,6 +93,11 @@ def read_weight(node: ir.Node) -> LayerWeight:
             raise CannotExpress(f"its weight must be a matrix; got shape {list(integers.shape)}")
         if attributes.get_int("transB", 0):
             integers, axis = integers.T, 1 - axis
+    elif integers.ndim < 3:
+        raise CannotExpress(
+            f"its weight must have two axes and one or more of a window; got shape "
+            f"{list(integers.shape)}"
+        )
     if node.op_type == "Gemm":
         alpha_beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
         if attributes.get_int("transA", 0) or alpha_beta != (1.0, 1.0):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from bisect import bisect_left
 
 import onnx
-from onnx import ModelProto, onnx_cpp2py_export
+from onnx import ModelProto, NodeProto, onnx_cpp2py_export
 
 from lightning_qat_exporters.onnx_files.nested import all_nodes
 
@@ -34,34 +35,65 @@ _ABORTED = frozenset({3, 0xC0000409})
 def check_inference(proto: ModelProto, path: str) -> None:
     """Refuse a model for which onnx's C++ code ends the process instead of raising an error.
 
-    The limits of a Slice come from the size of what it slices: below zero, or at zero with a
-    negative step, ``std::clamp`` is called out of its domain, and builds with assertions abort;
-    so does ONNX Runtime. Such sizes are declared, or follow from a pooling window, padding or
-    split that does not fit. A process of its own tries it, 0.03 s, where a model has a Slice.
+    Indices beyond the end of a vector and ``std::clamp`` out of its domain abort in builds with
+    assertions, and ONNX Runtime with them. onnx 1.23 ends so on a Split into fewer parts than it
+    has outputs, a Slice of sizes below zero, and on GatherND, LayerNormalization, EyeLike and
+    RegexFullMatch of ranks that do not fit. So a process of its own tries every model first.
 
     Args:
         proto: The model; needs no large weights.
         path: Its file, for messages.
 
     Raises:
-        ValueError: The process ended; the message names a tensor whose size is below zero.
+        ValueError: The process ended; the message names the node, and for a Slice a tensor whose
+            size is below zero.
     """
-    graphs = [proto.graph.node, *(function.node for function in proto.functions)]
-    if not any(node.op_type == "Slice" for nodes in graphs for node in all_nodes(nodes)):
+    if not _ends(proto):
         return
+    node = _first_to_end(proto)
+    if node.op_type == "Slice":
+        raise ValueError(
+            f"A Slice of {path!r} must read sizes of zero or more, and of one or more with a "
+            f"negative step; {_named(node)} does not{_below_zero(proto)}. onnx and ONNX Runtime "
+            "end the process on such a model. Give an unknown size a name (dim_param) instead of "
+            "a number, or correct the node that makes it."
+        )
+    raise ValueError(
+        f"Inputs, outputs and attributes of every node must fit together; on {_named(node)} of "
+        f"{path!r} onnx ends the process, and ONNX Runtime may. Compare ranks, axes and the number "
+        "of outputs with ONNX's description of the operator."
+    )
+
+
+def _ends(proto: ModelProto) -> bool:
+    """Whether inference ends its process, in 0.03 s for a small model."""
     done = subprocess.run(
         [sys.executable, "-c", _INFER, onnx_cpp2py_export.__name__, onnx_cpp2py_export.__file__],
         input=proto.SerializeToString(),
         capture_output=True,
         check=False,
     )
-    if done.returncode < 0 or done.returncode in _ABORTED:
-        raise ValueError(
-            f"A Slice of {path!r} must read sizes of zero or more, and of one or more with a "
-            f"negative step{_below_zero(proto)}. onnx and ONNX Runtime end the process on such a "
-            "model. Give an unknown size a name (dim_param) instead of a number, or correct the "
-            "node that makes it."
-        )
+    return done.returncode < 0 or done.returncode in _ABORTED
+
+
+def _first_to_end(proto: ModelProto) -> NodeProto:
+    """The first node on which the process ends: half of the nodes are tried at a time."""
+    trial = ModelProto()
+    trial.CopyFrom(proto)
+    del trial.graph.output[:]
+
+    def ends_with(count: int) -> bool:
+        del trial.graph.node[:]
+        trial.graph.node.extend(proto.graph.node[:count])
+        return _ends(trial)
+
+    place = bisect_left(range(len(proto.graph.node) + 1), True, key=ends_with)
+    node: NodeProto = proto.graph.node[min(place, len(proto.graph.node)) - 1]
+    return node
+
+
+def _named(node: NodeProto) -> str:
+    return f"{node.name or ', '.join(node.output)!r} ({node.op_type})"
 
 
 def _below_zero(proto: ModelProto) -> str:
