@@ -38,6 +38,7 @@ from lightning_qat_exporters.fake_quant_onnx.runtimes import (
 )
 from lightning_qat_exporters.fake_quant_onnx.tensorrt_lint.lint import lint_tensorrt
 from lightning_qat_exporters.fake_quant_onnx.trace import trace_qdq
+from lightning_qat_exporters.fake_quant_onnx.unfused_softmax import unfuse_softmax
 from lightning_qat_exporters.onnx_files.read import load_proto, load_with_data
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
@@ -135,6 +136,8 @@ class FakeQuantOnnxExporter:
             quantize_biases(onnx_model.graph)
         if self.for_runtime == "openvino":
             flatten_concats(onnx_model.graph)
+        if self.for_runtime == "onnxruntime":
+            unfuse_softmax(onnx_model.graph)
         path = path_prefix.with_name(f"{path_prefix.name}_qdq.onnx")
         files = save_onnx(onnx_model, path)
         notes = _int4_notes(model) if self.int4_weights else ()

@@ -310,6 +310,17 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
         load_proto(path)
 
 
+def test_text_in_attributes_is_text_but_for_operators_of_others(tmp_path: Path) -> None:
+    proto = model()
+    proto.graph.node[1].op_type = "EPContext"
+    proto.graph.node[1].domain = "own"
+    proto.graph.node[1].attribute.append(helper.make_attribute("cache", b"\xff\xfe"))
+    load_proto(saved(proto, tmp_path))
+    proto.graph.node[0].attribute.append(helper.make_attribute("auto_pad", b"\xff\xfe"))
+    with pytest.raises(ValueError, match=r"must be UTF-8; one is b'.xff.xfe'"):
+        load_proto(saved(proto, tmp_path))
+
+
 def test_tensors_that_share_their_data_do_not_take_more_than_is_allowed(tmp_path: Path) -> None:
     path = external(tmp_path)
     with pytest.raises(

@@ -112,6 +112,14 @@ def unnamed_output_of_the_graph(proto: ModelProto) -> None:
     proto.graph.output.add(name="").type.tensor_type.elem_type = TensorProto.FLOAT
 
 
+def reference_outside(proto: ModelProto) -> None:
+    proto.graph.node[1].attribute.add(name="axis", ref_attr_name="length", type=2)
+
+
+def reference_to_nothing(proto: ModelProto) -> None:
+    proto.functions[0].node[1].attribute.add(name="axis", ref_attr_name="length", type=2)
+
+
 BROKEN: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "unnamed output": (unnamed_output, r"output must have a name; one of the function 'Pair' of"),
     "unnamed input": (unnamed_input, r"input must have a name; one of the function 'Pair' of"),
@@ -147,6 +155,21 @@ def test_a_function_that_reads_a_tensor_of_the_graph_is_refused(tmp_path: Path) 
         load_proto(saved(proto, tmp_path))
     with pytest.raises(onnx.checker.ValidationError):
         onnx.checker.check_model(proto)
+
+
+def test_an_attribute_refers_to_one_of_its_function(tmp_path: Path) -> None:
+    """ONNX Runtime takes others for attributes that are not there."""
+    proto = model()
+    reference_outside(proto)
+    with pytest.raises(ValueError, match=r"'axis' of the node 'weight' .* refers to 'length'"):
+        load_proto(saved(proto, tmp_path))
+    proto = model()
+    reference_to_nothing(proto)
+    with pytest.raises(ValueError, match=r"'second' .* in the function 'own.Pair' .*'length'"):
+        load_proto(saved(proto, tmp_path))
+    proto.functions[0].attribute.append("length")
+    load_proto(saved(proto, tmp_path))
+    assert convert_qat_model(tmp_path / "qat.onnx", tmp_path / "net").layers == ("fc",)
 
 
 def test_an_identity_gives_an_input_back(tmp_path: Path) -> None:

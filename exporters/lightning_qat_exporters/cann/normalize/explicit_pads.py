@@ -23,8 +23,9 @@ class ExplicitPads(ir.passes.InPlacePass):
         """Rewrite ``model`` in place."""
         written = 0
         for node in model.graph:
-            same = node.attributes.get_string("auto_pad", "NOTSET") in _SAME
-            if node.op_type in ("Conv", "ConvTranspose") and not node.domain and same:
+            if node.op_type not in ("Conv", "ConvTranspose") or node.domain:
+                continue
+            if node.attributes.get_string("auto_pad", "NOTSET") in _SAME:
                 written += _write_pads(node)
         return ir.passes.PassResult(model, modified=written > 0)
 

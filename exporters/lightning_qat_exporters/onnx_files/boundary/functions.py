@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,10 +25,12 @@ def check_functions(proto: ModelProto, path: str) -> None:
 
     Raises:
         ValueError: A function calls itself, directly or not, calls are nested too deep, a call
-            has more inputs or outputs than its function, a body is out of order, or the inlined
-            model would be too large; the function is named.
+            has more inputs or outputs than its function, a body is out of order, an attribute
+            refers to none of its function, or the inlined model would be too large; function or
+            node is named.
     """
     functions: dict[_Id, FunctionProto] = {}
+    _check_references(proto.graph.node, (), repr(path))
     for function in proto.functions:
         key = _key(function.domain, function.name, function.overload)
         if key in functions:
@@ -37,6 +39,8 @@ def check_functions(proto: ModelProto, path: str) -> None:
             )
         functions[key] = function
         check_function_order(function, path)
+        own = {*function.attribute, *(attribute.name for attribute in function.attribute_proto)}
+        _check_references(function.node, own, f"the function {_told(key)} of {path!r}")
     if not functions:
         return
     bodies = (proto.graph.node, *(function.node for function in proto.functions))
@@ -108,6 +112,18 @@ def _check_call(node: NodeProto, function: FunctionProto, path: str) -> None:
                 f"A call must have at most the {len(own)} {kind} of its function "
                 f"{_told(_key_of(node))}; the node {node.name!r} of {path!r} has {len(given)}."
             )
+
+
+def _check_references(nodes: Iterable[NodeProto], own: Collection[str], place: str) -> None:
+    """Attributes refer to those of the function that they stand in."""
+    for node in all_nodes(nodes):
+        for attribute in node.attribute:
+            if attribute.ref_attr_name and attribute.ref_attr_name not in own:
+                raise ValueError(
+                    f"An attribute may refer to one of its function alone; {attribute.name!r} of "
+                    f"the node {node.name!r} ({node.op_type}) in {place} refers to "
+                    f"{attribute.ref_attr_name!r}."
+                )
 
 
 def _key_of(node: NodeProto) -> _Id:

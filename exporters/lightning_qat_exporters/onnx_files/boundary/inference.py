@@ -17,7 +17,12 @@ import sys
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 
-name, path = sys.argv[1:]
+name, path, memory, too_large = sys.argv[1:]
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
+except Exception:
+    pass
 try:
     loader = ExtensionFileLoader(name, path)
     native = module_from_spec(spec_from_loader(name, loader))
@@ -25,20 +30,27 @@ try:
     infer = native.shape_inference.infer_shapes
 except Exception:
     from onnx.onnx_cpp2py_export.shape_inference import infer_shapes as infer
-infer(sys.stdin.buffer.read(), False, False, True)
+try:
+    infer(sys.stdin.buffer.read(), False, False, True)
+except MemoryError:
+    sys.exit(int(too_large))
 """
 """Loads onnx's C++ code without its Python packages, which take eight times as long."""
-_ABORTED = frozenset({3, 0xC0000409})
+_TOO_LARGE = 99
+_ENDED = frozenset({3, 0xC0000409, _TOO_LARGE})
 """What Windows gives for ``abort``; elsewhere a signal is a negative number."""
+_MEMORY = 2**31
+"""Bytes that the process may take beside a hundred times the model's; half a GiB suffices."""
 
 
 def check_inference(proto: ModelProto, path: str) -> None:
-    """Refuse a model for which onnx's C++ code ends the process instead of raising an error.
+    """Refuse a model on which onnx's C++ code ends the process, or takes all memory.
 
     Indices beyond the end of a vector and ``std::clamp`` out of its domain abort in builds with
     assertions, and ONNX Runtime with them. onnx 1.23 ends so on a Split into fewer parts than it
     has outputs, a Slice of sizes below zero, and on GatherND, LayerNormalization, EyeLike and
-    RegexFullMatch of ranks that do not fit. So a process of its own tries every model first.
+    RegexFullMatch of ranks that do not fit; a Split may say that it makes 2**33 parts. So a process
+    of its own tries every model first.
 
     Args:
         proto: The model; needs no large weights.
@@ -60,20 +72,19 @@ def check_inference(proto: ModelProto, path: str) -> None:
         )
     raise ValueError(
         f"Inputs, outputs and attributes of every node must fit together; on {_named(node)} of "
-        f"{path!r} onnx ends the process, and ONNX Runtime may. Compare ranks, axes and the number "
-        "of outputs with ONNX's description of the operator."
+        f"{path!r} onnx ends the process or takes all memory, and ONNX Runtime may. Compare ranks, "
+        "axes and the number of outputs with ONNX's description of the operator."
     )
 
 
 def _ends(proto: ModelProto) -> bool:
     """Whether inference ends its process, in 0.03 s for a small model."""
-    done = subprocess.run(
-        [sys.executable, "-c", _INFER, onnx_cpp2py_export.__name__, onnx_cpp2py_export.__file__],
-        input=proto.SerializeToString(),
-        capture_output=True,
-        check=False,
-    )
-    return done.returncode < 0 or done.returncode in _ABORTED
+    model = proto.SerializeToString()
+    native = onnx_cpp2py_export.__name__, onnx_cpp2py_export.__file__
+    limits = str(_MEMORY + 100 * len(model)), str(_TOO_LARGE)
+    command = [sys.executable, "-c", _INFER, *native, *limits]
+    done = subprocess.run(command, input=model, capture_output=True, check=False)
+    return done.returncode < 0 or done.returncode in _ENDED
 
 
 def _first_to_end(proto: ModelProto) -> NodeProto:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from onnx import FunctionProto, GraphProto, ModelProto, StringStringEntryProto
 
 from lightning_qat_exporters.onnx_files.nested import subgraphs
+from lightning_qat_exporters.onnx_files.other_domains import OWN
 
 
 def check_names(proto: ModelProto, path: str) -> None:
-    """Read every name once.
+    """Read every name, and every text in the attributes of ONNX's own operators, once.
 
     Raises:
         ValueError: One is no UTF-8; its bytes are shown.
@@ -18,7 +19,9 @@ def check_names(proto: ModelProto, path: str) -> None:
     for name in _names(proto):
         # One implementation of protobuf gives bytes, the others raise UnicodeDecodeError.
         if isinstance(name, bytes):
-            raise ValueError(f"Names in {path!r} must be UTF-8; one is {name[:40]!r}.")
+            raise ValueError(
+                f"Names and other text in {path!r} must be UTF-8; one is {name[:40]!r}."
+            )
 
 
 def _names(proto: ModelProto) -> Iterator[str | bytes]:
@@ -48,8 +51,17 @@ def _node_names(graph: GraphProto | FunctionProto) -> Iterator[str | bytes]:
         yield from _entries(node.metadata_props)
         for attribute in node.attribute:
             yield from (attribute.name, attribute.ref_attr_name)
+            if node.domain in OWN:  # other domains keep bytes in them
+                yield from map(_text, (attribute.s, *attribute.strings))
         for subgraph in subgraphs(node):
             yield from _graph_names(subgraph)
+
+
+def _text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _entries(entries: Iterable[StringStringEntryProto]) -> Iterator[str | bytes]:
