@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from benchmarks.accuracy.protocol import (
 from benchmarks.accuracy.task import BATCH, Data, score
 from benchmarks.accuracy.tools import learned
 from lightning_qat import Recipe, prepare
+from lightning_qat.layers import QATLayer
 from lightning_qat.quantizers.factory import quantizer_parameters
 from lightning_qat.recipe.schedule import Phase
 from lightning_qat.training.phases import apply_phase
@@ -61,6 +63,7 @@ class Setting:
         average_from: Weights are averaged over the steps from this share of the run on.
         batchnorm_again: The statistics of batch norm are estimated anew after training.
         batchnorm_frozen: Share of the run after which batch norm uses its statistics.
+        dampening: Weights are drawn to their rounded values, by so much at the end of the run.
     """
 
     recipe: Recipe
@@ -71,6 +74,7 @@ class Setting:
     average_from: float | None = None
     batchnorm_again: bool = False
     batchnorm_frozen: float | None = None
+    dampening: float = 0.0
 
 
 def with_activation(recipe: Recipe, **changes: Any) -> Recipe:
@@ -108,6 +112,9 @@ def changed(weight: int, activation: int) -> dict[str, Setting]:
         "weights averaged over the last quarter": replace(base, average_from=0.75),
         "batch norm estimated again": replace(base, batchnorm_again=True),
         "batch norm frozen at 60 %": replace(base, batchnorm_frozen=0.6),
+        "oscillation dampened by 0.001": replace(base, dampening=0.001),
+        "oscillation dampened by 0.01": replace(base, dampening=0.01),
+        "oscillation dampened by 0.1": replace(base, dampening=0.1),
     }
 
 
@@ -147,7 +154,11 @@ def fit(
         for pictures, labels in batches(x, y, generator):
             model.train()
             optimizer.zero_grad()
-            torch.autograd.backward(loss_of(setting, model(pictures), teacher, pictures, labels))
+            loss = loss_of(setting, model(pictures), teacher, pictures, labels)
+            if setting.dampening:
+                factor = setting.dampening * (1 - math.cos(math.pi * step / steps)) / 2
+                loss = loss + factor * roughness(model)
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             commit_ranges(model)
@@ -161,6 +172,22 @@ def fit(
             for total, parameter in zip(sums, model.parameters(), strict=True):
                 parameter.copy_(total / count)
         estimate_batchnorms(model, x)
+
+
+def roughness(model: nn.Module) -> Tensor:
+    """Squared distances of weights to their rounded values (Nagel et al., arXiv:2203.11086, 4.1).
+
+    What is clipped is drawn nowhere.
+    """
+    parts = []
+    for layer in model.modules():
+        if isinstance(layer, QATLayer):
+            rounded = layer.weight_quantizer(layer.weight.detach()).detach()
+            ends = [rounded.flatten(1).amin(1), rounded.flatten(1).amax(1)]
+            shape = (-1, *[1] * (rounded.dim() - 1))
+            inside = layer.weight.clamp(*(end.reshape(shape) for end in ends))
+            parts.append((rounded - inside).square().sum())
+    return torch.stack(parts).sum()
 
 
 def loss_of(
