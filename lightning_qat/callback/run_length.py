@@ -7,6 +7,7 @@ import math
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_qat.callback.console import say
 from lightning_qat.callback.lightning_private import load_train_data
 from lightning_qat.recipe.schedule import Milestones, Schedule
 
@@ -37,6 +38,7 @@ def resolve(
     milestones = schedule.resolve(total, epoch if schedule.interval == "epoch" else step, steps)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         _check_reached(schedule, total)
+        _check_calibration(schedule, milestones, trainer, start)
     return milestones
 
 
@@ -83,3 +85,33 @@ def _check_reached(schedule: Schedule, total: float) -> None:
                 f"Schedule: {name}={value}, but {what}, so it never happens. Write {name}=None to "
                 "say so, or an earlier one."
             )
+
+
+def _check_calibration(
+    schedule: Schedule, milestones: Milestones, trainer: Trainer, start: tuple[int, int]
+) -> None:
+    """Say before training that it ends within calibration."""
+    if not _has_length(trainer):
+        return
+    begins = max(milestones.quantize_from, start[0] if schedule.interval == "epoch" else start[1])
+    at_once = trainer.accumulate_grad_batches
+    batches, before = math.inf, begins * trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        batches = trainer.max_epochs * float(trainer.num_training_batches)
+    if trainer.max_steps > 0:
+        batches = min(batches, trainer.max_steps * at_once)
+    if schedule.interval == "step":
+        before = begins * at_once
+    left = batches - before
+    wanted = schedule.calibration_batches
+    if schedule.train and left <= wanted:
+        say(
+            f"warning: this run has {left:g} batches to quantize in, and calibration takes "
+            f"{wanted}, so nothing would train quantized. Train longer, or lower "
+            "Schedule.calibration_batches or quantize_from."
+        )
+    elif left < wanted:
+        say(
+            f"warning: this run has {left:g} of the {wanted} batches to calibrate on, so no bias "
+            "would be corrected. Raise max_epochs, or calibrate on fewer batches."
+        )

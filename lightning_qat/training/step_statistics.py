@@ -47,10 +47,11 @@ class StepStatistics:
     Args:
         model: A prepared model; until ``finish`` its quantizers carry hooks.
         weights: Look at the weights as well, which quantizes each once more.
+        observed: Sample tensors that are only observed as well.
     """
 
-    def __init__(self, model: nn.Module, *, weights: bool = True) -> None:
-        self._model, self._weights = model, weights
+    def __init__(self, model: nn.Module, *, weights: bool = True, observed: bool = False) -> None:
+        self._model, self._weights, self._observed = model, weights, observed
         self._clipped: dict[str, list[Tensor]] = defaultdict(list)
         self._samples: dict[str, Tensor] = {}
         self._quantizers = {
@@ -96,17 +97,19 @@ class StepStatistics:
 
     def _look(self, name: str, quantizer: Any, args: tuple[Any, ...]) -> None:
         x = args[0]
-        if is_compiling() or not (quantizer.calibrated and quantizer.quantizing and x.numel()):
+        quantized = quantizer.calibrated and quantizer.quantizing
+        if is_compiling() or not x.numel() or not (quantized or self._observed):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         cache = current_forward_cache()
         with torch.no_grad(), hide_from_hooks():
             values = _spread(x) if cache is None else cache.relu_fusion.peek(x, _spread)
-            low, high, scale = _ends(quantizer)
-            outside = (values < low - scale / 2) | (values > high + scale / 2)
-            self._clipped[name].append(outside.float().mean())
             self._samples[name] = values
+            if quantized:
+                low, high, scale = _ends(quantizer)
+                outside = (values < low - scale / 2) | (values > high + scale / 2)
+                self._clipped[name].append(outside.float().mean())
 
     def _numbers(self, weights: Sequence[QuantizedWeight]) -> Iterator[tuple[str, Tensor]]:
         for name, quantizer in self._quantizers.items():

@@ -1,4 +1,4 @@
-"""Quantized tensors that lose much of what they hold: clipped, or on few of their integers."""
+"""Quantized tensors that lose much of what they hold, or have nothing to be given a range by."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ FEWEST_INTEGERS = 16
 """Of at least 256 that the grid has."""
 _FEWEST_VALUES = 256
 """Smaller samples, and those of few different values, say nothing about integers."""
+_CONSTANT_VALUES = 16
+"""So many values that are all the same are a fault; a few may be."""
 _NAMED = 3
 
 
 def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[Problem]:
-    """One message for the tensors that are clipped most, and one for those on few integers.
+    """One message for what is clipped most, one for what is on few integers, one for constants.
 
     Args:
         model: The prepared model.
@@ -33,13 +35,15 @@ def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[Problem
     Yields:
         What is wrong in a word, and the message.
     """
-    clipped, few = [], []
+    clipped, few, constant = [], [], []
     for path, quantizer in activation_quantizers(model).items():
         name = place(plain_path(path))
         share = statistics.numbers.get(f"clipped/{name}", 0.0)
         if share > MOST_CLIPPED:
             clipped.append((share, name))
         values = statistics.values.get(name)
+        if values is not None and len(values) >= _CONSTANT_VALUES and values.min() == values.max():
+            constant.append((float(values[0]), name))
         steps = quantizer.grid.qmax - quantizer.grid.qmin
         ends = [statistics.numbers.get(f"range_{end}/{name}") for end in ("min", "max")]
         if values is None or steps < 255 or None in ends or len(values) < _FEWEST_VALUES:
@@ -55,6 +59,13 @@ def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[Problem
             f"{_worst(sorted(clipped, reverse=True), '.0%')}, and get no gradient there. Give "
             "these layers activation: {calibration: minmax} by an override, a wider clip if they "
             "have one, or calibrate on more batches (Schedule.calibration_batches)",
+        )
+    if constant:
+        yield (
+            "constant",
+            f"all values are the same in {_worst(constant, 'g')}, which gives no range to quantize "
+            "on. Check the training data and whether a layer before it is dead; calibrate on data "
+            "as the device will see them, or leave these layers out by exclude",
         )
     if few:
         yield (

@@ -12,7 +12,7 @@ from lightning_qat.callback.watch.losses import LossWatch, Problem
 from lightning_qat.callback.watch.ranges import range_problems
 from lightning_qat.training.step_statistics import StepStatistics
 
-_LOOKS = ("quantize", "observers_frozen")
+_LOOKS = ("calibrate", "quantize", "observers_frozen")
 """Phases in whose first batch the quantizers are looked at."""
 
 
@@ -33,7 +33,7 @@ class TrainingWatch:
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a batch."""
         if self._due and trainer.is_global_zero:
-            self._looks = StepStatistics(pl_module, weights=False)
+            self._looks = StepStatistics(pl_module, weights=False, observed=True)
         self._due = False
 
     def finish(self, pl_module: LightningModule, outputs: Any) -> None:

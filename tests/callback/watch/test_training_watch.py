@@ -96,3 +96,18 @@ def test_too_high_a_learning_rate_is_told_before_anything_is_quantized(
     # The losses are 0.64, 0.77, 1.28, 1.31, 2.5, 4.7, 46, ...
     found = warnings_of(caplog, Net(rate=0.45), loader(), batches=9)
     assert "too high to fine-tune" in found[0]
+
+
+def test_data_that_are_all_the_same_are_told_of_in_the_first_batch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (message,) = warnings_of(caplog, Net(), loader(lambda x: torch.full_like(x, 3.0)), batches=9)
+    assert "all values are the same in 'first' (3), which gives no range" in message
+
+
+def test_a_layer_that_is_dead_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    module = Net()
+    torch.nn.init.zeros_(module.first.weight)
+    torch.nn.init.zeros_(module.first.bias)
+    (message,) = warnings_of(caplog, module, loader(), batches=9)
+    assert "all values are the same in 'second' (0), which gives no range" in message
