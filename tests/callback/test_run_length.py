@@ -34,7 +34,9 @@ def said_before_training(
     **limits: Any,
 ) -> list[str]:
     with caplog.at_level(logging.INFO):
-        trainer(QATCallback(schedule=schedule), Stops(), **limits).fit(Net(), loader() if data is None else data)
+        trainer(QATCallback(schedule=schedule), Stops(), **limits).fit(
+            Net(), loader() if data is None else data
+        )
     return [r.getMessage() for r in caplog.records if "QAT: warning: this run" in r.getMessage()]
 
 

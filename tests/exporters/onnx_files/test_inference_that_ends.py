@@ -125,12 +125,30 @@ def test_the_process_that_tries_a_model_needs_only_the_c_code_of_onnx_or_all_of_
 
     monkeypatch.setattr(inference.subprocess, "run", start)
     for alone in (True, False):
+        inference._bytes_end.cache_clear()
         if not alone:
             monkeypatch.setattr(inference.onnx_cpp2py_export, "__file__", str(tmp_path / "gone.so"))
         with pytest.raises(ValueError, match="must read sizes of zero"):
             read_onnx(path)
     assert any("-I" in command for command in begun)
     assert any("-I" not in command for command in begun)
+
+
+def test_a_file_that_is_read_again_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, 5, 7]), tmp_path)
+    begun = list[Any]()
+    starts = subprocess.run
+
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        begun.append(command)
+        return starts(command, **options)
+
+    monkeypatch.setattr(inference.subprocess, "run", start)
+    for _ in range(3):
+        read_onnx(path)
+    assert len(begun) == 1
 
 
 def test_a_slice_of_known_sizes_is_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from bisect import bisect_left
+from functools import lru_cache
 
 import onnx
 from onnx import ModelProto, NodeProto, onnx_cpp2py_export
@@ -79,7 +80,12 @@ def check_inference(proto: ModelProto, path: str) -> None:
 
 def _ends(proto: ModelProto) -> bool:
     """Whether inference ends its process, in 0.03 s for a small model."""
-    model = proto.SerializeToString()
+    return _bytes_end(proto.SerializeToString())
+
+
+@lru_cache(maxsize=4)
+def _bytes_end(model: bytes) -> bool:
+    # A command reads its file more than once.
     native = onnx_cpp2py_export.__name__, onnx_cpp2py_export.__file__
     limits = str(_MEMORY + 100 * len(model)), str(_TOO_LARGE)
     command = [sys.executable, "-c", _INFER, *native, *limits]
