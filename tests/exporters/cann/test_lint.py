@@ -248,6 +248,12 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
         store("fc.dequant.param", lambda a: a.reshape(1, 1)),
         *("error", "fc.dequant.param", "1-D", "[1, 1]"),
     ),
+    "param without axis": (
+        store(
+            "fc.dequant.param", lambda a: filled(np.float32(1e-6).view(np.uint32))(a).reshape(())
+        ),
+        *("error", "fc.dequant.param", "1-D", "shape []"),
+    ),
     "param high half": (
         store("fc.dequant.param", lambda a: a + np.uint64(2**40)),
         *("error", "fc.dequant.param", "high 32 bits", "0x100"),

@@ -185,7 +185,7 @@ def _parameter(
             f"{int(param[(param >> np.uint64(32)) > 0].flat[0]):#x}",
             "Store offsets in AscendQuant; weights have none",
         )
-    scales = scales_of(param)
+    scales = scales_of(param).ravel()
     smallest = np.finfo(np.float32).tiny
     if not (np.isfinite(scales) & (scales >= smallest)).all():
         bad = scales[~(np.isfinite(scales) & (scales >= smallest))].flat[0]
