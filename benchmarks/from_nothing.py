@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from rich import box
-from rich import print as show
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -82,7 +82,7 @@ def main() -> None:
             mean = statistics.mean(values)
             above = "" if row == FLOAT else f"{mean / least - 1:+.1%}"
             table.add_row(row, f"{mean:.4f}", above)
-        show(table)
+        Console(width=120).print(table)  # Markdown must not be cut
 
 
 if __name__ == "__main__":

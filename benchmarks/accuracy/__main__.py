@@ -23,7 +23,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from rich import print as show
+from rich.console import Console
 
 from benchmarks.accuracy.draw import draw
 from benchmarks.accuracy.runs import FLOAT, Results, Run
@@ -103,7 +103,7 @@ def main() -> None:
     for name in options.tasks:
         rows = rows_of(results, name, options.tools, options.seeds, options.jobs)
         drawn[TASKS[name]] = rows
-        show(table(TASKS[name], rows))
+        Console(width=120).print(table(TASKS[name], rows))  # Markdown must not be cut
     if options.plot:
         draw(drawn, options.plot)
 
