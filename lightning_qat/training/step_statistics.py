@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lightning_qat.function_hooks.running import current_forward_cache, hide_from_hooks
+from lightning_qat.function_hooks.running import (
+    current_forward_cache,
+    hide_from_all_modes,
+    hide_from_hooks,
+)
 from lightning_qat.layers.quantized_weights import QuantizedWeight, quantized_weights
 from lightning_qat.model.torch_compile import is_compiled, plain_path
 from lightning_qat.quantizers.activation import ActivationQuantizer, ParameterQuantizer
@@ -103,7 +107,8 @@ class StepStatistics:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         cache = current_forward_cache()
-        with torch.no_grad(), hide_from_hooks():
+        # The first batch may make the plan: what is counted here is no join of the model's.
+        with torch.no_grad(), hide_from_all_modes():
             values = _spread(x) if cache is None else cache.relu_fusion.peek(x, _spread)
             self._samples[name] = values
             if quantized:
