@@ -31,30 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     outcomes: dict[str, Outcome] = {}
     stopped = False
-    with tempfile.TemporaryDirectory() as scratch, _progress(console) as progress:
+    with _progress(console) as progress:
         try:
             for name in names:
-                total = options.count or options.seconds
-                task = progress.add_task(name, total=total, inputs=0, found=0)
-
-                def show(outcome: Outcome, task: TaskID = task) -> None:
-                    outcomes[outcome.reader] = outcome
-                    _show(progress, task, outcome, options.count)
-
-                fuzz(
-                    READERS[name],
-                    Path(scratch) / name,
-                    count=options.count,
-                    seconds=None if options.count else options.seconds,
-                    seed=options.seed,
-                    jobs=options.jobs,
-                    progress=show,
-                )
+                _fuzz_one(name, options, progress, outcomes)
         except KeyboardInterrupt:
             stopped = True
     console.print(_table([*outcomes.values()]))
     for outcome in outcomes.values():
-        _keep(outcome, options.keep)
         for place, found in sorted(outcome.found.items()):
             console.print(
                 f"{outcome.reader}: {len(found)} x {place}", markup=False, highlight=False
@@ -64,6 +48,32 @@ def main(arguments: list[str] | None = None) -> int:
     if stopped:
         return 130
     return 1 if any(outcome.found for outcome in outcomes.values()) else 0
+
+
+def _fuzz_one(
+    name: str, options: argparse.Namespace, progress: Progress, outcomes: dict[str, Outcome]
+) -> None:
+    """Fuzz one reader; what becomes of its inputs is in ``outcomes``, however it ends."""
+    task = progress.add_task(name, total=options.count or options.seconds, inputs=0, found=0)
+
+    def show(outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        _show(progress, task, outcome, options.count)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            fuzz(
+                READERS[name],
+                Path(scratch) / name,
+                count=options.count,
+                seconds=None if options.count else options.seconds,
+                seed=options.seed,
+                jobs=options.jobs,
+                progress=show,
+            )
+        finally:
+            if name in outcomes:
+                _keep(outcomes[name], options.keep)
 
 
 def _parser() -> argparse.ArgumentParser:

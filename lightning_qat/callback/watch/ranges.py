@@ -35,13 +35,14 @@ def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[Problem
     Yields:
         What is wrong in a word, and the message.
     """
+    samples = {name: values.cpu() for name, values in statistics.values.items()}
     clipped, few, constant = [], [], []
     for path, quantizer in activation_quantizers(model).items():
         name = place(plain_path(path))
         share = statistics.numbers.get(f"clipped/{name}", 0.0)
         if share > MOST_CLIPPED:
             clipped.append((share, name))
-        values = statistics.values.get(name)
+        values = samples.get(name)
         if values is not None and len(values) >= _CONSTANT_VALUES and values.min() == values.max():
             constant.append((float(values[0]), name))
         steps = quantizer.grid.qmax - quantizer.grid.qmin
@@ -49,8 +50,8 @@ def range_problems(model: nn.Module, statistics: Statistics) -> Iterator[Problem
         if values is None or steps < 255 or None in ends or len(values) < _FEWEST_VALUES:
             continue
         low, high = (float(end) for end in ends if end is not None)
-        used = _used(values.cpu(), low, high, steps)
-        if used < FEWEST_INTEGERS and _different(values.cpu()) >= _FEWEST_VALUES:
+        used = _used(values, low, high, steps)
+        if used < FEWEST_INTEGERS and _different(values) >= _FEWEST_VALUES:
             few.append((used, name))
     if clipped:
         yield (

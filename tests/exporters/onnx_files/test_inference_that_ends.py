@@ -130,8 +130,9 @@ def test_the_process_that_tries_a_model_needs_only_the_c_code_of_onnx_or_all_of_
             monkeypatch.setattr(inference.onnx_cpp2py_export, "__file__", str(tmp_path / "gone.so"))
         with pytest.raises(ValueError, match="must read sizes of zero"):
             read_onnx(path)
-    assert any("-I" in command for command in begun)
-    assert any("-I" not in command for command in begun)
+    # Both ways end on the same trials: the whole model, and its parts until the node is found.
+    without_packages = [command for command in begun if "-I" in command]
+    assert 0 < len(without_packages) == len(begun) - len(without_packages)
 
 
 def test_a_file_that_is_read_again_is_tried_once(

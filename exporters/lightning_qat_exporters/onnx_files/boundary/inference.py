@@ -41,7 +41,7 @@ _TOO_LARGE = 99
 _ENDED = frozenset({3, 0xC0000409, _TOO_LARGE})
 """What Windows gives for ``abort``; elsewhere a signal is a negative number."""
 _MEMORY = 2**31
-"""Bytes that the process may take beside a hundred times the model's; half a GiB suffices."""
+"""Bytes that the process may take beside a hundred times the model's."""
 
 
 def check_inference(proto: ModelProto, path: str) -> None:
