@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from lightning_qat_exporters.onnx_files.boundary import inference
+from lightning_qat_exporters.onnx_files.boundary import inference, inference_process
 from lightning_qat_exporters.onnx_files.read import load_proto, read_onnx
 
 
@@ -109,47 +111,109 @@ def test_a_node_on_which_onnx_ends_the_process_is_named(case: str, tmp_path: Pat
             read(path)
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The commands of the processes that try models, of which none runs yet."""
+    commands = list[list[str]]()
+    begin = inference_process.subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return begin(command, **options)
+
+    process = inference_process.InferenceProcess()
+    monkeypatch.setattr(inference_process.subprocess, "Popen", popen)
+    monkeypatch.setattr(inference, "_PROCESS", process)
+    inference._bytes_end.cache_clear()
+    yield commands
+    process.close()
+
+
+def relu_and_slice(width: int) -> bytes:
+    return sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, 5, width]).SerializeToString()
+
+
+@pytest.mark.parametrize("with_packages", [False, True])
 def test_the_process_that_tries_a_model_needs_only_the_c_code_of_onnx_or_all_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_packages: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[list[str]]
 ) -> None:
     path = saved(BELOW_ZERO["declared"][0], tmp_path)
     if not onnx_ends_on(path):
         pytest.skip("onnx was built without assertions")
-    begun = list[list[str]]()
-    starts = subprocess.run
+    if with_packages:
+        gone = str(tmp_path / "gone.so")
+        monkeypatch.setattr(inference_process.onnx_cpp2py_export, "__file__", gone)
+    else:
+        begin = inference_process.subprocess.Popen
+        monkeypatch.setattr(
+            inference_process.subprocess,
+            "Popen",  # no installed package can be imported in it
+            lambda command, **o: begin([command[0], "-I", "-S", *command[1:]], **o),
+        )
+    with pytest.raises(ValueError, match="must read sizes of zero"):
+        read_onnx(path)
+    read_onnx(saved(sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, 5, 7]), tmp_path))
+    assert len(begun) > 1
 
-    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        # No installed package can be imported here.
-        begun.append([command[0], "-I", "-S", *command[1:]] if alone else command)
-        return starts(begun[-1], **options)
 
-    monkeypatch.setattr(inference.subprocess, "run", start)
-    for alone in (True, False):
-        inference._bytes_end.cache_clear()
-        if not alone:
-            monkeypatch.setattr(inference.onnx_cpp2py_export, "__file__", str(tmp_path / "gone.so"))
-        with pytest.raises(ValueError, match="must read sizes of zero"):
-            read_onnx(path)
-    # Both ways end on the same trials: the whole model, and its parts until the node is found.
-    without_packages = [command for command in begun if "-I" in command]
-    assert 0 < len(without_packages) == len(begun) - len(without_packages)
+def test_one_process_tries_many_models_and_is_replaced_when_it_ends(
+    begun: list[list[str]],
+) -> None:
+    process = inference._PROCESS
+    ends = BELOW_ZERO["declared"][0].SerializeToString()
+    for width in range(2, 8):
+        assert not process.ends_on(relu_and_slice(width))
+    assert len(begun) == 1
+    if not process.ends_on(ends):
+        pytest.skip("onnx was built without assertions")
+    assert len(begun) == 2  # the first had tried others, so a new one had to say it again
+    assert not process.ends_on(relu_and_slice(8))
+    assert len(begun) == 3
+
+
+def test_a_process_that_was_killed_is_no_fault_of_the_model(begun: list[list[str]]) -> None:
+    process = inference._PROCESS
+    assert not process.ends_on(relu_and_slice(2))
+    assert process._process is not None
+    process._process.kill()
+    process._process.wait()
+    assert not process.ends_on(relu_and_slice(3))
+    assert len(begun) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_has_a_process_of_its_own(begun: list[list[str]]) -> None:
+    process = inference._PROCESS
+    assert not process.ends_on(relu_and_slice(2))
+    child = os.fork()
+    if child == 0:
+        right = not process.ends_on(relu_and_slice(3)) and len(begun) == 2
+        if right:
+            process.close()
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not process.ends_on(relu_and_slice(4))
+    assert len(begun) == 1
+
+
+def test_an_interpreter_that_cannot_be_started_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch, begun: list[list[str]]
+) -> None:
+    monkeypatch.setattr(inference_process.sys, "executable", "/no/interpreter")
+    assert not inference._PROCESS.ends_on(b"anything")
 
 
 def test_a_file_that_is_read_again_is_tried_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, 5, 7]), tmp_path)
-    begun = list[Any]()
-    starts = subprocess.run
-
-    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        begun.append(command)
-        return starts(command, **options)
-
-    monkeypatch.setattr(inference.subprocess, "run", start)
+    tried = list[bytes]()
+    monkeypatch.setattr(inference._PROCESS, "ends_on", lambda model: bool(tried.append(model)))
+    inference._bytes_end.cache_clear()
     for _ in range(3):
         read_onnx(path)
-    assert len(begun) == 1
+    assert len(tried) == 1
 
 
 def test_a_slice_of_known_sizes_is_read(tmp_path: Path) -> None:

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from bisect import bisect_left
 from functools import lru_cache
 
 import onnx
-from onnx import ModelProto, NodeProto, onnx_cpp2py_export
+from onnx import ModelProto, NodeProto
 
+from lightning_qat_exporters.onnx_files.boundary.inference_process import InferenceProcess
 from lightning_qat_exporters.onnx_files.nested import all_nodes
 
 _STUB = "lightning_qat.stub"
-_INFER = """
-import sys
-from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-
-name, path, memory, too_large = sys.argv[1:]
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
-except Exception:
-    pass
-try:
-    loader = ExtensionFileLoader(name, path)
-    native = module_from_spec(spec_from_loader(name, loader))
-    loader.exec_module(native)
-    infer = native.shape_inference.infer_shapes
-except Exception:
-    from onnx.onnx_cpp2py_export.shape_inference import infer_shapes as infer
-try:
-    infer(sys.stdin.buffer.read(), False, False, True)
-except MemoryError:
-    sys.exit(int(too_large))
-"""
-"""Loads onnx's C++ code without its Python packages, which take eight times as long."""
-_TOO_LARGE = 99
-_ENDED = frozenset({3, 0xC0000409, _TOO_LARGE})
-"""What Windows gives for ``abort``; elsewhere a signal is a negative number."""
-_MEMORY = 2**31
-"""Bytes that the process may take beside a hundred times the model's."""
+_PROCESS = InferenceProcess()
 
 
 def check_inference(proto: ModelProto, path: str) -> None:
@@ -79,18 +50,13 @@ def check_inference(proto: ModelProto, path: str) -> None:
 
 
 def _ends(proto: ModelProto) -> bool:
-    """Whether inference ends its process, in 0.03 s for a small model."""
     return _bytes_end(proto.SerializeToString())
 
 
 @lru_cache(maxsize=4)
 def _bytes_end(model: bytes) -> bool:
     # A command reads its file more than once.
-    native = onnx_cpp2py_export.__name__, onnx_cpp2py_export.__file__
-    limits = str(_MEMORY + 100 * len(model)), str(_TOO_LARGE)
-    command = [sys.executable, "-c", _INFER, *native, *limits]
-    done = subprocess.run(command, input=model, capture_output=True, check=False)
-    return done.returncode < 0 or done.returncode in _ENDED
+    return _PROCESS.ends_on(model)
 
 
 def _first_to_end(proto: ModelProto) -> NodeProto:
