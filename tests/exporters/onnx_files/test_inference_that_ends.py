@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper, onnx_cpp2py_export
 
 from lightning_qat_exporters.onnx_files.boundary import inference, inference_process
 from lightning_qat_exporters.onnx_files.read import load_proto, read_onnx
@@ -115,14 +115,14 @@ def test_a_node_on_which_onnx_ends_the_process_is_named(case: str, tmp_path: Pat
 def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """The commands of the processes that try models, of which none runs yet."""
     commands = list[list[str]]()
-    begin = inference_process.subprocess.Popen
+    begin = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         commands.append(command)
         return begin(command, **options)
 
     process = inference_process.InferenceProcess()
-    monkeypatch.setattr(inference_process.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(inference, "_PROCESS", process)
     inference._bytes_end.cache_clear()
     yield commands
@@ -142,11 +142,11 @@ def test_the_process_that_tries_a_model_needs_only_the_c_code_of_onnx_or_all_of_
         pytest.skip("onnx was built without assertions")
     if with_packages:
         gone = str(tmp_path / "gone.so")
-        monkeypatch.setattr(inference_process.onnx_cpp2py_export, "__file__", gone)
+        monkeypatch.setattr(onnx_cpp2py_export, "__file__", gone)
     else:
-        begin = inference_process.subprocess.Popen
+        begin = subprocess.Popen
         monkeypatch.setattr(
-            inference_process.subprocess,
+            subprocess,
             "Popen",  # no installed package can be imported in it
             lambda command, **o: begin([command[0], "-I", "-S", *command[1:]], **o),
         )
@@ -200,7 +200,7 @@ def test_a_fork_has_a_process_of_its_own(begun: list[list[str]]) -> None:
 def test_an_interpreter_that_cannot_be_started_refuses_nothing(
     monkeypatch: pytest.MonkeyPatch, begun: list[list[str]]
 ) -> None:
-    monkeypatch.setattr(inference_process.sys, "executable", "/no/interpreter")
+    monkeypatch.setattr(sys, "executable", "/no/interpreter")
     assert not inference._PROCESS.ends_on(b"anything")
 
 
@@ -209,7 +209,12 @@ def test_a_file_that_is_read_again_is_tried_once(
 ) -> None:
     path = saved(sliced(helper.make_node("Relu", ["x"], ["t"]), [1, 1, 5, 7]), tmp_path)
     tried = list[bytes]()
-    monkeypatch.setattr(inference._PROCESS, "ends_on", lambda model: bool(tried.append(model)))
+
+    def survives(model: bytes) -> bool:
+        tried.append(model)
+        return False
+
+    monkeypatch.setattr(inference._PROCESS, "ends_on", survives)
     inference._bytes_end.cache_clear()
     for _ in range(3):
         read_onnx(path)
