@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_qat import cli, convert_qat_model
+from lightning_qat import convert_qat_model
 from lightning_qat_exporters import CannExporter
 from tests.exporters.cann.amct_goldens import CASES, GOLDENS
 from tests.exporters.cann.qdq_graphs import Qdq, proto
@@ -289,6 +288,31 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], str, str, str, str]] 
         store("fc.bias", filled(2**24)),
         *("advice", "fc", "below 2**24", "in channel"),
     ),
+    "weight without axes": (
+        store("conv.weight", lambda a: a[0, 0, 0, 0]),
+        *("error", "conv", "each dimension of the kernel", "shape []"),
+    ),
+    "kernel without dimensions": (
+        store("conv.weight", lambda a: a[:, :, 0, 0]),
+        *("error", "conv", "each dimension of the kernel", "shape [20, 20]"),
+    ),
+    "empty kernel": (
+        store("conv.weight", lambda a: a[:, :, :0]),
+        *("error", "conv", "none of them empty", "[20, 20, 0, 1]"),
+    ),
+    "groups of unequal size": (
+        change("conv", group=3),
+        *("error", "conv", "for each of 3 groups", "[20, 20, 1, 1]"),
+    ),
+    "no group": (change("conv", group=0), "error", "conv", "for each of 0 groups", "[20, 20"),
+    "a stack of matrices": (
+        store("fc.weight", lambda a: a[None]),
+        *("error", "fc", "two axes", "[1, 80, 3]"),
+    ),
+    "a row of weights": (
+        store("fc.weight", lambda a: a[:, 0]),
+        *("error", "fc", "two axes", "shape [80]"),
+    ),
     "channels": (
         store("conv.weight", lambda a: a[:, :7]),
         *("error", "conv", "the 20 channels", "a weight for 7"),
@@ -354,98 +378,3 @@ def test_amcts_own_files_have_no_errors_but_its_16_bits(name: str) -> None:
     # AMCT writes INT16, for which CANN's sources register no AscendQuant.
     assert [str(f) for f in errors if "INT16" not in f.got] == []
     assert bool(errors) == (name == "conv_a16w8")
-
-
-# ----------------------------------------------------------------------------------------------
-# The command line
-
-
-def test_lint_exits_with_1_on_errors_and_0_without(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = valid(tmp_path)
-    path = tmp_path / "net_deploy_model.onnx"
-    assert cli.main(["lint", str(path)]) == 0
-    assert CannExporter().lint(str(path)) == CannExporter().lint(path) == ()
-    assert capsys.readouterr().out == f"{path}: 0 errors, 0 warnings, 0 pieces of advice\n"
-    change("fc", transB=1)(model)
-    onnx.save(model, path)
-    assert cli.main(["lint", str(path), "--json"]) == 1
-    (finding,) = json.loads(capsys.readouterr().out)
-    assert (finding["severity"], finding["node"], finding["got"]) == ("error", "fc", "transB = 1")
-    assert set(finding) == {"severity", "node", "must", "got", "remedy"}
-
-
-def test_convert_writes_what_the_function_does(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    valid(tmp_path)
-    source, out, record = tmp_path / "qat.onnx", tmp_path / "cli", tmp_path / "record.txt"
-    arguments = ["convert", str(source), "--to", "cann", "--out", str(out)]
-    assert cli.main([*arguments, "--record", str(record), "--float-bias"]) == 0
-    assert "2 layers on integers, 1 other readers" in capsys.readouterr().out
-    convert_qat_model(source, tmp_path / "api", tmp_path / "api.txt", float_bias=True)
-    for suffix in ("_deploy_model.onnx", "_fake_quant_model.onnx"):
-        written = (tmp_path / f"cli{suffix}").read_bytes()
-        assert written == (tmp_path / f"api{suffix}").read_bytes()
-    assert record.read_bytes() == (tmp_path / "api.txt").read_bytes()
-
-
-def test_a_product_is_an_option_of_both_commands(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    valid(tmp_path)
-    arguments = ["convert", str(tmp_path / "qat.onnx"), "--to", "cann", "--out"]
-    assert cli.main([*arguments, str(tmp_path / "all")]) == 0
-    assert cli.main([*arguments, str(tmp_path / "own"), "--product", "Ascend310P"]) == 0
-    capsys.readouterr()
-    lint = ["lint", "--product", "Ascend310P"]
-    assert cli.main([*lint, str(tmp_path / "own_deploy_model.onnx")]) == 0
-    assert cli.main([*lint, str(tmp_path / "all_deploy_model.onnx")]) == 1
-    assert "Ascend310P has no AscendAntiQuant" in capsys.readouterr().out
-    assert cli.main([*lint, "--for", "tensorrt", str(tmp_path / "qat.onnx")]) == 2
-    assert "--product names an Ascend product" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["convert", "no.onnx", "--to", "cann", "--out", "o"],
-            "must be an ONNX model at 'no.onnx'",
-        ),
-        (["convert", "no.onnx", "--to", "can", "--out", "o"], "No exporter named 'can'"),
-        (["run", "no.onnx", "--inputs", "i", "--out", "o"], "with the inputs at 'i'; no file"),
-        (["lint", "no.onnx"], "must be an ONNX model at 'no.onnx'"),
-    ],
-)
-def test_errors_are_one_message_without_a_traceback(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["convert", "a.onnx"], ["lint"], ["run", "a"], ["train"]]
-)
-def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    assert "usage: lightning-qat" in capsys.readouterr().err
-
-
-def test_help_shows_a_command_to_copy(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, line in (
-        ("convert", "lightning-qat convert model_qat.onnx --to cann --out results/model"),
-        ("lint", "lightning-qat lint results/model_deploy_model.onnx"),
-        ("run", "lightning-qat run results/model_deploy_model.onnx --inputs in.npz --out out.npz"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([command, "--help"])
-        assert stopped.value.code == 0
-        assert line in capsys.readouterr().out

@@ -229,6 +229,11 @@ RULES: dict[str, tuple[Case, Case, str, str, str]] = {
         *(SPLIT, SPLIT.but(num_outputs=3)),
         *("error", "equal parts", "4 in 3 parts"),
     ),
+    "parts along no axis": (
+        *(SPLIT, SPLIT.but(axis=32768)),
+        *("error", "axis from 0", "axis 32768 of 4"),
+    ),
+    "no parts": (SPLIT, SPLIT.but(num_outputs=0), "error", "equal parts", "0 parts"),
     "parts from behind": (
         SPLIT._replace(constants=[np.array([2, 2])]).but(axis=-1),
         SPLIT.but(axis=-1),

@@ -108,10 +108,32 @@ def _weight(file: DeployFile, node: onnx.NodeProto) -> Iterator[Finding]:
         return
     weight = file.array(node.input[1])
     assert weight is not None  # the tensor is there
+    wrong = _wrong_shape(node, weight.shape)
+    if wrong:
+        yield Finding(
+            "error",
+            name_of(node),
+            f"the weight of an integer {node.op_type} must have {wrong}",
+            f"shape {list(weight.shape)}",
+            "Store the weight in the layer's own layout",
+        )
+        return
     packed = yield from _channels_in(file, node, weight)
     bias = yield from _bias(file, node)
     if not packed:
         yield from _accumulator(file, node, weight, bias)
+
+
+def _wrong_shape(node: onnx.NodeProto, shape: tuple[int, ...]) -> str:
+    """What a weight must have that one of this shape has not; the other rules count on it."""
+    if node.op_type in ("Gemm", "MatMul"):
+        return "two axes, none of them empty" if len(shape) != 2 or 0 in shape else ""
+    if len(shape) < 3 or 0 in shape:
+        return "the channels and each dimension of the kernel as axes, none of them empty"
+    groups = int(attributes(node).get("group", 1))
+    if groups < 1 or shape[0] % groups:
+        return f"equal parts along its first axis for each of {groups} groups"
+    return ""
 
 
 def _channels_in(

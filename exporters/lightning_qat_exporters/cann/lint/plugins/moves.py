@@ -49,8 +49,10 @@ def _split_parts(node: PluginNode) -> str:
     if parts is None or node.has_input(1):
         return ""
     axis, sizes = node.values.get("axis", 0), node.sizes(0)
-    if axis < 0:
-        return f"axis {axis}"
+    if axis < 0 or (sizes is not None and axis >= len(sizes)):
+        return f"axis {axis}" + (f" of {len(sizes)}" if sizes is not None else "")
+    if parts < 1:
+        return f"{parts} parts"
     size = sizes[axis] if sizes is not None else None
     return f"{size} in {parts} parts" if size is not None and size % parts else ""
 
