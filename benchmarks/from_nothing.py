@@ -1,12 +1,14 @@
 """Quantization from random weights: the loss it ends with, against float, for every calibration.
 
     python -m benchmarks.from_nothing                       # every task, 3 seeds
-    python -m benchmarks.from_nothing --tasks mnist1d --seeds 5
+    python -m benchmarks.from_nothing --tasks mnist1d --seeds 8 --rows learned
 
 The networks of ``benchmarks.accuracy`` train from their random weights as long and as fast as they
 do in float there. The quantized ones have the default recipe but for what the row says, and
-quantize from the second batch on: no schedule, no checkpoint. Given is the loss on the test data,
-its mean over seeds, and how far above float it is; a range that collapses or lags shows here.
+quantize from the second batch on: no schedule, no checkpoint. Given are the loss on the test data
+and the score, as means over seeds, and how far from float's they are, with the standard error of
+the differences per seed; a range that collapses or lags shows here. The second row tells what
+chance does: float again, of the same weights, with batches in another order.
 ``benchmarks/sequence.py --from-nothing`` does the same with LSTM and GRU on the adding problem.
 """
 
@@ -23,12 +25,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.accuracy.protocol import train
+from benchmarks.accuracy.protocol import train, with_error
 from benchmarks.accuracy.runs import FLOAT
 from benchmarks.accuracy.task import Data, Task, test_outputs
 from benchmarks.accuracy.tasks import TASKS
 from lightning_qat import ActivationSpec, Recipe, prepare
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
+
+AGAIN = "float, other batches"
 
 
 def recipes() -> Mapping[str, Recipe | None]:
@@ -37,11 +41,11 @@ def recipes() -> Mapping[str, Recipe | None]:
         name: Recipe.from_dict({"activation": {"calibration": name}}) for name in CALIBRATIONS
     }
     learned = Recipe(activation=ActivationSpec(quantizer="learned"))
-    return {FLOAT: None, **observed, "learned": learned}
+    return {FLOAT: None, AGAIN: None, **observed, "learned": learned}
 
 
-def loss_of(name: str, row: str, seed: int) -> float:
-    """The loss on the test data of one network, trained from random weights."""
+def trained(name: str, row: str, seed: int) -> tuple[float, float]:
+    """Loss and score on the test data of one network, trained from random weights."""
     torch.set_num_threads(1)
     task: Task = TASKS[name]
     data: Data = task.data(seed)
@@ -50,8 +54,10 @@ def loss_of(name: str, row: str, seed: int) -> float:
     recipe = recipes()[row]
     if recipe is not None:
         prepare(model, recipe, data.x[:2])
-    train(task, model, data, task.float_epochs, task.float_rate, seed)
-    return float(task.loss(test_outputs(model, data), data.y_test))
+    order = seed + 1000 if row == AGAIN else seed
+    train(task, model, data, task.float_epochs, task.float_rate, order)
+    outputs = test_outputs(model, data)
+    return float(task.loss(outputs, data.y_test)), task.score(outputs, data.y_test)
 
 
 def main() -> None:
@@ -63,26 +69,41 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", choices=recipes(), default=list(recipes()))
     parser.add_argument("--seeds", type=int, default=3, help="networks per row (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     options = parser.parse_args()
+    rows = [FLOAT, *(row for row in recipes() if row in options.rows)]
     for name in options.tasks:
-        table = Table(title=f"{TASKS[name].title}, {options.seeds} seeds", box=box.MARKDOWN)
-        for column in ("activations", "loss", "above float"):
-            table.add_column(column, no_wrap=True)
-        runs = [(row, seed) for row in recipes() for seed in range(options.seeds)]
+        runs = [(row, seed) for row in rows for seed in range(options.seeds)]
         with ProcessPoolExecutor(options.jobs) as pool:
-            names, rows, seeds = zip(*((name, *run) for run in runs), strict=True)
-            losses = [*track(pool.map(loss_of, names, rows, seeds), name, total=len(runs))]
-        found: dict[str, list[float]] = {}
-        for (row, _), loss in zip(runs, losses, strict=True):
-            found.setdefault(row, []).append(loss)
-        least = statistics.mean(found[FLOAT])
-        for row, values in found.items():
-            mean = statistics.mean(values)
-            above = "" if row == FLOAT else f"{mean / least - 1:+.1%}"
-            table.add_row(row, f"{mean:.4f}", above)
-        Console(width=120).print(table)  # Markdown must not be cut
+            names, of_rows, seeds = zip(*((name, *run) for run in runs), strict=True)
+            results = pool.map(trained, names, of_rows, seeds)
+            found = dict(zip(runs, track(results, name, total=len(runs)), strict=True))
+        Console(width=140).print(_table(name, rows, options.seeds, found))  # must not be cut
+
+
+def _table(
+    name: str, rows: list[str], seeds: int, found: Mapping[tuple[str, int], tuple[float, float]]
+) -> Table:
+    task: Task = TASKS[name]
+    table = Table(title=f"{task.title}, {seeds} seeds", box=box.MARKDOWN)
+    for column in ("activations", "loss", "above float, %", task.measure, "to float"):
+        table.add_column(column, no_wrap=True)
+    float_loss = statistics.mean(found[FLOAT, seed][0] for seed in range(seeds))
+    for row in rows:
+        pairs = [(found[row, seed], found[FLOAT, seed]) for seed in range(seeds)]
+        above = [100 * (ours[0] - theirs[0]) / float_loss for ours, theirs in pairs]
+        gained = [ours[1] - theirs[1] for ours, theirs in pairs]
+        differences = with_error(above, "+"), with_error(gained, "+")
+        table.add_row(
+            row,
+            f"{statistics.mean(ours[0] for ours, _ in pairs):.4f}",
+            "" if row == FLOAT else differences[0],
+            f"{statistics.mean(ours[1] for ours, _ in pairs):.2f}",
+            "" if row == FLOAT else differences[1],
+        )
+    return table
 
 
 if __name__ == "__main__":

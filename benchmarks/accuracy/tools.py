@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from torch import Tensor, nn
@@ -78,6 +78,18 @@ def whole(weight: int, activation: int) -> Recipe:
     return Recipe(weight=WeightSpec(bits=weight), activation=ActivationSpec(bits=activation))
 
 
+def w4a4(weight: int, activation: int) -> Recipe:
+    """The preset: scales that follow, 8 bits for the first and the last layer, joins as well."""
+    return replace(
+        Recipe.load("w4a4"), weight=WeightSpec(weight), activation=ActivationSpec(activation)
+    )
+
+
+def w4a4_learned(weight: int, activation: int) -> Recipe:
+    """The preset with learned scales."""
+    return replace(learned(weight, activation, 8), joins=True, outputs=True)
+
+
 def _ours(recipe: Callable[[int, int], Recipe]) -> Callable[..., nn.Module]:
     def prepared(checkpoint: nn.Module, x: Tensor, seed: int, bits: Bits) -> nn.Module:
         model = copy.deepcopy(checkpoint)
@@ -106,6 +118,8 @@ def tools() -> Iterator[tuple[str, Tool]]:
         ("first_last", first_last, ((4, 4), (2, 4))),
         ("observed", observed, ((8, 8),)),
         ("whole", whole, ((8, 8),)),
+        ("w4a4", w4a4, ((4, 4),)),
+        ("w4a4_learned", w4a4_learned, ((4, 4),)),
     ):
         yield name, Tool(f"ours {own}, {name}", _ours(recipe), correct, points=points)
     for name, peer in installed()[0].items():
