@@ -42,8 +42,9 @@ def _split(node: ir.Node, target: int) -> None:
     """
     parts = node.attributes.get_int("num_outputs", 0)
     if parts:
-        shape = _shape(node)
-        size = None if shape is None else shape[node.attributes.get_int("axis", 0)]
+        axis = node.attributes.get_int("axis", 0)
+        shape = _shape(node, axis)
+        size = None if shape is None else shape[axis]
         if not isinstance(size, int):
             raise CannotExpress(f"needs the size of the dimension to split it into {parts}")
         most = -(-size // parts)
@@ -57,8 +58,8 @@ def _split(node: ir.Node, target: int) -> None:
 
 def _softmax(node: ir.Node, target: int) -> None:
     """Softmax, LogSoftmax, Hardmax: all axes from ``axis`` on were one; only the last is alike."""
-    shape = _shape(node)
     axis = node.attributes.get_int("axis", -1)
+    shape = _shape(node, axis)
     if axis == -1 or (shape is not None and axis == len(shape) - 1):
         node.attributes["axis"] = ir.AttrInt64("axis", axis)
         return
@@ -106,7 +107,8 @@ def _pad(node: ir.Node, target: int) -> None:
     """Pad: amounts for some axes are amounts for all axes."""
     if len(node.inputs) < 4 or node.inputs[3] is None:
         return
-    amounts, axes, shape = constant(node.inputs[1]), constant(node.inputs[3]), _shape(node)
+    amounts, axes = constant(node.inputs[1]), constant(node.inputs[3])
+    shape = None if axes is None else _shape(node, *axes.reshape(-1).tolist())
     if amounts is None or axes is None or shape is None:
         raise CannotExpress("pads axes that are not all known")
     full = np.zeros((2, len(shape)), np.int64)
@@ -134,7 +136,8 @@ def _layer_normalization(node: ir.Node, target: int) -> None:
     """LayerNormalization: ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         raise CannotExpress("gives its mean and deviation, too")
-    shape, axis = _shape(node), node.attributes.get_int("axis", -1)
+    axis = node.attributes.get_int("axis", -1)
+    shape = _shape(node, axis)
     if axis >= 0 and shape is None:
         raise CannotExpress(f"needs the rank of its input to work from axis {axis} on")
     axes = list(range(axis - len(shape) if shape is not None and axis >= 0 else axis, 0))
@@ -242,9 +245,16 @@ ADAPTERS: Sequence[tuple[Iterable[str], int, Callable[[ir.Node, int], None]]] = 
 """Operators, the opset from which on they need no change, and how they change below it."""
 
 
-def _shape(node: ir.Node) -> Sequence[Any] | None:
+def _shape(node: ir.Node, *axes: int) -> Sequence[Any] | None:
+    """The shape of the first input, where it is known; a file may declare one without its axes."""
     value = node.inputs[0]
-    return None if value is None or value.shape is None else tuple(value.shape)
+    if value is None or value.shape is None:
+        return None
+    shape = tuple(value.shape)
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise CannotExpress(f"works along axis {axis} of a tensor of {len(shape)} dimensions")
+    return shape
 
 
 class _Expansion:

@@ -68,6 +68,19 @@ def test_factors_and_weights_that_are_computed_are_refused_or_listed(tmp_path: P
     )
 
 
+def test_scales_of_a_bias_along_an_axis_that_it_has_not_are_refused(tmp_path: Path) -> None:
+    """A DequantizeLinear without ``axis`` has its scales along the second one."""
+    net = Qdq([1, 2, 4, 4])
+    factors = net.constant([3, -5], np.int32), net.constant([0.25, 0.5], np.float32)
+    bias = net.node("DequantizeLinear", *factors, name="bias")
+    weight = net.weight(np.ones((2, 2, 1, 1)), 0.5)
+    y = net.node("Conv", net.fake("x", 0.5), weight, bias, name="conv")
+    with pytest.raises(
+        UnsupportedByTarget, match=r"shape \[2\] must have .*as its axis 1 is long; got 2 scales"
+    ):
+        convert_qat_model(net_file(net, tmp_path, y), tmp_path / "out")
+
+
 def test_a_convolution_without_a_window_is_listed(tmp_path: Path) -> None:
     """ONNX checks the axes of a weight only where the shape of the input is known."""
     net = Qdq(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from tests.exporters.cann.qdq_graphs import (
     f32,
     fake_quant_of,
     gemm_net,
+    matched,
     proto,
     run_float,
 )
@@ -96,6 +98,39 @@ def test_what_an_opset_cannot_express_names_the_node_and_the_lowest_opset_that_c
     assert "takes 'axes' as a computed input" in problems["reach"].reason
     assert problems["reach"].reason.endswith("is 18")
     assert fake_quant_of(qdq, 18).graph.opset_imports == {"": 18}
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "inputs", "axis"),
+    [
+        ("Split", {"num_outputs": 1, "axis": 2}, (), 2),
+        ("Softmax", {"axis": 3}, (), 3),
+        ("LayerNormalization", {"axis": -4}, ([1.0],), -4),
+        ("Pad", {}, (np.array([1, 1]), None, np.array([5])), 5),
+    ],
+)
+def test_an_axis_that_a_declared_shape_has_not_names_the_node(
+    operator: str, attributes: dict[str, int], inputs: tuple[Any, ...], axis: int
+) -> None:
+    """ONNX's checker does not see it where the shape is declared of a tensor between nodes."""
+    net = Qdq([2, 2], 20)
+    constants = [
+        "" if value is None else net.constant(value, None if operator == "Pad" else np.float32)
+        for value in inputs
+    ]
+    y = net.node(operator, "x", *constants, name="lost", **attributes)
+    with pytest.raises(
+        UnsupportedByTarget, match=rf"lost: {operator} works along axis {axis} of a tensor of 2"
+    ):
+        fake_quant_of(net.model(y), 11)
+
+
+def test_a_kernel_of_more_dimensions_than_a_declared_shape_keeps_its_padding() -> None:
+    net = Qdq([2, 2])
+    weight = net.constant(np.ones((2, 2, 2, 2, 2)), np.float32)
+    net.node("Conv", "x", weight, name="conv", auto_pad="SAME_UPPER", strides=[2, 2, 2])
+    (conv,) = matched(net.model("v0")).model.graph
+    assert conv.attributes.get_string("auto_pad", "") == "SAME_UPPER"
 
 
 def test_the_lowest_opset_that_expresses_the_model_is_taken_and_said(tmp_path: Path) -> None:

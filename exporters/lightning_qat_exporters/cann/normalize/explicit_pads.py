@@ -72,6 +72,8 @@ def _kernel(node: ir.Node) -> list[int] | None:
 def _of_convolution(node: ir.Node, strides: list[int], reach: list[int]) -> list[int] | None:
     source = node.inputs[0]
     shape = None if source is None or source.shape is None else list(source.shape)[2:]
+    if shape is not None and len(shape) != len(strides):
+        return None  # the file declares another rank than its kernel has
     totals = []
     for axis, (stride, size) in enumerate(zip(strides, reach, strict=True)):
         if stride == 1:

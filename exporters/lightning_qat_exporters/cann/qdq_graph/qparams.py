@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
-from lightning_qat.export.protocol import Array
+from lightning_qat.export.protocol import Array, CannotExpress
 from lightning_qat_exporters.cann.qdq_graph.constants import required_constant
 
 
@@ -54,13 +55,39 @@ def undoes(dequantize: ir.Node, qparams: NodeQParams) -> bool:
     )
 
 
-def broadcast_along(array: Array, rank: int, axis: int) -> Array:
-    """A per-tensor or per-axis parameter in a shape that broadcasts against a tensor."""
+def broadcast_along(array: Array, shape: Sequence[int], axis: int) -> Array:
+    """A per-tensor or per-axis parameter in a form that broadcasts against a tensor of a shape.
+
+    Raises:
+        CannotExpress: There are neither one nor as many parameters as the axis is long.
+    """
     if array.size == 1:
         return array.reshape(())
-    shape = [1] * rank
-    shape[axis] = array.size
-    return array.reshape(shape)
+    check_along(array, shape, axis, "parameters")
+    along = [1] * len(shape)
+    along[axis] = array.size
+    return array.reshape(along)
+
+
+def check_along(values: Array, shape: Iterable[Any], axis: int, what: str) -> None:
+    """Check that a quantized constant has one scale or zero point, or one for each of its channels.
+
+    Args:
+        values: Scales or zero points.
+        shape: Of the constant; unknown sizes are no integers.
+        axis: Of the channels.
+        what: The values, for the message.
+
+    Raises:
+        CannotExpress: There are others.
+    """
+    sizes = [*shape]
+    length = sizes[axis] if -len(sizes) <= axis < len(sizes) else 0
+    if values.size > 1 and isinstance(length, int) and length != values.size:
+        raise CannotExpress(
+            f"a constant of shape {sizes} must have one scale and zero point, or as many as its "
+            f"axis {axis} is long; got {values.size} {what}"
+        )
 
 
 def usable_scale(scale: Array | np.float32) -> bool:

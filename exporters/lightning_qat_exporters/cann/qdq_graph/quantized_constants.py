@@ -21,6 +21,7 @@ from lightning_qat_exporters.cann.qdq_graph.constants import (
 from lightning_qat_exporters.cann.qdq_graph.names import label
 from lightning_qat_exporters.cann.qdq_graph.qparams import (
     broadcast_along,
+    check_along,
     first_unusable,
     qparams_of,
     undoes,
@@ -76,12 +77,15 @@ def constant_integers(value: ir.Value | None) -> ConstantIntegers:
     scale = required_constant(dequantize.inputs[1], "scale").astype(np.float32)
     if scale.ndim > 1 or dequantize.attributes.get_int("block_size", 0) > 0:
         raise CannotExpress("its weight has one scale per block; use one per tensor or per channel")
-    axis: int = dequantize.attributes.get_int("axis", 1) % max(stored.ndim, 1)
+    axis: int = dequantize.attributes.get_int("axis", 1)
+    # A file may declare another shape than its constant has.
+    check_along(scale, stored.shape, axis, "scales")
     integers = stored
     if zero_point.any():
         wide = np.int16 if stored.dtype.itemsize == 1 else np.int64
-        along = broadcast_along(zero_point, stored.ndim, axis)
+        along = broadcast_along(zero_point, stored.shape, axis)
         integers = stored.astype(wide) - along.astype(wide)
+    axis %= max(stored.ndim, 1)
     moves = _moves(value)
     if not any(move.op_type == "Reshape" for move in moves):
         for perm in (_permutation(move, integers.ndim) for move in moves):
@@ -89,7 +93,7 @@ def constant_integers(value: ir.Value | None) -> ConstantIntegers:
         return ConstantIntegers(integers, scale.reshape(-1), axis, stored.dtype)
     # Of which scale each value is, wherever it goes.
     owners = np.broadcast_to(
-        broadcast_along(np.arange(scale.size, dtype=np.int32), integers.ndim, axis), integers.shape
+        broadcast_along(np.arange(scale.size, dtype=np.int32), integers.shape, axis), integers.shape
     )
     for move in moves:
         integers, owners = _moved(integers, move), _moved(owners, move)
@@ -148,8 +152,8 @@ def real_constant(value: ir.Value | None) -> Array | None:
     scale = required_constant(dequantize.inputs[1], "scale")
     axis = dequantize.attributes.get_int("axis", 1)
     kind = np.float64 if integers.itemsize >= 4 else np.float32
-    difference = integers.astype(np.int64) - broadcast_along(zero_point, integers.ndim, axis)
-    real = difference.astype(kind) * broadcast_along(scale, integers.ndim, axis)
+    difference = integers.astype(np.int64) - broadcast_along(zero_point, integers.shape, axis)
+    real = difference.astype(kind) * broadcast_along(scale, integers.shape, axis)
     for move in _moves(value):
         real = _moved(real, move)
     return real
@@ -176,20 +180,12 @@ def check_quantized_constant(dequantize: ir.Node) -> None:
     shape = dequantize.inputs[0].shape if dequantize.inputs[0] is not None else None
     axis = dequantize.attributes.get_int("axis", 1)
     for what, values in (("scales", scale), ("zero points", zero_point)):
-        if values.size > 1 and shape is not None and not _runs_along(values, shape, axis):
-            raise CannotExpress(
-                f"a constant of shape {list(shape)} must have one scale and zero point, or as many "
-                f"as its axis {axis} is long; got {values.size} {what}"
-            )
+        if shape is not None:
+            check_along(values, shape, axis, what)
     if not usable_scale(scale):
         raise CannotExpress(
             f"scales must be positive normal float32; got {first_unusable(scale)!r}"
         )
-
-
-def _runs_along(values: Array, shape: ir.Shape, axis: int) -> bool:
-    known = -len(shape) <= axis < len(shape)
-    return known and (not isinstance(shape[axis], int) or shape[axis] == values.size)
 
 
 def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
@@ -218,10 +214,10 @@ def _stored(dequantize: ir.Node) -> tuple[Array, Array]:
     axis = node.attributes.get_int("axis", 1)
     # In place and in float32, for weights of 100 MB; where zero points or 32 bits are, in float64.
     wide = np.float64 if dtype.itemsize >= 4 or zero_point.any() else np.float32
-    levels: NDArray[Any] = np.asarray(real / broadcast_along(scale, real.ndim, axis), wide)
+    levels: NDArray[Any] = np.asarray(real / broadcast_along(scale, real.shape, axis), wide)
     np.rint(levels, out=levels)
     if zero_point.any():
-        levels = levels + broadcast_along(zero_point, real.ndim, axis)
+        levels = levels + broadcast_along(zero_point, real.shape, axis)
     limits = ir.DataType.from_numpy(dtype)
     np.clip(levels, limits.min, limits.max, out=levels)
     for bound, side in zip(bounds, (np.maximum, np.minimum), strict=False):
