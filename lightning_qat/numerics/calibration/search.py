@@ -125,6 +125,9 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
     if not bool(torch.isfinite(whole).all()) or not bool(largest > 0):
         return _range_of(whole, whole, exponent)
     counts = torch.histc(values, _BINS, 0.0, float(largest)).to(torch.float64)
+    # As in NVIDIA's pytorch-quantization: zeros are exact on every grid. Half of what relu gives is
+    # zeros; counted, they outweigh the tail, of which 2 to 10 % was cut off.
+    counts[0] = counts[1]
     best, least = _BINS, torch.inf
     for kept in range(levels, _BINS + 1, max(1, (_BINS - levels) // 100)):
         clipped = counts[:kept].clone()
