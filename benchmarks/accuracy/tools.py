@@ -85,6 +85,13 @@ def w4a4(weight: int, activation: int) -> Recipe:
     )
 
 
+def w4a4_mse(weight: int, activation: int) -> Recipe:
+    """The preset with ranges of the least squared error."""
+    return replace(
+        w4a4(weight, activation), activation=ActivationSpec(activation, calibration="mse")
+    )
+
+
 def w4a4_learned(weight: int, activation: int) -> Recipe:
     """The preset with learned scales."""
     return replace(learned(weight, activation, 8), joins=True, outputs=True)
@@ -119,6 +126,7 @@ def tools() -> Iterator[tuple[str, Tool]]:
         ("observed", observed, ((8, 8),)),
         ("whole", whole, ((8, 8),)),
         ("w4a4", w4a4, ((4, 4),)),
+        ("w4a4_mse", w4a4_mse, ((4, 4),)),
         ("w4a4_learned", w4a4_learned, ((4, 4),)),
     ):
         yield name, Tool(f"ours {own}, {name}", _ours(recipe), correct, points=points)
