@@ -79,22 +79,21 @@ def whole(weight: int, activation: int) -> Recipe:
 
 
 def w4a4(weight: int, activation: int) -> Recipe:
-    """The preset: scales that follow, 8 bits for the first and the last layer, joins as well."""
-    return replace(
-        Recipe.load("w4a4"), weight=WeightSpec(weight), activation=ActivationSpec(activation)
-    )
+    """The preset: ``learned``, 8 bits for the first and the last layer, joins as well."""
+    return replace(learned(weight, activation, 8), joins=True, outputs=True)
+
+
+def w4a4_observed(weight: int, activation: int) -> Recipe:
+    """The preset with scales that follow."""
+    return replace(whole(weight, activation), first_last=8)
 
 
 def w4a4_mse(weight: int, activation: int) -> Recipe:
-    """The preset with ranges of the least squared error."""
+    """The preset with scales that follow the least squared error."""
     return replace(
-        w4a4(weight, activation), activation=ActivationSpec(activation, calibration="mse")
+        w4a4_observed(weight, activation),
+        activation=ActivationSpec(activation, calibration="mse"),
     )
-
-
-def w4a4_learned(weight: int, activation: int) -> Recipe:
-    """The preset with learned scales."""
-    return replace(learned(weight, activation, 8), joins=True, outputs=True)
 
 
 def _ours(recipe: Callable[[int, int], Recipe]) -> Callable[..., nn.Module]:
@@ -126,8 +125,8 @@ def tools() -> Iterator[tuple[str, Tool]]:
         ("observed", observed, ((8, 8),)),
         ("whole", whole, ((8, 8),)),
         ("w4a4", w4a4, ((4, 4),)),
+        ("w4a4_observed", w4a4_observed, ((4, 4),)),
         ("w4a4_mse", w4a4_mse, ((4, 4),)),
-        ("w4a4_learned", w4a4_learned, ((4, 4),)),
     ):
         yield name, Tool(f"ours {own}, {name}", _ours(recipe), correct, points=points)
     for name, peer in installed()[0].items():

@@ -327,7 +327,11 @@ def _changed(base: SpecT, values: Mapping[str, Any], where: str) -> SpecT:
 PRESETS: Mapping[str, Recipe] = {
     "int8": Recipe(),
     "w4a8": Recipe(weight=WeightSpec(bits=4), first_last=8),
-    "w4a4": Recipe(weight=WeightSpec(bits=4), activation=ActivationSpec(bits=4), first_last=8),
+    "w4a4": Recipe(
+        weight=WeightSpec(bits=4, quantizer="learned"),
+        activation=ActivationSpec(bits=4, quantizer="learned", calibration="mse"),
+        first_last=8,
+    ),
     "a16w8": Recipe(activation=ActivationSpec(bits=16, symmetric=True)),
     "amct": Recipe(
         weight=WeightSpec(quantizer="arq"),
@@ -339,8 +343,8 @@ PRESETS: Mapping[str, Recipe] = {
     ),
 }
 """Recipes by name: ``int8`` is what most targets want; those of 4 bits keep the first and the
-last layer at 8, as LSQ does (arXiv:1902.08153); ``amct`` is Huawei AMCT's choice (inputs of layers
-only)."""
+last layer at 8, and ``w4a4`` learns its scales, as LSQ does (arXiv:1902.08153); ``amct`` is Huawei
+AMCT's choice (inputs of layers only)."""
 
 
 _OTHER_NAMES = {"w8a8": "int8", "a8w8": "int8", "w8a16": "a16w8", "a8w4": "w4a8", "a4w4": "w4a4"}

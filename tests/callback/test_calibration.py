@@ -109,7 +109,9 @@ def test_biases_are_those_of_the_function(tmp_path: Path) -> None:
     module = TinyModule()
     alone = copy.deepcopy(module).eval()
     batches = list(random_loader(samples=32))
-    callback = QATCallback("w4a4", schedule=Schedule.calibrate(4))
+    callback = QATCallback(
+        "w4a4", schedule=Schedule.calibrate(4), example_inputs=torch.zeros_like(batches[0][0])
+    )
     run = trainer(tmp_path, callback, max_epochs=2)
     run.fit(module, random_loader(samples=16))
     calibrate(alone, [x for x, _ in batches[:4]], "w4a4")

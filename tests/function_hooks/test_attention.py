@@ -22,6 +22,7 @@ from lightning_qat.prepare.prepare import prepare
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.recipe.recipe import Recipe
 from tests.joins.cases import calibrated, serving, the_plan
+from tests.models import EVERY_LAYER
 
 ALLOWED = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
 
@@ -187,7 +188,7 @@ def test_it_computes_what_its_quantizers_called_by_hand_compute(causal: bool) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
-@pytest.mark.parametrize("recipe", ["int8", "w4a4", Recipe()], ids=str)
+@pytest.mark.parametrize("recipe", ["int8", EVERY_LAYER["w4a4"]], ids=["int8", "w4a4"])
 def test_attention_written_by_hand_gives_the_same_numbers(
     options: dict[str, Any], recipe: Any
 ) -> None:

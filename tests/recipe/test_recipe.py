@@ -47,6 +47,12 @@ def test_presets_of_few_bits_keep_the_first_and_the_last_layer_at_8(
     assert Recipe.load(name).first_last == bits
 
 
+def test_w4a4_learns_its_scales_from_the_least_squared_error() -> None:
+    recipe = Recipe.load("w4a4")
+    assert (recipe.weight.quantizer, recipe.weight.initial) == ("learned", "mse")
+    assert (recipe.activation.quantizer, recipe.activation.calibration) == ("learned", "mse")
+
+
 def test_int8_is_the_default_recipe() -> None:
     assert Recipe.load("int8") == Recipe()
 

@@ -23,6 +23,7 @@ from lightning_qat.numerics.gpu import straight_through
 from lightning_qat.numerics.gpu.launch import count_launches
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.training.range_sync import RangeCommits, activation_quantizers
+from tests.models import EVERY_LAYER
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: resnet18(8),
@@ -96,8 +97,8 @@ def test_kernels_move_hardly_more_than_they_must(net: str, monkeypatch: Any) -> 
 
 
 @pytest.mark.parametrize("observing", [True, False])
-@pytest.mark.parametrize("recipe", ["int8", "w4a4"])
-def test_the_way_without_kernels(recipe: str, observing: bool) -> None:
+@pytest.mark.parametrize("recipe", ["int8", EVERY_LAYER["w4a4"]], ids=["int8", "w4a4"])
+def test_the_way_without_kernels(recipe: Any, observing: bool) -> None:
     """Five operations forward and one backward per activation, five per weight, five in all.
 
     Observing adds four per activation.
