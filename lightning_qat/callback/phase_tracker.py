@@ -11,8 +11,8 @@ from lightning_qat.recipe.schedule import Milestones, Phase, Schedule
 DESCRIPTIONS = {
     "float": "training in float",
     "calibrate": "observing activation ranges, not quantizing yet",
-    "quantize": "fake quantization on, ranges follow the data",
-    "observers_frozen": "activation ranges frozen",
+    "quantize": "fake quantization on, observed ranges follow the data",
+    "observers_frozen": "observed activation ranges frozen",
     "batchnorm_frozen": "batch norm statistics frozen",
 }
 """Name of each phase to the words for it on the console."""
