@@ -33,11 +33,13 @@ class Peer:
         prepare: Float network, batches to calibrate with (inputs, the first one is the example),
             bits of weights and of activations; the network is left as it is.
         freeze: Hold ranges; to be called at 60 % of the training and before evaluation.
+        fewest_bits: It quantizes to no fewer.
     """
 
     package: str
     prepare: Callable[[nn.Module, Sequence[Tensor], int, int], nn.Module]
     freeze: Callable[[nn.Module], None] = _nothing
+    fewest_bits: int = 2
 
 
 def _run(model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -146,6 +148,58 @@ def modelopt(net: nn.Module, batches: Sequence[Tensor], weight: int, activation:
     return model.train()
 
 
+def aimet(net: nn.Module, batches: Sequence[Tensor], weight: int, activation: int) -> nn.Module:
+    """Qualcomm AIMET: learned ends of ranges, from the least expected error of the calibration."""
+    import aimet_torch.nn as ann
+    from aimet_torch.quantization.affine import QuantizeDequantize
+    from aimet_torch.quantization.encoding_analyzer import SqnrEncodingAnalyzer
+
+    model = copy.deepcopy(net).eval()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+            continue
+        new = ann.QuantizationMixin.from_module(layer)
+        of_rows = (len(layer.weight), *[1] * (layer.weight.dim() - 1))
+        new.param_quantizers["weight"] = QuantizeDequantize(
+            of_rows, weight, True, encoding_analyzer=SqnrEncodingAnalyzer(of_rows)
+        )
+        new.input_quantizers[0] = QuantizeDequantize(
+            (), activation, False, encoding_analyzer=SqnrEncodingAnalyzer(())
+        )
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, new)
+    with ann.compute_encodings(model):
+        _run(model, batches)
+    return model.train()
+
+
+def nncf(net: nn.Module, batches: Sequence[Tensor], weight: int, activation: int) -> nn.Module:
+    """NNCF: its own choice of what is quantized, learned ranges, biases corrected before."""
+    import nncf as tool
+
+    assert (weight, activation) == (8, 8)
+    model: nn.Module = tool.quantize(
+        _Root(copy.deepcopy(net)).eval(),
+        tool.Dataset(list(batches)),
+        preset=tool.QuantizationPreset.MIXED,
+        subset_size=len(batches),
+    )
+    return model.train()
+
+
+class _Root(nn.Module):
+    """NNCF adds a module to the root, which a ``Sequential`` would run as a layer."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the network."""
+        result: Tensor = self.net(x)
+        return result
+
+
 def _reads_nothing_negative(net: nn.Module, batches: Sequence[Tensor]) -> set[str]:
     """The names of layers that read no number below zero: pictures, or what relu gives."""
     lowest: dict[str, float] = {}
@@ -176,6 +230,8 @@ PEERS: Mapping[str, Peer] = {
     "torch.ao FX": Peer("torch", torch_ao, freeze=_freeze_torch_ao),
     "Brevitas": Peer("brevitas", brevitas),
     "ModelOpt": Peer("nvidia-modelopt", modelopt),
+    "AIMET": Peer("aimet-torch", aimet),
+    "NNCF": Peer("nncf", nncf, fewest_bits=8),
 }
 
 

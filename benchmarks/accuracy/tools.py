@@ -137,6 +137,7 @@ def tools() -> Iterator[tuple[str, Tool]]:
                 _theirs(peer),
                 lambda model, x, seed, peer=peer: peer.freeze(model),  # type: ignore[misc]
                 peer.freeze,
+                tuple(bits for bits in POINTS if min(bits) >= peer.fewest_bits),
                 # They quantize convolutions and linear layers, no recurrent ones.
                 tasks=frozenset({"digits", "mnist1d", "shapes", "text", "tones"}),
             ),

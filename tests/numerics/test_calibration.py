@@ -2,10 +2,13 @@
 
 import copy
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qat import Recipe, prepare
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
@@ -22,6 +25,16 @@ from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.range_observer import commit_together
 from lightning_qat.recipe.specs import ActivationSpec
+
+
+class CountedOperations(TorchDispatchMode):
+    """How many operations a device would be given."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def follow(update: str, batches: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
@@ -123,6 +136,37 @@ def test_a_sample_sees_every_feature() -> None:
     x[..., 5] = 1.0
     for search in (percentile_range, least_squares_range):
         assert float(search(x, IntegerGrid(-128, 127), False, 2**15)[1]) > 0.9
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 12])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_least_squared_error_is_that_of_rounding_every_value(
+    bits: int, symmetric: bool
+) -> None:
+    half = 2 ** (bits - 1)
+    grid = IntegerGrid(-half, half - 1) if symmetric else IntegerGrid(0, 2 * half - 1)
+    x = torch.randn(3000) * torch.rand(3000) + 0.3
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    values, errors = x.double().numpy(), {}
+    for percent in range(10, 120):
+        low_end, high_end = low * percent / 100, high * percent / 100
+        if symmetric:
+            scale, zero = max(-low_end, high_end) / grid.qmax, 0.0
+        else:
+            scale = (high_end - low_end) / (grid.qmax - grid.qmin)
+            zero = np.round(grid.qmin - low_end / scale)
+        integers = np.clip(np.round(values / scale) + zero, grid.qmin, grid.qmax)
+        errors[percent] = float((((integers - zero) * scale - values) ** 2).sum())
+    found = float(least_squares_range(x, grid, symmetric)[1]) / high
+    assert errors[round(100 * found)] == pytest.approx(min(errors.values()), rel=1e-4)
+
+
+def test_the_search_of_the_least_squared_error_looks_at_its_sample_a_few_times() -> None:
+    x = torch.rand(4096)
+    for bits in (2, 8):  # as many operations at either; 110 shares took 3246
+        with CountedOperations() as counted:
+            least_squares_range(x, IntegerGrid(0, 2**bits - 1), False)
+        assert counted.number < 120
 
 
 def test_a_tensor_of_no_more_than_the_samples_is_looked_at_whole() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qat.numerics.arithmetic import MIN_SCALE, along_axis, range_qparams, rounded
@@ -18,6 +19,12 @@ PERCENTILE = 0.9999
 
 SAMPLES = 2**15
 """Values of a batch that searches and histograms look at, unless they are told otherwise."""
+
+SHARES = tuple(torch.arange(0.1, 1.2, 0.01).tolist())
+"""Of a range, where the least squared error is searched."""
+
+_MOST_LEVELS = 2**10
+"""A sum for every level of a finer grid takes longer than rounding all values."""
 
 _BINS = 2048
 
@@ -48,13 +55,44 @@ def least_squares_range(
     around its percentiles.
     """
     values, whole, exponent = _near_one(x, samples)
+    shares = values.new_tensor(SHARES)
+    scales, zero_points = range_qparams(-whole[0] * shares, whole[1] * shares, grid, symmetric)
+    errors = squared_errors(values, scales, zero_points, grid)
+    return _range_of(whole * shares[errors.argmin()], whole, exponent)
 
-    def squared_error(share: float) -> Tensor:
-        low, high = -whole[0] * share, whole[1] * share
-        scale, zero_point = range_qparams(low, high, grid, symmetric)
-        return (rounded(values, scale, zero_point, grid) - values).square().sum()
 
-    return _range_of(whole * least_squares_share(squared_error), whole, exponent)
+def squared_errors(values: Tensor, scales: Tensor, zero_points: Tensor, grid: IntegerGrid) -> Tensor:
+    """What rounding to each of many grids costs: ``sum((rounded - value)^2)``.
+
+    Values that round to the same ``r`` are neighbours once they are sorted, so that sums of values
+    up to the borders give ``sum(r^2 - 2 r value)``; the values are looked at once, not once a grid.
+
+    Args:
+        values: Real values, (n,).
+        scales: One of each grid, (grids,).
+        zero_points: Likewise.
+        grid: The integers in use.
+
+    Returns:
+        (grids,), float64.
+
+    Example:
+        >>> x = torch.tensor([0.0, 0.4, 1.0])
+        >>> squared_errors(x, torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.0]), IntegerGrid(0, 3))
+        tensor([0.1600, 0.0100], dtype=torch.float64)
+    """
+    steps = torch.arange(grid.qmin, grid.qmax + 1, device=values.device) - zero_points[:, None]
+    if steps.shape[1] > _MOST_LEVELS:
+        pairs = zip(scales, zero_points, strict=True)
+        errors = [(rounded(values, *pair, grid) - values).square().sum() for pair in pairs]
+        return torch.stack(errors).to(torch.float64)
+    ordered = values.sort().values
+    until = F.pad(ordered.cumsum(0, dtype=torch.float64), (1, 0))
+    borders = torch.searchsorted(ordered, (steps[:, :-1] + 0.5) * scales[:, None])
+    ends = F.pad(F.pad(borders, (1, 0)), (0, 1), value=len(values))
+    counts, sums = ends.diff(), until[ends].diff()
+    levels = (steps * scales[:, None]).to(torch.float64)
+    return (levels.square() * counts - 2 * levels * sums).sum(1) + values.double().square().sum()
 
 
 def least_squares_scale(
@@ -102,7 +140,7 @@ def least_squares_share(squared_error: Callable[[float], Tensor]) -> Tensor:
     """
     best: Tensor | None = None
     least: Any = torch.inf
-    for share in torch.arange(0.1, 1.2, 0.01).tolist():
+    for share in SHARES:
         error = squared_error(share)
         best = torch.ones_like(error) if best is None else best
         better = error < least
