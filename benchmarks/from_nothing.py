@@ -26,13 +26,11 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.accuracy.protocol import train, with_error
-from benchmarks.accuracy.runs import FLOAT
+from benchmarks.accuracy.runs import AGAIN, FLOAT
 from benchmarks.accuracy.task import Data, Task, test_outputs
 from benchmarks.accuracy.tasks import TASKS
 from lightning_qat import ActivationSpec, Recipe, prepare
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
-
-AGAIN = "float, other batches"
 
 
 def recipes() -> Mapping[str, Recipe | None]:

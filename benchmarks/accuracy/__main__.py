@@ -11,7 +11,8 @@ The learning rate is chosen, for each task, tool and width and for float alike, 
 seeds that count for nothing else. Given are means over seeds with their standard errors: the score
 in percent, and its difference to the float network of the same seed, trained as long. *Calibrated*
 networks were not trained; ours have their biases corrected. `whole` also quantizes what operations
-outside of layers read.
+outside of layers read. *float, other batches* is float with batches in another order: what chance
+does.
 
 The folder keeps every result: a command that was stopped goes on, and other tools can be added.
 Other tools that are installed are measured as well (benchmarks/peers.py).
@@ -26,29 +27,34 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.accuracy.draw import draw
-from benchmarks.accuracy.runs import FLOAT, Results, Run
+from benchmarks.accuracy.runs import AGAIN, FLOAT, Results, Run
 from benchmarks.accuracy.table import Row, table
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tools import named, tools
 
 RATES = (1.0, 2.0, 4.0)
 """Learning rates over that of the task."""
-HELD_OUT = (100, 101)
-"""Seeds that choose the rate."""
+HELD_OUT = 100
+"""The first of the seeds that choose the rate."""
 
 
 def chosen_rates(results: Results, task: str, variants: list[tuple[str, str]]) -> dict[str, float]:
     """The rate with the best mean of the seeds held out, by ``tool bits``."""
     best = {}
+    seeds = _held_out(task)
     for tool, bits in variants:
         means = {
             rate: statistics.mean(
-                results[Run(task, tool, bits, rate, seed)].trained for seed in HELD_OUT
+                results[Run(task, tool, bits, rate, seed)].trained for seed in seeds
             )
             for rate in RATES
         }
         best[f"{tool} {bits}"] = max(means, key=lambda rate: means[rate])
     return best
+
+
+def _held_out(task: str) -> range:
+    return range(HELD_OUT, HELD_OUT + TASKS[task].held_out)
 
 
 def rows_of(results: Results, task: str, chosen: list[str], seeds: int, jobs: int) -> list[Row]:
@@ -62,7 +68,7 @@ def rows_of(results: Results, task: str, chosen: list[str], seeds: int, jobs: in
         Run(task, tool, bits, rate, seed)
         for tool, bits in variants
         for rate in RATES
-        for seed in HELD_OUT
+        for seed in _held_out(task)
     ]
     results.complete(tried, jobs, f"{task}: learning rates")
     best = chosen_rates(results, task, variants)
@@ -70,12 +76,13 @@ def rows_of(results: Results, task: str, chosen: list[str], seeds: int, jobs: in
         (tool, bits): [Run(task, tool, bits, best[f"{tool} {bits}"], seed) for seed in range(seeds)]
         for tool, bits in variants
     }
+    runs[AGAIN, ""] = [Run(task, AGAIN, "", best[f"{FLOAT} "], seed) for seed in range(seeds)]
     results.complete([run for each in runs.values() for run in each], jobs, task)
     return [
         Row(
-            found[tool].title if tool in found else "float",
+            found[tool].title if tool in found else tool,
             bits,
-            best[f"{tool} {bits}"],
+            each[0].rate,
             [results[run] for run in each],
         )
         for (tool, bits), each in runs.items()

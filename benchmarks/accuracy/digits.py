@@ -38,4 +38,4 @@ def data(seed: int) -> Data:
     return Data(x, y, x_test, y_test)
 
 
-DIGITS = Task("digits, depthwise-separable", "accuracy", data, network)
+DIGITS = Task("digits, depthwise-separable", "accuracy", data, network, held_out=8)

@@ -20,12 +20,13 @@ def draw(tasks: Mapping[Task, list[Row]], file: Path) -> None:
     figure, axes = pyplot.subplots(
         len(tasks), 1, figsize=(8, 2.6 * len(tasks)), squeeze=False, layout="constrained"
     )
-    titles = list(dict.fromkeys(row.title for rows in tasks.values() for row in rows[1:]))
+    quantized = {task: [row for row in rows if row.bits] for task, rows in tasks.items()}
+    titles = list(dict.fromkeys(row.title for rows in quantized.values() for row in rows))
     colors = {title: f"C{number}" for number, title in enumerate(titles)}
     for axis, (task, rows) in zip(axes[:, 0], tasks.items(), strict=True):
-        widths = list(dict.fromkeys(row.bits for row in rows[1:]))
+        widths = list(dict.fromkeys(row.bits for row in quantized[task]))
         for place, bits in enumerate(widths):
-            at = [row for row in rows[1:] if row.bits == bits]
+            at = [row for row in quantized[task] if row.bits == bits]
             for number, row in enumerate(at):
                 values = gaps(row, rows[0])
                 axis.bar(

@@ -21,6 +21,8 @@ from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tools import named, tools
 
 FLOAT = "float"
+AGAIN = "float, other batches"
+"""What chance does: the float network with batches in another order."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Run:
 
     Args:
         task: Its name.
-        tool: Its name; ``FLOAT`` is the float network, trained as long as the others.
+        tool: Its name; ``FLOAT`` is the float network, trained as long as the others; ``AGAIN``.
         bits: ``W4A8``; empty with float.
         rate: The learning rate, over the task's.
         seed: Of data, weights and batches.
@@ -59,9 +61,10 @@ def measure(run: Run, folder: Path) -> Result:
     model: nn.Module = _checkpoint(task, data, run, folder)
     torch.manual_seed(run.seed)
     rate = run.rate * task.rate
-    if run.tool == FLOAT:
+    if run.tool in (FLOAT, AGAIN):
         before = score(task, model, data)
-        train(task, model, data, task.epochs, rate, run.seed)
+        order = run.seed if run.tool == FLOAT else run.seed + 1000
+        train(task, model, data, task.epochs, rate, order)
         return Result(before, score(task, model, data))
     tool = dict(tools())[run.tool]
     bits = next(bits for bits in tool.points if named(bits) == run.bits)

@@ -79,21 +79,18 @@ def whole(weight: int, activation: int) -> Recipe:
 
 
 def w4a4(weight: int, activation: int) -> Recipe:
-    """The preset: ``learned``, 8 bits for the first and the last layer, joins as well."""
+    """The preset: ``first_last``, and what sums and norms read at 8 bits."""
+    return replace(w4a4_joins(weight, activation), join_bits=8)
+
+
+def w4a4_joins(weight: int, activation: int) -> Recipe:
+    """The preset with as few bits for sums and norms as for layers."""
     return replace(learned(weight, activation, 8), joins=True, outputs=True)
 
 
 def w4a4_observed(weight: int, activation: int) -> Recipe:
-    """The preset with scales that follow."""
+    """``w4a4_joins`` with scales that follow."""
     return replace(whole(weight, activation), first_last=8)
-
-
-def w4a4_mse(weight: int, activation: int) -> Recipe:
-    """The preset with scales that follow the least squared error."""
-    return replace(
-        w4a4_observed(weight, activation),
-        activation=ActivationSpec(activation, calibration="mse"),
-    )
 
 
 def _ours(recipe: Callable[[int, int], Recipe]) -> Callable[..., nn.Module]:
@@ -125,8 +122,8 @@ def tools() -> Iterator[tuple[str, Tool]]:
         ("observed", observed, ((8, 8),)),
         ("whole", whole, ((8, 8),)),
         ("w4a4", w4a4, ((4, 4),)),
+        ("w4a4_joins", w4a4_joins, ((4, 4),)),
         ("w4a4_observed", w4a4_observed, ((4, 4),)),
-        ("w4a4_mse", w4a4_mse, ((4, 4),)),
     ):
         yield name, Tool(f"ours {own}, {name}", _ours(recipe), correct, points=points)
     for name, peer in installed()[0].items():

@@ -7,7 +7,7 @@ their arguments. The knowledge about operators is in ``ir/operators.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -93,6 +93,19 @@ def function_name(function: Callable[..., Any]) -> str:
     if known is not None:
         return known.name
     return str(getattr(function, "__name__", "function")).strip("_")
+
+
+def reader_kind(function: str) -> Literal["join", "product", "output"]:
+    """What a consumer is to a recipe, by the name of its operator.
+
+    Example:
+        >>> reader_kind("add"), reader_kind("matmul"), reader_kind("output")
+        ('join', 'product', 'output')
+    """
+    if function == "output":
+        return "output"
+    multiplies = function in PRODUCTS or function == "scaled_dot_product_attention"
+    return "product" if multiplies else "join"
 
 
 def operands_of(

@@ -22,13 +22,14 @@ from lightning_qat.function_hooks.attention import (
 )
 from lightning_qat.function_hooks.call_site import call_chain
 from lightning_qat.function_hooks.forward_cache import Key, key_of
-from lightning_qat.function_hooks.frame import OUTPUT, Frame, output_key
+from lightning_qat.function_hooks.frame import Frame, output_key
 from lightning_qat.function_hooks.function_table import (
     FUNCTION_TABLE,
     FunctionTraits,
     function_name,
     leads_with_real,
     operands_of,
+    reader_kind,
 )
 from lightning_qat.joins.calls import INPUT, Call, Operand, Watch
 from lightning_qat.joins.code import code_of
@@ -438,11 +439,7 @@ class Discovery:
             assert isinstance(quantizer, ActivationQuantizer)
             return quantizer.spec
         kind = type(self._modules[owner.module]).__name__
-        least = self.recipe.first_last or 0 if owner.call_key.startswith(OUTPUT) else 0
-        layer = self.recipe.for_layer(owner.module, kind, at_least=least)
-        # An output has so many bits also where the layer that makes it stays float.
-        spec = self.recipe.activation
-        return layer.activation if layer else replace(spec, bits=max(spec.bits, least))
+        return self.recipe.for_call(owner.module, kind, reader_kind(owner.function))
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 from lightning_qat.function_hooks.forward_cache import Key
 from lightning_qat.function_hooks.frame import without_caller
+from lightning_qat.function_hooks.function_table import reader_kind
 from lightning_qat.joins.calls import INPUT, Operand
 from lightning_qat.joins.plan import JoinPlan, PlannedTensor
 from lightning_qat.joins.products import WeightUse, weight_quantizers
@@ -138,8 +139,11 @@ def solve(recording: Recording, spec_of: Callable[[Operand], ActivationSpec]) ->
     quantizers: dict[int, str] = {}
     for group, operands in consumers.items():
         owner = next((o for o in operands if o.function == INPUT), operands[0])
+        # A product has the bits of a layer; see ``Recipe.join_bits``.
+        products = (o for o in operands if reader_kind(o.function) == "product")
+        decides = owner if owner.function == INPUT else next(products, owner)
         producers = [recording.producers.get(k) or Producer(INPUT) for k in tensors_of[group]]
-        spec = with_known_range(spec_of(owner), producers)
+        spec = with_known_range(spec_of(decides), producers)
         quantizers[group] = owner.quantizer_path
         made_by = tuple(dict.fromkeys(producer.name for producer in producers))
         planned.append(PlannedTensor(quantizers[group], spec, made_by, tuple(map(str, operands))))

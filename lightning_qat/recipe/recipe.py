@@ -63,6 +63,10 @@ class Recipe:
             the model's outputs, have at least: they cost little and their errors weigh most. What
             ``overrides`` says of a name wins. First and last are by a run with the example inputs,
             else by registration. ``None``: they are layers like all others.
+        join_bits: How many bits what joins read has at least, where neither a layer nor a matrix
+            product reads it as well: sums, norms and activation functions do no work that fewer
+            bits would save, and their errors add up along a residual stream. What ``overrides``
+            says of a name wins. ``None``: as many as inputs of layers.
 
     Raises:
         ValueError: Unknown keys (with the closest known ones) or values out of range.
@@ -81,6 +85,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, LayerKeys | None] = field(default_factory=dict)
     first_last: int | None = None
+    join_bits: int | None = None
 
     def __post_init__(self) -> None:
         problems: list[str | None] = [
@@ -107,11 +112,12 @@ class Recipe:
         elif all(isinstance(spec, WeightSpec | ActivationSpec) for spec in specs):
             for pattern, change in self.overrides.items():
                 problems += self._override_problems(pattern, change)
-        least: object = self.first_last
-        if least is not None and not (is_int(least) and least in range(2, 9)):
-            problems.append(
-                f"Recipe.first_last must be an int from 2 to 8, or null; got {shown(least)}"
-            )
+        for name in ("first_last", "join_bits"):
+            least = getattr(self, name)
+            if least is not None and not (is_int(least) and least in range(2, 9)):
+                problems.append(
+                    f"Recipe.{name} must be an int from 2 to 8, or null; got {shown(least)}"
+                )
         refuse(*problems)
 
     def _override_problems(self, pattern: object, change: Any) -> list[str]:
@@ -155,6 +161,27 @@ class Recipe:
                     base = spec or default
                     spec = None if change is None else self._overridden(base, pattern, change)
         return spec
+
+    def for_call(
+        self, module: str, kind: str, reader: Literal["join", "product", "output"]
+    ) -> ActivationSpec:
+        """The spec of what a call reads, or of what the model returns, where no layer reads it.
+
+        Args:
+            module: Dotted name of the module that makes the call.
+            kind: Name of its class.
+            reader: A matrix product, any other call, or the model's caller.
+
+        Example:
+            >>> recipe = Recipe(activation=ActivationSpec(bits=4), join_bits=8)
+            >>> [recipe.for_call("", "Block", reader).bits for reader in ("join", "product")]
+            [8, 4]
+        """
+        least = {"join": self.join_bits, "product": None, "output": self.first_last}[reader] or 0
+        layer = self.for_layer(module, kind, at_least=least)
+        # Also where the module stays float.
+        spec = self.activation
+        return layer.activation if layer else replace(spec, bits=max(spec.bits, least))
 
     def with_ends(self, ends: Iterable[tuple[str, str, tuple[str, ...]]]) -> Recipe:
         """This recipe with ``first_last`` written as overrides of the first and the last layer.
@@ -331,6 +358,7 @@ PRESETS: Mapping[str, Recipe] = {
         weight=WeightSpec(bits=4, quantizer="learned"),
         activation=ActivationSpec(bits=4, quantizer="learned", calibration="mse"),
         first_last=8,
+        join_bits=8,
     ),
     "a16w8": Recipe(activation=ActivationSpec(bits=16, symmetric=True)),
     "amct": Recipe(
@@ -343,7 +371,8 @@ PRESETS: Mapping[str, Recipe] = {
     ),
 }
 """Recipes by name: ``int8`` is what most targets want; those of 4 bits keep the first and the
-last layer at 8, and ``w4a4`` learns its scales, as LSQ does (arXiv:1902.08153); ``amct`` is Huawei
+last layer at 8, and ``w4a4`` sums and norms too; it learns its scales, as LSQ does
+(arXiv:1902.08153); ``amct`` is Huawei
 AMCT's choice (inputs of layers only)."""
 
 

@@ -58,3 +58,4 @@ class RecipeKeys(TypedDict, total=False):
     exclude: list[str]
     overrides: dict[str, LayerKeys | None]
     first_last: int | None
+    join_bits: int | None

@@ -23,6 +23,7 @@ from lightning_qat.convert.convert import convert
 from lightning_qat.export.export import export
 from lightning_qat.export.verify import verify
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.prepare.prepare import prepare
 from lightning_qat_exporters import CannExporter, FakeQuantOnnxExporter, TFLiteExporter
 from tests.callback.tiny import Net, loader, qat
 from tests.models import trained
@@ -165,6 +166,30 @@ def test_onnx_runtime_computes_every_product_on_integers(name: str, tmp_path: Pa
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert kinds["MatMulIntegerToFloat"] + kinds["QLinearMatMul"] == LAYERS[name] + 2
     assert kinds["MatMul"] + kinds["FusedMatMul"] + kinds["Gemm"] == 0
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_file_holds_products_of_4_bits_between_sums_of_8(name: str, tmp_path: Path) -> None:
+    x = inputs()
+    model = BLOCKS[name]()
+    prepare(model, "w4a4", x)
+    with torch.no_grad():
+        model.train()(x)
+    quantized = convert(model.eval(), x)
+    artifact = export(quantized, FakeQuantOnnxExporter(), tmp_path / "net")
+    agreement = verify(quantized, artifact, inputs(16), FakeQuantOnnxExporter())
+    assert agreement.parameters_equal
+    assert agreement.max_steps <= 1
+    levels = {
+        key: tensor.qparams.grid.qmax - tensor.qparams.grid.qmin + 1
+        for key, tensor in quantized.tensors.items()
+    }
+    products = [n for key, n in levels.items() if "scaled_dot_product_attention_0" in key]
+    sums = [n for key, n in levels.items() if ".add_" in f".{key}" or "norm_0_0" in key]
+    assert len(products) >= 4
+    assert set(products) == {16}
+    assert len(sums) >= 4
+    assert set(sums) == {256}
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -57,6 +57,7 @@ def _row(name: str) -> tuple[str, str, str, str]:
     shown = PRESETS[name]
     weight, activation = shown.weight, shown.activation
     more = [] if shown.first_last is None else [f"first and last layer {shown.first_last} bits"]
+    more += [] if shown.join_bits is None else [f"sums and norms {shown.join_bits} bits"]
     more += [] if shown.joins else ["inputs of layers only"]
     kind = "symmetric" if activation.symmetric else "affine"
     return (

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_qat.function_hooks.function_table import reader_kind
 from lightning_qat.function_hooks.hooks import hooks_of
 from lightning_qat.joins.apply import apply_plan, plan_of
 from lightning_qat.joins.held import hold_joins
@@ -71,7 +72,9 @@ def _of_plan(model: nn.Module, plan: JoinPlan) -> tuple[tuple[str, ...], ...]:
                 setattr(owner, names.INPUT, _copied(one, path))
         tensors.append(tensor)
         if calls:
-            module, function, call, operand = calls[0].groups()
+            # A product has the bits of a layer; see ``Recipe.join_bits``.
+            one_call = next((c for c in calls if reader_kind(c[2]) == "product"), calls[0])
+            module, function, call, operand = one_call.groups()
             new = names.join_path(module or "", function, call, operand)
             hold_joins(modules[module or ""])[new.rpartition(".")[2]] = _copied(one, new)
             moved[tensor.quantizer] = new

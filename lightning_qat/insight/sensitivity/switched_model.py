@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.calibrate.batches import observe
+from lightning_qat.function_hooks.function_table import reader_kind
 from lightning_qat.function_hooks.hooks import ModuleHooks, hooks_of
 from lightning_qat.insight.sensitivity.consumers import called_quantizers, give_own_quantizers
 from lightning_qat.layers import QATLayer
@@ -291,9 +292,8 @@ def _become(quantizer: Quantizer, numbers: _Numbers) -> None:
 def _bits_of_call(path: str, modules: Mapping[str, nn.Module], recipe: Recipe) -> int:
     """The bits of an operand of a call, where no layer that is quantized reads it."""
     owner = names.owner_path(path)
-    least = recipe.first_last if _is_of_output(path) else None
-    spec = recipe.for_layer(owner, type(modules[owner]).__name__, at_least=least or 0)
-    return max((spec or recipe).activation.bits, least or 0)
+    reader = reader_kind(_function(path))
+    return recipe.for_call(owner, type(modules[owner]).__name__, reader).bits
 
 
 def _has_bits_of_input(quantizer: Quantizer) -> bool:

@@ -61,7 +61,9 @@ def least_squares_range(
     return _range_of(whole * shares[errors.argmin()], whole, exponent)
 
 
-def squared_errors(values: Tensor, scales: Tensor, zero_points: Tensor, grid: IntegerGrid) -> Tensor:
+def squared_errors(
+    values: Tensor, scales: Tensor, zero_points: Tensor, grid: IntegerGrid
+) -> Tensor:
     """What rounding to each of many grids costs: ``sum((rounded - value)^2)``.
 
     Values that round to the same ``r`` are neighbours once they are sorted, so that sums of values
