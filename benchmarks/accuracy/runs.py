@@ -58,7 +58,7 @@ def measure(run: Run, folder: Path) -> Result:
     torch.set_num_threads(1)
     task = TASKS[run.task]
     data = task.data(run.seed)
-    model: nn.Module = _checkpoint(task, data, run, folder)
+    model: nn.Module = checkpoint(task, data, run, folder)
     torch.manual_seed(run.seed)
     rate = run.rate * task.rate
     if run.tool in (FLOAT, AGAIN):
@@ -76,7 +76,8 @@ def measure(run: Run, folder: Path) -> Result:
     return Result(before, score(task, model, data))
 
 
-def _checkpoint(task: Task, data: Data, run: Run, folder: Path) -> nn.Module:
+def checkpoint(task: Task, data: Data, run: Run, folder: Path) -> nn.Module:
+    """The float network of a seed: from the folder, else trained and kept there."""
     file = folder / f"{run.task}_{run.seed}.pt"
     if file.exists():
         model = task.network()
