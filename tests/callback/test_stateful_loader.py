@@ -32,7 +32,10 @@ SCHEDULE = Schedule(calibration_batches=5, freeze_observers=2, freeze_batchnorm=
 
 
 def shuffled(kind: type[DataLoader[Any]], workers: int = 0) -> DataLoader[Any]:
-    return kind(loader().dataset, batch_size=8, shuffle=True, num_workers=workers)
+    # A fork of this process would have locks of threads that it has not: JAX's, of other tests.
+    start = "forkserver" if workers else None
+    data = loader().dataset
+    return kind(data, 8, shuffle=True, num_workers=workers, multiprocessing_context=start)
 
 
 def run(
