@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -84,12 +86,12 @@ def following(row: str) -> Iterator[str]:
     if row not in OTHERS:
         yield row
         return
-    with patch.dict(CALIBRATIONS, moving_average=Calibration(OTHERS[row]())):  # type: ignore[arg-type]
+    with patch.dict(CALIBRATIONS, moving_average=Calibration(OTHERS[row]())):
         yield "moving_average"
 
 
-def trained(name: str, row: str, bits: int, seed: int, folder: Path) -> float:
-    """The score of one network."""
+def trained(name: str, row: str, bits: int, seed: int, folder: Path) -> tuple[float, float]:
+    """The score of one network, and the seconds of a processor that it trained."""
     torch.set_num_threads(1)
     task = TASKS[name]
     data = task.data(seed)
@@ -109,8 +111,9 @@ def trained(name: str, row: str, bits: int, seed: int, folder: Path) -> float:
             prepare(model, recipe, data.x[:2])
             calibrate(model, data.x, seed)
             apply_phase(model, Phase("quantize", not learns, True, False))
+        start = time.process_time()
         train(task, model, data, task.epochs, RATE * task.rate, seed)
-        return score(task, model, data)
+        return score(task, model, data), time.process_time() - start
 
 
 def main() -> None:
@@ -135,6 +138,7 @@ def main() -> None:
     table = Table(title=f"{options.bits} bits, {options.seeds} seeds", box=box.MARKDOWN)
     table.add_column("activations", no_wrap=True)
     columns: list[list[str]] = []
+    times: dict[str, list[float]] = {row: [] for row in options.rows}
     with ProcessPoolExecutor(options.jobs) as pool:
         for name in options.tasks:
             # Float first: it makes the checkpoints.
@@ -145,14 +149,16 @@ def main() -> None:
             ]
             results = [one.result() for one in track(begun, name)]
             found = dict(zip(runs, results, strict=True))
-            gaps = {
-                row: [found[row, seed] - found[FLOAT, seed] for seed in range(options.seeds)]
-                for row in options.rows
-            }
+            gaps: dict[str, list[float]] = {}
+            for row in options.rows:
+                pairs = [(found[row, seed], found[FLOAT, seed]) for seed in range(options.seeds)]
+                gaps[row] = [ours[0] - theirs[0] for ours, theirs in pairs]
+                times[row].append(statistics.mean(ours[1] / theirs[1] for ours, theirs in pairs))
             table.add_column(TASKS[name].title, no_wrap=True)
             columns.append([with_error(gaps[row], "+") for row in options.rows])
+    table.add_column("time", no_wrap=True)
     for row, *cells in zip(options.rows, *columns, strict=True):
-        table.add_row(row, *cells)
+        table.add_row(row, *cells, f"{statistics.mean(times[row]):.2f}")
     Console(width=160).print(table)  # Markdown must not be cut
 
 
