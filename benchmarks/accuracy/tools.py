@@ -80,12 +80,13 @@ def whole(weight: int, activation: int) -> Recipe:
 
 def w4a4(weight: int, activation: int) -> Recipe:
     """The preset: ``first_last``, and what sums and norms read at 8 bits."""
-    return replace(w4a4_joins(weight, activation), join_bits=8)
+    assert (weight, activation) == (4, 4)
+    return Recipe.load("w4a4")
 
 
 def w4a4_joins(weight: int, activation: int) -> Recipe:
     """The preset with as few bits for sums and norms as for layers."""
-    return replace(learned(weight, activation, 8), joins=True, outputs=True)
+    return replace(w4a4(weight, activation), join_bits=None)
 
 
 def w4a4_observed(weight: int, activation: int) -> Recipe:
