@@ -40,7 +40,7 @@ class Task:
         rate: that of the second part.
         loss: Of outputs and labels.
         score: Of outputs and labels, in percent.
-        held_out: Seeds that choose the rate; more where all rates give nearly the same.
+        held_out: Seeds that choose the rate: the more, the less the rates differ.
     """
 
     title: str

@@ -78,5 +78,12 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 TEXT = Task(
-    "text, transformer", "next character", data, Transformer, float_epochs=12, epochs=4, loss=loss
+    "text, transformer",
+    "next character",
+    data,
+    Transformer,
+    float_epochs=12,
+    epochs=4,
+    loss=loss,
+    held_out=1,
 )

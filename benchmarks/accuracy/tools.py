@@ -48,13 +48,17 @@ class Tool:
 
 
 def learned(weight: int, activation: int, first_last: int | None = None) -> Recipe:
-    """Learned scales for weights and activations, from the least squared error."""
+    """Learned scales for weights and activations, from the least squared error.
+
+    Embeddings stay float, as in other tools.
+    """
     return Recipe(
         first_last=first_last,
         weight=WeightSpec(bits=weight, quantizer="learned"),
         activation=ActivationSpec(bits=activation, quantizer="learned", calibration="mse"),
         joins=False,
         outputs=False,
+        exclude=("type:Embedding",),
     )
 
 
@@ -70,6 +74,7 @@ def observed(weight: int, activation: int) -> Recipe:
         activation=ActivationSpec(bits=activation),
         joins=False,
         outputs=False,
+        exclude=("type:Embedding",),
     )
 
 
