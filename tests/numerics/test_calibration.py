@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,11 @@ from lightning_qat.numerics.calibration.histogram import (
     add_to_histogram,
     histogram_range,
 )
-from lightning_qat.numerics.calibration.search import least_squares_range, percentile_range
+from lightning_qat.numerics.calibration.search import (
+    entropy_range,
+    least_squares_range,
+    percentile_range,
+)
 from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
@@ -161,12 +166,24 @@ def test_the_least_squared_error_is_that_of_rounding_every_value(
     assert errors[round(100 * found)] == pytest.approx(min(errors.values()), rel=1e-4)
 
 
-def test_the_search_of_the_least_squared_error_looks_at_its_sample_a_few_times() -> None:
+def test_searches_take_as_many_operations_at_any_bits() -> None:
+    # One look at the values for each range that is tried took up to 3246.
     x = torch.rand(4096)
-    for bits in (2, 8):  # as many operations at either; 110 shares took 3246
-        with CountedOperations() as counted:
-            least_squares_range(x, IntegerGrid(0, 2**bits - 1), False)
-        assert counted.number < 120
+    counts, reach = histogram_of(x)
+    searches: dict[str, Callable[[IntegerGrid], Tensor]] = {
+        "mse": lambda grid: least_squares_range(x, grid, False),
+        "entropy": lambda grid: entropy_range(x, grid, False),
+        "histogram": lambda grid: histogram_range(counts, reach, grid, False),
+    }
+    taken = {}
+    for name, search in searches.items():
+        for bits in (2, 4, 8):
+            with CountedOperations() as counted:
+                search(IntegerGrid(0, 2**bits - 1))
+            taken[name, bits] = counted.number
+    most = {"mse": 130, "entropy": 130, "histogram": 300}
+    assert all(number < most[name] for (name, _), number in taken.items())
+    assert all(number == taken[name, 8] for (name, _), number in taken.items())
 
 
 def test_a_tensor_of_no_more_than_the_samples_is_looked_at_whole() -> None:

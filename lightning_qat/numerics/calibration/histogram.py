@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.arithmetic import range_qparams, rounded
+from lightning_qat.numerics.arithmetic import range_qparams
 from lightning_qat.numerics.calibration.powers_of_two import exponent_of, times_power
-from lightning_qat.numerics.calibration.search import SAMPLES, sampled
+from lightning_qat.numerics.calibration.search import SAMPLES, sampled, squared_errors
 from lightning_qat.numerics.min_max import batch_range
 from lightning_qat.numerics.qparams import IntegerGrid
 
@@ -54,7 +54,7 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
         symmetric: Zero point 0.
     """
     # In units of the reach: squares of small and large values are no float32.
-    centres, weights = _centres(counts), counts.to(torch.float32)
+    centres = _centres(counts)
     half = 1.0 / HISTOGRAM_BINS
     seen = counts > 0
     low = torch.where(seen, centres - half, torch.inf).amin().clamp(max=0.0)
@@ -62,9 +62,8 @@ def histogram_range(counts: Tensor, reach: Tensor, grid: IntegerGrid, symmetric:
     shares = torch.arange(1, 101, device=counts.device, dtype=torch.float32) / 100
 
     def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = range_qparams(lows[:, None], highs[:, None], grid, symmetric)
-        errors = (rounded(centres, scale, zero_point, grid) - centres).square() @ weights
-        found = errors.argmin()
+        scales, zero_points = range_qparams(lows, highs, grid, symmetric)
+        found = squared_errors(centres, scales, zero_points, grid, counts).argmin()
         return lows[found], highs[found]
 
     lowest, highest = low, high

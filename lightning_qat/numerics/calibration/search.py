@@ -57,23 +57,28 @@ def least_squares_range(
     values, whole, exponent = _near_one(x, samples)
     shares = values.new_tensor(SHARES)
     scales, zero_points = range_qparams(-whole[0] * shares, whole[1] * shares, grid, symmetric)
-    errors = squared_errors(values, scales, zero_points, grid)
+    errors = squared_errors(values.sort().values, scales, zero_points, grid)
     return _range_of(whole * shares[errors.argmin()], whole, exponent)
 
 
 def squared_errors(
-    values: Tensor, scales: Tensor, zero_points: Tensor, grid: IntegerGrid
+    values: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    grid: IntegerGrid,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """What rounding to each of many grids costs: ``sum((rounded - value)^2)``.
+    """What rounding to each of many grids costs: ``sum(counts * (rounded - value)^2)``.
 
-    Values that round to the same ``r`` are neighbours once they are sorted, so that sums of values
-    up to the borders give ``sum(r^2 - 2 r value)``; the values are looked at once, not once a grid.
+    Values that round to the same ``r`` are neighbours, so that sums of values up to the borders
+    give ``sum(r^2 - 2 r value)``; the values are looked at once, not once a grid.
 
     Args:
-        values: Real values, (n,).
+        values: Real values in rising order, (n,).
         scales: One of each grid, (grids,).
         zero_points: Likewise.
         grid: The integers in use.
+        counts: How often there is each value, (n,); ``None``: once.
 
     Returns:
         (grids,), float64.
@@ -83,18 +88,21 @@ def squared_errors(
         >>> squared_errors(x, torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.0]), IntegerGrid(0, 3))
         tensor([0.1600, 0.0100], dtype=torch.float64)
     """
+    exact = values.to(torch.float64)
+    weights = torch.ones_like(exact) if counts is None else counts.to(torch.float64)
     steps = torch.arange(grid.qmin, grid.qmax + 1, device=values.device) - zero_points[:, None]
     if steps.shape[1] > _MOST_LEVELS:
         pairs = zip(scales, zero_points, strict=True)
-        errors = [(rounded(values, *pair, grid) - values).square().sum() for pair in pairs]
+        errors = [
+            (rounded(values, *pair, grid) - values).square() @ weights.float() for pair in pairs
+        ]
         return torch.stack(errors).to(torch.float64)
-    ordered = values.sort().values
-    until = F.pad(ordered.cumsum(0, dtype=torch.float64), (1, 0))
-    borders = torch.searchsorted(ordered, (steps[:, :-1] + 0.5) * scales[:, None])
+    until = F.pad(torch.stack((weights, weights * exact)).cumsum(1), (1, 0))
+    borders = torch.searchsorted(values, (steps[:, :-1] + 0.5) * scales[:, None])
     ends = F.pad(F.pad(borders, (1, 0)), (0, 1), value=len(values))
-    counts, sums = ends.diff(), until[ends].diff()
+    in_level, sums = until[:, ends].diff()
     levels = (steps * scales[:, None]).to(torch.float64)
-    return (levels.square() * counts - 2 * levels * sums).sum(1) + values.double().square().sum()
+    return (levels.square() * in_level - 2 * levels * sums).sum(1) + exact.square() @ weights
 
 
 def least_squares_scale(
@@ -168,21 +176,24 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
     # As in NVIDIA's pytorch-quantization: zeros are exact on every grid. Half of what relu gives is
     # zeros; counted, they outweigh the tail, of which 2 to 10 % was cut off.
     counts[0] = counts[1]
-    best, least = _BINS, torch.inf
-    for kept in range(levels, _BINS + 1, max(1, (_BINS - levels) // 100)):
-        clipped = counts[:kept].clone()
-        clipped[-1] += counts[kept:].sum()
-        # Every level gets the mean of its filled bins.
-        level = torch.arange(kept) * levels // kept
-        filled = (counts[:kept] > 0).to(torch.float64)
-        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, counts[:kept].cpu())
-        bins = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled.cpu())
-        drawn = (mass / bins.clamp(min=1))[level] * filled.cpu()
-        p, q = clipped.cpu() / clipped.sum().cpu(), drawn / drawn.sum()
-        seen = p > 0
-        distance = float((p[seen] * (p[seen] / q[seen].clamp(min=1e-12)).log()).sum())
-        if distance < least:
-            best, least = kept, distance
+    kept = torch.arange(levels, _BINS + 1, max(1, (_BINS - levels) // 100), device=x.device)[
+        :, None
+    ]
+    bins = torch.arange(_BINS, device=x.device)
+    inside = bins < kept
+    clipped = counts * inside
+    clipped += (bins == kept - 1) * (counts.sum() - clipped.sum(1, keepdim=True))
+    # Every level gets the mean of its filled bins.
+    level = (bins * levels // kept).clamp(max=levels - 1)
+    filled = ((counts > 0) & inside).to(torch.float64)
+    empty = counts.new_zeros(len(kept), levels)
+    mass, number = (empty.scatter_add(1, level, found) for found in (counts * inside, filled))
+    drawn = (mass / number.clamp(min=1)).gather(1, level) * filled
+    p, q = clipped / clipped.sum(1, keepdim=True), drawn / drawn.sum(1, keepdim=True)
+    differing = torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0)
+    distances = differing.sum(1).nan_to_num(nan=torch.inf)
+    # Where nothing is left to compare, all is kept.
+    best = torch.where(distances.amin().isinf(), _BINS, kept[distances.argmin(), 0])
     return _range_of(torch.minimum(whole, largest * (best / _BINS)), whole, exponent)
 
 
