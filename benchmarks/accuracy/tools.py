@@ -125,7 +125,7 @@ def tools() -> Iterator[tuple[str, Tool]]:
     for name, recipe, points in (
         ("learned", learned, POINTS),
         ("first_last", first_last, ((4, 4), (2, 4))),
-        ("observed", observed, ((8, 8),)),
+        ("observed", observed, ((8, 8), (4, 8))),
         ("whole", whole, ((8, 8),)),
         ("w4a4", w4a4, ((4, 4),)),
         ("w4a4_joins", w4a4_joins, ((4, 4),)),

@@ -102,7 +102,8 @@ def squared_errors(
     ends = F.pad(F.pad(borders, (1, 0)), (0, 1), value=len(values))
     in_level, sums = until[:, ends].diff()
     levels = (steps * scales[:, None]).to(torch.float64)
-    return (levels.square() * in_level - 2 * levels * sums).sum(1) + exact.square() @ weights
+    errors_of_levels: Tensor = levels.square() * in_level - 2 * levels * sums
+    return errors_of_levels.sum(1) + exact.square() @ weights
 
 
 def least_squares_scale(
