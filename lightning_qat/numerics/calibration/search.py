@@ -177,9 +177,8 @@ def entropy_range(x: Tensor, grid: IntegerGrid, symmetric: bool, samples: int = 
     # As in NVIDIA's pytorch-quantization: zeros are exact on every grid. Half of what relu gives is
     # zeros; counted, they outweigh the tail, of which 2 to 10 % was cut off.
     counts[0] = counts[1]
-    kept = torch.arange(levels, _BINS + 1, max(1, (_BINS - levels) // 100), device=x.device)[
-        :, None
-    ]
+    step = max(1, (_BINS - levels) // 100)
+    kept = torch.arange(levels, _BINS + 1, step, device=x.device).unsqueeze(1)
     bins = torch.arange(_BINS, device=x.device)
     inside = bins < kept
     clipped = counts * inside
