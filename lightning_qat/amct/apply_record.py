@@ -101,7 +101,5 @@ def _set_activation(quantizer: Any, scale: float, offset: int) -> None:
 @torch.no_grad()
 def _set_weight(quantizer: Any, scale: Tensor) -> None:
     assert isinstance(quantizer, LearnedWeightQuantizer)  # the recipe asks for it
-    assert quantizer.scale.shape == scale.shape
-    quantizer.scale.copy_(scale)
-    quantizer.started.fill_(1)
-    quantizer.ready = True
+    assert quantizer.half_width.shape == scale.shape
+    quantizer.start_from_step(scale)

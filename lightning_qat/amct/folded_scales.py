@@ -101,7 +101,7 @@ def set_folded_scales(
             break
         for name, scale in wrong.items():
             quantizer, target = wanted[name]
-            own = quantizer.scale.cpu()
+            own = quantizer.step().cpu()
             if attempt == 0 and name in norms and own.shape == target.shape == scale.shape:
                 own = _solved(norms[name], target)
             elif scale.shape != own.shape:
@@ -111,7 +111,7 @@ def set_folded_scales(
             else:
                 toward = torch.where(scale > target, 0.0, torch.inf)
                 own = torch.where(scale == target, own, torch.nextafter(own, toward))
-            quantizer.scale.copy_(own)
+            quantizer.start_from_step(own)
     return [_difference(name, wanted[name][1], scale) for name, scale in wrong.items()]
 
 

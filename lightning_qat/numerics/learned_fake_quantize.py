@@ -201,7 +201,7 @@ def step_of_half_width(half_width: Tensor, grid: IntegerGrid) -> Tensor:
 
 class _StepOfHalfWidth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, half_width: Tensor, half_count: float) -> Tensor:
+    def forward(ctx: Any, half_width: Tensor, half_count: int) -> Tensor:
         scale = (half_width.abs() / half_count).clamp_(min=MIN_SCALE)
         ctx.save_for_backward(half_width)
         ctx.half_count = half_count

@@ -57,9 +57,9 @@ class IntegerGrid:
         return cls(-full.qmax, full.qmax) if bits >= 8 else full
 
     @property
-    def half_count(self) -> float:
-        """Half the number of integers: with all those of its bits, a power of two."""
-        return (self.qmax - self.qmin + 1) / 2
+    def half_count(self) -> int:
+        """Half the number of integers of its bits, a power of two: 128 also of -127 .. 127."""
+        return (self.qmax - self.qmin + 2) // 2
 
     @property
     def symmetric(self) -> IntegerGrid:

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.numerics.arithmetic import MIN_SCALE, channels_second
+from lightning_qat.numerics.arithmetic import channels_second
 from lightning_qat.numerics.calibration.search import least_squares_scale
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
 from lightning_qat.numerics.gpu.launch import suits
 from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_on_device
 from lightning_qat.numerics.int_repr import IntRepr
-from lightning_qat.numerics.learned_fake_quantize import gradient_factor, learned_fake_quantize
+from lightning_qat.numerics.learned_fake_quantize import (
+    gradient_factor,
+    learned_fake_quantize,
+    step_of_half_width,
+)
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.weight import WeightQuantizer
@@ -27,6 +31,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
     (``initial="mse"``) or from the largest absolute weights. A weight outside the range gets no
     gradient.
 
+    The parameter is the scale times half the number of integers, as that of learned activations:
+    a step of Adam is as long as the learning rate, and a scale of 8 bits is no longer than that.
+
     Args:
         spec: With ``quantizer="learned"``, or ``"ulq"`` for AMCT's grid (-128..127 at 8 bits).
         axis: The output channel's axis of the weight.
@@ -34,8 +41,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
         groups: See ``WeightQuantizer``.
 
     Attributes:
-        scale: Parameter, ``(channels,)`` or scalar: its absolute value is the scale.
-        started: Whether ``scale`` has been set from a weight, float32 scalar buffer.
+        half_width: Parameter, ``(channels,)`` or scalar: its absolute value is ``2 ** (bits - 1)``
+            scales; see ``step_of_half_width``.
+        started: Whether ``half_width`` has been set from a weight, float32 scalar buffer.
     """
 
     started: Tensor
@@ -45,7 +53,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         if spec.quantizer == "ulq":
             self.grid = IntegerGrid.signed(spec.bits)
         shape = () if self._channel_axis is None else (channels,)
-        self.scale = nn.Parameter(torch.ones(shape))
+        self.half_width = nn.Parameter(torch.ones(shape))
         self.register_buffer("started", torch.tensor(0.0))
         self.ready = False
 
@@ -56,17 +64,17 @@ class LearnedWeightQuantizer(WeightQuantizer):
             known, _ = self._rows(known)
         rows, axis = self._rows(weight)
         if self.ready and suits(rows) and axis in (None, 0):
-            share = rows.numel() // self.scale.numel()
+            share = rows.numel() // self.half_width.numel()
             quantized = learned_on_device(
                 rows,
-                DeviceGrid(GridRule.STEP, self.scale, self.scale, self.grid),
+                DeviceGrid(GridRule.HALF_WIDTH, self.half_width, self.half_width, self.grid),
                 gradient_factor(share, self.grid, has_low=False),
                 saves_input=True,
                 carries_int_repr=self.compact and self.groups == 1,
                 known=known,
             )
             return quantized if self.groups == 1 else channels_second(quantized, self.groups)
-        scale = positive_scale(self.scale) if self.ready else self._scale(weight)
+        scale = self.step() if self.ready else self._scale(weight)
         quantized = learned_fake_quantize(
             rows,
             scale,
@@ -81,14 +89,24 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
-        self.scale.copy_(self._scale(weight))
+        self.start_from_step(self._scale(weight))
+
+    @torch.no_grad()
+    def start_from_step(self, scale: Tensor) -> None:
+        """Let learning go on from a scale, to the bit."""
+        largest = torch.finfo(torch.float32).max
+        self.half_width.copy_((scale * self.grid.half_count).clamp(max=largest))
         self.started.fill_(1.0)
         self.ready = True
+
+    def step(self) -> Tensor:
+        """The scale, ``(channels,)`` or scalar, with its gradient."""
+        return step_of_half_width(self.half_width, self.grid)
 
     @torch.no_grad()
     def _scale(self, weight: Tensor) -> Tensor:
         if self.ready:
-            return positive_scale(self.scale)
+            return self.step()
         scale = super()._scale(weight)
         if self.spec.initial == "minmax":
             return scale
@@ -98,14 +116,11 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Any, prefix: str, *args: Any
     ) -> None:
-        stored = state_dict.get(f"{prefix}scale")
-        if isinstance(stored, Tensor) and stored.numel() * self.groups == self.scale.numel():
-            # Earlier versions had one scale for that channel of every group.
-            state_dict[f"{prefix}scale"] = stored.repeat(self.groups)
+        stored = state_dict.pop(f"{prefix}scale", None)
+        if isinstance(stored, Tensor):
+            # Earlier versions learned the scale, one for the same channel of all groups at first.
+            if stored.numel() * self.groups == self.half_width.numel():
+                stored = stored.repeat(self.groups)
+            state_dict[f"{prefix}half_width"] = stored * self.grid.half_count
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.ready = bool(self.started > 0)
-
-
-def positive_scale(scale: Tensor) -> Tensor:
-    """The scale that a parameter stands for: its absolute value, at least ``MIN_SCALE``."""
-    return scale.abs().clamp(min=MIN_SCALE)

@@ -133,7 +133,7 @@ def test_a_layer_that_never_runs_has_its_factors_too() -> None:
     net = Twice()
     record = [LayerRecord("same", 0.5, 1, (0.25,)), LayerRecord("spare", 0.5, 1, (0.125,))]
     apply_record(net, record, torch.ones(1, 3))
-    assert net.get_parameter("spare.weight_quantizer.scale").tolist() == 0.125
+    assert net.get_parameter("spare.weight_quantizer.half_width").tolist() == 0.125 * 128
     assert float(convert(net, torch.ones(1, 3)).tensors["fc.weight"].qparams.scale) == 0.25
 
 

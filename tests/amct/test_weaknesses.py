@@ -201,10 +201,10 @@ def test_7_learned_weight_scales_train_in_every_layer(
     # AMCT crashes on Conv1d, Conv3d and transposed convolutions.
     torch.manual_seed(0)
     layer(torch.randn(shape)).square().sum().backward()
-    scale: Any = layer.weight_quantizer.scale  # type: ignore[union-attr]
-    assert scale.numel() == (1 if isinstance(layer, LinearQAT) else 3)
-    assert bool(torch.isfinite(scale.grad).all())
-    assert bool((scale.grad != 0).any())
+    width: Any = layer.weight_quantizer.half_width  # type: ignore[union-attr]
+    assert width.numel() == (1 if isinstance(layer, LinearQAT) else 3)
+    assert bool(torch.isfinite(width.grad).all())
+    assert bool((width.grad != 0).any())
 
 
 @pytest.mark.parametrize("output_padding", [0, 1])

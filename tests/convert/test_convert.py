@@ -231,7 +231,7 @@ def test_learned_numbers_that_diverged_are_named() -> None:
     prepare(model, recipe)
     model(x)
     with torch.no_grad():
-        model.conv1.weight_quantizer.scale[0] = float("nan")
+        model.conv1.weight_quantizer.half_width[0] = float("nan")
         model.head.input_quantizer.half_width.fill_(float("inf"))
     with pytest.raises(
         ValueError, match=r"head: its range is not finite.*conv1: the learned scale"

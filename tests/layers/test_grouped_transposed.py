@@ -237,12 +237,13 @@ def test_a_learned_scale_of_an_earlier_version_serves_every_group() -> None:
     layer = ConvTranspose2dQAT(4, 8, 3, groups=2, config=config)
     layer(torch.randn(2, 4, 4, 4))
     state = layer.state_dict()
-    assert state["weight_quantizer.scale"].shape == (8,)
+    assert state.pop("weight_quantizer.half_width").shape == (8,)
     state["weight_quantizer.scale"] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     layer.load_state_dict(state)
-    scale: Any = layer.weight_quantizer.scale  # type: ignore[union-attr]
+    quantizer: Any = layer.weight_quantizer
+    scale = quantizer.step()
     assert scale.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4] * 2)
-    with pytest.raises(RuntimeError, match=r"size mismatch for .*scale"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*half_width"):
         layer.load_state_dict({**state, "weight_quantizer.scale": torch.ones(3)})
 
 

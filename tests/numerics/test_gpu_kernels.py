@@ -110,30 +110,31 @@ def test_the_numbers_of_a_range(ends: tuple[float, float], symmetric: bool) -> N
 
 
 def test_the_numbers_of_a_learned_step() -> None:
-    """A step of -0.5 counts as 0.5; from a lower end of -3 zero lies six steps up the grid.
+    """Half a width of -64 counts as 64, 128 steps of 0.5.
 
-    128 steps of 0.5 are half a width of 64.
+    From a lower end of -3 zero lies six steps up the grid.
     """
-    step, width, low, grid = *map(torch.tensor, (-0.5, -64.0, -3.0)), GRIDS["int8"]
-    firsts = {
-        GridRule.STEP: step,
-        GridRule.HALF_WIDTH: width,
-        GridRule.HALF_WIDTH_FROM_ZERO: width,
-        GridRule.HALF_WIDTH_AND_LOW: width,
-    }
+    width, low, grid = *map(torch.tensor, (-64.0, -3.0)), GRIDS["int8"]
+    rules = GridRule.HALF_WIDTH, GridRule.HALF_WIDTH_FROM_ZERO, GridRule.HALF_WIDTH_AND_LOW
     numbers = {
         rule: gpu.fake_quantize(
-            torch.zeros(1), DeviceGrid(rule, first, low, grid), keeps_codes=True
+            torch.zeros(1), DeviceGrid(rule, width, low, grid), keeps_codes=True
         ).numbers
-        for rule, first in firsts.items()
+        for rule in rules
     }
     assert {rule: n.flatten().tolist() for rule, n in numbers.items() if n is not None} == {
-        GridRule.STEP: [0.5, 0.0],
         GridRule.HALF_WIDTH: [0.5, 0.0],
         GridRule.HALF_WIDTH_FROM_ZERO: [0.5, -128.0],
         GridRule.HALF_WIDTH_AND_LOW: [0.5, -122.0],
     }
-    assert zero_point_of(low, step.abs(), grid) == -122.0
+    assert zero_point_of(low, torch.tensor(0.5), grid) == -122.0
+
+
+def test_a_weights_grid_of_8_bits_is_half_as_wide_as_128_steps() -> None:
+    grid = DeviceGrid(GridRule.HALF_WIDTH, *[torch.tensor(64.0)] * 2, IntegerGrid.weight(8))
+    numbers = gpu.fake_quantize(torch.zeros(1), grid, keeps_codes=True).numbers
+    assert numbers is not None
+    assert numbers.flatten().tolist() == [0.5, 0.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,7 +227,6 @@ def test_an_operation_keeps_integers_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 LEARNED: dict[str, tuple[GridRule, float, float]] = {
-    "LSQ, step": (GridRule.STEP, -0.07, -0.07),
     "LSQ, symmetric": (GridRule.HALF_WIDTH, -8.96, -8.96),
     "LSQ, from zero": (GridRule.HALF_WIDTH_FROM_ZERO, 3.84, 3.84),
     "LSQ+": (GridRule.HALF_WIDTH_AND_LOW, 5.12, -1.3),
@@ -238,8 +238,6 @@ LEARNED: dict[str, tuple[GridRule, float, float]] = {
 
 def scale_of(rule: GridRule, first: Tensor, second: Tensor, grid: IntegerGrid) -> Tensor:
     """The scale that the two tensors of a learned grid stand for."""
-    if rule is GridRule.STEP:
-        return first.abs()
     if "HALF_WIDTH" in rule.name:
         # The gradient of the step is passed on as it is.
         return first.abs() / 128 + (1 - 1 / 128) * (first.abs() - first.abs().detach())

@@ -73,7 +73,7 @@ def test_learned_scales_of_a_tied_weight_are_one_parameter() -> None:
     model: Any = trained({"weight": {"quantizer": "learned"}})
     scales = quantizer_parameters(model, "weights")
     assert len(scales) == 2
-    assert scales[0] is model.decoder.weight_quantizer.scale
+    assert scales[0] is model.decoder.weight_quantizer.half_width
     quantized = convert(model, TOKENS)
     assert torch.allclose(quantized(TOKENS), model(TOKENS), atol=1e-6)
 

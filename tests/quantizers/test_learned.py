@@ -208,13 +208,38 @@ def test_a_learned_weight_starts_once_from_the_weight_of_the_first_training_forw
     quantizer.eval()(weight)
     assert not quantizer.ready
     quantizer.train()(weight)
-    start = quantizer.scale.detach().clone()
+    start = quantizer.half_width.detach().clone()
     quantizer(weight * 9)
-    assert torch.equal(quantizer.scale, start)
+    assert torch.equal(quantizer.half_width, start)
     again = LearnedWeightQuantizer(WeightSpec(bits=4, quantizer="learned"), 0, 3)
     again.load_state_dict(quantizer.state_dict())
     again(weight * 9)
-    assert torch.equal(again.scale, start)
+    assert torch.equal(again.half_width, start)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_weights_scale_of_an_earlier_checkpoint_is_the_same_to_the_bit(bits: int) -> None:
+    quantizer = LearnedWeightQuantizer(WeightSpec(bits=bits, quantizer="learned"), 0, 3)
+    quantizer.train()(torch.randn(3, 8))
+    stored = quantizer.state_dict()
+    scale = torch.rand(3) / 100
+    del stored["half_width"]
+    again = LearnedWeightQuantizer(WeightSpec(bits=bits, quantizer="learned"), 0, 3)
+    again.load_state_dict({**stored, "scale": scale})
+    assert torch.equal(again.step(), scale)
+
+
+def test_a_step_of_adam_moves_a_weights_range_by_the_learning_rate_at_8_bits() -> None:
+    # The scale is 1 / 127: a parameter that is the scale would have moved by half of itself.
+    quantizer = LearnedWeightQuantizer(
+        WeightSpec(quantizer="learned", initial="minmax", granularity="per_tensor"), 0, 1
+    )
+    weight = torch.linspace(-1.0, 1.0, 100).reshape(1, 100)
+    quantizer.train()(weight).square().sum().backward()
+    torch.optim.Adam(quantizer.parameters(), lr=4e-3).step()
+    largest = float(quantizer.step().detach() * 127)
+    assert largest == pytest.approx(1.0, abs=4e-3)
+    assert largest != 1.0
 
 
 # In a model
@@ -301,7 +326,7 @@ def test_every_quantizer_parameter_gets_a_gradient_and_is_listed() -> None:
     model.train()(x).square().mean().backward()
     listed = quantizer_parameters(model)
     names = [n for n, p in model.named_parameters() if any(p is q for q in listed)]
-    assert all(n.endswith((".scale", ".half_width", ".low")) for n in names)
+    assert all(n.endswith((".half_width", ".low")) for n in names)
     assert {n.split(".")[0] for n in names} == {"conv", "deep", "head", "qat_joins"}
     assert all(p.grad is not None and bool(torch.isfinite(p.grad)) for p in listed if not p.dim())
 
@@ -311,7 +336,7 @@ def test_scales_of_weights_and_ranges_of_activations_are_listed_apart() -> None:
     scales, ranges = (quantizer_parameters(model, of) for of in ("weights", "activations"))
     names = {p: name for name, p in model.named_parameters()}
     assert [names[p] for p in scales] == [
-        f"{layer}.weight_quantizer.scale" for layer in ("conv", "deep", "head")
+        f"{layer}.weight_quantizer.half_width" for layer in ("conv", "deep", "head")
     ]
     assert not any("weight_quantizer" in names[p] for p in ranges)
     assert {*scales, *ranges} == {*quantizer_parameters(model)}
@@ -368,5 +393,5 @@ def test_learned_quantizers_compile_to_the_same_numbers(
         call(x).square().mean().backward()
     for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert one.grad is not None, name
-        tolerance = 1e-5 if loops and name.endswith((".scale", ".half_width", ".low")) else 0.0
+        tolerance = 1e-5 if loops and name.endswith((".half_width", ".low")) else 0.0
         torch.testing.assert_close(one.grad, two.grad, rtol=tolerance, atol=0)

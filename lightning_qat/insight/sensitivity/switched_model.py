@@ -306,8 +306,8 @@ def _with_bits(quantizer: Quantizer, bits: int) -> Quantizer:
     """A quantizer of the same tensor with other bits; its range is the same, if it may be."""
     spec = replace(quantizer.spec, bits=bits)
     if isinstance(quantizer, WeightQuantizer):
-        scale = quantizer._parameters.get("scale")
-        channels = 1 if scale is None else scale.numel()
+        width = quantizer._parameters.get("half_width")
+        channels = 1 if width is None else width.numel()
         return weight_quantizer(spec, quantizer.axis, channels, quantizer.groups)
     twin = activation_quantizer(spec)
     assert isinstance(quantizer, ActivationQuantizer)

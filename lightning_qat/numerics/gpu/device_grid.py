@@ -27,13 +27,11 @@ class GridRule(IntEnum):
     """Lower and upper end of a range of which the farther one counts; see ``symmetric_scale``."""
     SYMMETRIC_CLIP = 4
     """Upper end of a symmetric range, twice."""
-    STEP = 5
-    """A learned step of a symmetric grid, twice; its absolute value counts."""
-    HALF_WIDTH = 6
+    HALF_WIDTH = 5
     """Half the width of a symmetric grid, learned, twice; see ``step_of_half_width``."""
-    HALF_WIDTH_FROM_ZERO = 7
+    HALF_WIDTH_FROM_ZERO = 6
     """The same of a grid that begins at zero, twice."""
-    HALF_WIDTH_AND_LOW = 8
+    HALF_WIDTH_AND_LOW = 7
     """Half the width, and the lower end of the range."""
 
 

@@ -23,7 +23,6 @@ _RANGE = tl.constexpr(int(GridRule.RANGE))
 _RANGE_FROM_ZERO = tl.constexpr(int(GridRule.RANGE_FROM_ZERO))
 _SYMMETRIC_RANGE = tl.constexpr(int(GridRule.SYMMETRIC_RANGE))
 _SYMMETRIC_CLIP = tl.constexpr(int(GridRule.SYMMETRIC_CLIP))
-_STEP = tl.constexpr(int(GridRule.STEP))
 _HALF_WIDTH = tl.constexpr(int(GridRule.HALF_WIDTH))
 _HALF_WIDTH_FROM_ZERO = tl.constexpr(int(GridRule.HALF_WIDTH_FROM_ZERO))
 _HALF_WIDTH_AND_LOW = tl.constexpr(int(GridRule.HALF_WIDTH_AND_LOW))
@@ -81,15 +80,8 @@ def _scale_and_zero_point(
         high = tl.where(second < 0.0, 0.0, second)
         scale = _or_one(tl.div_rn(high, QMAX * 1.0), _MIN_SCALE)
         zero = 0.0
-    elif (
-        RULE == _STEP
-        or RULE == _HALF_WIDTH
-        or RULE == _HALF_WIDTH_FROM_ZERO
-        or RULE == _HALF_WIDTH_AND_LOW
-    ):
-        scale = tl.abs(first)
-        if RULE != _STEP:
-            scale = tl.div_rn(scale, (QMAX * 1.0 - QMIN + 1.0) / 2.0)
+    elif RULE == _HALF_WIDTH or RULE == _HALF_WIDTH_FROM_ZERO or RULE == _HALF_WIDTH_AND_LOW:
+        scale = tl.div_rn(tl.abs(first), ((QMAX - QMIN + 2) // 2) * 1.0)
         scale = tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale)
         zero = 0.0
         if RULE == _HALF_WIDTH_FROM_ZERO:
@@ -317,16 +309,9 @@ def learned_finish(
     if RULE == _HALF_WIDTH_AND_LOW or RULE == _RANGE:
         # The lower end takes along what lies outside.
         of_scale -= (QMIN - zero).to(tl.float64) * of_low
-    if (
-        RULE == _STEP
-        or RULE == _HALF_WIDTH
-        or RULE == _HALF_WIDTH_FROM_ZERO
-        or RULE == _HALF_WIDTH_AND_LOW
-    ):
+    if RULE == _HALF_WIDTH or RULE == _HALF_WIDTH_FROM_ZERO or RULE == _HALF_WIDTH_AND_LOW:
         sign = tl.where(first > 0.0, 1.0, tl.where(first < 0.0, -1.0, 0.0))
-        smallest = _MIN_SCALE
-        if RULE != _STEP:
-            smallest = _MIN_SCALE * ((QMAX * 1.0 - QMIN + 1.0) / 2.0)
+        smallest = _MIN_SCALE * (((QMAX - QMIN + 2) // 2) * 1.0)
         of_scale = tl.where(tl.abs(first) < smallest, 0.0, of_scale * sign.to(tl.float64))
         tl.store(of_first_ptr + row, of_scale.to(tl.float32))
         if RULE == _HALF_WIDTH_AND_LOW:

@@ -151,7 +151,6 @@ def learned_backward(
 
 
 _LEARNS_FIRST = (
-    GridRule.STEP,
     GridRule.HALF_WIDTH,
     GridRule.HALF_WIDTH_FROM_ZERO,
     GridRule.HALF_WIDTH_AND_LOW,

@@ -125,10 +125,8 @@ def golden_network(case: Case) -> nn.Module:
             bn.weight.data, bn.bias.data = state["bn.gamma"], state["bn.beta"]
             bn.running_mean, bn.running_var = state["bn.mean"], state["bn.var"]
         if isinstance(layer.weight_quantizer, LearnedWeightQuantizer):
-            layer.weight_quantizer.scale.data = state["wts_scales"].reshape(
-                layer.weight_quantizer.scale.shape
-            )
-            layer.weight_quantizer.ready = True
+            shape = layer.weight_quantizer.half_width.shape
+            layer.weight_quantizer.start_from_step(state["wts_scales"].reshape(shape))
         record = case.records[name]
         qparams = QParams(
             torch.tensor(record.scale_d),
