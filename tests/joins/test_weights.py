@@ -199,7 +199,7 @@ def test_learned_scales_serve_a_layer_that_is_read() -> None:
     model: Any = Recorded()
     prepare(model, {"weight": {"quantizer": "learned"}}, x)
     model(x).square().mean().backward()
-    assert model.qkv.weight_quantizer.scale.grad is not None
+    assert model.qkv.weight_quantizer.half_width.grad is not None
 
 
 @pytest.mark.parametrize("way", ["forward", "super()._conv_forward"])
