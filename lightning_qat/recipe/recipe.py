@@ -353,7 +353,7 @@ def _changed(base: SpecT, values: Mapping[str, Any], where: str) -> SpecT:
 
 PRESETS: Mapping[str, Recipe] = {
     "int8": Recipe(),
-    "w4a8": Recipe(weight=WeightSpec(bits=4), first_last=8),
+    "w4a8": Recipe(weight=WeightSpec(bits=4, quantizer="learned"), first_last=8),
     "w4a4": Recipe(
         weight=WeightSpec(bits=4, quantizer="learned"),
         activation=ActivationSpec(bits=4, quantizer="learned", calibration="mse"),
@@ -371,8 +371,8 @@ PRESETS: Mapping[str, Recipe] = {
     ),
 }
 """Recipes by name: ``int8`` is what most targets want; those of 4 bits keep the first and the
-last layer at 8, and ``w4a4`` sums and norms too; it learns its scales, as LSQ does
-(arXiv:1902.08153); ``amct`` is Huawei
+last layer at 8, and learn the scales of what has 4, as LSQ does (arXiv:1902.08153); ``w4a4`` keeps
+sums and norms at 8 too; ``amct`` is Huawei
 AMCT's choice (inputs of layers only)."""
 
 

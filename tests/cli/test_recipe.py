@@ -26,7 +26,7 @@ def test_what_is_printed_of_a_preset_is_the_preset(
 def test_without_a_name_the_presets_are_listed(command: Command) -> None:
     lines = command("recipe").out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [*PRESETS]
-    assert "4 bits, per_channel, minmax" in lines[2]
+    assert "4 bits, per_channel, learned" in lines[2]
     assert command("recipe", "--json").json.keys() == PRESETS.keys()
 
 

@@ -209,7 +209,7 @@ def test_prepare_again_leaves_qat_layers_alone_and_may_add_others() -> None:
     model = linear()
     first = prepare(model, Recipe(include=("0",)))
     quantizer = model[0].input_quantizer
-    second = prepare(model, "w4a8")
+    second = prepare(model, Recipe(weight=WeightSpec(bits=4), first_last=8))
     assert model[0].input_quantizer is quantizer
     assert model[0].weight_quantizer.spec.bits == 8
     assert [(s.name, s.reason) for s in second.skipped] == [("0", "already quantized")]

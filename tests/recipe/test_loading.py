@@ -35,9 +35,14 @@ def test_presets_of_few_bits_keep_the_first_and_the_last_layer_at_8(
     assert Recipe.load(name).first_last == bits
 
 
-def test_w4a4_learns_its_scales_from_the_least_squared_error() -> None:
+@pytest.mark.parametrize("name", ["w4a8", "w4a4"])
+def test_weights_of_4_bits_learn_their_scales_from_the_least_squared_error(name: str) -> None:
+    weight = Recipe.load(name).weight
+    assert (weight.quantizer, weight.initial) == ("learned", "mse")
+
+
+def test_w4a4_learns_ranges_of_activations_as_well() -> None:
     recipe = Recipe.load("w4a4")
-    assert (recipe.weight.quantizer, recipe.weight.initial) == ("learned", "mse")
     assert (recipe.activation.quantizer, recipe.activation.calibration) == ("learned", "mse")
 
 
