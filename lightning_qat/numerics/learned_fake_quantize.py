@@ -199,6 +199,18 @@ def step_of_half_width(half_width: Tensor, grid: IntegerGrid) -> Tensor:
     return result
 
 
+def half_width_of_step(scale: Tensor, grid: IntegerGrid) -> Tensor:
+    """The parameter whose ``step_of_half_width`` is a scale, to the bit.
+
+    Of a scale whose half width is beyond float32 it is the largest float32.
+
+    Example:
+        >>> half_width_of_step(torch.tensor(0.5), IntegerGrid.weight(8))
+        tensor(64.)
+    """
+    return (scale * grid.half_count).clamp(max=torch.finfo(torch.float32).max)
+
+
 class _StepOfHalfWidth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, half_width: Tensor, half_count: int) -> Tensor:

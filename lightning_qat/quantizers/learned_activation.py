@@ -17,6 +17,7 @@ from lightning_qat.numerics.gpu.launch import runs_kernels, suits
 from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_on_device
 from lightning_qat.numerics.learned_fake_quantize import (
     gradient_factor,
+    half_width_of_step,
     learned_fake_quantizer,
     step_of_half_width,
 )
@@ -320,8 +321,7 @@ class LearnedStepActivation(LearnedActivation):
     @torch.no_grad()
     def start_from_step(self, scale: Tensor) -> None:
         """Let the step be a scale, to the bit."""
-        largest = torch.finfo(torch.float32).max
-        self.half_width.copy_((scale * self.grid.half_count).clamp(max=largest))
+        self.half_width.copy_(half_width_of_step(scale, self.grid))
 
     def device_grid(self) -> DeviceGrid:
         """Where a kernel finds the parameters."""

@@ -15,6 +15,7 @@ from lightning_qat.numerics.gpu.learned import learned_fake_quantize as learned_
 from lightning_qat.numerics.int_repr import IntRepr
 from lightning_qat.numerics.learned_fake_quantize import (
     gradient_factor,
+    half_width_of_step,
     learned_fake_quantize,
     step_of_half_width,
 )
@@ -94,8 +95,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
     @torch.no_grad()
     def start_from_step(self, scale: Tensor) -> None:
         """Let learning go on from a scale, to the bit."""
-        largest = torch.finfo(torch.float32).max
-        self.half_width.copy_((scale * self.grid.half_count).clamp(max=largest))
+        self.half_width.copy_(half_width_of_step(scale, self.grid))
         self.started.fill_(1.0)
         self.ready = True
 

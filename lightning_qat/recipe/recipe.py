@@ -372,8 +372,7 @@ PRESETS: Mapping[str, Recipe] = {
 }
 """Recipes by name: ``int8`` is what most targets want; those of 4 bits keep the first and the
 last layer at 8, and learn the scales of what has 4, as LSQ does (arXiv:1902.08153); ``w4a4`` keeps
-sums and norms at 8 too; ``amct`` is Huawei
-AMCT's choice (inputs of layers only)."""
+sums and norms at 8 too; ``amct`` is Huawei AMCT's choice (inputs of layers only)."""
 
 
 _OTHER_NAMES = {"w8a8": "int8", "a8w8": "int8", "w8a16": "a16w8", "a8w4": "w4a8", "a4w4": "w4a4"}
