@@ -50,11 +50,12 @@ CORE: Mapping[str, str] = {
 }
 EXPORTERS: Mapping[str, str] = {
     "quiet": "",
+    "stored_bits": "",
     "onnx_files": "",
     "qdq": "onnx_files quiet",
-    "fake_quant_onnx": "onnx_files qdq",
-    "cann": "onnx_files qdq",
-    "tflite": "quiet",
+    "fake_quant_onnx": "onnx_files qdq stored_bits",
+    "cann": "onnx_files qdq stored_bits",
+    "tflite": "quiet stored_bits",
 }
 OPEN_TO_EXPORTERS = {"numerics", "ir", "export", "atomic_write", "out_of_memory", "amct"}
 """What of the core exporters may import: final numbers, the converted model, records."""

@@ -17,9 +17,9 @@ from tests.exporters.cann.qdq_graphs import Qdq
 
 
 def quantized_conv(bias: float, folder: Path) -> Path:
-    """A 1x1 convolution and relu: weight 2 * 0.5, grids of 0.25; accumulators step by 0.125."""
+    """A 1x1 convolution and relu: weight 64 * 0.5, grids of 0.25; accumulators step by 0.125."""
     net = Qdq([2, 1, 2, 2])
-    weight = net.weight(np.array([[[[2]]]]), [0.5])
+    weight = net.weight(np.array([[[[64]]]]), [0.5])
     y = net.node("Conv", net.fake("x", 0.25), weight, net.constant([bias], np.float32), name="conv")
     return net_file(net, folder, net.fake(net.node("Relu", y), 0.25))
 

@@ -10,7 +10,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -97,8 +96,7 @@ def copied(program: ExportedProgram) -> ExportedProgram:
     # fx gives another name to the copy of an input that is called as a builtin is, such as `input`.
     inputs = (node for node in copied.graph.nodes if node.op == "placeholder")
     for node, spec in zip(inputs, copied.graph_signature.input_specs, strict=True):
-        if spec.arg.name != node.name:
-            spec.arg = replace(spec.arg, name=node.name)
+        node.name = spec.arg.name
     return copied
 
 

@@ -206,39 +206,45 @@ def test_zero_initialised_layers_pass_a_trial(
     assert len(target.models) == 2
 
 
-CAUTION = "fake_quant_onnx: on x86 CPUs without VNNI, ONNX Runtime may saturate products"
+SATURATES = "fake_quant_onnx: on x86 CPUs without VNNI, ONNX Runtime may saturate products"
+FEW_BITS = "fake_quant_onnx: weights of 4 bits take 8 bits in the file"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options", "said"),
+    ("recipe", "options", "caution", "said"),
     [
-        pytest.param(Recipe(), {}, 1, id="8 bits"),
-        pytest.param(Recipe(weight=WeightSpec(bits=7)), {}, 0, id="7 bits"),
-        pytest.param(Recipe(weight=WeightSpec(bits=4)), {}, 0, id="4 bits"),
+        pytest.param(Recipe(), {}, SATURATES, 1, id="8 bits"),
+        pytest.param(Recipe(weight=WeightSpec(bits=7)), {}, SATURATES, 0, id="7 bits"),
+        pytest.param(Recipe(weight=WeightSpec(bits=4)), {}, SATURATES, 0, id="4 bits"),
         # 15 * 127 * 2 fits 16 bits.
-        pytest.param(Recipe(activation=ActivationSpec(bits=4)), {}, 0, id="4-bit inputs"),
-        pytest.param(Recipe(), {"for_runtime": "openvino"}, 0, id="OpenVINO"),
+        pytest.param(
+            Recipe(activation=ActivationSpec(bits=4)), {}, SATURATES, 0, id="4-bit inputs"
+        ),
+        pytest.param(Recipe(), {"for_runtime": "openvino"}, SATURATES, 0, id="OpenVINO"),
         pytest.param(
             Recipe(activation=ActivationSpec(symmetric=True)),
             {"for_runtime": "tensorrt"},
+            SATURATES,
             0,
             id="TensorRT",
         ),
+        pytest.param(Recipe(weight=WeightSpec(bits=4)), {}, FEW_BITS, 1, id="bits of the file"),
     ],
 )
 @pytest.mark.parametrize("trial", [True, False], ids=["trial", "no trial"])
-def test_products_that_saturate_without_vnni_are_said_once_before_training(
+def test_what_is_better_decided_before_training_is_said_once_before_it(
     trainer: Callable[..., L.Trainer],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     recipe: Recipe,
     options: dict[str, Any],
+    caution: str,
     said: int,
     trial: bool,
 ) -> None:
     class Said(Known):
         def training_step(self, batch: Any) -> Tensor:
-            counts.append(sum(CAUTION in record.getMessage() for record in caplog.records))
+            counts.append(sum(caution in record.getMessage() for record in caplog.records))
             return super().training_step(batch)
 
     counts: list[int] = []
@@ -249,4 +255,4 @@ def test_products_that_saturate_without_vnni_are_said_once_before_training(
     with caplog.at_level("INFO"):
         trainer(callback, max_epochs=1).fit(Said(), loader())
     assert {*counts} == {said}
-    assert sum(CAUTION in record.getMessage() for record in caplog.records) == said
+    assert sum(caution in record.getMessage() for record in caplog.records) == said

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -19,6 +18,7 @@ from lightning_qat.export.files.inspection import Inspection
 from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact, CannotRun
 from lightning_qat.export.trace import Trace
+from lightning_qat.ir.finer_biases import with_finer_biases
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat_exporters.cann.device_nodes import device_note
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS
@@ -30,7 +30,9 @@ from lightning_qat_exporters.cann.normalize.normalize import normalize, with_pla
 from lightning_qat_exporters.cann.normalize.recognise_grid_weights import FOUND
 from lightning_qat_exporters.cann.normalize.split_asymmetric_weights import SHIFT
 from lightning_qat_exporters.cann.products import check_product
+from lightning_qat_exporters.cann.qdq_graph.finer_biases import with_finer_layers
 from lightning_qat_exporters.cann.qdq_graph.match import find_quantized, integer_outputs, joins
+from lightning_qat_exporters.cann.qdq_graph.notes import coarse_biases, wide_activations
 from lightning_qat_exporters.cann.qdq_graph.quantized_constants import layer_weight_bytes
 from lightning_qat_exporters.cann.qdq_graph.types import (
     DEVICE_REMEDY,
@@ -47,8 +49,9 @@ from lightning_qat_exporters.onnx_files.checked_run import checked_run
 from lightning_qat_exporters.onnx_files.read import load_proto, read_onnx, require_quantized
 from lightning_qat_exporters.onnx_files.run import OnnxSession, run_onnx
 from lightning_qat_exporters.onnx_files.write import require_writable
-from lightning_qat_exporters.qdq.build import OPSET, build_qdq
+from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, build_qdq
 from lightning_qat_exporters.qdq.recurrent import with_recurrent_nodes
+from lightning_qat_exporters.stored_bits import stored_in_bytes
 
 REFERENCE = "reference executor"
 STANDARD = "onnxruntime, deploy model"
@@ -56,8 +59,6 @@ SIMULATION = "onnxruntime, fake-quant model"
 HALF = "reference executor, float16"
 _LINTED = 2**24
 """Bytes of a file that an export still reads back to lint it."""
-_FEW_STEPS = 32
-"""A bias whose largest value has fewer steps loses more than one part in 64 of it."""
 
 
 class CannExporter:
@@ -91,10 +92,13 @@ class CannExporter:
             Where it lacks AscendAntiQuant, tensors that joins read are rounded by float operators,
             to the same values; ``lint`` then checks for this product. By default what AMCT
             writes.
+        float_bias: Keep biases in float and add them after the layers, as they were trained. By
+            default they are AMCT's integers, rounded to steps of input scale times weight scale,
+            which are coarse at few bits.
 
     Raises:
-        ValueError: ``opset`` is outside 11 to 18, ``rnn`` is another word, or ``product`` is
-            unknown.
+        ValueError: ``opset`` is outside 11 to 18, ``rnn`` is another word or needs integer biases,
+            or ``product`` is unknown.
     """
 
     name = TARGET
@@ -106,6 +110,7 @@ class CannExporter:
         device_fp16: bool = False,
         rnn: Literal["unrolled", "device"] = "unrolled",
         product: str | None = None,
+        float_bias: bool = False,
     ) -> None:
         check_product(product)
         if opset is not None and opset not in OPSETS:
@@ -119,7 +124,12 @@ class CannExporter:
         self.int4_weights = int4_weights
         self.device_fp16 = device_fp16
         self.rnn = rnn
+        if float_bias and rnn == "device":
+            raise ValueError(
+                "float_bias=True needs rnn='unrolled': a device node has its biases in integers."
+            )
         self.product = product
+        self.float_bias = float_bias
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -141,6 +151,7 @@ class CannExporter:
             UnsupportedByTarget: A quantized tensor, a bias or an operator has no form at this
                 opset; all are named.
         """
+        model = self._stored(model)
         found = deploy = find_quantized(with_plain_constants(self._qdq(model)))
         calls = model.recurrences
         notes = [f"{call.name!r}: {_UNROLLED}." for call in calls]
@@ -151,11 +162,18 @@ class CannExporter:
             notes = [*map(str, left), *_device_notes(deploy.recurrent)]
         files = file_paths(path_prefix, path_prefix.with_name(f"{path_prefix.name}_record.txt"))
         # AMCT's own simulation of a recurrent node rounds the hidden state once; ours at each step.
-        written = write_files(deploy, found, files, self.opset, product=self.product)
-        notes += _wide_notes(deploy)
+        written = write_files(
+            deploy, found, files, self.opset, float_bias=self.float_bias, product=self.product
+        )
+        notes += wide_activations(deploy)
+        notes += () if self.float_bias else coarse_biases(deploy)
         notes = [*written.notes, *map(str, found.left_float), *notes]
         notes += self._refused(written.files["model"])
         return Artifact(self.name, written.files, tuple(notes), _integer_weights(model, deploy))
+
+    def _stored(self, model: QuantizedModel) -> QuantizedModel:
+        """The model with the integers that the file has."""
+        return with_finer_biases(model, keep=INT4_GRID if self.int4_weights else None)
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
         wide = any(t.qparams.grid.dtype is torch.int16 for t in model.tensors.values())
@@ -184,7 +202,7 @@ class CannExporter:
             model_file: ONNX model with QuantizeLinear and DequantizeLinear.
             path_prefix: Folder and beginning of the files' names.
             record_file: Where to write the record, if at all.
-            float_bias: Keep biases in float and add them after the layers.
+            float_bias: As the option of the exporter.
             grid_weights: Take float weights that lie on a grid as integers.
             max_bytes: Most bytes that the model's tensors may take in memory.
 
@@ -203,12 +221,15 @@ class CannExporter:
                 )
             require_writable(files.values())
             require_quantized(source, model_file)
+            float_bias = float_bias or self.float_bias
             # A device node has its biases in integers.
             recurrent = self.rnn == "device" and not float_bias
             budget = budget_of(source)
             plain = normalize(source, grid_weights=grid_weights, budget=budget)
             budget.take(layer_weight_bytes(plain), "a weight of its own for each layer")
             found = find_quantized(plain, recurrent=recurrent)
+            if not float_bias:
+                found = with_finer_layers(found)
             _require_something_quantized(found, model_file)
             written = write_files(
                 found, found, files, self.opset, float_bias=float_bias, product=self.product
@@ -318,9 +339,15 @@ class CannExporter:
             return None
         return Artifact(self.name, files)
 
+    def cautions(self, model: QuantizedModel) -> tuple[str, ...]:
+        """Say before training that few bits take 8."""
+        packed = INT4_GRID if self.int4_weights else None
+        remedy = "int4_weights=True packs weights of 4 bits."
+        return tuple(stored_in_bytes(model, packed=packed, remedy=remedy))
+
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the deploy model with the model's."""
-        return deploy_differences(model, artifact.files["model"])
+        return deploy_differences(self._stored(model), artifact.files["model"])
 
 
 def _integer_weights(model: QuantizedModel, found: QuantizedGraph) -> frozenset[str]:
@@ -354,36 +381,6 @@ def _grid_notes(found: QuantizedGraph) -> list[str]:
     layers = found.model.meta.get(FOUND, ())
     return [
         f"{name!r}: its float weight lies on a grid and was taken as integers." for name in layers
-    ]
-
-
-def _coarse_biases(found: QuantizedGraph) -> Iterator[str]:
-    """A note where rounding a bias to its accumulator's steps changes it much, as at 2 bits."""
-    coarse = []
-    for layer in found.layers:
-        if layer.bias is not None:
-            steps = float(np.max(np.abs(layer.bias) / layer.accumulator_scale, initial=0.0))
-            if 0 < steps < _FEW_STEPS:
-                coarse.append(layer.name)
-    if coarse:
-        more = f" and {len(coarse) - 3} more" if len(coarse) > 3 else ""
-        yield (
-            f"{', '.join(coarse[:3])}{more}: the bias is rounded to integers of less than "
-            f"{_FEW_STEPS}, for so coarse are the scales of input and weight. The tool that wrote "
-            "the model has kept it in float: --float-bias (float_bias=True) does, too."
-        )
-
-
-def _wide_notes(found: QuantizedGraph) -> list[str]:
-    """A note where activations are of 16 bits."""
-    wide = [a.name for a in found.activations if a.dst_type == "INT16"]
-    if not wide:
-        return []
-    return [
-        f"{len(wide)} activations are of 16 bits ({', '.join(wide[:3])}"
-        f"{', ...' if len(wide) > 3 else ''}). AMCT writes them, and CANN's parser reads them, but "
-        "AscendQuant is registered for int8 and int4 alone in CANN's public sources, so ATC may "
-        "refuse the model. Use 8 bits unless your product is known to take INT16."
     ]
 
 
@@ -422,9 +419,9 @@ def _conversion(
             *_grid_notes(found),
             *shift_notes,
             *_device_notes(found.recurrent),
-            *_wide_notes(found),
+            *wide_activations(found),
             *refused,
-            *(() if float_bias else _coarse_biases(found)),
+            *(() if float_bias else coarse_biases(found)),
         ),
     )
 

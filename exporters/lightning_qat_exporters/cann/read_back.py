@@ -25,8 +25,8 @@ def deploy_differences(model: QuantizedModel, path: Path) -> tuple[str, ...]:
 
     Expected are ``float32(1) / scale`` and the zero point in AscendQuant, the integers of the
     weight (transposed for Gemm and MatMul), the bits of ``float32(scale_in * scale_w)`` in the
-    dequant parameter, and ``round(bias / (scale_in * scale_w))`` in the bias; the same in the nodes
-    of recurrent layers.
+    dequant parameter, and ``round(bias / (scale_in * scale_w))`` in the bias, or the bias itself
+    where it is added in float; the same in the nodes of recurrent layers.
 
     Args:
         model: What the file was made of.
@@ -91,6 +91,9 @@ def _layer_differences(
     if layer.bias is not None and len(node.input) > 2:
         bias = quantize_bias(layer.bias, scale, weight.qparams.scale)
         pairs["bias"] = (arrays[node.input[2]], bias.numpy())
+    elif layer.bias is not None:
+        added = arrays.get(f"{name}.bias", np.empty(0))
+        pairs["float bias"] = (added.reshape(-1), layer.bias.numpy())
     return _told(name, pairs)
 
 

@@ -14,6 +14,7 @@ from lightning_qat.export.files.inspection import Inspection
 from lightning_qat.export.lint import Finding
 from lightning_qat.export.protocol import Array, Artifact, UnsupportedByTarget
 from lightning_qat.export.trace import Trace
+from lightning_qat.ir.finer_biases import with_finer_biases
 from lightning_qat.ir.quantized_model import QuantizedModel
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.fake_quant_onnx.flat_concats import flatten_concats
@@ -43,6 +44,7 @@ from lightning_qat_exporters.onnx_files.read import load_proto, load_with_data
 from lightning_qat_exporters.onnx_files.write import save_onnx
 from lightning_qat_exporters.qdq.build import INT4_GRID, OPSET, ActivationType, build_qdq
 from lightning_qat_exporters.qdq.translate import keys_of
+from lightning_qat_exporters.stored_bits import stored_in_bytes
 
 ForRuntime = Literal["onnxruntime", "openvino", "tensorrt"]
 
@@ -124,7 +126,7 @@ class FakeQuantOnnxExporter:
         if self.for_runtime in refused and (problems := [*refused[self.for_runtime](model)]):
             raise UnsupportedByTarget(self.name, problems)
         onnx_model = build_qdq(
-            model,
+            self._stored(model),
             target=self.name,
             opset=self.opset,
             activation_type=self.activation_type,
@@ -176,10 +178,14 @@ class FakeQuantOnnxExporter:
         )
 
     def cautions(self, model: QuantizedModel) -> tuple[str, ...]:
-        """Say before training that products may saturate in ONNX Runtime, and what avoids it."""
-        if self.for_runtime != "onnxruntime" or not may_saturate(model):
-            return ()
-        return (SATURATION,)
+        """Say before training that products may saturate, and that few bits take 8."""
+        saturates = self.for_runtime == "onnxruntime" and may_saturate(model)
+        stored = stored_in_bytes(
+            model,
+            packed=INT4_GRID if self.int4_weights else None,
+            remedy="int4_weights=True with opset=21 packs weights of 4 bits.",
+        )
+        return (*((SATURATION,) if saturates else ()), *stored)
 
     def lint(self, path: str | Path) -> tuple[Finding, ...]:
         """Check a QDQ file of any tool against the rules that TensorRT is known to have.
@@ -216,6 +222,7 @@ class FakeQuantOnnxExporter:
             for key in keys_of({prop.key: prop.value for prop in node.metadata_props}):
                 nodes.setdefault(key, []).append(node)
         found: list[str] = []
+        model = self._stored(model)
         for key, tensor in model.tensors.items():
             of_key = nodes.get(key, [])
             if not any(node.op_type == "DequantizeLinear" for node in of_key):
@@ -225,6 +232,10 @@ class FakeQuantOnnxExporter:
             found += (f"{key}: {text}" for text in differ(tensor, of_key, stored))
         found += bias_differences(model, proto, stored)
         return tuple(dict.fromkeys(found))
+
+    def _stored(self, model: QuantizedModel) -> QuantizedModel:
+        """The model with the integers that the file has."""
+        return with_finer_biases(model, keep=INT4_GRID if self.int4_weights else None)
 
 
 def _dequantized(graph: ir.Graph) -> frozenset[str]:

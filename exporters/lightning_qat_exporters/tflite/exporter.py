@@ -17,7 +17,9 @@ from lightning_qat.export.protocol import (
     UnsupportedByTarget,
 )
 from lightning_qat.export.trace import Trace
+from lightning_qat.ir.finer_biases import with_finer_biases
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat_exporters.stored_bits import stored_in_bytes
 from lightning_qat_exporters.tflite.decompose.sample import later_batch_axes
 from lightning_qat_exporters.tflite.flatbuffer.bias_types import widen_biases
 from lightning_qat_exporters.tflite.flatbuffer.exact_biases import store_biases
@@ -127,6 +129,7 @@ class TFLiteExporter:
             problems_of(model, linear_per_tensor=self.weight_granularity_linear == "per_tensor")
         )
         backend_name, backend = self._choose()
+        model = with_finer_biases(model)
         file = backend.convert(model, io=self.io, layout=self.layout)
         sign(file, model.input_names, model.output_names)
         layers = store_integers(file, model, match_layers(view(file), model))
@@ -192,6 +195,10 @@ class TFLiteExporter:
         content = artifact.files["model"].read_bytes()
         return trace_tflite(content, RUNTIMES[self.traced_runtime], inputs, given or {})
 
+    def cautions(self, model: QuantizedModel) -> tuple[str, ...]:
+        """Say before training that few bits take 8."""
+        return tuple(stored_in_bytes(model))
+
     def explain(self, max_steps: Mapping[str, float]) -> tuple[str, ...]:
         """Explain a difference of LiteRT's own kernels that is larger than that of XNNPACK."""
         xnnpack, *others = (max_steps[runtime] for runtime in RUNTIMES if runtime in max_steps)
@@ -217,7 +224,7 @@ class TFLiteExporter:
         """Compare every number in the file with the model's: integers, scales, biases."""
         path = artifact.files["model"]
         try:
-            return tflite_differences(model, read(path.read_bytes()))
+            return tflite_differences(with_finer_biases(model), read(path.read_bytes()))
         except (ValueError, LookupError, RuntimeError) as error:  # sizes that do not fit, too few
             raise ValueError(f"{str(path)!r} must be a whole TFLite file: {error}") from error
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from lightning_qat.amct.record import parse_record
 from lightning_qat.export.convert_onnx import convert_qat_model
@@ -266,11 +266,14 @@ def test_float_weights_beside_a_grid_stay_float(tmp_path: Path) -> None:
     assert done.layers == ("dense",)
 
 
-@pytest.mark.parametrize(("step", "told"), [(0.5, True), (0.001, False)])
-def test_a_bias_on_few_steps_is_told(step: float, told: bool, tmp_path: Path) -> None:
+# Steps of 0.05 * 0.5 = 0.025: the largest bias has 20 of them. Integers of 2 bits leave room for
+# steps 32 times as fine.
+@pytest.mark.parametrize(
+    ("step", "most", "told"), [(0.5, 127, True), (0.001, 127, False), (0.5, 2, False)]
+)
+def test_a_bias_on_few_steps_is_told(step: float, most: int, told: bool, tmp_path: Path) -> None:
     net = Qdq([2, 4, 6, 6])
-    weight = net.weight(rng().integers(-2, 2, (3, 4, 1, 1)), step)
-    # Steps of 0.05 * 0.5 = 0.025: the largest bias has 20 of them.
+    weight = net.weight(rng().integers(-most, most, (3, 4, 1, 1)), step)
     bias = net.constant(np.float32([0.5, -0.1, 0.0]))
     source = net_file(net, tmp_path, net.node("Conv", net.fake("x", 0.05), weight, bias, name="c"))
     for float_bias in (False, True):
@@ -278,3 +281,17 @@ def test_a_bias_on_few_steps_is_told(step: float, told: bool, tmp_path: Path) ->
         notes = [note for note in done.notes if "--float-bias" in note]
         assert len(notes) == (told and not float_bias)
         assert all(note.startswith("c: the bias is rounded") for note in notes)
+
+
+def test_biases_of_few_bit_weights_get_finer_steps_and_all_else_stays(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    integers = rng().integers(-2, 2, (3, 4, 1, 1))
+    bias = np.float32([0.513, -0.107, 0.03])
+    conv = net.node(
+        "Conv", net.fake("x", 0.05), net.weight(integers, 0.5), net.constant(bias), name="c"
+    )
+    done = agreeing(net_file(net, tmp_path, conv), X, 0.025 / 32 / 2)
+    constants = onnx.load(done.files["model"]).graph.initializer
+    stored = {constant.name: numpy_helper.to_array(constant) for constant in constants}
+    np.testing.assert_array_equal(stored["c.weight"], integers * 32)
+    np.testing.assert_array_equal(stored["c.bias"], np.rint(bias * 40 * 32))
