@@ -83,6 +83,12 @@ def whole(weight: int, activation: int) -> Recipe:
     return Recipe(weight=WeightSpec(bits=weight), activation=ActivationSpec(bits=activation))
 
 
+def w4a8(weight: int, activation: int) -> Recipe:
+    """The preset: learned scales of weights, ranges that follow, ends and joins at 8 bits."""
+    assert (weight, activation) == (4, 8)
+    return Recipe.load("w4a8")
+
+
 def w4a4(weight: int, activation: int) -> Recipe:
     """The preset: ``first_last``, and what sums and norms read at 8 bits."""
     assert (weight, activation) == (4, 4)
@@ -127,6 +133,7 @@ def tools() -> Iterator[tuple[str, Tool]]:
         ("first_last", first_last, ((4, 4), (2, 4))),
         ("observed", observed, ((8, 8), (4, 8))),
         ("whole", whole, ((8, 8),)),
+        ("w4a8", w4a8, ((4, 8),)),
         ("w4a4", w4a4, ((4, 4),)),
         ("w4a4_joins", w4a4_joins, ((4, 4),)),
         ("w4a4_observed", w4a4_observed, ((4, 4),)),
