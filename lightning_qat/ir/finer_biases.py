@@ -26,10 +26,9 @@ def with_finer_biases(model: QuantizedModel, *, keep: IntegerGrid | None = None)
     """The same function, with integers ``2**k`` times as large and scales ``2**-k`` times.
 
     Integer targets round a bias to steps of ``input scale * weight scale``, which training does not
-    see. At 8 bits that step is small; at 4 bits for weights and inputs it is 290 times as large,
-    about half a step of the layer's output. Weights of few bits are stored in 8 bits anyway: with
-    their integers times ``2**k`` each weight is the same to the bit, and the bias has ``2**k``
-    times as many steps.
+    see. At 8 bits that step is small; at 4 bits for weights and inputs it is 290 times as large.
+    Weights of few bits are stored in 8 bits anyway: with their integers times ``2**k`` each weight
+    is the same to the bit, and the bias has ``2**k`` times as many steps.
 
     Only weights that layers with a bias read are changed, as far as integers stay within
     ``MOST`` and biases within half of int32. The exporters for integer targets call it.
@@ -110,5 +109,5 @@ def _finer(call: DequantizeCall, factor: int, constants: Constants) -> Dequantiz
     return call._replace(
         integers=constants.add(f"{call.key}.finer_integers", integers * factor),
         scale=constants.add(f"{call.key}.finer_scale", scale / factor),
-        grid=IntegerGrid(call.grid.qmin * factor, call.grid.qmax * factor),
+        grid=IntegerGrid(-MOST, MOST),
     )

@@ -74,8 +74,8 @@ def test_weights_of_8_bits_and_those_to_be_kept_stay_as_they_are() -> None:
     assert with_finer_biases(model) is not model
 
 
-class Tied(nn.Module):
-    """One weight without a bias; one that a layer and an embedding read."""
+class Plain(nn.Module):
+    """A weight without a bias, and one with a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,12 +88,20 @@ class Tied(nn.Module):
 
 def test_a_weight_without_a_bias_stays_as_it_is() -> None:
     x = torch.randn(4, 6)
-    model = convert(trained(Tied(), x, EVERY_LAYER["w4a4"]), x)
+    model = convert(trained(Plain(), x, EVERY_LAYER["w4a4"]), x)
     finer = with_finer_biases(model)
     scale = {k: (model.tensors[k].qparams.scale, t.qparams.scale) for k, t in finer.tensors.items()}
     assert torch.equal(*scale["plain.weight"])
     before, after = scale["with_bias.weight"]
     assert torch.equal(before, after * 8)
+
+
+def test_a_weight_of_zeros_stays_one_of_8_bits() -> None:
+    linear, x = nn.Linear(6, 4), torch.randn(4, 6)
+    nn.init.zeros_(linear.weight)
+    finer = with_finer_biases(convert(trained(linear, x), x))
+    (layer,) = finer.layers
+    assert finer.tensors[layer.weight_key].qparams.grid.dtype is torch.int8
 
 
 def test_a_bias_that_would_leave_int32_keeps_its_steps() -> None:

@@ -91,7 +91,7 @@ def _layer_differences(
     if layer.bias is not None and len(node.input) > 2:
         bias = quantize_bias(layer.bias, scale, weight.qparams.scale)
         pairs["bias"] = (arrays[node.input[2]], bias.numpy())
-    elif layer.bias is not None:
+    elif layer.bias is not None and layer.bias.any():  # zeros are left out
         added = arrays.get(f"{name}.bias", np.empty(0))
         pairs["float bias"] = (added.reshape(-1), layer.bias.numpy())
     return _told(name, pairs)
