@@ -9,8 +9,8 @@ is four times the task's, the best one in nearly every row there. Given are poin
 as long, with the standard error of the differences per seed.
 
 *moving average* is the default: 1 % of every batch, but widened at once to what a batch would lose
-to clipping, so that it is a maximum that decays. *average alone* is torch.ao's. *decays by 10 %* is
-a maximum that decays ten times as fast, *last 16* the range of the last 16 batches.
+to clipping, so that it is a maximum that decays. *average alone* is torch.ao's, *to three quarters*
+is widened to that part of a batch. *decays by 10 %* is a maximum that decays ten times as fast, *last 16* the range of the last 16 batches.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def average_alone(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> 
     moving_average(low, high, batch, batches)
 
 
+def to_three_quarters(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
+    """``moving_average``, and at once to three quarters of a wider batch."""
+    moving_average(low, high, batch, batches)
+    widened(low, high, 0.75 * batch)
+
+
 def decaying(low: Tensor, high: Tensor, batch: Tensor, batches: Tensor) -> None:
     """A tenth of the way to the batch, and at once where that is wider."""
     low.lerp_(-batch[0], torch.where(batches == 0, 1.0, 0.1))
@@ -75,6 +81,7 @@ def last_16() -> Update:
 
 OTHERS: Mapping[str, Callable[[], Update]] = {
     "average alone": lambda: average_alone,
+    "to three quarters": lambda: to_three_quarters,
     "decays by 10 %": lambda: decaying,
     "last 16": last_16,
 }
