@@ -10,7 +10,8 @@ as long, with the standard error of the differences per seed.
 
 *moving average* is the default: 1 % of every batch, but widened at once to what a batch would lose
 to clipping, so that it is a maximum that decays. *average alone* is torch.ao's, *to three quarters*
-is widened to that part of a batch. *decays by 10 %* is a maximum that decays ten times as fast, *last 16* the range of the last 16 batches.
+is widened to that part of a batch. *decays by 10 %* is a maximum that decays ten times as fast,
+*last 16* the range of the last 16 batches.
 """
 
 from __future__ import annotations
