@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lightning_qat import Recipe, WeightSpec, convert, export, verify
@@ -145,3 +147,22 @@ def test_biases_of_a_deploy_model_may_stay_as_they_were_trained(tmp_path: Path) 
     agreement = verify(model, artifact, (torch.randn(64, *x.shape[1:]),), exporter)
     assert agreement.parameters_equal
     assert all(o.fraction_differing == 0 for runtime in agreement.runtimes for o in runtime.outputs)
+
+
+def test_a_float_bias_of_a_deploy_model_is_read_back(tmp_path: Path) -> None:
+    model, _ = of_bits(4)
+    exporter = CannExporter(float_bias=True)
+    artifact = export(model, exporter, tmp_path / "net")
+    assert exporter.differences(model, artifact) == ()
+    file = onnx.load(artifact.files["model"])
+    name = model.layers[0].name
+    bias = next(i for i in file.graph.initializer if i.name == f"{name}.bias")
+    bias.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(bias), bias.name))
+    onnx.save(file, artifact.files["model"])
+    (difference,) = exporter.differences(model, artifact)
+    assert difference.startswith(f"{name}: float bias must be ")
+
+
+def test_device_nodes_have_no_float_biases() -> None:
+    with pytest.raises(ValueError, match="float_bias=True needs rnn='unrolled'"):
+        CannExporter(float_bias=True, rnn="device")

@@ -295,3 +295,18 @@ def test_biases_of_few_bit_weights_get_finer_steps_and_all_else_stays(tmp_path: 
     stored = {constant.name: numpy_helper.to_array(constant) for constant in constants}
     np.testing.assert_array_equal(stored["c.weight"], integers * 32)
     np.testing.assert_array_equal(stored["c.bias"], np.rint(bias * 40 * 32))
+
+
+def test_float_biases_may_be_an_option_of_the_exporter(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    weight, bias = (
+        net.weight(rng().integers(-127, 127, (3, 4, 1, 1)), 0.5),
+        net.constant([0.513] * 3, np.float32),
+    )
+    source = net_file(net, tmp_path, net.node("Conv", net.fake("x", 0.05), weight, bias, name="c"))
+    by_argument = convert_qat_model(source, tmp_path / "argument", float_bias=True)
+    target = CannExporter(float_bias=True)
+    by_option = convert_qat_model(source, tmp_path / "option", target=target)
+    plain = convert_qat_model(source, tmp_path / "plain")
+    files = [done.files["model"].read_bytes() for done in (by_argument, by_option, plain)]
+    assert files[0] == files[1] != files[2]
