@@ -37,7 +37,7 @@ from lightning_qat_exporters import CannExporter, FakeQuantOnnxExporter, TFLiteE
 
 RATE = 4.0
 """Over that of the task; the best at few bits."""
-OURS = ("learned", "first_last", "observed", "w4a4")
+OURS = ("learned", "first_last", "observed", "w4a8", "w4a4")
 FILES: tuple[tuple[str, FakeQuantOnnxExporter | CannExporter | TFLiteExporter, str], ...] = (
     ("onnx", FakeQuantOnnxExporter(), "onnxruntime, no optimizations"),
     ("onnx", FakeQuantOnnxExporter(), "onnxruntime"),

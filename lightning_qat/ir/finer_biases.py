@@ -79,27 +79,29 @@ def _factors(model: QuantizedModel, keep: IntegerGrid | None) -> dict[str, int]:
         call = as_dequantize(node)
         if call is None:
             continue
-        integers = constants.value(call.integers)
-        kept = integers is None or not integers.numel() or call.grid == keep
-        factor = 1 if kept else min(_of_reader(user, call, constants) for user in node.users)
+        integers, factor = constants.value(call.integers), 1
+        if integers is not None and integers.numel() and call.grid != keep:
+            # Not of abs(): that of -128 is no int8.
+            largest = max(int(integers.max()), -int(integers.min()))
+            if 2 * largest <= MOST:
+                factor = min(_of_reader(user, call, largest, constants) for user in node.users)
         factors[call.key] = min(factor, factors.get(call.key, factor))
     return factors
 
 
-def _of_reader(layer: fx.Node, weight: DequantizeCall, constants: Constants) -> int:
+def _of_reader(layer: fx.Node, weight: DequantizeCall, largest: int, constants: Constants) -> int:
     """The factor that a reader of a weight has room for; 1 for what is no layer with a bias."""
     operands = layer_operands(layer)
     if operands is None or operands[1].key != weight.key or len(layer.args) < 3:
         return 1
-    integers, scale, input_scale, bias = map(
-        constants.value, (weight.integers, weight.scale, operands[0].scale, layer.args[2])
+    scale, input_scale, bias = map(
+        constants.value, (weight.scale, operands[0].scale, layer.args[2])
     )
-    if integers is None or scale is None or input_scale is None or bias is None:
+    if scale is None or input_scale is None or bias is None:
         return 1
     step = accumulator_scale(input_scale, scale, bias.numel())
     steps = float((bias.abs().double() / step.double()).max())
-    smallest = min(float(scale.min()), float(step.min()))
-    return finer_by(int(integers.abs().max()), steps, smallest)
+    return finer_by(largest, steps, min(float(scale.min()), float(step.min())))
 
 
 def _finer(call: DequantizeCall, factor: int, constants: Constants) -> DequantizeCall:

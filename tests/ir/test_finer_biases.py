@@ -166,3 +166,17 @@ def test_a_float_bias_of_a_deploy_model_is_read_back(tmp_path: Path) -> None:
 def test_device_nodes_have_no_float_biases() -> None:
     with pytest.raises(ValueError, match="float_bias=True needs rnn='unrolled'"):
         CannExporter(float_bias=True, rnn="device")
+
+
+def test_a_weight_of_minus_128_beside_small_ones_has_no_room() -> None:
+    # As the recipe amct trains it; the absolute value of -128 does not fit int8.
+    linear, x = nn.Linear(4, 2), torch.randn(8, 4)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[-128.0, 3, 2, 1], [1, 2, 3, -128]]))
+    model = convert(trained(linear, x, "amct"), x)
+    (layer,) = model.layers
+    integers = model.tensors[layer.weight_key].integers
+    assert integers is not None
+    assert int(integers.min()) == -128
+    assert int(integers.max()) < 32
+    assert torch.equal(with_finer_biases(model)(x), model(x))

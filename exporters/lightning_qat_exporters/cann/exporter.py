@@ -20,6 +20,7 @@ from lightning_qat.export.protocol import Array, Artifact, CannotRun
 from lightning_qat.export.trace import Trace
 from lightning_qat.ir.finer_biases import with_finer_biases
 from lightning_qat.ir.quantized_model import QuantizedModel
+from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat_exporters.cann.device_nodes import device_note
 from lightning_qat_exporters.cann.downgrade_opset import OPSETS
 from lightning_qat_exporters.cann.executor.executor import AscendExecutor
@@ -173,7 +174,12 @@ class CannExporter:
 
     def _stored(self, model: QuantizedModel) -> QuantizedModel:
         """The model with the integers that the file has."""
-        return with_finer_biases(model, keep=INT4_GRID if self.int4_weights else None)
+        return with_finer_biases(model, keep=self._packed)
+
+    @property
+    def _packed(self) -> IntegerGrid | None:
+        """The grid of weights that are stored two to a byte."""
+        return INT4_GRID if self.int4_weights else None
 
     def _qdq(self, model: QuantizedModel) -> ir.Model:
         wide = any(t.qparams.grid.dtype is torch.int16 for t in model.tensors.values())
@@ -341,9 +347,8 @@ class CannExporter:
 
     def cautions(self, model: QuantizedModel) -> tuple[str, ...]:
         """Say before training that few bits take 8."""
-        packed = INT4_GRID if self.int4_weights else None
         remedy = "int4_weights=True packs weights of 4 bits."
-        return tuple(stored_in_bytes(model, packed=packed, remedy=remedy))
+        return tuple(stored_in_bytes(model, packed=self._packed, remedy=remedy))
 
     def differences(self, model: QuantizedModel, artifact: Artifact) -> tuple[str, ...]:
         """Compare every number in the deploy model with the model's."""

@@ -45,14 +45,13 @@ def integer_bias(layer: IntegerLayer) -> NDArray[np.int32] | None:
     Raises:
         UnsupportedByTarget: A channel is outside int32; every such channel is named.
     """
-    if layer.bias is None or layer.add is not None:
+    exact = layer.bias_steps
+    if layer.bias is None or exact is None:
         return None
-    step = layer.accumulator_scale.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.rint(layer.bias.astype(np.float64) / step)
+    steps = np.rint(exact)
     fits = (steps >= _INT32.min) & (steps <= _INT32.max)
     if not fits.all():
-        step = np.broadcast_to(step, steps.shape)
+        step = np.broadcast_to(layer.accumulator_scale.astype(np.float64), steps.shape)
         raise UnsupportedByTarget(
             TARGET,
             [

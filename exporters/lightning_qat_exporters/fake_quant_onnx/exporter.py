@@ -182,7 +182,7 @@ class FakeQuantOnnxExporter:
         saturates = self.for_runtime == "onnxruntime" and may_saturate(model)
         stored = stored_in_bytes(
             model,
-            packed=INT4_GRID if self.int4_weights else None,
+            packed=self._packed,
             remedy="int4_weights=True with opset=21 packs weights of 4 bits.",
         )
         return (*((SATURATION,) if saturates else ()), *stored)
@@ -235,7 +235,12 @@ class FakeQuantOnnxExporter:
 
     def _stored(self, model: QuantizedModel) -> QuantizedModel:
         """The model with the integers that the file has."""
-        return with_finer_biases(model, keep=INT4_GRID if self.int4_weights else None)
+        return with_finer_biases(model, keep=self._packed)
+
+    @property
+    def _packed(self) -> IntegerGrid | None:
+        """The grid of weights that are stored two to a byte."""
+        return INT4_GRID if self.int4_weights else None
 
 
 def _dequantized(graph: ir.Graph) -> frozenset[str]:

@@ -310,3 +310,15 @@ def test_float_biases_may_be_an_option_of_the_exporter(tmp_path: Path) -> None:
     plain = convert_qat_model(source, tmp_path / "plain")
     files = [done.files["model"].read_bytes() for done in (by_argument, by_option, plain)]
     assert files[0] == files[1] != files[2]
+
+
+# A bias of more steps than float32 holds, beside a weight that would have room.
+def test_a_bias_far_beyond_int32_is_refused_as_before(tmp_path: Path) -> None:
+    net = Qdq([2, 4, 6, 6])
+    weight, bias = (
+        net.weight(np.ones((3, 4, 1, 1), int), 1e-30),
+        net.constant([3e38] * 3, np.float32),
+    )
+    source = net_file(net, tmp_path, net.node("Conv", net.fake("x", 0.05), weight, bias, name="c"))
+    with pytest.raises(UnsupportedByTarget, match="must fit int32"):
+        convert_qat_model(source, tmp_path / "out")

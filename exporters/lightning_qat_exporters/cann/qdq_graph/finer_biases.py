@@ -19,11 +19,11 @@ def with_finer_layers(found: QuantizedGraph) -> QuantizedGraph:
 
 
 def _finer(layer: IntegerLayer) -> IntegerLayer:
-    if layer.bias is None or layer.add is not None or layer.wts_type == "INT4":
+    if layer.bias_steps is None or layer.wts_type == "INT4":
         return layer
-    integers = int(np.abs(layer.weight.astype(np.int16)).max(initial=0))
-    smallest = min(float(layer.scale_w.min()), float(layer.accumulator_scale.min()))
-    factor = finer_by(integers, most_steps(layer), smallest)
+    largest = max(int(layer.weight.max(initial=0)), -int(layer.weight.min(initial=0)))
+    scales = np.concatenate((layer.scale_w, layer.accumulator_scale))
+    factor = finer_by(largest, most_steps(layer), float(scales.min(initial=np.inf)))
     if factor == 1:
         return layer
     return replace(
@@ -33,6 +33,5 @@ def _finer(layer: IntegerLayer) -> IntegerLayer:
 
 def most_steps(layer: IntegerLayer) -> float:
     """The largest value of a bias in steps of the accumulator."""
-    if layer.bias is None or layer.add is not None:
-        return 0.0
-    return float(np.max(np.abs(layer.bias) / layer.accumulator_scale, initial=0.0))
+    steps = layer.bias_steps
+    return 0.0 if steps is None else float(np.abs(steps).max(initial=0.0))

@@ -96,6 +96,17 @@ class IntegerLayer:
         """The accumulator's scale: ``scale_d * scale_w``, in float32."""
         return self.activation.scale_d * self.scale_w
 
+    @property
+    def bias_steps(self) -> NDArray[np.float64] | None:
+        """The bias in steps of the accumulator, not rounded; None where the node reads none.
+
+        The division is in float64, as AMCT's.
+        """
+        if self.bias is None or self.add is not None:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.bias.astype(np.float64) / self.accumulator_scale.astype(np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class IntegerRecurrent:
