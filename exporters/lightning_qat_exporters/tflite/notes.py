@@ -59,9 +59,7 @@ def notes_on(model: QuantizedModel, file: TFLiteFile, layers: MatchedLayers) -> 
     ]
     if narrow:
         names = ", ".join(narrow)
-        notes.append(
-            f"Weights of fewer than 8 bits are stored as int8, the same integers: {names}."
-        )
+        notes.append(f"Weights of fewer than 8 bits are stored as int8, the same values: {names}.")
     lowest = [
         key
         for key, t in model.tensors.items()
