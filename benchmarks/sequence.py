@@ -1,8 +1,8 @@
 """LSTM and GRU on a noisy adding problem: float, W8A8 and W4A8; and what a training step costs.
 
-    python benchmarks/sequence.py             # 5 seeds, some minutes
-    python benchmarks/sequence.py --small     # 1 seed, about a minute
-    python benchmarks/sequence.py --from-nothing   # random weights, every calibration, 3 seeds
+    python -m benchmarks.sequence                  # 5 seeds, some minutes
+    python -m benchmarks.sequence --small          # 1 seed, about a minute
+    python -m benchmarks.sequence --from-nothing   # random weights, every calibration, 3 seeds
 
 The adding problem (Hochreiter and Schmidhuber, 1997): a sequence of random numbers in [0, 1], two
 of them marked; the target is their sum, here measured with a noise of standard deviation 0.1. A
@@ -10,7 +10,7 @@ network that remembers nothing ends at a squared error of 0.177, none gets below
 noise the float error goes to zero, and a ratio to it says nothing.) A float network is trained;
 then it and its quantized copies are trained on, on the same batches. Errors are those of fresh
 sequences. With ``--from-nothing`` the quantized networks start from the random weights of the float
-one, and quantize from the second batch on.
+one, and quantize from the second batch on; ``benchmarks.ranges`` says what the rows are.
 
 A training step is compared with a float loop over cells written out by hand, which is what any
 quantization inside of a layer needs, and with torch's own layer, one kernel for all steps that
@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat import ActivationSpec, Recipe, prepare
+from benchmarks.ranges import OTHERS, following
+from lightning_qat import Recipe, prepare
 from lightning_qat.layers import GRUQAT, LSTMQAT
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 
@@ -106,25 +107,27 @@ def errors(kind: Kind, seeds: int, updates: int) -> None:
 
 
 def errors_from_nothing(kind: Kind, seeds: int, updates: int) -> None:
-    """Print the errors of 8 bits without a trained start, for every calibration."""
-    recipes: dict[str, Recipe | None] = {"float": None}
-    for calibration in CALIBRATIONS:
-        recipes[calibration] = Recipe.from_dict({"activation": {"calibration": calibration}})
-    recipes["learned"] = Recipe(activation=ActivationSpec(quantizer="learned"))
+    """Print the errors of 8 bits without a trained start, for every way that a range follows."""
     print(f"{kind.__name__} from nothing: squared error after {updates} updates")
     reference: list[float] = []
-    for name, recipe in recipes.items():
-        found = []
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            net = Adder(kind)
-            if recipe is not None:
-                prepare(net, recipe, sequences(2, torch.Generator())[0])
-            found.append(train(net, seed, updates, 1e-2))
+    for row in ("float", *CALIBRATIONS, *OTHERS, "learned"):
+        found = [error_from_nothing(kind, row, seed, updates) for seed in range(seeds)]
         reference = reference or found
         ratio = statistics.mean(found) / statistics.mean(reference)
         each = " ".join(f"{value:.5f}" for value in found)
-        print(f"  {name:14} {ratio - 1:+.1%} of float  ({each})", flush=True)
+        print(f"  {row:17} {ratio - 1:+.1%} of float  ({each})", flush=True)
+
+
+def error_from_nothing(kind: Kind, row: str, seed: int, updates: int) -> float:
+    """Train a network from the random weights of a seed."""
+    torch.manual_seed(seed)
+    net = Adder(kind)
+    with following(row) as calibration:
+        if row != "float":
+            activation = {"quantizer": row} if row == "learned" else {"calibration": calibration}
+            recipe = Recipe.from_dict({"activation": activation})
+            prepare(net, recipe, sequences(2, torch.Generator())[0])
+        return train(net, seed, updates, 1e-2)
 
 
 def parameters(rnn: Any, name: str) -> tuple[Tensor, Tensor]:
