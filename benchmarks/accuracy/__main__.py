@@ -32,7 +32,7 @@ from benchmarks.accuracy.table import Row, table
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tools import named, tools
 
-RATES = (1.0, 2.0, 4.0)
+RATES = (1.0, 2.0, 4.0, 8.0)
 """Learning rates over that of the task."""
 HELD_OUT = 100
 """The first of the seeds that choose the rate."""

@@ -15,12 +15,14 @@ from lightning_qat.callback.loggers import QuantizationLog
 from lightning_qat.callback.phase_tracker import DESCRIPTIONS, PhaseTracker
 from lightning_qat.callback.watch.training_watch import TrainingWatch
 from lightning_qat.checkpoint.contents import has_ranges
+from lightning_qat.layers.quantized_weights import QuantizedWeight
 from lightning_qat.quantizers.activation import ActivationQuantizer
 from lightning_qat.quantizers.observation_gate import ObservationGate
 from lightning_qat.quantizers.switches import switch
 from lightning_qat.quantizers.weight_cache import QuantizedWeightCache
 from lightning_qat.recipe.schedule import Phase, Schedule
 from lightning_qat.report.run_record import RunRecord
+from lightning_qat.training.learned_weights import follow_weights, learned_weights
 from lightning_qat.training.phases import (
     apply_phase,
     release_batchnorms,
@@ -47,6 +49,7 @@ class PhaseHooks(Callback):
         self._calibration = WithoutTraining(schedule)
         # As long as an epoch: walking over a model costs more than committing its ranges.
         self._quantizers: dict[str, ActivationQuantizer] = {}
+        self._learned_weights: list[QuantizedWeight] = []
         self._weights = QuantizedWeightCache()
         self._commits = RangeCommits()
         self._gate = ObservationGate()
@@ -74,7 +77,7 @@ class PhaseHooks(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._quantizers = activation_quantizers(pl_module)
+        self._find_quantizers(pl_module)
         # What a batch that raised in an earlier fit has observed is not part of this one.
         drop_pending(self._quantizers.values())
         # In manual optimization steps may follow each other unseen.
@@ -87,7 +90,11 @@ class PhaseHooks(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_quantizers(pl_module)
+
+    def _find_quantizers(self, pl_module: LightningModule) -> None:
         self._quantizers = activation_quantizers(pl_module)
+        self._learned_weights = learned_weights(pl_module)
 
     @override
     def on_train_batch_start(
@@ -122,6 +129,7 @@ class PhaseHooks(Callback):
             self._commits.commit(self._quantizers)
         else:
             self._commits.check()
+        follow_weights(self._learned_weights)
         self._phases.count_batch()
         if self._calibration.after_batch(trainer, self._phases.batches_seen):
             # The validation that follows is of the quantized module.
@@ -219,7 +227,7 @@ class PhaseHooks(Callback):
         self._calibration.end()
         self._log.cancel()
         self._watch.cancel()
-        self._quantizers = {}
+        self._quantizers, self._learned_weights = {}, []
         self._commits = RangeCommits()
         self._weights = QuantizedWeightCache()
         use_weight_cache(pl_module, None)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from lightning_qat.numerics.arithmetic import channels_second
+from lightning_qat.function_hooks.running import hide_from_hooks
+from lightning_qat.numerics.arithmetic import channels_second, symmetric_scale
+from lightning_qat.numerics.calibration.clipping import outgrown
 from lightning_qat.numerics.calibration.search import least_squares_scale
 from lightning_qat.numerics.gpu.device_grid import DeviceGrid, GridRule
 from lightning_qat.numerics.gpu.launch import suits
@@ -19,6 +24,7 @@ from lightning_qat.numerics.learned_fake_quantize import (
     learned_fake_quantize,
     step_of_half_width,
 )
+from lightning_qat.numerics.min_max import channel_ranges
 from lightning_qat.numerics.qparams import IntegerGrid
 from lightning_qat.numerics.transforms import is_transforming
 from lightning_qat.quantizers.weight import WeightQuantizer
@@ -30,7 +36,10 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     Learning starts in the first training forward from the scales with the least squared error
     (``initial="mse"``) or from the largest absolute weights. A weight outside the range gets no
-    gradient.
+    gradient. So a channel that has outgrown its range (``outgrown``), as those of random weights
+    do, gets the range of its largest weight, once after each step of the optimizer: in the next
+    training forward on a CPU, and in ``follow_weights`` on any device, compiled or not. A scale
+    that does not require gradients stays.
 
     The parameter is the scale times half the number of integers, as that of learned activations:
     a step of Adam is as long as the learning rate, and a scale of 8 bits is no longer than that.
@@ -57,6 +66,40 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.half_width = nn.Parameter(torch.ones(shape))
         self.register_buffer("started", torch.tensor(0.0))
         self.ready = False
+        self._version = -1
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The fake-quantized weight, same shape and dtype."""
+        if weight.is_cpu and self.in_training and not (is_compiling() or is_transforming()):
+            with hide_from_hooks():
+                widen_outgrown([(self, weight)])
+        return super().forward(weight)
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether its weight may have outgrown the range since the last look.
+
+        An optimizer's step changes the version, and no graph needs the range of before.
+        """
+        learns = self.ready and self.quantizing and self.half_width.requires_grad
+        return learns and self._present_version() != self._version
+
+    def has_looked(self) -> None:
+        """Nothing is left behind until the next step."""
+        self._version = self._present_version()
+
+    def _present_version(self) -> int:
+        return -1 if self.half_width.is_inference() else self.half_width._version
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """The largest absolute weight of each channel, ``(channels,)``; of all: ``(1,)``."""
+        rows, axis = self._rows(weight.detach())
+        if rows.is_cpu:
+            low, high = channel_ranges(rows.to(torch.float32), axis)
+            return torch.maximum(-low, high).reshape(-1)
+        others = [a for a in range(rows.dim()) if a != axis]
+        found: Tensor = torch.linalg.vector_norm(rows, torch.inf, others, dtype=torch.float32)
+        return found.reshape(-1)
 
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
         if not self.ready and self.in_training and not is_transforming():
@@ -96,8 +139,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def start_from_step(self, scale: Tensor) -> None:
         """Let learning go on from a scale, to the bit."""
         self.half_width.copy_(half_width_of_step(scale, self.grid))
-        self.started.fill_(1.0)
         self.ready = True
+        self.started.fill_(1.0)
+        self.has_looked()
 
     def step(self) -> Tensor:
         """The scale, ``(channels,)`` or scalar, with its gradient."""
@@ -124,3 +168,35 @@ class LearnedWeightQuantizer(WeightQuantizer):
             state_dict[f"{prefix}half_width"] = stored * self.grid.half_count
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.ready = bool(self.started > 0)
+        self._version = -1
+
+
+@torch.no_grad()
+def widen_outgrown(learned: Iterable[tuple[LearnedWeightQuantizer, Tensor]]) -> None:
+    """Widen the ranges that weights have outgrown to the largest weights, channel by channel.
+
+    See ``outgrown``. The weights are looked at once after an optimizer's step: an operation or two
+    for each, a dozen for all of a grid together.
+
+    Args:
+        learned: Quantizers and their weights.
+    """
+    alike: dict[Any, list[tuple[LearnedWeightQuantizer, Tensor]]] = defaultdict(list)
+    for quantizer, weight in learned:
+        if quantizer.left_behind:
+            alike[quantizer.grid, weight.device].append((quantizer, weight))
+    for (grid, _), pairs in alike.items():
+        largest = [quantizer.largest(weight) for quantizer, weight in pairs]
+        shares = [weight.numel() / len(of) for (_, weight), of in zip(pairs, largest, strict=True)]
+        # By powers, since numbers from the host would wait for the device.
+        ones = torch._foreach_pow(largest, 0.0)
+        values = torch.cat(torch._foreach_mul(ones, shares))
+        widths = [quantizer.half_width.view(-1) for quantizer, _ in pairs]
+        flat, width = torch.cat(largest), torch.cat(widths)
+        is_outgrown = outgrown(flat, step_of_half_width(width, grid), values, grid)
+        # -128 of AMCT's grid would saturate where a batch norm with a negative factor is folded.
+        wide = half_width_of_step(symmetric_scale(flat, grid.symmetric), grid)
+        found = torch.where(is_outgrown, wide, width)
+        torch._foreach_copy_(widths, torch.split(found, [len(of) for of in largest]))
+        for quantizer, _ in pairs:
+            quantizer.has_looked()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_qat.quantizers.learned_activation import (
 )
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat.recipe.schedule import Phase
+from lightning_qat.training.learned_weights import follow_weights, learned_weights
 from lightning_qat.training.phases import apply_phase
 from lightning_qat.training.range_sync import commit_ranges
 
@@ -213,7 +215,7 @@ def test_a_learned_weight_starts_once_from_the_weight_of_the_first_training_forw
     assert torch.equal(quantizer.half_width, start)
     again = LearnedWeightQuantizer(WeightSpec(bits=4, quantizer="learned"), 0, 3)
     again.load_state_dict(quantizer.state_dict())
-    again(weight * 9)
+    again(weight * 0.1)
     assert torch.equal(again.half_width, start)
 
 
@@ -286,7 +288,10 @@ def learned(quantizer: str, bits: int) -> tuple[Tensor, Tensor, QuantizedModel]:
         model, x = trained(learned_recipe(quantizer, bits))
         with torch.no_grad():
             expected = model(x)
-        return x, expected, convert(model, x)
+        with warnings.catch_warnings():
+            if quantizer == "ulq":  # AMCT's grid has no +128
+                warnings.filterwarnings("ignore", ".*saturate at 127")
+            return x, expected, convert(model, x)
 
 
 @pytest.mark.xdist_group("learned files")
@@ -386,6 +391,7 @@ def test_learned_quantizers_compile_to_the_same_numbers(
     torch._dynamo.reset()
     model, x = trained(learned_recipe(), steps=2)
     model.train()
+    follow_weights(learned_weights(model))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend="eager", fullgraph=True)
     for call, net in ((model, model), (compiled, twin)):
