@@ -29,7 +29,7 @@ from benchmarks.accuracy.protocol import train, with_error
 from benchmarks.accuracy.runs import AGAIN, FLOAT
 from benchmarks.accuracy.task import Data, Task, test_outputs
 from benchmarks.accuracy.tasks import TASKS
-from lightning_qat import ActivationSpec, Recipe, prepare
+from lightning_qat import ActivationSpec, Recipe, WeightSpec, prepare
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 
 
@@ -38,8 +38,11 @@ def recipes() -> Mapping[str, Recipe | None]:
     observed = {
         name: Recipe.from_dict({"activation": {"calibration": name}}) for name in CALIBRATIONS
     }
-    learned = Recipe(activation=ActivationSpec(quantizer="learned"))
-    return {FLOAT: None, AGAIN: None, **observed, "learned": learned}
+    learned = {
+        "learned": Recipe(activation=ActivationSpec(quantizer="learned")),
+        "learned weights": Recipe(weight=WeightSpec(quantizer="learned")),
+    }
+    return {FLOAT: None, AGAIN: None, **observed, **learned}
 
 
 def trained(name: str, row: str, seed: int) -> tuple[float, float]:

@@ -35,6 +35,7 @@ from lightning_qat import Recipe, prepare
 from lightning_qat.layers import GRUQAT, LSTMQAT
 from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 
+LEARNED_WEIGHTS = "learned weights"
 STEPS, HIDDEN, BATCH = 20, 32, 64
 NOISE = 0.1
 
@@ -110,7 +111,7 @@ def errors_from_nothing(kind: Kind, seeds: int, updates: int) -> None:
     """Print the errors of 8 bits without a trained start, for every way that a range follows."""
     print(f"{kind.__name__} from nothing: squared error after {updates} updates")
     reference: list[float] = []
-    for row in ("float", *CALIBRATIONS, *OTHERS, "learned"):
+    for row in ("float", *CALIBRATIONS, *OTHERS, "learned", LEARNED_WEIGHTS):
         found = [error_from_nothing(kind, row, seed, updates) for seed in range(seeds)]
         reference = reference or found
         ratio = statistics.mean(found) / statistics.mean(reference)
@@ -124,9 +125,12 @@ def error_from_nothing(kind: Kind, row: str, seed: int, updates: int) -> float:
     net = Adder(kind)
     with following(row) as calibration:
         if row != "float":
-            activation = {"quantizer": row} if row == "learned" else {"calibration": calibration}
-            recipe = Recipe.from_dict({"activation": activation})
-            prepare(net, recipe, sequences(2, torch.Generator())[0])
+            recipe: dict[str, Any] = {"activation": {"calibration": calibration}}
+            if row == "learned":
+                recipe = {"activation": {"quantizer": "learned"}}
+            elif row == LEARNED_WEIGHTS:
+                recipe = {"weight": {"quantizer": "learned"}}
+            prepare(net, Recipe.from_dict(recipe), sequences(2, torch.Generator())[0])
         return train(net, seed, updates, 1e-2)
 
 

@@ -7,7 +7,7 @@
 
 Everybody starts from the float checkpoint of each seed, trains as many further epochs of Adam on
 the same batches, and quantizes inputs and weights of the layers, the first and the last ones too.
-The learning rate is chosen, for each task, tool and width and for float alike, out of three on
+The learning rate is chosen, for each task, tool and width and for float alike, out of four on
 seeds that count for nothing else. Given are means over seeds with their standard errors: the score
 in percent, and its difference to the float network of the same seed, trained as long. *Calibrated*
 networks were not trained; ours have their biases corrected. `whole` also quantizes what operations
