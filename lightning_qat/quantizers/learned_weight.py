@@ -91,15 +91,10 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def _present_version(self) -> int:
         return -1 if self.half_width.is_inference() else self.half_width._version
 
-    def largest(self, weight: Tensor) -> Tensor:
-        """The largest absolute weight of each channel, ``(channels,)``; of all: ``(1,)``."""
-        rows, axis = self._rows(weight.detach())
-        if rows.is_cpu:
-            low, high = channel_ranges(rows.to(torch.float32), axis)
-            return torch.maximum(-low, high).reshape(-1)
-        others = [a for a in range(rows.dim()) if a != axis]
-        found: Tensor = torch.linalg.vector_norm(rows, torch.inf, others, dtype=torch.float32)
-        return found.reshape(-1)
+    def ends(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest weight of each channel, ``(channels,)`` or ``(1,)``."""
+        low, high = channel_ranges(*self._rows(weight.detach().to(torch.float32)))
+        return low.reshape(-1), high.reshape(-1)
 
     def _fake_quantize(self, weight: Tensor, known: Tensor | IntRepr | None) -> Tensor:
         if not self.ready and self.in_training and not is_transforming():
@@ -175,8 +170,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
 def widen_outgrown(learned: Iterable[tuple[LearnedWeightQuantizer, Tensor]]) -> None:
     """Widen the ranges that weights have outgrown to the largest weights, channel by channel.
 
-    See ``outgrown``. The weights are looked at once after an optimizer's step: an operation or two
-    for each, a dozen for all of a grid together.
+    See ``outgrown``. The weights are looked at once after an optimizer's step: two operations for
+    each, two dozen for all of a grid together.
 
     Args:
         learned: Quantizers and their weights.
@@ -186,17 +181,17 @@ def widen_outgrown(learned: Iterable[tuple[LearnedWeightQuantizer, Tensor]]) -> 
         if quantizer.left_behind:
             alike[quantizer.grid, weight.device].append((quantizer, weight))
     for (grid, _), pairs in alike.items():
-        largest = [quantizer.largest(weight) for quantizer, weight in pairs]
-        shares = [weight.numel() / len(of) for (_, weight), of in zip(pairs, largest, strict=True)]
+        ends = [quantizer.ends(weight) for quantizer, weight in pairs]
+        lows, highs = [low for low, _ in ends], [high for _, high in ends]
+        shares = [weight.numel() / len(of) for (_, weight), of in zip(pairs, lows, strict=True)]
         # By powers, since numbers from the host would wait for the device.
-        ones = torch._foreach_pow(largest, 0.0)
-        values = torch.cat(torch._foreach_mul(ones, shares))
+        values = torch.cat(torch._foreach_mul(torch._foreach_pow(lows, 0.0), shares))
         widths = [quantizer.half_width.view(-1) for quantizer, _ in pairs]
-        flat, width = torch.cat(largest), torch.cat(widths)
-        is_outgrown = outgrown(flat, step_of_half_width(width, grid), values, grid)
+        low, high, width = torch.cat(lows), torch.cat(highs), torch.cat(widths)
+        is_outgrown = outgrown(low, high, step_of_half_width(width, grid), values, grid)
         # -128 of AMCT's grid would saturate where a batch norm with a negative factor is folded.
-        wide = half_width_of_step(symmetric_scale(flat, grid.symmetric), grid)
-        found = torch.where(is_outgrown, wide, width)
-        torch._foreach_copy_(widths, torch.split(found, [len(of) for of in largest]))
+        widest = symmetric_scale(torch.maximum(-low, high), grid.symmetric)
+        found = torch.where(is_outgrown, half_width_of_step(widest, grid), width)
+        torch._foreach_copy_(widths, torch.split(found, [len(of) for of in lows]))
         for quantizer, _ in pairs:
             quantizer.has_looked()

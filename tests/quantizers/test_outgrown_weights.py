@@ -79,6 +79,17 @@ def test_few_integers_clip_where_wider_steps_would_round_the_rest_worse(
     torch.testing.assert_close(quantizer.step().detach(), torch.tensor([scale]), msg=reason)
 
 
+@pytest.mark.parametrize(("largest", "scale"), [(-0.85, 0.1), (0.85, 0.85 / 7), (-0.95, 0.95 / 7)])
+def test_the_grid_of_four_bits_reaches_a_step_further_down(largest: float, scale: float) -> None:
+    """-8 to 7 in steps of 0.1; four weights."""
+    weight = torch.tensor([[0.1, 0.2, -0.3, largest]])
+    quantizer = learning(weight, bits=4)
+    with torch.no_grad():
+        quantizer.half_width.fill_(0.1 * quantizer.grid.half_count)
+    quantizer(weight)
+    torch.testing.assert_close(quantizer.step().detach(), torch.tensor([scale]))
+
+
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 def test_transposed_convolutions_of_groups_widen_their_own_channels(granularity: Any) -> None:
     spec = WeightSpec(quantizer="learned", granularity=granularity, initial="minmax")

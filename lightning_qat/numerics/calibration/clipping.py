@@ -63,31 +63,33 @@ def widened_if_narrow(found: Tensor, whole: Tensor, x: Tensor, grid: IntegerGrid
     return torch.where(too_narrow(x, found, grid), torch.maximum(found, whole), found)
 
 
-def outgrown(largest: Tensor, scale: Tensor, values: Tensor | int, grid: IntegerGrid) -> Tensor:
-    r"""Whether weights have outgrown a learned scale: their largest one is clipped for too much.
+def outgrown(
+    low: Tensor, high: Tensor, scale: Tensor, values: Tensor | int, grid: IntegerGrid
+) -> Tensor:
+    r"""Whether weights have outgrown a learned scale: one of them is clipped for too much.
 
-    Of steps as long as the scale, with the largest weight at :math:`m` and the last integer at
-    :math:`q`, it loses :math:`(m - q)^2` to clipping; steps that reach it are :math:`m / q` as
-    long, and the rounding of :math:`n` weights loses :math:`((m / q)^2 - 1) n / 12` more. Few
-    integers clip for good by this: of 100 weights at 4 bits one that is 1.4 times the range, at 2
-    bits any. Less than a step outside is left to gradients, as it is where the least squared error
-    has found a scale.
+    A weight that lies :math:`d` steps outside loses :math:`d^2` to clipping. Steps so long that
+    the last integer :math:`q` reaches the largest weight, at :math:`m` now, would lose
+    :math:`((m / q)^2 - 1) n / 12` more to the rounding of all :math:`n` weights. Few integers clip
+    for good by this: of 100 weights at 4 bits one that is 1.4 times the range, at 2 bits any. Less
+    than a step outside is left to gradients, as it is where the least squared error has found a
+    scale.
 
     Args:
-        largest: The largest absolute weight of each channel, float32.
-        scale: The learned scales, the shape of ``largest``.
+        low: The smallest weight of each channel, float32.
+        high: The largest, the shape of ``low``.
+        scale: The learned scales, the shape of ``low``.
         values: How many weights share each scale.
         grid: The integers in use.
 
     Returns:
-        Bools in the shape of ``largest``.
+        Bools in the shape of ``low``.
 
     Example:
-        >>> largest = torch.tensor([1.27, 1.274, 1.29])
-        >>> outgrown(largest, torch.tensor(0.01), 64, IntegerGrid.weight(8))
+        >>> low, high = torch.tensor([-1.27, -1.0, -1.0]), torch.tensor([1.0, 1.274, 1.29])
+        >>> outgrown(low, high, torch.tensor(0.01), 64, IntegerGrid.weight(8))
         tensor([False, False,  True])
     """
-    steps = largest / scale
-    lost = (steps - grid.qmax).square()
-    gained = ((steps / grid.qmax).square() - 1) * (values / 12)
-    return (steps > grid.qmax + 1) & (lost > gained)
+    outside = torch.maximum(high / scale - grid.qmax, grid.qmin - low / scale)
+    longer = torch.maximum(-low, high) / (scale * grid.qmax)
+    return (outside > 1) & (outside.square() > (longer.square() - 1) * (values / 12))
