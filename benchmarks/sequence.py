@@ -1,16 +1,18 @@
-"""LSTM and GRU on a noisy adding problem: float, W8A8 and W4A8; and what a training step costs.
+"""LSTM, GRU and others on a noisy adding problem; and what a recurrent layer's step costs.
 
     python -m benchmarks.sequence                  # 5 seeds, some minutes
     python -m benchmarks.sequence --small          # 1 seed, about a minute
     python -m benchmarks.sequence --from-nothing   # random weights, every calibration, 3 seeds
+    python -m benchmarks.sequence --from-nothing --networks GRU attention --rows moving_average
 
 The adding problem (Hochreiter and Schmidhuber, 1997): a sequence of random numbers in [0, 1], two
 of them marked; the target is their sum, here measured with a noise of standard deviation 0.1. A
 network that remembers nothing ends at a squared error of 0.177, none gets below 0.01. (Without
 noise the float error goes to zero, and a ratio to it says nothing.) A float network is trained;
 then it and its quantized copies are trained on, on the same batches. Errors are those of fresh
-sequences. With ``--from-nothing`` the quantized networks start from the random weights of the float
-one, and quantize from the second batch on; ``benchmarks.ranges`` says what the rows are.
+sequences. With ``--from-nothing`` networks of other layers take part, and the quantized ones start
+from the random weights of the float one, and quantize from the second batch on;
+``benchmarks.ranges`` says what the rows are.
 
 A training step is compared with a float loop over cells written out by hand, which is what any
 quantization inside of a layer needs, and with torch's own layer, one kernel for all steps that
@@ -23,7 +25,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +57,60 @@ class Adder(nn.Module):
         output, _ = self.rnn(x)
         result: Tensor = self.head(output[:, -1])[:, 0]
         return result
+
+
+class Attention(nn.Module):
+    """Two layers of a transformer's encoder, with learned positions, and a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(2, HIDDEN)
+        self.positions = nn.Parameter(0.1 * torch.randn(1, STEPS, HIDDEN))
+        layer = nn.TransformerEncoderLayer(
+            HIDDEN, 4, 2 * HIDDEN, 0.0, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(HIDDEN, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum, ``(batch,)``."""
+        result: Tensor = self.head(self.encoder(self.read(x) + self.positions).mean(1))[:, 0]
+        return result
+
+
+class Layers(nn.Sequential):
+    """Layers one after the other, on (batch, 2, time)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum, ``(batch,)``."""
+        result: Tensor = super().forward(x.transpose(1, 2))[:, 0]
+        return result
+
+
+def convolutions() -> nn.Module:
+    """Three of them, each with a relu."""
+    return Layers(
+        *(nn.Conv1d(2, 32, 5, 2, 2), nn.ReLU(), nn.Conv1d(32, 32, 5, 2, 2), nn.ReLU()),
+        *(nn.Conv1d(32, 32, 5), nn.ReLU(), nn.Flatten(), nn.Linear(32, 1)),
+    )
+
+
+def linear_layers() -> nn.Module:
+    """Three of them, with gelu in between."""
+    return Layers(
+        *(nn.Flatten(), nn.Linear(2 * STEPS, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU()),
+        nn.Linear(64, 1),
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: Adder(nn.LSTM),
+    "GRU": lambda: Adder(nn.GRU),
+    "attention": Attention,
+    "convolutions": convolutions,
+    "linear layers": linear_layers,
+}
+ROWS = ("float", *CALIBRATIONS, *OTHERS, "learned", LEARNED_WEIGHTS)
 
 
 def sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -107,22 +163,22 @@ def errors(kind: Kind, seeds: int, updates: int) -> None:
         print(f"  {name:6} {mean:.5f}  {mean / reference - 1:+.1%} of float  ({each})")
 
 
-def errors_from_nothing(kind: Kind, seeds: int, updates: int) -> None:
-    """Print the errors of 8 bits without a trained start, for every way that a range follows."""
-    print(f"{kind.__name__} from nothing: squared error after {updates} updates")
+def errors_from_nothing(network: str, rows: Sequence[str], seeds: int, updates: int) -> None:
+    """Print the errors of 8 bits without a trained start, for ways that a range follows."""
+    print(f"{network} from nothing: squared error after {updates} updates")
     reference: list[float] = []
-    for row in ("float", *CALIBRATIONS, *OTHERS, "learned", LEARNED_WEIGHTS):
-        found = [error_from_nothing(kind, row, seed, updates) for seed in range(seeds)]
+    for row in rows:
+        found = [error_from_nothing(network, row, seed, updates) for seed in range(seeds)]
         reference = reference or found
         ratio = statistics.mean(found) / statistics.mean(reference)
         each = " ".join(f"{value:.5f}" for value in found)
         print(f"  {row:17} {ratio - 1:+.1%} of float  ({each})", flush=True)
 
 
-def error_from_nothing(kind: Kind, row: str, seed: int, updates: int) -> float:
+def error_from_nothing(network: str, row: str, seed: int, updates: int) -> float:
     """Train a network from the random weights of a seed."""
     torch.manual_seed(seed)
-    net = Adder(kind)
+    net = NETWORKS[network]()
     with following(row) as calibration:
         if row != "float":
             recipe: dict[str, Any] = {"activation": {"calibration": calibration}}
@@ -225,13 +281,16 @@ if __name__ == "__main__":
         description="Quantized recurrent layers: errors on the adding problem, cost of a step."
     )
     parser.add_argument("--small", action="store_true", help="one seed, about a minute")
-    parser.add_argument(
-        "--from-nothing", action="store_true", help="every calibration from random weights"
-    )
+    parser.add_argument("--from-nothing", action="store_true", help="from random weights")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS),
+                        help="to train from nothing; default: all")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW",
+                        help=f"of {', '.join(ROWS)}; default: all")  # fmt: skip
     options = parser.parse_args()
     if options.from_nothing:
         torch.set_num_threads(1)
-        for kind in (nn.LSTM, nn.GRU):
-            errors_from_nothing(kind, 1 if options.small else 3, 800)
+        rows = [row for row in ROWS if row == "float" or row in options.rows]
+        for network in options.networks:
+            errors_from_nothing(network, rows, 1 if options.small else 3, 800)
     else:
         main(1 if options.small else 5, 1000, 15)
