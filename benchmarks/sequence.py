@@ -83,7 +83,7 @@ class Layers(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum, ``(batch,)``."""
-        result: Tensor = super().forward(x.transpose(1, 2))[:, 0]
+        result: Tensor = super().forward(x.transpose(1, 2))[:, 0]  # type: ignore[no-untyped-call]
         return result
 
 
