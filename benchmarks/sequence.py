@@ -81,9 +81,9 @@ class Attention(nn.Module):
 class Layers(nn.Sequential):
     """Layers one after the other, on (batch, 2, time)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The sum, ``(batch,)``."""
-        result: Tensor = super().forward(x.transpose(1, 2))[:, 0]  # type: ignore[no-untyped-call]
+        result: Tensor = super().forward(input.transpose(1, 2))[:, 0]  # type: ignore[no-untyped-call]
         return result
 
 

@@ -170,28 +170,32 @@ class LearnedWeightQuantizer(WeightQuantizer):
 def widen_outgrown(learned: Iterable[tuple[LearnedWeightQuantizer, Tensor]]) -> None:
     """Widen the ranges that weights have outgrown to the largest weights, channel by channel.
 
-    See ``outgrown``. The weights are looked at once after an optimizer's step: two operations for
-    each, two dozen for all of a grid together.
+    See ``outgrown``. The weights are looked at once after an optimizer's step: three operations
+    for each, two dozen for all of a grid together.
 
     Args:
         learned: Quantizers and their weights.
     """
     alike: dict[Any, list[tuple[LearnedWeightQuantizer, Tensor]]] = defaultdict(list)
     for quantizer, weight in learned:
-        if quantizer.left_behind:
+        if quantizer.left_behind and weight.numel():
             alike[quantizer.grid, weight.device].append((quantizer, weight))
-    for (grid, _), pairs in alike.items():
+    for (grid, device), pairs in alike.items():
         ends = [quantizer.ends(weight) for quantizer, weight in pairs]
-        lows, highs = [low for low, _ in ends], [high for _, high in ends]
-        shares = [weight.numel() / len(of) for (_, weight), of in zip(pairs, lows, strict=True)]
-        # By powers, since numbers from the host would wait for the device.
-        values = torch.cat(torch._foreach_mul(torch._foreach_pow(lows, 0.0), shares))
+        low, high = (torch.cat(of) for of in zip(*ends, strict=True))
         widths = [quantizer.half_width.view(-1) for quantizer, _ in pairs]
-        low, high, width = torch.cat(lows), torch.cat(highs), torch.cat(widths)
-        is_outgrown = outgrown(low, high, step_of_half_width(width, grid), values, grid)
-        # -128 of AMCT's grid would saturate where a batch norm with a negative factor is folded.
-        widest = symmetric_scale(torch.maximum(-low, high), grid.symmetric)
-        found = torch.where(is_outgrown, half_width_of_step(widest, grid), width)
-        torch._foreach_copy_(widths, torch.split(found, [len(of) for of in lows]))
+        width, largest = torch.cat(widths), torch.maximum(-low, high)
+        reach = (grid.qmax + 1) / grid.half_count
+        # Elsewhere than on a CPU the answer would have to be waited for.
+        if device.type != "cpu" or bool((largest > width.abs() * reach).any()):
+            shares = [weight.numel() / quantizer.half_width.numel() for quantizer, weight in pairs]
+            values = torch.cat([torch.full_like(*of) for of in zip(widths, shares, strict=True)])
+            is_outgrown = outgrown(low, high, step_of_half_width(width, grid), values, grid)
+            # -128 of AMCT's grid would saturate where a batch norm with a negative factor is
+            # folded.
+            widest = symmetric_scale(largest, grid.symmetric)
+            found = torch.where(is_outgrown, half_width_of_step(widest, grid), width)
+            parts = torch.split(found, [len(of) for of in widths])
+            torch._foreach_copy_(widths, parts)  # pyright: ignore[reportPrivateImportUsage]
         for quantizer, _ in pairs:
             quantizer.has_looked()
