@@ -36,7 +36,7 @@ from lightning_qat import QuantizedModel, convert, export
 from lightning_qat_exporters import CannExporter, FakeQuantOnnxExporter, TFLiteExporter
 
 RATE = 4.0
-"""Over that of the task; the best at few bits."""
+"""Over that of the task; better than once or twice at few bits."""
 OURS = ("learned", "first_last", "observed", "w4a8", "w4a4")
 FILES: tuple[tuple[str, FakeQuantOnnxExporter | CannExporter | TFLiteExporter, str], ...] = (
     ("onnx", FakeQuantOnnxExporter(), "onnxruntime, no optimizations"),

@@ -9,7 +9,8 @@ quantize from the second batch on: no schedule, no checkpoint. Given are the los
 and the score, as means over seeds, and how far from float's they are, with the standard error of
 the differences per seed; a range that collapses or lags shows here. The second row tells what
 chance does: float again, of the same weights, with batches in another order.
-``benchmarks.sequence --from-nothing`` does the same with LSTM and GRU on the adding problem.
+``benchmarks.sequence --from-nothing`` does the same with five families of layers on the
+adding problem.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 Networks, checkpoints and batches are those of ``benchmarks.accuracy``; inputs of layers have so
 many bits, weights likewise with learned scales, and ranges follow until the end. The learning rate
-is four times the task's, the best one in nearly every row there. Given are points to float, trained
-as long, with the standard error of the differences per seed.
+is four times the task's, in nearly every row there better than once or twice. Given are points to
+float, trained as long, with the standard error of the differences per seed.
 
 *moving average* is the default: 1 % of every batch, but widened at once to what a batch would lose
 to clipping, so that it is a maximum that decays. *average alone* is torch.ao's, *to three quarters*

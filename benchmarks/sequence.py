@@ -12,7 +12,7 @@ noise the float error goes to zero, and a ratio to it says nothing.) A float net
 then it and its quantized copies are trained on, on the same batches. Errors are those of fresh
 sequences. With ``--from-nothing`` networks of other layers take part, and the quantized ones start
 from the random weights of the float one, and quantize from the second batch on;
-``benchmarks.ranges`` says what the rows are.
+``benchmarks.from_nothing`` and ``benchmarks.ranges`` say what the rows are.
 
 A training step is compared with a float loop over cells written out by hand, which is what any
 quantization inside of a layer needs, and with torch's own layer, one kernel for all steps that
@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.accuracy.runs import AGAIN, FLOAT
+from benchmarks.from_nothing import recipes
 from benchmarks.ranges import OTHERS, following
 from lightning_qat import Recipe, prepare
 from lightning_qat.layers import GRUQAT, LSTMQAT
-from lightning_qat.numerics.calibration.calibrations import CALIBRATIONS
 
-LEARNED_WEIGHTS = "learned weights"
 STEPS, HIDDEN, BATCH = 20, 32, 64
 NOISE = 0.1
 
@@ -110,7 +110,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convolutions": convolutions,
     "linear layers": linear_layers,
 }
-ROWS = ("float", *CALIBRATIONS, *OTHERS, "learned", LEARNED_WEIGHTS)
+ROWS = tuple(row for row in (*recipes(), *OTHERS) if row != AGAIN)
 
 
 def sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -179,14 +179,10 @@ def error_from_nothing(network: str, row: str, seed: int, updates: int) -> float
     """Train a network from the random weights of a seed."""
     torch.manual_seed(seed)
     net = NETWORKS[network]()
-    with following(row) as calibration:
-        if row != "float":
-            recipe: dict[str, Any] = {"activation": {"calibration": calibration}}
-            if row == "learned":
-                recipe = {"activation": {"quantizer": "learned"}}
-            elif row == LEARNED_WEIGHTS:
-                recipe = {"weight": {"quantizer": "learned"}}
-            prepare(net, Recipe.from_dict(recipe), sequences(2, torch.Generator())[0])
+    with following(row):
+        recipe = recipes().get(row, Recipe())
+        if recipe is not None:
+            prepare(net, recipe, sequences(2, torch.Generator())[0])
         return train(net, seed, updates, 1e-2)
 
 
@@ -289,7 +285,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.from_nothing:
         torch.set_num_threads(1)
-        rows = [row for row in ROWS if row == "float" or row in options.rows]
+        rows = [row for row in ROWS if row == FLOAT or row in options.rows]
         for network in options.networks:
             errors_from_nothing(network, rows, 1 if options.small else 3, 800)
     else:

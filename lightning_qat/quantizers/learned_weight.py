@@ -134,8 +134,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def start_from_step(self, scale: Tensor) -> None:
         """Let learning go on from a scale, to the bit."""
         self.half_width.copy_(half_width_of_step(scale, self.grid))
-        self.ready = True
         self.started.fill_(1.0)
+        self.ready = True
         self.has_looked()
 
     def step(self) -> Tensor:
@@ -171,7 +171,7 @@ def widen_outgrown(learned: Iterable[tuple[LearnedWeightQuantizer, Tensor]]) -> 
     """Widen the ranges that weights have outgrown to the largest weights, channel by channel.
 
     See ``outgrown``. The weights are looked at once after an optimizer's step: three operations
-    for each, two dozen for all of a grid together.
+    for each, some forty for all of a grid together.
 
     Args:
         learned: Quantizers and their weights.

@@ -12,9 +12,16 @@ from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer, wide
 
 
 def learned_weights(model: nn.Module) -> list[QuantizedWeight]:
-    """The weights whose scales are learned."""
-    found = quantized_weights(model)
-    return [one for one in found if isinstance(one.quantizer, LearnedWeightQuantizer)]
+    """The weights whose scales are learned, but for those that are computed in each forward.
+
+    Computing a weight may change what it is computed from, as spectral norm does.
+    """
+    return [
+        one
+        for one in quantized_weights(model)
+        if isinstance(one.quantizer, LearnedWeightQuantizer)
+        and not is_parametrized(one.layer, one.name)
+    ]
 
 
 def follow_weights(weights: Iterable[QuantizedWeight]) -> None:
@@ -27,7 +34,5 @@ def follow_weights(weights: Iterable[QuantizedWeight]) -> None:
     widen_outgrown(
         (one.quantizer, one.weight)
         for one in weights
-        # Computing a weight may change what it is computed from, as spectral norm does.
         if isinstance(one.quantizer, LearnedWeightQuantizer)
-        and not is_parametrized(one.layer, one.name)
     )

@@ -8,9 +8,11 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import QATCallback, Recipe, WeightSpec, prepare
+from lightning_qat.numerics.kernels import loops as kernels
 from lightning_qat.quantizers.factory import weight_quantizer
 from lightning_qat.quantizers.learned_weight import LearnedWeightQuantizer
 from lightning_qat.recipe.schedule import Schedule
@@ -150,6 +152,38 @@ def test_weights_of_compiled_forwards_are_followed_by_whoever_steps() -> None:
     assert (model[0].weight_quantizer.step() > 2 * before).all()
     for buffer, old in zip(model[1].buffers(), estimate, strict=True):
         assert torch.equal(buffer, old)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be a launch on a GPU: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_further_weight_costs_a_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two ends and its share of the values; all else is done for a model's weights at once."""
+    monkeypatch.setattr(kernels, "compiled_loops", lambda: None)
+
+    def operations(layers: int) -> int:
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+        prepare(model, Recipe(weight=WeightSpec(quantizer="learned"), joins=False, outputs=False))
+        model(torch.randn(4, 8))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0)
+            for layer in model:
+                layer.weight.mul_(4.0)
+        weights = learned_weights(model)
+        with Operations() as counted:
+            follow_weights(weights)
+        assert counted.count > 0
+        return counted.count
+
+    assert (operations(12) - operations(4)) / 8 <= 3
 
 
 class Regression(L.LightningModule):

@@ -70,8 +70,8 @@ def outgrown(
 
     A weight that lies :math:`d` steps outside loses :math:`d^2` to clipping. Steps so long that
     the last integer :math:`q` reaches the largest weight, at :math:`m` now, would lose
-    :math:`((m / q)^2 - 1) n / 12` more to the rounding of all :math:`n` weights. Few integers clip
-    for good by this: of 100 weights at 4 bits one that is 1.4 times the range, at 2 bits any. Less
+    :math:`((m / q)^2 - 1) n / 12` more to the rounding of all :math:`n` weights. Few integers may
+    clip more: of 100 weights one that is up to 1.4 times the range at 4 bits, and any at 2. Less
     than a step outside is left to gradients, as it is where the least squared error has found a
     scale.
 
